@@ -1,0 +1,48 @@
+PYTHON ?= python3
+PROFILE ?= quick
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := torch==2.13.0
+STAMP := $(VENV)/.ready
+
+.PHONY: setup reproduce publish test lint lock clean
+
+setup: $(STAMP)
+
+# Made anew whenever the lock changes; otherwise nothing is fetched.
+$(STAMP): requirements.lock
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+reproduce: $(STAMP)
+	$(BIN)/saesub reproduce --profile $(PROFILE)
+
+# Takes a finished `quick` run over into notebooks/, data/results/ and the README.
+publish: $(STAMP)
+	$(BIN)/python notebooks/publish.py results/quick
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python saesub
+
+# Pins what a fresh environment resolves to; the local part of torch's version (+cpu) is dropped.
+lock:
+	rm -rf build/lock
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/python -m pip install --disable-pip-version-check $(TORCH)
+	build/lock/bin/python -m pip install --disable-pip-version-check hatchling editables '.[dev]'
+	{ head -n 1 requirements.lock; build/lock/bin/python -m pip freeze --exclude saesub \
+	  | sed 's/+.*//' | grep -vE '^(nvidia-|triton|cuda-)'; } > build/requirements.lock
+	mv build/requirements.lock requirements.lock
+
+clean:
+	rm -rf $(VENV) build dist results .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,150 @@
+"""Take over a `quick` run: executed notebooks, claims, the README's tables and its figure.
+
+    saesub reproduce --profile quick && python notebooks/publish.py results/quick
+
+Run from a checkout. Nothing here is typed by hand: what the README says of findings and times is
+what the run left.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbformat
+
+from saesub import claims
+from saesub.errors import SaesubError
+from saesub.reproduce import run_facts
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORD = ROOT / "data" / "results" / "quick"
+README_FIGURE = "05_active_subspace_init"
+_WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+def publish(run: Path) -> None:
+    """Copy a finished `quick` run into the repository.
+
+    Raises SaesubError if a notebook is missing, failed, ran at another profile, or ran other code
+    than the repository's.
+    """
+    sources = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+    stamps = [_stamp(run, source.stem) for source in sources]
+    executed = [_executed(run / "notebooks" / source.name, source) for source in sources]
+    for source, notebook, stamp in zip(sources, executed, stamps, strict=True):
+        first = notebook.cells[0]
+        took = f"{_time(stamp['seconds'])} on {os.cpu_count()} CPU cores"
+        first.source = re.sub(r"(Run time at `quick`: )[^.;,]*", rf"\g<1>{took}", first.source)
+        nbformat.write(notebook, source)
+    record = {
+        "run": run_facts(),
+        "claims": claims.collect(run),
+        "seconds": {stamp["name"]: round(stamp["seconds"]) for stamp in stamps},
+    }
+    claims.write_text(RECORD / "run.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    figures = list(images(nbformat.read(ROOT / "notebooks" / f"{README_FIGURE}.ipynb", 4)))
+    (RECORD / "dead_and_fvu.png").write_bytes(figures[1])
+    readme = ROOT / "README.md"
+    claims.write_text(readme, with_tables(readme.read_text(), record))
+
+
+def _stamp(run: Path, name: str) -> dict:
+    path = run / "runs" / f"{name}.json"
+    if not path.is_file():
+        raise SaesubError(f"{run} lacks {name}: run `saesub reproduce` to its end first")
+    stamp = json.loads(path.read_text())
+    if stamp["error"]:
+        raise SaesubError(f"{name} failed: {stamp['error']}")
+    return stamp
+
+
+def _executed(path: Path, source: Path) -> nbformat.NotebookNode:
+    """The repository's notebook with the outputs of its executed copy."""
+    ran, kept = nbformat.read(path, as_version=4), nbformat.read(source, as_version=4)
+    profile = [c.source for c in ran.cells if "injected-parameters" in c.metadata.get("tags", [])]
+    if not any('"quick"' in text for text in profile):
+        raise SaesubError(f"{path} did not run at the quick profile")
+    ran = cleaned(ran)
+    outputs = [(c.source, c) for c in ran.cells if c.cell_type == "code"]
+    code = [c for c in kept.cells if c.cell_type == "code"]
+    if [text for text, _ in outputs] != [c.source for c in code]:
+        raise SaesubError(f"{path} ran other code than {source.name} holds: run it again")
+    for cell, (_, from_run) in zip(code, outputs, strict=True):
+        cell.outputs, cell.execution_count = from_run.outputs, from_run.execution_count
+    return kept
+
+
+def cleaned(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """Without papermill's parameters cell, progress bars and machine details; counted from 1."""
+    kept = [
+        cell
+        for cell in notebook.cells
+        if "injected-parameters" not in cell.metadata.get("tags", [])
+    ]
+    code = [cell for cell in kept if cell.cell_type == "code" and cell.source.strip()]
+    for count, cell in enumerate(code, 1):
+        cell.execution_count = count
+        cell.outputs = [out for out in cell.outputs if not _is_noise(out)]
+        for out in cell.outputs:
+            if "execution_count" in out:
+                out.execution_count = count
+    for cell in kept:
+        cell.metadata = {k: v for k, v in cell.metadata.items() if k == "tags" and v}
+    notebook.cells = kept
+    names = ("kernelspec", "language_info")
+    notebook.metadata = {k: v for k, v in notebook.metadata.items() if k in names}
+    return notebook
+
+
+def _is_noise(output: nbformat.NotebookNode) -> bool:
+    return output.get("name") == "stderr" or _WIDGET in output.get("data", {})
+
+
+def images(notebook: nbformat.NotebookNode) -> Iterator[bytes]:
+    """The PNG figures of an executed notebook, in order."""
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            if png := output.get("data", {}).get("image/png"):
+                yield base64.b64decode(png)
+
+
+def with_tables(readme: str, record: dict) -> str:
+    """The README with the text between its `<!-- name -->` marks made anew from a run's record."""
+    tables = {
+        "findings": claims.scorecard(record["claims"]).markdown(),
+        "notebooks": _notebook_table(record["seconds"]),
+    }
+    for name, table in tables.items():
+        mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        readme = mark.sub(lambda found, t=table: f"{found[1]}{t}\n{found[2]}", readme)
+    return readme
+
+
+def _notebook_table(seconds: dict[str, float]) -> str:
+    lines = ["| Notebook | Claim | Time at `quick` |", "|---|---|---|"]
+    for name, took in sorted(seconds.items()):
+        notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+        title, claim = _opening(notebook.cells[0].source)
+        lines.append(f"| [{title}](notebooks/{name}.ipynb) | {claim} | {_time(took)} |")
+    return "\n".join(lines)
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def _opening(source: str) -> tuple[str, str]:
+    """Title and claim of a notebook's first cell."""
+    title = source.splitlines()[0].removeprefix("# ")
+    claim = re.search(r"\*\*Claim[^*]*\*\*\s*(.+?)(?:\n\n|$)", source, re.DOTALL)
+    return title, " ".join(claim[1].split()) if claim else ""
+
+
+if __name__ == "__main__":
+    publish(Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "results" / "quick"))

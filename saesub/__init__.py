@@ -1,0 +1,52 @@
+"""saesub: attention outputs are low-rank, that kills SAE features, and how to save them."""
+
+from saesub.activations import harvest, measure_spectra, measure_spectrum, stream_activations
+from saesub.arms import ArmsTrainer, joint_batches, train_arms
+from saesub.contexts import pack_contexts
+from saesub.corpora import load_corpus
+from saesub.dead import Diagnosis, dead_features, diagnose, overlap
+from saesub.errors import SaesubError
+from saesub.evaluate import loss_recovered, reconstruction
+from saesub.fetch import fetch
+from saesub.models import load_model
+from saesub.optim import SparseAdam, parameter_groups
+from saesub.resources import cache_dir, data_file
+from saesub.spectrum import Spectrum, SpectrumAccumulator
+from saesub.store import ActivationStore
+from saesub.subspace import SubspaceInit, center_biases, choose_d_init, initialize_in_subspace
+from saesub.training import SubspaceSAETrainer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ActivationStore",
+    "ArmsTrainer",
+    "Diagnosis",
+    "SaesubError",
+    "SparseAdam",
+    "Spectrum",
+    "SpectrumAccumulator",
+    "SubspaceInit",
+    "SubspaceSAETrainer",
+    "cache_dir",
+    "center_biases",
+    "choose_d_init",
+    "data_file",
+    "dead_features",
+    "diagnose",
+    "fetch",
+    "harvest",
+    "initialize_in_subspace",
+    "joint_batches",
+    "load_corpus",
+    "load_model",
+    "loss_recovered",
+    "measure_spectra",
+    "measure_spectrum",
+    "overlap",
+    "pack_contexts",
+    "parameter_groups",
+    "reconstruction",
+    "stream_activations",
+    "train_arms",
+]

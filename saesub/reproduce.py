@@ -1,0 +1,266 @@
+"""Runs the notebooks, one fresh kernel each; leaves executed copies, claims and a report."""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from . import claims
+from .errors import SaesubError, near_names
+from .resources import notebooks_dir, source_digest
+
+PROFILES = ("smoke", "quick", "paper")
+_PACKAGES = ("saesub", "torch", "transformer-lens", "sae-lens", "transformers", "datasets")
+_CSS = """
+body{font:16px/1.55 system-ui,sans-serif;color:#1a1a1a;background:#fff;max-width:60rem;
+margin:0 auto;padding:1rem;overflow-wrap:break-word}
+img,svg{max-width:100%;height:auto} pre{overflow-x:auto;font-size:.85rem}
+table{border-collapse:collapse;font-size:.92rem} th,td{padding:.35rem .6rem;
+border-bottom:1px solid #ddd;text-align:left} .scroll,.jp-OutputArea-output{overflow-x:auto}
+.jp-InputPrompt,.jp-OutputPrompt,.anchor-link{display:none} section{border-top:3px solid #333;
+margin-top:3rem} .error{color:#b33c00;font-weight:600}
+"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one notebook's run ended: `error` is empty for success, `key` says what was run."""
+
+    name: str
+    key: str
+    seconds: float
+    error: str = ""
+
+
+def find_notebooks(wanted: Sequence[str] = ()) -> list[Path]:
+    """The notebooks in order, or those whose number or name is `wanted`.
+
+    Raises `SaesubError` for a name that no notebook has, and when there are none at all.
+    """
+    known = {path.stem: path for path in sorted(notebooks_dir().glob("[0-9]*.ipynb"))}
+    if not known:
+        raise SaesubError(f"no notebooks in {notebooks_dir()}; reinstall saesub")
+    chosen = set()
+    for name in wanted:
+        stem = Path(name).stem
+        matches = [s for s in known if stem in (s, s.split("_")[0])]
+        if not matches:
+            raise SaesubError(f"no notebook {name!r}; {near_names(stem, known)}")
+        chosen.update(matches)
+    return [path for stem, path in known.items() if stem in chosen or not wanted]
+
+
+def reproduce(
+    profile: str = "quick",
+    notebooks: Sequence[str] = (),
+    results: str | Path = "results",
+    *,
+    again: bool = False,
+    quiet: bool = False,
+) -> list[Outcome]:
+    """Executes the notebooks and writes `results/<profile>/`; a failing one stops no other.
+
+    A notebook already finished with this saesub, text and profile is not run `again`.
+    Raises `SaesubError` for an unknown profile or notebook.
+    """
+    if profile not in PROFILES:
+        raise SaesubError(f"no profile {profile!r}; {near_names(profile, PROFILES)}")
+    paths = find_notebooks(notebooks)
+    folder = Path(results).resolve() / profile
+    (folder / "notebooks").mkdir(parents=True, exist_ok=True)
+    with _kernel(folder):
+        for path in paths:
+            _run_unless_done(path, profile, folder, again=again, quiet=quiet)
+    outcomes = _outcomes(folder)
+    _summarise(folder, profile, outcomes)
+    return [o for o in outcomes if o.name in {p.stem for p in paths}]
+
+
+def _run_unless_done(path: Path, profile: str, folder: Path, *, again: bool, quiet: bool) -> None:
+    key = _key(path, profile)
+    before = next((o for o in _outcomes(folder) if o.name == path.stem), None)
+    if before and before.key == key and not before.error and not again:
+        _say(f"{path.stem}: already done ({before.seconds:.0f} s); --again runs it again")
+        return
+    _say(f"{path.stem}: running")
+    outcome = _execute(path, profile, folder, key, quiet)
+    text = json.dumps(asdict(outcome), indent=1, ensure_ascii=False)
+    claims.write_text(_stamp(folder, path.stem), text)
+    _say(f"{path.stem}: {outcome.error or 'done'} ({outcome.seconds:.0f} s)")
+
+
+def _execute(path: Path, profile: str, folder: Path, key: str, quiet: bool) -> Outcome:
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    # The scorecard reads what the others leave, so it is out of date once any of them runs.
+    stale = [*folder.glob(f"claims_{path.stem[:2]}*.json"), *(folder / "runs").glob("10_*.json")]
+    for file in (*stale, _stamp(folder, path.stem)):
+        file.unlink(missing_ok=True)
+    start, error = time.monotonic(), ""
+    out = folder / "notebooks" / path.name
+    options = {
+        "kernel_name": "python3",
+        "language": "python",
+        "progress_bar": not quiet,
+        "cwd": str(folder),
+    }
+    try:
+        papermill.execute_notebook(str(path), str(out), {"PROFILE": profile}, **options)
+    except PapermillExecutionError as failure:
+        error = f"failed in cell {_cell(path, failure.source)}: {failure.ename}: {failure.evalue}"
+    except RuntimeError as failure:
+        error = f"the kernel died ({failure})"
+    return Outcome(path.stem, key, time.monotonic() - start, error)
+
+
+def _cell(path: Path, source: str) -> int | str:
+    """The failing cell's place in the notebook as given: papermill adds cells of its own."""
+    import nbformat
+
+    cells = nbformat.read(path, as_version=4).cells
+    return next((i for i, cell in enumerate(cells, 1) if cell.source == source), "of parameters")
+
+
+@contextmanager
+def _kernel(folder: Path) -> Iterator[None]:
+    """A kernel spec for this very Python, found before any other, and SAESUB_RESULTS set."""
+    with tempfile.TemporaryDirectory() as temporary:
+        spec = Path(temporary) / "kernels" / "python3"
+        spec.mkdir(parents=True)
+        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        text = {"argv": argv, "display_name": "Python 3 (ipykernel)", "language": "python"}
+        (spec / "kernel.json").write_text(json.dumps(text), encoding="utf-8")
+        search = os.pathsep.join(filter(None, [temporary, os.environ.get("JUPYTER_PATH")]))
+        with _environment(JUPYTER_PATH=search, SAESUB_RESULTS=str(folder)):
+            yield
+
+
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "(a checkout, not installed)"
+
+
+def _key(path: Path, profile: str) -> str:
+    parts = (source_digest().encode(), profile.encode(), path.read_bytes())
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()
+
+
+def _stamp(folder: Path, stem: str) -> Path:
+    return folder / "runs" / f"{stem}.json"
+
+
+def _outcomes(folder: Path) -> list[Outcome]:
+    paths = sorted((folder / "runs").glob("*.json"))
+    return [Outcome(**json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+
+
+def _summarise(folder: Path, profile: str, outcomes: list[Outcome]) -> None:
+    rows = claims.collect(folder)
+    claims.write_text(folder / "claims.json", json.dumps(rows, indent=1, ensure_ascii=False))
+    table = claims.scorecard(rows)
+    runs = [(o.name, o.seconds, o.error) for o in outcomes]
+    claims.write_text(
+        folder / "report.html", report_page(folder / "notebooks", profile, table, runs)
+    )
+    print(f"\n{table}\n\nreport: {folder / 'report.html'}")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def report_page(
+    notebooks: Path, profile: str, table: claims.ClaimsTable, runs: Sequence[tuple[str, float, str]]
+) -> str:
+    """The report, one self-contained HTML page.
+
+    `runs` holds each notebook's name, seconds and error (or "").
+    """
+    bodies = [
+        f"<section id='{html.escape(name)}'>{_body(notebooks / f'{name}.ipynb')}</section>"
+        for name, _, _ in runs
+        if (notebooks / f"{name}.ipynb").is_file()
+    ]
+    return (
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
+        "<meta name='viewport' content='width=device-width,initial-scale=1'>"
+        f"<title>saesub: {profile} report</title><style>{_CSS}</style></head><body>"
+        f"<h1>saesub: {profile} report</h1><h2>Scorecard</h2>{table._repr_html_()}"
+        f"<h2>This run</h2>{_run_info()}{_times(runs)}{''.join(bodies)}</body></html>"
+    )
+
+
+def run_facts() -> list[str]:
+    """Date, versions and hardware of this machine, one line each."""
+    import torch
+
+    return [
+        datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        f"Python {platform.python_version()}, {platform.system()} {platform.machine()}",
+        f"{_processor()}, {os.cpu_count()} cores",
+        *([torch.cuda.get_device_name()] if torch.cuda.is_available() else []),
+        ", ".join(f"{name} {_version(name)}" for name in _PACKAGES),
+    ]
+
+
+def _run_info() -> str:
+    return "<ul>" + "".join(f"<li>{html.escape(fact)}</li>" for fact in run_facts()) + "</ul>"
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    models = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(models, "") or platform.processor() or "unknown processor"
+
+
+def _times(runs: Sequence[tuple[str, float, str]]) -> str:
+    rows = "".join(
+        f"<tr><td><a href='#{html.escape(name)}'>{html.escape(name)}</a></td>"
+        f"<td>{seconds:.0f} s</td><td class='error'>{html.escape(error)}</td></tr>"
+        for name, seconds, error in runs
+    )
+    return f"<div class='scroll'><table>{rows}</table></div>"
+
+
+def _body(path: Path) -> str:
+    """A notebook without its code, and without progress bars and other standard error."""
+    import nbformat
+    from nbconvert import HTMLExporter
+
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]
+    exporter = HTMLExporter(template_name="basic", exclude_input=True)
+    body, _ = exporter.from_notebook_node(notebook)
+    return body

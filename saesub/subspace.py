@@ -1,0 +1,190 @@
+"""Active Subspace Initialization: dictionary features that start where the activations live.
+
+The whole method (arXiv 2508.16929, section on ASI): take the top `d_init` principal directions U
+of the centred activations, draw every decoder row at random inside span(U), and tie the encoder to
+the decoder. Architecture, loss and training stay as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from numbers import Integral
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from sae_lens import SAE
+from torch import Tensor
+
+from saesub.errors import SaesubError
+from saesub.spectrum import Spectrum
+
+_ENCODER_BIASES = ("b_enc", "b_gate", "b_mag")
+
+
+@dataclass(frozen=True)
+class SubspaceInit:
+    """What `initialize_in_subspace` did; also written to `sae.cfg.metadata.subspace_init`.
+
+    Attributes:
+        d_init: dimension of the subspace the decoder rows were drawn in.
+        d: width of the space (`d_in`, or `d_out` of a transcoder).
+        variance_share: share of the activations' variance inside the subspace.
+        input_d_init: the same as `d_init` for a transcoder's encoder, None for an autoencoder.
+        seed: of the random draw.
+        n_tokens: tokens behind the spectrum.
+    """
+
+    d_init: int
+    d: int
+    variance_share: float
+    input_d_init: int | None
+    seed: int
+    n_tokens: int
+
+
+@torch.no_grad()
+def initialize_in_subspace(
+    sae: SAE[Any],
+    spectrum: Spectrum,
+    d_init: int | float | str = "auto",
+    *,
+    input_spectrum: Spectrum | None = None,
+    seed: int = 0,
+) -> SubspaceInit:
+    """Re-draw a dictionary's features inside the active subspace, in place.
+
+    Row norms of the decoder stay what SAELens made them; the encoder becomes the decoder's
+    transpose (a transcoder's encoder, which reads another space, is drawn in the active subspace
+    of that space, at the norms it had); biases are centred as by `center_biases`.
+
+    Args:
+        sae: any SAELens training SAE, or a transcoder of any kind.
+        spectrum: of the activations that are reconstructed, shape (d,).
+        d_init: an integer from 1 to d; a share of the variance, strictly between 0 and 1;
+            or "auto", see `choose_d_init`.
+        input_spectrum: of the activations that a transcoder reads; refused for an autoencoder.
+        seed: of the random directions.
+
+    Raises:
+        SaesubError: the spectrum is of another width, `d_init` is out of range, the SAE whitens
+            its input, or a transcoder lacks its input spectrum.
+
+    Example:
+        >>> spectrum = saesub.measure_spectrum(model, "wiki-en", hook_name, n_tokens=200_000)
+        >>> saesub.initialize_in_subspace(sae, spectrum)  # doctest: +SKIP
+    """
+    is_transcoder = hasattr(sae.cfg, "d_out")
+    _check_fits(sae, spectrum, input_spectrum, is_transcoder)
+    rank = choose_d_init(spectrum, d_init)
+    input_rank = choose_d_init(input_spectrum, d_init) if input_spectrum else None
+    generator = torch.Generator().manual_seed(seed)
+
+    decoder = encoder = _random_rows(spectrum.basis(rank), sae.W_dec.norm(dim=-1), generator)
+    if input_spectrum is not None and input_rank is not None:
+        encoder = _random_rows(input_spectrum.basis(input_rank), sae.W_enc.norm(dim=0), generator)
+    sae.W_dec.copy_(decoder)
+    if "W_enc" in dict(sae.named_parameters()):  # matching pursuit has no encoder of its own
+        sae.W_enc.copy_(encoder.T)
+    center_biases(sae, spectrum, input_spectrum=input_spectrum)
+
+    report = SubspaceInit(
+        rank, spectrum.d, float(spectrum.variance_in(rank)), input_rank, seed, spectrum.n_tokens
+    )
+    sae.cfg.metadata.subspace_init = asdict(report)
+    return report
+
+
+@torch.no_grad()
+def center_biases(
+    sae: SAE[Any], spectrum: Spectrum, *, input_spectrum: Spectrum | None = None
+) -> None:
+    """Set the decoder bias to the mean activation, and let the encoder see centred inputs.
+
+    A baseline that is to be compared with `initialize_in_subspace` gets this and nothing else, so
+    that the two differ in their directions alone. Where the encoder does not subtract the decoder
+    bias itself (`apply_b_dec_to_input=False`, transcoders), its own bias takes the mean out.
+    An SAE that rescales its input gets the mean in that scale, √d / E‖x‖: exact for
+    `expected_average_only_in`, an approximation for `layer_norm` and `constant_norm_rescale`,
+    which scale each token by itself.
+
+    Raises:
+        SaesubError: as `initialize_in_subspace`.
+    """
+    is_transcoder = hasattr(sae.cfg, "d_out")
+    _check_fits(sae, spectrum, input_spectrum, is_transcoder)
+    scaled = sae.cfg.normalize_activations != "none"
+    sae.b_dec.copy_(_mean_in_scale(spectrum, scaled and not is_transcoder))
+    read = input_spectrum if is_transcoder else spectrum
+    assert read is not None  # _check_fits has seen to it
+    seen_by_encoder = _mean_in_scale(read, scaled).to(sae.W_enc)
+    subtracts_b_dec = sae.cfg.apply_b_dec_to_input and not is_transcoder
+    for name, bias in sae.named_parameters():
+        if name in _ENCODER_BIASES:
+            bias.copy_(
+                torch.zeros_like(bias) if subtracts_b_dec else -(seen_by_encoder @ sae.W_enc)
+            )
+
+
+def choose_d_init(spectrum: Spectrum, d_init: int | float | str = "auto") -> int:
+    """The dimension that `d_init` means for this spectrum.
+
+    "auto" is the larger of the rank at 99 % of variance and the effective rank of the singular
+    values: the first alone collapses at sites where one or two massive directions hold nearly all
+    of the variance (residual streams).
+
+    Raises:
+        SaesubError: `d_init` is no whole number in 1…d, no share in (0, 1), and not "auto".
+    """
+    if d_init == "auto":
+        return max(spectrum.rank_at(0.99), round(spectrum.effective_rank("singular_values")))
+    if isinstance(d_init, float) and 0 < d_init < 1:
+        return spectrum.rank_at(d_init)
+    whole = isinstance(d_init, Integral) and not isinstance(d_init, bool)
+    if whole and 1 <= d_init <= spectrum.d:  # pyright: ignore[reportOperatorIssue]
+        return int(d_init)
+    raise SaesubError(
+        f"d_init={d_init!r} is out of range: pass a whole number from 1 to {spectrum.d}, "
+        'a share of variance strictly between 0 and 1, or "auto".'
+    )
+
+
+def _random_rows(
+    basis: Float[Tensor, "d r"], norms: Float[Tensor, " d_sae"], generator: torch.Generator
+) -> Float[Tensor, "d_sae d"]:
+    """Isotropic random directions inside the span of `basis`, one per given norm."""
+    coordinates = torch.randn(len(norms), basis.shape[1], generator=generator)
+    coordinates /= coordinates.norm(dim=-1, keepdim=True)
+    return (coordinates.to(norms) @ basis.T.to(norms)) * norms.unsqueeze(-1)
+
+
+def _mean_in_scale(spectrum: Spectrum, scaled: bool) -> Float[Tensor, " d"]:
+    return spectrum.mean * (spectrum.d**0.5 / spectrum.mean_norm if scaled else 1.0)
+
+
+def _check_fits(
+    sae: SAE[Any], spectrum: Spectrum, input_spectrum: Spectrum | None, is_transcoder: bool
+) -> None:
+    if sae.cfg.normalize_activations == "covariance_whitening":
+        raise SaesubError(
+            "This SAE whitens its input (normalize_activations='covariance_whitening'), and the "
+            "whitening is estimated after initialisation: in whitened space every direction is "
+            "equally active, so a basis from raw activations would be wrong. "
+            "Use normalize_activations='none' or 'expected_average_only_in'."
+        )
+    if is_transcoder and input_spectrum is None:
+        raise SaesubError(
+            "A transcoder reads one space and writes another: pass the spectrum of what it reads "
+            "as input_spectrum=…."
+        )
+    if not is_transcoder and input_spectrum is not None:
+        raise SaesubError("input_spectrum is for transcoders; an autoencoder reads what it writes.")
+    pairs = [("spectrum", spectrum, sae.W_dec.shape[1])]
+    if input_spectrum is not None:
+        pairs.append(("input_spectrum", input_spectrum, sae.W_enc.shape[0]))
+    for name, given, width in pairs:
+        if given.d != width:
+            raise SaesubError(
+                f"{name} is {given.d} wide but the SAE needs {width}: "
+                "measure it at the hook point that the SAE is trained on."
+            )

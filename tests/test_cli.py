@@ -1,0 +1,98 @@
+"""The console script, on small real notebooks: runs, resumes, reports, and says what failed."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from saesub import cli, reproduce
+
+CLAIM = """from saesub import claims
+claims.compare([claims.Measurement("F1.attn_rank", 0.515)], "01")"""
+# As in the notebooks, the import has a cell of its own: on a first, cold import Jupyter's inline
+# backend may only be ready for figures once that cell has ended.
+IMPORT = "import matplotlib.pyplot as plt"
+PLOT = 'plt.plot([1, 2]); print("the profile is", PROFILE)'
+
+
+def _write(folder, name, *cells):
+    parameters = new_code_cell('PROFILE = "quick"', metadata={"tags": ["parameters"]})
+    body = [parameters, *map(new_code_cell, cells)]
+    nbformat.write(new_notebook(cells=[new_markdown_cell(f"# {name}"), *body]), folder / name)
+
+
+@pytest.fixture
+def notebooks(tmp_path, monkeypatch):
+    folder = tmp_path / "given"
+    folder.mkdir()
+    monkeypatch.setattr(reproduce, "notebooks_dir", lambda: folder)
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+@pytest.mark.notebook
+def test_reproduce_goes_on_after_a_failure_and_resumes(notebooks, tmp_path, capsys):
+    _write(notebooks, "00_breaks.ipynb", "x = 1", "raise ValueError('on purpose')")
+    _write(notebooks, "01_works.ipynb", IMPORT, PLOT, CLAIM)
+    assert cli.main(["reproduce", "--profile", "smoke", "--quiet"]) == 1
+    out, err = capsys.readouterr()
+    assert "00_breaks failed in cell 4: ValueError: on purpose" in err
+    assert "01_works: done" in err
+    assert "✔ 1 holds" in out
+
+    results = tmp_path / "results" / "smoke"
+    assert json.loads((results / "claims.json").read_text())[0]["id"] == "F1.attn_rank"
+    page = (results / "report.html").read_text(encoding="utf-8")
+    assert page.index("Scorecard") < page.index("the profile is smoke")
+    assert "data:image/png;base64" in page
+    assert "plt.plot" not in page
+    assert 'src="http' not in page
+    assert "SAESUB_RESULTS" not in os.environ
+
+    assert cli.main(["reproduce", "--profile", "smoke", "--quiet", "--notebook", "01"]) == 0
+    assert "already done" in capsys.readouterr().err
+    assert cli.main(["reproduce", "--profile", "smoke", "--quiet"]) == 1
+    assert "00_breaks: running" in capsys.readouterr().err
+
+
+@pytest.mark.notebook
+def test_the_kernel_is_this_python_and_works_in_the_results_folder(notebooks, tmp_path, capsys):
+    cell = "import os, sys; print(sys.executable, os.getcwd(), os.environ['SAESUB_RESULTS'])"
+    _write(notebooks, "01_where.ipynb", cell)
+    arguments = ["reproduce", "--profile", "smoke", "--quiet", "--results", "other"]
+    assert cli.main(arguments) == 0
+    folder = tmp_path / "other" / "smoke"
+    text = (folder / "notebooks" / "01_where.ipynb").read_text(encoding="utf-8")
+    assert f"{sys.executable} {folder} {folder}" in text
+    _write(notebooks, "01_where.ipynb", cell, "1 + 1")
+    cli.main(arguments)
+    assert "running" in capsys.readouterr().err.split("01_where: done")[-2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["reproduce", "--profile", "smok"], "did you mean 'smoke'"),
+        (["reproduce", "--notebook", "77"], "no notebook '77'"),
+        (["scorecard", "nowhere"], "no folder"),
+        (["fetch", "smolm2-135m"], "smollm2-135m"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_2(notebooks, capsys, arguments, message):
+    _write(notebooks, "01_works.ipynb", "1")
+    assert cli.main(arguments) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_list_and_scorecard(tmp_path, capsys):
+    assert cli.main(["list"]) == 0
+    assert "smollm2-135m" in capsys.readouterr().out
+    assert cli.main(["scorecard", str(tmp_path)]) == 0
+    assert "F12.quality: not testable here" in capsys.readouterr().out

@@ -1,0 +1,132 @@
+"""Models: the packaged one is sane, and the bridge computes what Hugging Face computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from saesub import models
+from saesub.errors import SaesubError
+from saesub.fetch import packaged
+from saesub.models import ContextTokens, context_tokens, load_model, model_name
+
+pytestmark = pytest.mark.model
+
+
+@pytest.fixture(scope="module")
+def folder(model: TransformerBridge) -> Path:
+    """The packaged model as a Hugging Face folder on disk."""
+    return models._converted(packaged()["smollm2-135m"])
+
+
+@pytest.fixture(scope="module")
+def tokens(model: TransformerBridge, corpus: Dataset) -> torch.Tensor:
+    page = "\n\n".join(corpus["text"][:10])
+    return torch.tensor([model.tokenizer(page)["input_ids"][:256]])
+
+
+@pytest.fixture
+def tiny() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    return LlamaForCausalLM(config)
+
+
+@torch.no_grad()
+def test_it_predicts_english(model: TransformerBridge, tokens: torch.Tensor) -> None:
+    loss = torch.nn.functional.cross_entropy(model(tokens)[0, :-1], tokens[0, 1:])
+    assert loss < 4.0
+
+
+@torch.no_grad()
+def test_logits_are_those_of_hugging_face(
+    model: TransformerBridge, tokens: torch.Tensor, folder: Path
+) -> None:
+    reference = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    torch.testing.assert_close(model(tokens), reference(tokens).logits, atol=1e-4, rtol=0)
+
+
+def test_it_is_ready_for_reading(model: TransformerBridge) -> None:
+    assert not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert model_name(model) == "smollm2-135m"
+
+
+def test_special_tokens_are_those_of_training(model: TransformerBridge) -> None:
+    tokenizer = model.tokenizer
+    assert tokenizer.convert_tokens_to_ids("<|endoftext|>") == 0
+    assert context_tokens(model) == ContextTokens(None, 0, (0, 1, 2))
+    assert model.to_tokens("Hello world").tolist() == [tokenizer.encode("Hello world")]
+    assert model.to_tokens("Hello world").shape == (1, 2)
+
+
+def test_a_bridge_comes_back_as_it_is(model: TransformerBridge) -> None:
+    assert load_model(model) is model
+
+
+@torch.no_grad()
+def test_a_local_folder_loads(model: TransformerBridge, tokens: torch.Tensor, folder: Path) -> None:
+    local = load_model(str(folder), device="cpu")
+    torch.testing.assert_close(local(tokens), model(tokens))
+    assert model_name(local) == folder.name
+    assert context_tokens(local).bos_id is None
+
+
+@torch.no_grad()
+def test_a_live_model_and_its_tokenizer_load(
+    model: TransformerBridge, tiny: LlamaForCausalLM
+) -> None:
+    ids = torch.arange(20)[None]
+    expected = tiny.eval()(ids).logits
+    live = load_model((tiny, model.tokenizer))
+    torch.testing.assert_close(live(ids), expected, atol=1e-4, rtol=0)
+    assert context_tokens(live).separator_id == model.tokenizer.eos_token_id
+    assert load_model((tiny, model.tokenizer), dtype=torch.bfloat16)(ids).dtype == torch.bfloat16
+
+
+def test_a_live_model_finds_its_tokenizer(tiny: LlamaForCausalLM, folder: Path) -> None:
+    tiny.name_or_path = str(folder)
+    assert load_model(tiny).to_tokens("Hello world").shape == (1, 2)
+
+
+def test_a_live_model_without_tokenizer_is_named(tiny: LlamaForCausalLM, tmp_path: Path) -> None:
+    tiny.name_or_path = str(tmp_path)
+    with pytest.raises(SaesubError, match=r"give the pair \(model, tokenizer\)"):
+        load_model(tiny)
+
+
+def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SaesubError, match=r"no config\.json"):
+        load_model(tmp_path)
+
+
+def test_unknown_name_offline_gets_near_and_packaged_names(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(models, "hub_is_reachable", lambda: False)
+    with pytest.raises(SaesubError, match=r"did you mean 'smollm2-135m'.*gemma3-270m.*connect"):
+        load_model("smolm2-135m")
+
+
+def test_an_interrupted_conversion_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(models.AutoConfig, "from_pretrained", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        models._convert(tmp_path, packaged()["smollm2-135m"], tmp_path / "whole")
+    assert list(tmp_path.iterdir()) == []

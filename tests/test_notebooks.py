@@ -1,0 +1,102 @@
+"""The committed notebooks are clean, and each one runs from the built wheel in an empty folder.
+
+The wheel is unpacked into a folder of its own: the checkout is not on the kernels' path.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def _code(path: Path) -> list:
+    notebook = nbformat.read(path, as_version=4)
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+@each_notebook
+def test_committed_outputs_come_from_one_clean_run(path):
+    cells = [cell for cell in _code(path) if cell.source.strip()]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [out for cell in cells for out in cell.outputs]
+    assert outputs
+    assert not [out for out in outputs if out.output_type == "error"]
+
+
+@each_notebook
+def test_size_is_light(path):
+    assert path.stat().st_size < 1_000_000
+
+
+@each_notebook
+def test_cells_are_short_and_end_in_the_claims(path):
+    cells = _code(path)
+    assert max(len(cell.source.splitlines()) for cell in cells) <= 20
+    assert any(call in cells[-1].source for call in ("claims.compare(", "claims.scorecard("))
+
+
+@each_notebook
+def test_the_opening_cells(path):
+    first, install, parameters = nbformat.read(path, as_version=4).cells[:3]
+    assert first.cell_type == "markdown"
+    assert first.source.startswith("# ")
+    assert "pip install" in install.source
+    assert "if " in install.source, "the install line must be guarded"
+    assert "parameters" in parameters.metadata.get("tags", [])
+    assert "PROFILE" in parameters.source
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory) -> Path:
+    """A folder holding saesub as installed from its wheel, and nothing else."""
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+    build = ["wheel", "--no-deps", "--no-build-isolation", "-w", str(folder), str(ROOT)]
+    subprocess.run([*pip, *build], check=True, cwd=folder)
+    (wheel,) = folder.glob("saesub-*.whl")
+    target = folder / "site"
+    subprocess.run([*pip, "install", "--no-deps", "-t", str(target), str(wheel)], check=True)
+    return target
+
+
+def _environment(installed: Path) -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(installed), "PYTHONSAFEPATH": "1"}
+
+
+@pytest.mark.notebook
+def test_the_wheel_is_what_runs(installed, tmp_path):
+    command = [sys.executable, "-c", "import saesub.resources as r; print(r.notebooks_dir())"]
+    run = {"cwd": tmp_path, "env": _environment(installed), "capture_output": True, "text": True}
+    shown = Path(subprocess.run(command, check=True, **run).stdout.strip())
+    assert shown.is_relative_to(installed)
+    assert [p.name for p in sorted(shown.glob("[0-9]*.ipynb"))] == [p.name for p in NOTEBOOKS]
+    command = [sys.executable, "-m", "saesub.cli", "list"]
+    assert "smollm2-135m" in subprocess.run(command, check=True, **run).stdout
+
+
+@pytest.mark.notebook
+@each_notebook
+def test_a_notebook_runs_from_the_wheel(path, installed, tmp_path):
+    command = [sys.executable, "-m", "saesub.cli", "reproduce", "--profile", "smoke", "--quiet"]
+    command += ["--notebook", path.stem]
+    run = {"cwd": tmp_path, "env": _environment(installed), "capture_output": True, "text": True}
+    done = subprocess.run(command, check=False, **run)
+    assert done.returncode == 0, done.stderr[-4000:]
+    results = tmp_path / "results" / "smoke"
+    executed = nbformat.read(results / "notebooks" / path.name, as_version=4)
+    outputs = [out for cell in executed.cells for out in cell.get("outputs", [])]
+    assert not [out for out in outputs if out.output_type == "error"]
+    assert any("saesub-claims" in out.get("data", {}).get("text/html", "") for out in outputs)
+    if "claims.compare(" in _code(path)[-1].source:
+        assert json.loads((results / "claims.json").read_text(encoding="utf-8"))

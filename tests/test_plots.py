@@ -1,0 +1,282 @@
+"""The figures draw the data they are given, and nothing overlaps the labels they need."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+from saesub import plots
+from saesub.errors import SaesubError
+
+SEEDS = (0, 1, 2)
+
+
+def _layers() -> pd.DataFrame:
+    ranks = {"attn_out": 0.52, "mlp_out": 0.82, "resid_post": 0.8, "z": 0.825}
+    wave = 0.08 * np.sin(np.arange(30) / 3)
+    rows = [(i, s, r + wave[i]) for s, r in ranks.items() for i in range(30)]
+    return pd.DataFrame(rows, columns=["layer", "site", "rank_share"])
+
+
+def _tokens() -> pd.DataFrame:
+    ends = {"random": 0.26, "asi": 0.02, "asi + SparseAdam": 0.004, "random + SparseAdam": 0.17}
+    rows = [
+        (t, end * t / 5e5 * (1 + 0.1 * seed), arm, seed)
+        for arm, end in ends.items()
+        for seed in SEEDS
+        for t in range(0, 600_000, 100_000)
+    ]
+    return pd.DataFrame(rows, columns=["tokens", "dead_share", "arm", "seed"])
+
+
+def _arms() -> pd.DataFrame:
+    rows = [("random", 9216, 0.26 + 0.01 * s, 0.272 + 0.001 * s, s) for s in SEEDS] + [
+        ("asi", 9216, 0.018 + 0.001 * s, 0.278 + 0.001 * s, s) for s in SEEDS
+    ]
+    return pd.DataFrame(rows, columns=["arm", "d_sae", "dead_share", "fvu", "seed"])
+
+
+def _kept() -> pd.DataFrame:
+    x = np.linspace(0.05, 1, 12)
+    parts = [
+        pd.DataFrame({"site": s, "components_share": x, "recovered": 1 - (1 - x) ** p})
+        for s, p in {"attn_out": 2.0, "mlp_out": 1.1}.items()
+    ]
+    frame = pd.concat(parts)
+    return frame.assign(low=frame["recovered"] - 0.03, high=frame["recovered"] + 0.03)
+
+
+def _points() -> pd.DataFrame:
+    rng = np.random.default_rng(0)
+    sites = np.repeat(["attn_out", "mlp_out", "resid_post"], 10)
+    rank = np.repeat([0.5, 0.82, 0.8], 10) + rng.normal(0, 0.05, 30)
+    dead = np.clip(0.6 - 0.6 * rank + rng.normal(0, 0.05, 30), 0, 1)
+    labels = [f"L{i}" for i in range(10)] * 3
+    columns = {"rank_share": rank, "dead_share": dead, "site": sites, "label": labels}
+    return pd.DataFrame(columns)
+
+
+def _grid() -> pd.DataFrame:
+    rows = [
+        (m, c, s, r)
+        for m in ("smollm2-135m", "gemma3-270m", "qwen2.5-coder-0.5b")
+        for c in ("wiki-en", "wiki-fr", "code-python", "legal")
+        for s, r in {"attn_out": 0.52, "mlp_out": 0.82, "resid_post": 0.8}.items()
+    ]
+    return pd.DataFrame(rows, columns=["model", "corpus", "site", "rank_share"])
+
+
+def _fates() -> pd.DataFrame:
+    rng = np.random.default_rng(1)
+    overlap = np.concatenate([rng.beta(20, 20, 900), rng.beta(16, 22, 300)])
+    return pd.DataFrame({"overlap": overlap, "alive": np.arange(1200) < 900})
+
+
+def _variances() -> pd.DataFrame:
+    predicted = np.geomspace(1e-6, 1, 200)
+    return pd.DataFrame({"predicted": predicted, "measured": predicted * 1.001})
+
+
+def _sweep() -> pd.DataFrame:
+    share = np.array([0.1, 0.25, 0.5, 0.75, 1.0])
+    columns = {"dead_share": share**2 * 0.26, "fvu": 0.27 + 0.05 * (share - 0.5) ** 2}
+    return pd.DataFrame({"d_init_share": share} | columns)
+
+
+def _widths() -> pd.DataFrame:
+    rows = [
+        (d, arm, dead * np.log2(d / 2048) / 5)
+        for d in (4608, 9216, 18432, 36864)
+        for arm, dead in {"random": 0.5, "asi": 0.03}.items()
+    ]
+    return pd.DataFrame(rows, columns=["d_sae", "arm", "dead_share"])
+
+
+def _curves() -> dict[str, np.ndarray]:
+    values = {"attn_out": np.exp(-np.arange(576) / 60), "mlp_out": np.exp(-np.arange(576) / 160)}
+    return {name: np.cumsum(v) / v.sum() for name, v in values.items()}
+
+
+FIGURES = {
+    "rank_by_layer": lambda: plots.rank_by_layer(
+        _layers(), {"attn_out": 0.6, "mlp_out": 0.9, "resid_post": 0.9}
+    ),
+    "cumulative_variance": lambda: plots.cumulative_variance(_curves()),
+    "loss_recovered": lambda: plots.loss_recovered(
+        _kept(), paper={"attn_out": 0.747, "mlp_out": 0.961}
+    ),
+    "rank_heatmap": lambda: plots.rank_heatmap(_grid()),
+    "predicted_variance": lambda: plots.predicted_variance(_variances()),
+    "singular_values": lambda: plots.singular_values({"W_O, layer 12": np.geomspace(9, 0.1, 576)}),
+    "dead_over_tokens": lambda: plots.dead_over_tokens(_tokens()),
+    "dead_against_rank": lambda: plots.dead_against_rank(_points()),
+    "overlap_by_fate": lambda: plots.overlap_by_fate(_fates()),
+    "dead_and_fvu": lambda: plots.dead_and_fvu(_arms()),
+    "d_init_sweep": lambda: plots.d_init_sweep(_sweep(), {"dead_share": 0.26, "fvu": 0.29}),
+    "width": lambda: plots.width(_widths()),
+}
+
+
+def _line(figure, label: str):
+    lines = [line for axes in figure.axes for line in axes.get_lines()]
+    return next(line for line in lines if line.get_label() == label)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_figure_is_labelled_renders_and_leaves_no_open_figure(name, tmp_path):
+    before = dict(plt.rcParams)
+    figure = FIGURES[name]()
+    figure.savefig(tmp_path / "figure.png")
+    assert plt.get_fignums() == []
+    assert dict(plt.rcParams) == before
+    for axes in figure.axes:
+        assert axes.get_xlabel() or figure._supxlabel
+        assert axes.get_ylabel() or axes.get_title() or name == "dead_and_fvu"
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_no_two_texts_overlap(name):
+    figure = FIGURES[name]()
+    figure.draw_without_rendering()
+    texts = [t for axes in figure.axes for t in axes.texts if t.get_text()]
+    for axes in figure.axes:
+        lows, highs = sorted(axes.get_xlim()), sorted(axes.get_ylim())
+        for axis, (low, high) in ((axes.xaxis, lows), (axes.yaxis, highs)):
+            shown = [t for t in axis.get_major_ticks() if low <= t.get_loc() <= high]
+            texts += [
+                t.label1 for t in shown if t.label1.get_text() and not t.label1.get_rotation()
+            ]
+        texts += [t for t in (axes.xaxis.label, axes.yaxis.label, axes.title) if t.get_text()]
+    texts += figure.legends
+    boxes = [t.get_window_extent() for t in texts]
+    for i, (box, text) in enumerate(zip(boxes, texts, strict=True)):
+        covered = [str(o) for b, o in zip(boxes[:i], texts[:i], strict=True) if box.overlaps(b)]
+        assert not covered, (str(text), covered)
+        assert box.x0 >= 0, str(text)
+        assert box.x1 <= figure.bbox.x1, str(text)
+
+
+def test_rank_lines_hold_the_frame_and_the_papers_value_is_drawn():
+    frame = _layers().sample(frac=1, random_state=0)
+    figure = plots.rank_by_layer(frame, {"attn_out": 0.6})
+    line = _line(figure, "attention output")
+    rows = frame[frame["site"] == "attn_out"].sort_values("layer")
+    np.testing.assert_array_equal(line.get_xdata(), rows["layer"])
+    np.testing.assert_array_equal(line.get_ydata(), rows["rank_share"])
+    dashed = [ln for ln in figure.axes[0].get_lines() if set(ln.get_ydata()) == {0.6}]
+    assert len(dashed) == 1
+    assert "60 %" in figure.axes[0].texts[0].get_text()
+
+
+def test_a_hook_point_has_its_sites_colour():
+    frame = _layers().replace({"attn_out": "blocks.12.hook_attn_out"})
+    assert _line(plots.rank_by_layer(frame), "attention output").get_color() == "#D55E00"
+
+
+def test_cumulative_variance_counts_directions_from_one():
+    line = _line(
+        plots.cumulative_variance({"attn_out": np.array([0.5, 0.9, 0.99, 1])}), "attention output"
+    )
+    np.testing.assert_allclose(line.get_xdata(), [0.25, 0.5, 0.75, 1])
+    np.testing.assert_allclose(line.get_ydata(), [0.5, 0.9, 0.99, 1])
+
+
+def test_cumulative_variance_refuses_plain_variances():
+    with pytest.raises(SaesubError, match="cumulative"):
+        plots.cumulative_variance({"attn_out": np.array([0.5, 0.3, 0.2])})
+
+
+def test_cumulative_variance_of_a_spectrum():
+    import torch
+
+    from saesub.spectrum import Spectrum
+
+    x = torch.randn(4000, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor(
+        [3.0, 2.0, 1.0]
+    )
+    line = _line(plots.cumulative_variance({"x": Spectrum.from_activations(x)}), "x")
+    np.testing.assert_allclose(line.get_ydata(), np.cumsum([9, 4, 1]) / 14, atol=0.02)
+
+
+def test_loss_recovered_draws_line_band_and_paper():
+    frame = _kept()
+    figure = plots.loss_recovered(frame, paper={"mlp_out": 0.961})
+    rows = frame[frame["site"] == "mlp_out"]
+    np.testing.assert_array_equal(_line(figure, "MLP output").get_ydata(), rows["recovered"])
+    corners = figure.axes[0].collections[1].get_paths()[0].vertices
+    assert np.isclose(corners[:, 1].max(), rows["high"].max())
+    assert any(list(ln.get_xdata()) == [0.961, 0.961] for ln in figure.axes[0].get_lines())
+
+
+def test_dead_over_tokens_is_the_mean_and_the_band_its_range():
+    frame = _tokens()
+    figure = plots.dead_over_tokens(frame)
+    rows = frame[frame["arm"] == "random"].groupby("tokens")["dead_share"]
+    line = _line(figure, "random")
+    np.testing.assert_array_equal(line.get_xdata(), list(rows.groups))
+    np.testing.assert_allclose(line.get_ydata(), rows.mean())
+    corners = figure.axes[0].collections[0].get_paths()[0].vertices
+    assert np.isclose(corners[:, 1].max(), rows.max().max())
+
+
+def test_dead_against_rank_has_every_point():
+    frame = _points()
+    drawn = np.concatenate(
+        [c.get_offsets() for c in plots.dead_against_rank(frame).axes[0].collections]
+    )
+    np.testing.assert_allclose(drawn, frame[["rank_share", "dead_share"]])
+
+
+def test_histograms_sum_to_one_for_each_fate():
+    figure = plots.overlap_by_fate(_fates())
+    heights = [sum(bar.get_height() for bar in group) for group in figure.axes[0].containers]
+    np.testing.assert_allclose(heights, [1, 1])
+
+
+def test_heatmap_holds_each_value_in_its_cell():
+    frame = _grid()
+    frame.loc[0, "rank_share"] = 0.31
+    mesh = plots.rank_heatmap(frame).axes[0].collections[0]
+    values = np.asarray(mesh.get_array()).reshape(3, 4)
+    assert values[0, 0] == 0.31
+    np.testing.assert_allclose(values.ravel()[1:], 0.52)
+
+
+def test_seeds_are_points_and_the_bar_their_mean():
+    frame = _arms()
+    lines = plots.dead_and_fvu(frame).axes[1].get_lines()
+    rows = frame[frame["arm"] == "random"]["fvu"]
+    np.testing.assert_array_equal(lines[0].get_xdata(), rows)
+    np.testing.assert_allclose(lines[1].get_xdata(), rows.mean())
+
+
+def test_sweep_width_and_spectra_hold_their_data():
+    sweep, widths, values = _sweep(), _widths(), np.geomspace(9, 0.1, 20)
+    points = plots.d_init_sweep(sweep).axes[0].get_lines()[0]
+    np.testing.assert_array_equal(points.get_xydata(), sweep[["d_init_share", "dead_share"]])
+    line = _line(plots.width(widths), "asi")
+    np.testing.assert_allclose(line.get_ydata(), widths[widths["arm"] == "asi"]["dead_share"])
+    np.testing.assert_array_equal(
+        _line(plots.singular_values({"W": values}), "W").get_ydata(), values
+    )
+    cloud = plots.predicted_variance(_variances()).axes[0].collections[0]
+    np.testing.assert_allclose(cloud.get_offsets(), _variances())
+
+
+@pytest.mark.parametrize(
+    ("frame", "message"),
+    [
+        (_layers().drop(columns="site"), "lacks"),
+        (_layers().iloc[:0], "no rows"),
+        (_layers().assign(rank_share=np.nan), "NaN"),
+    ],
+)
+def test_bad_frames_are_refused(frame, message):
+    with pytest.raises(SaesubError, match=message):
+        plots.rank_by_layer(frame)

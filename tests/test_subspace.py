@@ -1,0 +1,184 @@
+"""ASI for every SAELens dictionary: in the span, tied, norms kept, biases centred, loadable."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from sae_lens import SAE, StandardTrainingSAEConfig, TrainingSAE
+from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
+
+from saesub.errors import SaesubError
+from saesub.spectrum import Spectrum
+from saesub.subspace import center_biases, choose_d_init, initialize_in_subspace
+
+D_IN, D_OUT, D_SAE = 24, 20, 96
+EXTRA = {"matryoshka_batchtopk": {"matryoshka_widths": [32, 64, 96]}}
+HAS_K = ("topk", "abstopk", "batchtopk", "matryoshka_batchtopk")
+TRANSCODERS = sorted(name for name in SAE_CLASS_REGISTRY if "transcoder" in name)
+
+
+def _spectrum(d: int, rank: int, n: int = 2000, seed: int = 0) -> Spectrum:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, rank, generator=generator) @ torch.randn(rank, d, generator=generator)
+    return Spectrum.from_activations(x + torch.randn(d, generator=generator))
+
+
+def _training_sae(architecture: str, **settings) -> TrainingSAE:
+    sae_class, cfg_class = SAE_TRAINING_CLASS_REGISTRY[architecture]
+    settings |= EXTRA.get(architecture, {})
+    if architecture in HAS_K:
+        settings["k"] = 4
+    if architecture == "matching_pursuit":
+        settings |= {"residual_threshold": 0.1, "max_iterations": 4}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return sae_class(cfg_class(d_in=D_IN, d_sae=D_SAE, **settings))
+
+
+def _transcoder(architecture: str) -> SAE:
+    sae_class, cfg_class = SAE_CLASS_REGISTRY[architecture]
+    return sae_class(cfg_class(d_in=D_IN, d_sae=D_SAE, d_out=D_OUT, apply_b_dec_to_input=False))
+
+
+def _assert_in_span(rows: torch.Tensor, basis: torch.Tensor) -> None:
+    outside = rows - rows @ basis @ basis.T
+    assert outside.norm() / rows.norm() < 1e-5
+
+
+@pytest.mark.parametrize("architecture", sorted(SAE_TRAINING_CLASS_REGISTRY))
+def test_every_training_architecture_starts_in_the_span_and_tied(architecture):
+    spectrum, sae = _spectrum(D_IN, 10), _training_sae(architecture)
+    norms = sae.W_dec.norm(dim=-1).clone()
+    report = initialize_in_subspace(sae, spectrum, d_init=10)
+    _assert_in_span(sae.W_dec.detach(), spectrum.basis(10))
+    assert torch.equal(sae.W_enc, sae.W_dec.T)
+    torch.testing.assert_close(sae.W_dec.norm(dim=-1), norms)
+    assert torch.linalg.matrix_rank(sae.W_dec.detach()) == 10
+    torch.testing.assert_close(sae.b_dec.double(), spectrum.mean, rtol=1e-5, atol=1e-6)
+    assert report.variance_share == pytest.approx(1.0)
+    assert sae.cfg.metadata.subspace_init["d_init"] == 10
+
+
+@pytest.mark.parametrize("architecture", TRANSCODERS)
+def test_transcoders_use_both_spaces_and_see_centred_inputs(architecture):
+    spectrum, read = _spectrum(D_OUT, 8), _spectrum(D_IN, 10, seed=1)
+    transcoder = _transcoder(architecture)
+    norms = transcoder.W_enc.norm(dim=0).clone()
+    report = initialize_in_subspace(transcoder, spectrum, d_init=0.999, input_spectrum=read)
+    _assert_in_span(transcoder.W_dec.detach(), spectrum.basis(report.d_init))
+    _assert_in_span(transcoder.W_enc.detach().T, read.basis(report.input_d_init))
+    torch.testing.assert_close(transcoder.W_enc.norm(dim=0), norms)
+    at_mean = read.mean.float() @ transcoder.W_enc + transcoder.b_enc
+    assert at_mean.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("architecture", ["standard", "gated", "jumprelu", "topk"])
+@pytest.mark.parametrize("apply_b_dec_to_input", [True, False])
+def test_encoders_see_centred_inputs(architecture, apply_b_dec_to_input):
+    spectrum = _spectrum(D_IN, 10)
+    sae = _training_sae(architecture, apply_b_dec_to_input=apply_b_dec_to_input)
+    initialize_in_subspace(sae, spectrum, d_init=10)
+    _, at_mean = sae.encode_with_hidden_pre(spectrum.mean.float()[None])
+    assert at_mean.abs().max() < 1e-5
+
+
+def test_scaled_inputs_get_the_mean_in_their_own_scale():
+    spectrum = _spectrum(D_IN, 10)
+    sae = _training_sae("topk", normalize_activations="expected_average_only_in")
+    initialize_in_subspace(sae, spectrum, d_init=10)
+    scale = D_IN**0.5 / spectrum.mean_norm
+    torch.testing.assert_close(sae.b_dec.double(), spectrum.mean * scale, rtol=1e-5, atol=1e-6)
+
+
+def test_centering_a_baseline_leaves_its_directions_alone():
+    sae = _training_sae("topk")
+    W_dec, W_enc = sae.W_dec.clone(), sae.W_enc.clone()
+    center_biases(sae, _spectrum(D_IN, 10))
+    assert torch.equal(sae.W_dec, W_dec)
+    assert torch.equal(sae.W_enc, W_enc)
+    assert sae.b_dec.norm() > 0
+
+
+def test_the_seed_decides_the_draw():
+    spectrum = _spectrum(D_IN, 10)
+    draws = []
+    for seed in (0, 0, 1):
+        sae = _training_sae("topk")
+        initialize_in_subspace(sae, spectrum, seed=seed)
+        draws.append(sae.W_dec.detach().clone())
+    torch.testing.assert_close(draws[0], draws[1])
+    assert (draws[0] - draws[2]).norm() > draws[0].norm()
+
+
+def test_what_d_init_means():
+    spectrum = _spectrum(D_IN, 10)
+    assert choose_d_init(spectrum, 7) == 7
+    assert choose_d_init(spectrum, 0.9) == spectrum.rank_at(0.9)
+    assert choose_d_init(spectrum, "auto") >= spectrum.rank_at(0.99)
+
+
+def test_auto_is_not_fooled_by_one_massive_direction():
+    x = torch.randn(3000, 30, generator=torch.Generator().manual_seed(0))
+    x[:, 0] *= 100
+    spectrum = Spectrum.from_activations(x)
+    assert spectrum.rank_at(0.99) == 1
+    assert choose_d_init(spectrum, "auto") > 1
+
+
+@pytest.mark.parametrize("bad", [0, -1, D_IN + 1, 0.0, 1.0, 1.5, True, "half", None])
+def test_bad_d_init_is_refused(bad):
+    with pytest.raises(SaesubError, match="d_init"):
+        initialize_in_subspace(_training_sae("topk"), _spectrum(D_IN, 10), d_init=bad)
+
+
+def test_misfits_are_refused_and_nothing_is_changed():
+    sae = _training_sae("topk")
+    before = {k: v.clone() for k, v in sae.state_dict().items()}
+    with pytest.raises(SaesubError, match=f"{D_OUT} wide but the SAE needs {D_IN}"):
+        initialize_in_subspace(sae, _spectrum(D_OUT, 5))
+    with pytest.raises(SaesubError, match="input_spectrum is for transcoders"):
+        initialize_in_subspace(sae, _spectrum(D_IN, 5), input_spectrum=_spectrum(D_IN, 5))
+    with pytest.raises(SaesubError, match="input_spectrum="):
+        initialize_in_subspace(_transcoder("transcoder"), _spectrum(D_OUT, 5))
+    whitening = _training_sae("standard", normalize_activations="covariance_whitening")
+    with pytest.raises(SaesubError, match="whitens its input"):
+        initialize_in_subspace(whitening, _spectrum(D_IN, 5))
+    assert all(torch.equal(v, before[k]) for k, v in sae.state_dict().items())
+
+
+_LOAD_ALONE = """
+import json, sys
+sys.modules["saesub"] = None  # an import of saesub would now fail
+from sae_lens import SAE
+saes = [SAE.load_from_disk(folder) for folder in sys.argv[1:]]
+print(json.dumps([[s.cfg.architecture(), s.cfg.metadata.subspace_init["d_init"]] for s in saes]))
+"""
+
+
+def test_saved_saes_load_where_saesub_is_not(tmp_path):
+    folders = []
+    for architecture in ("topk", "batchtopk"):
+        sae = _training_sae(architecture)
+        initialize_in_subspace(sae, _spectrum(D_IN, 10), d_init=9)
+        folders.append(str(tmp_path / architecture))
+        sae.save_inference_model(folders[-1])
+    out = subprocess.run(
+        [sys.executable, "-c", _LOAD_ALONE, *folders],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    )
+    assert json.loads(out.stdout.strip().splitlines()[-1]) == [["topk", 9], ["jumprelu", 9]]
+
+
+def test_standard_config_is_covered():
+    """The registry really holds SAELens' own classes, so the sweep above is not empty."""
+    assert SAE_TRAINING_CLASS_REGISTRY["standard"][1] is StandardTrainingSAEConfig
+    assert len(SAE_TRAINING_CLASS_REGISTRY) >= 8
+    assert len(TRANSCODERS) >= 4

@@ -1,0 +1,287 @@
+"""The trainer on a real model's activations: equal to SAELens' own, tokens counted, resumable."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+from sae_lens import (
+    SAE,
+    SAETrainer,
+    StandardTrainingSAE,
+    StandardTrainingSAEConfig,
+    TopKTrainingSAE,
+    TopKTrainingSAEConfig,
+)
+from sae_lens.config import SAETrainerConfig
+
+from saesub.activations import stream_activations
+from saesub.arms import joint_batches, train_arms
+from saesub.dead import fires
+from saesub.errors import SaesubError
+from saesub.spectrum import Spectrum
+from saesub.store import ActivationStore, StoreWriter
+from saesub.subspace import center_biases, initialize_in_subspace
+from saesub.training import SubspaceSAETrainer, sparse_forward, takes_sparse_step
+
+HOOK = "blocks.4.hook_attn_out"
+D_SAE, K, BATCH = 1152, 8, 128
+pytestmark = pytest.mark.model
+
+
+@pytest.fixture(scope="module")
+def activations(model, corpus) -> torch.Tensor:
+    blocks = stream_activations(model, corpus, [HOOK], n_tokens=4000, progress=False)
+    return torch.cat([block[HOOK] for block in blocks])
+
+
+@pytest.fixture(scope="module")
+def spectrum(activations) -> Spectrum:
+    return Spectrum.from_activations(activations)
+
+
+@pytest.fixture(scope="module")
+def store(activations, tmp_path_factory) -> ActivationStore:
+    folder = tmp_path_factory.mktemp("store")
+    with StoreWriter(folder, HOOK, len(activations), torch.float32) as writer:
+        writer.write(activations)
+        writer.finish({}, epochs=1.0)
+    return ActivationStore.open(folder, HOOK)
+
+
+def _cfg(steps: int, **settings) -> SAETrainerConfig:
+    return SAETrainerConfig(
+        total_training_samples=steps * BATCH,
+        train_batch_size_samples=BATCH,
+        lr=1e-3,
+        lr_end=1e-4,
+        lr_warm_up_steps=5,
+        n_batches_for_norm_estimate=4,
+        **settings,
+    )
+
+
+def _topk(seed: int = 0, **settings) -> TopKTrainingSAE:
+    torch.manual_seed(seed)
+    settings = {"aux_loss_coefficient": 0.0, "k": K} | settings
+    return TopKTrainingSAE(TopKTrainingSAEConfig(d_in=576, d_sae=D_SAE, **settings))
+
+
+def _batches(store: ActivationStore, start: int = 0):
+    return store.batches(BATCH, seed=0, start_step=start)
+
+
+@pytest.mark.parametrize("rescale", [True, False])
+@pytest.mark.parametrize("apply_b_dec", [True, False])
+def test_sparse_forward_equals_saelens_own(activations, spectrum, rescale, apply_b_dec):
+    sae = _topk(rescale_acts_by_decoder_norm=rescale, apply_b_dec_to_input=apply_b_dec).double()
+    sae.dtype = torch.float64
+    initialize_in_subspace(sae, spectrum, d_init=200)
+    sae.W_dec.data *= torch.linspace(0.5, 2, D_SAE)[:, None].double()  # norms must matter
+    x = activations[:300].double()
+    ours, _ = sparse_forward(sae, x)
+    feature_acts, _ = sae.encode_with_hidden_pre(x)
+    sae_out = sae.decode(feature_acts)
+    loss = (sae_out - x).square().sum(-1).mean()
+    torch.testing.assert_close(ours.loss, loss)
+    torch.testing.assert_close(ours.sae_out, sae_out)
+    torch.testing.assert_close(ours.feature_acts.to_dense(), feature_acts)
+    parameters = list(sae.parameters())
+    mine, theirs = (torch.autograd.grad(out, parameters) for out in (ours.loss, loss))
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+
+
+def test_two_hundred_sparse_steps_follow_saelens_trainer(store):
+    cfg = _cfg(200)
+    sparse, dense = _topk(), _topk()
+    ours = SubspaceSAETrainer(cfg, sparse, _batches(store), optimizer="adam")
+    theirs = SAETrainer(cfg, dense, _batches(store))
+    assert takes_sparse_step(sparse, cfg, ours.dead_neurons)
+    losses = []
+    for x, y in zip(_batches(store), range(200), strict=False):
+        losses.append((ours.step(x).loss.item(), theirs.step(x).loss.item()))
+        ours.n_training_steps, theirs.n_training_steps = y + 1, y + 1
+    mine, reference = torch.tensor(losses).T
+    assert reference[-1] < 0.7 * reference[0]
+    assert ((mine - reference).abs() / reference).max() < 1e-2
+    torch.testing.assert_close(ours.act_freq_scores.sum(), theirs.act_freq_scores.sum())
+
+
+@pytest.mark.parametrize("k", [K, 4])
+def test_the_dead_are_counted_by_tokens_as_brute_force_does(store, k):
+    sae = _topk(k=k)
+    window = 10 * BATCH
+    trainer = SubspaceSAETrainer(_cfg(30), sae, _batches(store), dead_window_tokens=window)
+    fired = []
+    for step, x in zip(range(30), _batches(store), strict=False):
+        with torch.no_grad():
+            fired.append(fires(sae.encode(x)))
+        trainer.step(x)
+        trainer.n_training_steps = step + 1
+    expected = ~torch.stack(fired[-10:]).any(0)
+    assert torch.equal(trainer.dead_neurons, expected)
+    assert trainer.dead_fraction() == pytest.approx(expected.float().mean().item())
+    assert 0 < expected.sum() < D_SAE
+
+
+def test_a_window_longer_than_the_run_gives_no_answer(store):
+    trainer = SubspaceSAETrainer(_cfg(3), _topk(), _batches(store), dead_window_tokens=10**6)
+    trainer.fit()
+    with pytest.raises(SaesubError, match="less than the window"):
+        trainer.dead_fraction()
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sparse_adam"])
+def test_fit_learns_and_saves_a_plain_saelens_sae(store, spectrum, tmp_path, optimizer):
+    sae = _topk()
+    initialize_in_subspace(sae, spectrum)
+    trainer = SubspaceSAETrainer(_cfg(60), sae, _batches(store), optimizer=optimizer)
+    before = sparse_forward(sae, store.rows(0, 500))[0].loss.item()
+    assert trainer.fit() is sae
+    assert sparse_forward(sae, store.rows(0, 500))[0].loss.item() < 0.6 * before
+    sae.save_inference_model(tmp_path)
+    loaded = SAE.load_from_disk(tmp_path)
+    assert loaded.cfg.architecture() == "topk"
+    assert loaded.cfg.metadata.optimizer == optimizer
+    torch.testing.assert_close(
+        loaded(store.rows(0, 50)), sae(store.rows(0, 50)), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_other_architectures_take_saelens_own_step(store, spectrum):
+    sae = StandardTrainingSAE(StandardTrainingSAEConfig(d_in=576, d_sae=D_SAE, l1_coefficient=1.0))
+    center_biases(sae, spectrum)
+    trainer = SubspaceSAETrainer(_cfg(5), sae, _batches(store))
+    assert not takes_sparse_step(sae, trainer.cfg, trainer.dead_neurons)
+    trainer.fit()
+    assert trainer.n_training_samples == 5 * BATCH
+
+
+def test_auxk_is_left_to_saelens_and_reads_the_token_window(store):
+    sae = _topk(aux_loss_coefficient=1.0)
+    trainer = SubspaceSAETrainer(_cfg(20), sae, _batches(store), dead_window_tokens=4 * BATCH)
+    aux = []
+    for step, x in zip(range(20), _batches(store), strict=False):
+        aux.append(trainer.step(x).losses["auxiliary_reconstruction_loss"].item())
+        trainer.n_training_steps = step + 1
+    assert aux[0] == 0
+    assert max(aux) > 0
+
+
+def test_scaled_inputs_are_folded_back(store, spectrum):
+    sae = _topk(normalize_activations="expected_average_only_in")
+    initialize_in_subspace(sae, spectrum)
+    SubspaceSAETrainer(_cfg(40), sae, _batches(store)).fit()
+    assert sae.cfg.normalize_activations == "none"
+    x = store.rows(0, 500)
+    assert (sae(x) - x).square().sum() < 0.9 * (x - x.mean(0)).square().sum()
+
+
+def _arms(store: ActivationStore, spectrum: Spectrum) -> dict[str, SubspaceSAETrainer]:
+    arms = {}
+    for name, optimizer in [("random", "adam"), ("asi", "sparse_adam")]:
+        sae = _topk(seed=1, normalize_activations="expected_average_only_in")
+        center_biases(sae, spectrum)
+        if name == "asi":
+            initialize_in_subspace(sae, spectrum)
+        arms[name] = SubspaceSAETrainer(_cfg(24), sae, iter(()), optimizer=optimizer)
+    return arms
+
+
+class _StopError(Exception):
+    pass
+
+
+def test_an_interrupted_run_of_arms_ends_with_the_same_weights(store, spectrum, tmp_path):
+    def batches(start, stop_at=None):
+        stream = joint_batches({HOOK: store}, BATCH, seed=3, start_step=start)
+        for step, batch in enumerate(stream, start=start):
+            if step == stop_at:
+                raise _StopError
+            yield batch
+
+    whole = _arms(store, spectrum)
+    history = train_arms(whole, batches)
+    with pytest.raises(_StopError):
+        train_arms(_arms(store, spectrum), lambda s: batches(s, stop_at=17), folder=tmp_path)
+    starts = []
+    resumed = _arms(store, spectrum)
+    again = train_arms(resumed, lambda s: (starts.append(s), batches(s))[1], folder=tmp_path)
+    assert starts[-1] > 0
+    for name in whole:
+        for a, b in zip(whole[name].sae.parameters(), resumed[name].sae.parameters(), strict=True):
+            assert torch.equal(a, b)
+    assert again.equals(history)
+    finished = _arms(store, spectrum)
+    assert train_arms(finished, batches, folder=tmp_path).equals(history)
+    assert torch.equal(finished["asi"].sae.W_dec, whole["asi"].sae.W_dec)
+
+
+def test_arms_see_the_same_batches(store, spectrum):
+    arms = _arms(store, spectrum)
+    twin = _arms(store, spectrum)["random"]
+    train_arms(arms, lambda start: joint_batches({HOOK: store}, BATCH, seed=3, start_step=start))
+    alone = {"alone": twin}
+    train_arms(alone, lambda start: joint_batches({HOOK: store}, BATCH, seed=3, start_step=start))
+    assert torch.equal(twin.sae.W_dec, arms["random"].sae.W_dec)
+
+
+def test_arms_of_unequal_length_are_refused(store, spectrum):
+    arms = _arms(store, spectrum)
+    arms["longer"] = SubspaceSAETrainer(_cfg(25), _topk(), iter(()))
+    with pytest.raises(SaesubError, match="equal tokens"):
+        train_arms(arms, lambda start: joint_batches({HOOK: store}, BATCH, seed=0))
+
+
+def test_bad_batches_are_refused_before_any_weight_moves(store):
+    sae = _topk()
+    trainer = SubspaceSAETrainer(_cfg(5), sae, _batches(store))
+    before = copy.deepcopy(sae.state_dict())
+    bad = store.rows(0, BATCH).clone()
+    bad[7, 3] = float("nan")
+    with pytest.raises(SaesubError, match="NaN or Inf in the activations of batch 0"):
+        trainer.step(bad)
+    with pytest.raises(SaesubError, match="the SAE reads"):
+        trainer.step(torch.zeros(BATCH, 100))
+    assert all(torch.equal(v, before[k]) for k, v in sae.state_dict().items())
+    with pytest.raises(SaesubError, match="Unknown optimizer"):
+        SubspaceSAETrainer(_cfg(5), _topk(), _batches(store), optimizer="sgd")  # pyright: ignore
+
+
+def test_float16_batches_of_large_sums_are_taken(store):
+    trainer = SubspaceSAETrainer(_cfg(5), _topk(), _batches(store))
+    trainer.step(torch.full((BATCH, 576), 2.0).half())
+    assert trainer.n_training_samples == BATCH
+
+
+def test_checkpoints_are_not_written_again_after_a_resume(store, spectrum, tmp_path):
+    def batches(start, stop_at=None):
+        stream = joint_batches({HOOK: store}, BATCH, seed=3, start_step=start)
+        yield from itertools.islice(stream, None if stop_at is None else stop_at - start)
+        raise _StopError
+
+    with pytest.raises(_StopError):
+        train_arms(_arms(store, spectrum), lambda s: batches(s, 17), folder=tmp_path)
+    (place,) = tmp_path.iterdir()
+    written = {p.name for p in place.iterdir()}
+    assert written
+    with pytest.raises(_StopError):
+        train_arms(_arms(store, spectrum), lambda s: batches(s, 18), folder=tmp_path)
+    assert {p.name for p in place.iterdir()} == written
+
+
+def test_a_damaged_checkpoint_is_named(store, tmp_path):
+    trainer = SubspaceSAETrainer(_cfg(5), _topk(), _batches(store))
+    trainer.fit()
+    trainer.save_trainer_state(tmp_path)
+    path = tmp_path / "tokens_since_fired.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+    fresh = SubspaceSAETrainer(_cfg(5), _topk(), _batches(store))
+    with pytest.raises(SaesubError, match="damaged or incomplete"):
+        fresh.load_trainer_state(tmp_path)
+    path.unlink()
+    with pytest.raises(SaesubError, match="damaged or incomplete"):
+        fresh.load_trainer_state(tmp_path)
