@@ -136,7 +136,7 @@ def _cell(path: Path, source: str) -> int | str:
 
 @contextmanager
 def _kernel(folder: Path) -> Iterator[None]:
-    """A kernel spec for this very Python, found before any other, and SAESUB_RESULTS set."""
+    """A kernel spec for this very Python, found before any other; figures and results in place."""
     with tempfile.TemporaryDirectory() as temporary:
         spec = Path(temporary) / "kernels" / "python3"
         spec.mkdir(parents=True)
@@ -144,7 +144,9 @@ def _kernel(folder: Path) -> Iterator[None]:
         text = {"argv": argv, "display_name": "Python 3 (ipykernel)", "language": "python"}
         (spec / "kernel.json").write_text(json.dumps(text), encoding="utf-8")
         search = os.pathsep.join(filter(None, [temporary, os.environ.get("JUPYTER_PATH")]))
-        with _environment(JUPYTER_PATH=search, SAESUB_RESULTS=str(folder)):
+        # A user's own MPLBACKEND (Agg, say) would leave the notebooks without their figures.
+        inline = "module://matplotlib_inline.backend_inline"
+        with _environment(JUPYTER_PATH=search, SAESUB_RESULTS=str(folder), MPLBACKEND=inline):
             yield
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("MPLBACKEND", "Agg")
-
+import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -13,6 +10,8 @@ import pytest
 
 from saesub import plots
 from saesub.errors import SaesubError
+
+matplotlib.use("Agg")
 
 SEEDS = (0, 1, 2)
 
