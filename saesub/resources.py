@@ -32,6 +32,6 @@ def cache_dir() -> Path:
 def source_digest() -> str:
     """A hash of saesub's own code: a kept result of other code is not the same result."""
     digest = hashlib.sha256()
-    for path in sorted(_PACKAGE.glob("*.py")):
+    for path in sorted([*_PACKAGE.glob("*.py"), *_PACKAGE.glob("*.cpp")]):
         digest.update(path.read_bytes())
     return digest.hexdigest()

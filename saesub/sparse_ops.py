@@ -1,12 +1,17 @@
-"""The TopK training step with k active entries a token: one dense product, everything else sparse.
+"""The TopK training step through active entries only: one dense product, everything else sparse.
 
-A TopK autoencoder's loss depends on `k` pre-activations of each token, so decoding and all
-gradients need only the `n_tokens * k` active entries. Dense autograd spends five more products of
-the size of the encoder's on zeros. The two functions here compose under autograd like their dense
-counterparts and give the same values and gradients:
+The loss of a TopK (or BatchTopK) autoencoder depends on about `k` pre-activations of each token, so
+decoding and all gradients need only those `n_tokens * k` entries. Dense autograd spends five more
+products of the size of the encoder's on zeros.
 
-    pre, features = encode_topk(x, sae.b_dec, sae.W_enc, sae.b_enc, k)
-    x_hat = decode_sparse(pre.relu(), features, sae.W_dec, sae.b_dec)
+A selection says which entries are active: a flat list of features, token after token, with offsets.
+`select_topk` and `select_batch_topk` find it; `encode_at` and `decode_at` are the encoder and the
+decoder at the selected entries, and under autograd give the values and gradients of their dense
+counterparts:
+
+    selected = select_topk(x - b_dec, W_enc, b_enc, k)
+    pre = encode_at(selected, x, b_dec, W_enc, b_enc)
+    x_hat = decode_at(selected, pre.relu(), W_dec, b_dec)
 
 Only torch operators are used; torch has them for CPU and CUDA.
 """
@@ -14,6 +19,9 @@ Only torch operators are used; torch has them for CPU and CUDA.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,34 +34,131 @@ warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta 
 
 _TOKENS_PER_BLOCK = 512  # the block of pre-activations stays in cache: 512 × 16K × 4 bytes = 32 MB
 _FEATURES_PER_TILE = 32
+_BATCH_TOPK_HEADROOM = 4  # first guess: no token of a batch has more than 4 k active features
+
+# (x, W_enc, b_enc, k, feature_scale) -> (n, k) features and pre-activations
+Search = Callable[..., tuple[Tensor, Tensor]]
 
 
-def encode_topk(
+@dataclass(frozen=True)
+class Selected:
+    """The active entries of n tokens, m in all, token after token.
+
+    Attributes:
+        features: (m,) int64, distinct within a token.
+        offsets: (n + 1,) int64: token i has the entries offsets[i] .. offsets[i + 1].
+        pre: (m,) their pre-activations, not differentiable.
+        d_sae: number of features there are.
+    """
+
+    features: Int[Tensor, " m"]
+    offsets: Int[Tensor, " n_plus_1"]
+    pre: Float[Tensor, " m"]
+    d_sae: int
+
+    @cached_property
+    def by_feature(self) -> tuple[Int[Tensor, " m"], Int[Tensor, " d_sae"]]:
+        """The order that sorts the entries by feature, and where each feature then starts."""
+        counts = torch.bincount(self.features, minlength=self.d_sae)
+        return self.features.argsort(stable=True), counts.cumsum(0) - counts
+
+    @cached_property
+    def tokens(self) -> Int[Tensor, " m"]:
+        """The token that each entry belongs to."""
+        counts = self.offsets.diff()
+        return torch.arange(len(counts), device=counts.device).repeat_interleave(
+            counts, output_size=len(self.features)
+        )
+
+    @classmethod
+    def equally(
+        cls, features: Int[Tensor, "n k"], pre: Float[Tensor, "n k"], d_sae: int
+    ) -> Selected:
+        """k entries for every token."""
+        n, k = features.shape
+        offsets = torch.arange(0, n * k + 1, k, device=features.device)
+        return cls(features.flatten(), offsets, pre.flatten(), d_sae)
+
+
+@torch.no_grad()
+def select_topk(
     x: Float[Tensor, "n d_in"],
-    b_in: Float[Tensor, " d_in"] | None,
     W_enc: Float[Tensor, "d_in d_sae"],
     b_enc: Float[Tensor, " d_sae"],
     k: int,
     feature_scale: Float[Tensor, " d_sae"] | None = None,
-) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
-    """The k largest pre-activations of every token and the features that have them.
+    *,
+    search: Search | None = None,
+) -> Selected:
+    """The k largest pre-activations `x @ W_enc + b_enc` of every token.
 
-    Pre-activations are `(x - b_in) @ W_enc + b_enc`; the values returned are these. Which k are
-    largest is decided after multiplying by `feature_scale` where it is given: SAELens'
-    `rescale_acts_by_decoder_norm` ranks features so, and the scale cancels in the reconstruction.
-    Gradients reach `b_in`, `W_enc` and `b_enc`, not `x` nor `feature_scale`.
+    Which are largest is decided after multiplying by `feature_scale` where it is given: SAELens'
+    `rescale_acts_by_decoder_norm` ranks features so. `search` replaces `dense_search`.
     """
-    return _EncodeTopK.apply(x, b_in, W_enc, b_enc, k, feature_scale)  # pyright: ignore
+    features, pre = (search or dense_search)(x, W_enc, b_enc, k, feature_scale)
+    return Selected.equally(features, pre, W_enc.shape[1])
 
 
-def decode_sparse(
-    values: Float[Tensor, "n k"],
-    features: Int[Tensor, "n k"],
-    W_dec: Float[Tensor, "d_sae d_out"],
-    b_dec: Float[Tensor, " d_out"],
-) -> Float[Tensor, "n d_out"]:
-    """`sum_j values[:, j] * W_dec[features[:, j]] + b_dec`; all but `features` get gradients."""
-    return _DecodeSparse.apply(values, features, W_dec, b_dec)  # pyright: ignore
+@torch.no_grad()
+def select_batch_topk(
+    x: Float[Tensor, "n d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    k: float,
+    feature_scale: Float[Tensor, " d_sae"] | None = None,
+    *,
+    search: Search | None = None,
+) -> Selected:
+    """The `int(n * k)` largest positive (scaled) pre-activations of the whole batch.
+
+    Every token first gives its own 4 k largest; a token that would still have more above the
+    batch's threshold is asked again for twice as many, so the answer is exact.
+    """
+    search = search or dense_search
+    wanted, d_sae = int(k * len(x)), W_enc.shape[1]
+    width = min(d_sae, max(1, int(_BATCH_TOPK_HEADROOM * k)))
+    features, pre = search(x, W_enc, b_enc, width, feature_scale)
+    while True:
+        scores = (pre if feature_scale is None else pre * feature_scale[features]).relu()
+        best = scores.flatten().topk(min(wanted, scores.numel()), sorted=False)
+        least = scores.amin(1)
+        cut_short = (least >= best.values.min()) & (least > 0)
+        if width == d_sae or not bool(cut_short.any()):
+            break
+        width = min(d_sae, 2 * width)
+        features = F.pad(features, (0, width - features.shape[1]))
+        pre = F.pad(pre, (0, width - pre.shape[1]), value=-torch.inf)
+        features[cut_short], pre[cut_short] = search(
+            x[cut_short], W_enc, b_enc, width, feature_scale
+        )
+    chosen = best.indices[best.values > 0].sort().values
+    counts = torch.bincount(chosen // width, minlength=len(x))
+    offsets = F.pad(counts.cumsum(0), (1, 0))
+    return Selected(features.flatten()[chosen], offsets, pre.flatten()[chosen], d_sae)
+
+
+def dense_search(
+    x: Float[Tensor, "n d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    k: int,
+    feature_scale: Float[Tensor, " d_sae"] | None = None,
+) -> tuple[Int[Tensor, "n k"], Float[Tensor, "n k"]]:
+    """Features and pre-activations of each token's k best, by the whole product, block by block."""
+    pre = x.new_empty(len(x), k)
+    features = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
+    # Folding the scale into the weights costs d_in × d_sae once, not a pass over n × d_sae.
+    scaled_W = W_enc if feature_scale is None else W_enc * feature_scale
+    scaled_b = b_enc if feature_scale is None else b_enc * feature_scale
+    buffer = x.new_empty(min(len(x), _TOKENS_PER_BLOCK), W_enc.shape[1])
+    for start in range(0, len(x), _TOKENS_PER_BLOCK):
+        rows = slice(start, start + _TOKENS_PER_BLOCK)
+        scores = torch.addmm(scaled_b, x[rows], scaled_W, out=buffer[: len(x[rows])])
+        features[rows] = top_k(scores, k)
+        torch.gather(scores, 1, features[rows], out=pre[rows])
+    if feature_scale is not None:
+        pre /= feature_scale[features]
+    return features, pre
 
 
 def top_k(scores: Float[Tensor, "n d_sae"], k: int) -> Int[Tensor, "n k"]:
@@ -72,83 +177,88 @@ def top_k(scores: Float[Tensor, "n d_sae"], k: int) -> Int[Tensor, "n k"]:
     return best.gather(1, tile) * _FEATURES_PER_TILE + offset
 
 
-class _EncodeTopK(torch.autograd.Function):
+def encode_at(
+    selected: Selected,
+    x: Float[Tensor, "n d_in"],
+    b_in: Float[Tensor, " d_in"] | None,
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+) -> Float[Tensor, " m"]:
+    """The selected pre-activations of `(x - b_in) @ W_enc + b_enc`, with their gradients.
+
+    Gradients reach `b_in`, `W_enc` and `b_enc`, not `x`.
+    """
+    return _EncodeAt.apply(selected, x, b_in, W_enc, b_enc)  # pyright: ignore
+
+
+def decode_at(
+    selected: Selected,
+    values: Float[Tensor, " m"],
+    W_dec: Float[Tensor, "d_sae d_out"],
+    b_dec: Float[Tensor, " d_out"] | None = None,
+) -> Float[Tensor, "n d_out"]:
+    """`sum over a token's entries of values * W_dec[features] + b_dec`."""
+    out = _DecodeAt.apply(selected, values, W_dec)
+    return out if b_dec is None else out + b_dec  # pyright: ignore
+
+
+class _EncodeAt(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, b_in, W_enc, b_enc, k, feature_scale):
-        centred = x if b_in is None else x - b_in
-        values = x.new_empty(len(x), k)
-        features = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
-        # Folding the scale into the weights costs d_in × d_sae once, not a pass over n × d_sae.
-        scaled_W = W_enc if feature_scale is None else W_enc * feature_scale
-        scaled_b = b_enc if feature_scale is None else b_enc * feature_scale
-        buffer = x.new_empty(min(len(x), _TOKENS_PER_BLOCK), W_enc.shape[1])
-        for start in range(0, len(x), _TOKENS_PER_BLOCK):
-            rows = slice(start, start + _TOKENS_PER_BLOCK)
-            block = centred[rows]
-            scores = torch.addmm(scaled_b, block, scaled_W, out=buffer[: len(block)])
-            features[rows] = top_k(scores, k)
-            torch.gather(scores, 1, features[rows], out=values[rows])
-        if feature_scale is not None:
-            values /= feature_scale[features]
-        ctx.save_for_backward(centred, features, W_enc)
-        ctx.centred_by_bias = b_in is not None
-        ctx.mark_non_differentiable(features)
-        return values, features
+    def forward(ctx: Any, selected, x, b_in, W_enc, b_enc):
+        ctx.save_for_backward(x if b_in is None else x - b_in, W_enc)
+        ctx.selected, ctx.centred_by_bias = selected, b_in is not None
+        return selected.pre.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads):
-        centred, features, W_enc = ctx.saved_tensors
-        d_sae = W_enc.shape[1]
-        g_W_enc = _sum_rows_by_feature(grads[0], features, centred, d_sae).T
-        g_b_enc = centred.new_zeros(d_sae).index_add_(0, features.flatten(), grads[0].flatten())
+        centred, W_enc = ctx.saved_tensors
+        g_W_enc = _sum_rows_by_feature(grads[0], ctx.selected, centred).T
+        g_b_enc = centred.new_zeros(W_enc.shape[1])
+        g_b_enc.index_add_(0, ctx.selected.features, grads[0])
         # The bias enters every token alike, so its gradient is one matrix-vector product.
         g_b_in = -(W_enc @ g_b_enc) if ctx.centred_by_bias else None
-        return None, g_b_in, g_W_enc, g_b_enc, None, None
+        return None, None, g_b_in, g_W_enc, g_b_enc
 
 
-class _DecodeSparse(torch.autograd.Function):
+class _DecodeAt(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values, features, W_dec, b_dec):
-        ctx.save_for_backward(values, features, W_dec)
-        return F.embedding_bag(features, W_dec, per_sample_weights=values, mode="sum") + b_dec
+    def forward(ctx: Any, selected, values, W_dec):
+        ctx.save_for_backward(values, W_dec)
+        ctx.selected = selected
+        return F.embedding_bag(
+            selected.features, W_dec, selected.offsets[:-1], mode="sum", per_sample_weights=values
+        )
 
     @staticmethod
     def backward(ctx: Any, *grads):
-        values, features, W_dec = ctx.saved_tensors
+        values, W_dec = ctx.saved_tensors
         g_out = grads[0].contiguous()
-        g_values = _row_products(g_out, features, W_dec)
-        g_W_dec = _sum_rows_by_feature(values, features, g_out, len(W_dec))
-        return g_values, None, g_W_dec, g_out.sum(0)
+        g_values = _row_products(g_out, ctx.selected, W_dec)
+        return None, g_values, _sum_rows_by_feature(values, ctx.selected, g_out)
 
 
 def _row_products(
-    rows: Float[Tensor, "n d"], features: Int[Tensor, "n k"], table: Float[Tensor, "d_sae d"]
-) -> Float[Tensor, "n k"]:
-    """`rows[i] · table[features[i, j]]`, without gathering the (n, k, d) rows of the table."""
-    n, k = features.shape
-    crow = torch.arange(0, n * k + 1, k, device=rows.device)
+    rows: Float[Tensor, "n d"], selected: Selected, table: Float[Tensor, "d_sae d"]
+) -> Float[Tensor, " m"]:
+    """`rows[token] · table[feature]` of every entry, without gathering the (m, d) rows."""
     pattern = torch.sparse_csr_tensor(
-        crow, features.flatten(), rows.new_zeros(n * k), (n, len(table)), check_invariants=False
+        selected.offsets,
+        selected.features,
+        torch.zeros_like(selected.features, dtype=rows.dtype),
+        (len(rows), len(table)),
+        check_invariants=False,
     )
-    return torch.sparse.sampled_addmm(pattern, rows, table.T, beta=0.0).values().view(n, k)
+    return torch.sparse.sampled_addmm(pattern, rows, table.T, beta=0.0).values()
 
 
 def _sum_rows_by_feature(
-    weights: Float[Tensor, "n k"],
-    features: Int[Tensor, "n k"],
-    rows: Float[Tensor, "n d"],
-    d_sae: int,
+    weights: Float[Tensor, " m"], selected: Selected, rows: Float[Tensor, "n d"]
 ) -> Float[Tensor, "d_sae d"]:
-    """`out[f] = sum over entries with features[i, j] == f of weights[i, j] * rows[i]`.
+    """`out[f] = sum over the entries of feature f of weights * rows[token]`.
 
     Sorting the entries by feature turns the scatter into segment sums: no atomics, and the order
     of addition is fixed, so a run repeats bit for bit.
     """
-    k = features.shape[1]
-    flat = features.flatten()
-    order = flat.argsort(stable=True)
-    counts = torch.bincount(flat, minlength=d_sae)
-    offsets = counts.cumsum(0) - counts
-    return F.embedding_bag(
-        order // k, rows, offsets, mode="sum", per_sample_weights=weights.flatten()[order]
-    )
+    order, starts = selected.by_feature
+    tokens = selected.tokens[order]
+    return F.embedding_bag(tokens, rows, starts, mode="sum", per_sample_weights=weights[order])

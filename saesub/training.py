@@ -7,10 +7,10 @@ import pickle
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
-from sae_lens import SAETrainer, TopKTrainingSAE
+from sae_lens import BatchTopKTrainingSAE, SAETrainer, TopKTrainingSAE
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import TrainStepOutput
 from sae_lens.training.optim import get_lr_scheduler
@@ -19,11 +19,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from saesub.errors import SaesubError
+from saesub import native
+from saesub.errors import SaesubError, near_names
 from saesub.optim import SparseAdam, parameter_groups
-from saesub.sparse_ops import decode_sparse, encode_topk
+from saesub.topk_step import EntriesOutput, autograd_pass, native_step
 
 OptimizerName = Literal["adam", "sparse_adam"]
+Backend = Literal["auto", "native_float32", "torch", "dense"]
 
 DEAD_TOKENS_FILENAME = "tokens_since_fired.safetensors"
 _HISTORY_POINTS = 40
@@ -43,13 +45,18 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
     """`SAETrainer` for any SAELens training SAE, with three differences.
 
     Dead features are counted in tokens (SAELens counts steps), also where AuxK asks for them; the
-    optimizer is chosen by name; and a TopK SAE without AuxK takes the sparse step of
-    `saesub.sparse_ops`, which has the same loss and gradients as the dense one.
+    optimizer is chosen by name; and a TopK or BatchTopK SAE takes the sparse step of
+    `saesub.topk_step`, which has the same loss and gradients as SAELens' dense one. Its `W_enc`
+    then lies feature-major in memory (same shape, other strides) until the state is saved.
 
     Args:
         cfg, sae, data_provider, evaluator, save_checkpoint_fn: as `SAETrainer` takes them;
             `data_provider` is any iterator of float tensors (batch, d_in).
         optimizer: "sparse_adam" (`saesub.optim.SparseAdam`) or "adam" (torch's).
+        backend: how a TopK step is computed. "auto" takes the fastest there is: on the CPU the
+            compiled step with its 8-bit candidate search, else torch operators.
+            "native_float32" searches by the whole float32 product; "torch" compiles nothing;
+            "dense" is SAELens' own step.
         dead_window_tokens: a feature silent for this many tokens is dead. By default 10M, or a
             fifth of the run where that is less.
 
@@ -60,8 +67,8 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
             a whole window has been seen.
 
     Raises:
-        SaesubError: unknown optimizer, a batch of the wrong shape, or NaN or Inf in a batch
-            (before any weight is touched).
+        SaesubError: unknown optimizer or backend, k outside 1..d_sae, weights in float16, a batch
+            of the wrong shape, or NaN or Inf in a batch (before any weight is touched).
     """
 
     def __init__(
@@ -71,12 +78,21 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
         data_provider: Iterator[Tensor],
         *,
         optimizer: OptimizerName = "sparse_adam",
+        backend: Backend = "auto",
         dead_window_tokens: int | None = None,
         evaluator: Evaluator[Any] | None = None,
         save_checkpoint_fn: SaveCheckpointFn | None = None,
     ) -> None:
         if cfg.lr_end is None:
             cfg = replace(cfg, lr_end=cfg.lr / 10)  # as SAELens' runner does
+        _check_sae(sae)
+        if backend not in get_args(Backend):
+            raise SaesubError(
+                f"Unknown backend {backend!r}: {near_names(backend, get_args(Backend))}"
+            )
+        self.backend = backend
+        if _is_topk(sae) and backend != "dense":
+            lay_out_by_feature(sae)
         super().__init__(cfg, sae, data_provider, evaluator, save_checkpoint_fn)
         assert cfg.lr_end is not None  # set above
         self.optimizer_name = optimizer
@@ -155,23 +171,38 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
             )
 
     def _train_step(self, sae: Any, sae_in: Tensor) -> TrainStepOutput:
-        if not takes_sparse_step(sae, self.cfg, self.dead_neurons):
+        if self.backend == "dense" or not takes_sparse_step(sae, self.cfg):
             return super()._train_step(sae, sae_in)
         sae.train()
-        output, features = sparse_forward(sae, sae_in)
-        self._count_firing(features, output.feature_acts.values() > 0, len(sae_in))
-        output.loss.backward()
-        torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)  # SAELens clips here, at 1
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        dead = self.dead_neurons if sae.cfg.aux_loss_coefficient else None
+        if self._takes_native_step(sae):
+            int8_search = self.backend == "auto"
+            found = native_step(sae, self.optimizer, sae_in, dead, int8_search=int8_search)
+        else:
+            found = self._autograd_step(sae, sae_in, dead)
+        self._count_firing(found, len(sae_in))
         self.lr_scheduler.step()
         for scheduler in self.coefficient_schedulers.values():
             scheduler.step()
-        return output
+        return found.output
+
+    def _takes_native_step(self, sae: Any) -> bool:
+        plain = sae.W_enc.device.type == "cpu" and sae.W_enc.dtype == torch.float32
+        trained = all(parameter.requires_grad for parameter in sae.parameters())
+        return self.backend != "torch" and plain and trained and native.library() is not None
+
+    def _autograd_step(self, sae: Any, sae_in: Tensor, dead: Tensor | None) -> EntriesOutput:
+        found = autograd_pass(sae, sae_in, dead)
+        found.output.loss.backward()
+        torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)  # SAELens clips here, at 1
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return found
 
     @torch.no_grad()
-    def _count_firing(self, features: Tensor, active: Tensor, n_tokens: int) -> None:
-        counts = torch.bincount(features.flatten()[active], minlength=self.sae.cfg.d_sae)
+    def _count_firing(self, found: EntriesOutput, n_tokens: int) -> None:
+        fired = found.selected.features[found.selected.pre > 0]
+        counts = torch.bincount(fired, minlength=self.sae.cfg.d_sae)
         self.n_forward_passes_since_fired += 1
         self.n_forward_passes_since_fired[counts > 0] = 0
         self.act_freq_scores += counts
@@ -230,51 +261,44 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
         self._mse_since_record = list(state["mse_since_record"].float().to(self.cfg.device))
 
 
-def takes_sparse_step(sae: Any, cfg: SAETrainerConfig, dead: Tensor) -> bool:
-    """Whether `sparse_forward` computes exactly what this SAE's own training pass would."""
-    if type(sae) is not TopKTrainingSAE or cfg.autocast or sae.W_enc.device.type == "mps":
+def takes_sparse_step(sae: Any, cfg: SAETrainerConfig) -> bool:
+    """Whether `saesub.topk_step` computes exactly what this SAE's own training pass would."""
+    if not _is_topk(sae) or cfg.autocast or sae.W_enc.device.type == "mps":
         return False
     plain_input = sae.cfg.normalize_activations in ("none", "expected_average_only_in")
-    without_auxk = sae.cfg.aux_loss_coefficient == 0 or not bool(dead.any())
     hooked = any(hook.fwd_hooks or hook.bwd_hooks for hook in sae.hook_dict.values())
     exact_dtype = sae.W_enc.dtype in (torch.float32, torch.float64)
-    return plain_input and without_auxk and exact_dtype and not hooked
+    return plain_input and exact_dtype and not hooked
 
 
-def sparse_forward(sae: TopKTrainingSAE, sae_in: Tensor) -> tuple[TrainStepOutput, Tensor]:
-    """`TopKTrainingSAE.training_forward_pass` through k entries a token, and their features.
+def lay_out_by_feature(sae: Any) -> None:
+    """Let each feature's encoder weights lie together in memory, as its decoder weights do.
 
-    The output's `feature_acts` and `hidden_pre` are sparse COO tensors that hold only the k
-    selected entries of each token.
+    Only the strides of `W_enc` change. States are still saved contiguous, as safetensors asks.
     """
-    x = sae_in.to(sae.dtype)
-    norms = sae.W_dec.detach().norm(dim=-1) if sae.cfg.rescale_acts_by_decoder_norm else None
-    b_in = sae.b_dec if sae.cfg.apply_b_dec_to_input else None
-    pre, features = encode_topk(x, b_in, sae.W_enc, sae.b_enc, sae.cfg.k, norms)
-    sae_out = decode_sparse(pre.relu(), features, sae.W_dec, sae.b_dec)
-    loss = (sae_out - x).square().sum(-1).mean()
-    with torch.no_grad():
-        ranked = pre if norms is None else pre * norms[features]
-        rows = torch.arange(len(x), device=x.device).repeat_interleave(sae.cfg.k)
-        where, shape = torch.stack([rows, features.flatten()]), (len(x), sae.cfg.d_sae)
-        hidden_pre = _coo(where, ranked, shape)
-        feature_acts = _coo(where, ranked.relu(), shape)
-    output = TrainStepOutput(
-        sae_in=x,
-        sae_out=sae_out,
-        feature_acts=feature_acts,
-        hidden_pre=hidden_pre,
-        loss=loss,
-        losses={"mse_loss": loss, "auxiliary_reconstruction_loss": loss.new_zeros(())},
-    )
-    return output, features
+    if sae.W_enc.T.is_contiguous():
+        return
+    sae.W_enc.data = sae.W_enc.data.T.contiguous().T
+    sae.register_state_dict_post_hook(_make_contiguous)
 
 
-def _coo(where: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    # A token's k features are distinct, so the tensor is coalesced but for the order in a row.
-    return torch.sparse_coo_tensor(
-        where, values.flatten(), shape, is_coalesced=True, check_invariants=False
-    )
+def _make_contiguous(module: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for name, value in state.items():
+        state[name] = value.contiguous()
+
+
+def _is_topk(sae: Any) -> bool:
+    return type(sae) in (TopKTrainingSAE, BatchTopKTrainingSAE)
+
+
+def _check_sae(sae: Any) -> None:
+    k, d_sae = getattr(sae.cfg, "k", 1), sae.cfg.d_sae
+    if not 0 < k <= d_sae:
+        raise SaesubError(f"k must lie in 1..{d_sae} (d_sae), not {k}: set it in the SAE's config.")
+    if any(parameter.dtype == torch.float16 for parameter in sae.parameters()):
+        raise SaesubError(
+            "Weights in float16 lose Adam's small updates: make the SAE with dtype='float32'."
+        )
 
 
 def _make_optimizer(name: str, sae: Any, cfg: SAETrainerConfig) -> torch.optim.Adam:

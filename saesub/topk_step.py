@@ -1,0 +1,229 @@
+"""One training pass of SAELens' TopK and BatchTopK dictionaries through their active entries.
+
+`autograd_pass` builds the loss with `saesub.sparse_ops`, for any optimizer and device;
+`native_step` is the same step without autograd on the CPU, which also updates the parameters and
+never holds a gradient of the weights. Both equal SAELens' dense pass, AuxK included.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from sae_lens import BatchTopKTrainingSAE, TopKTrainingSAE
+from sae_lens.saes.sae import TrainStepOutput
+from torch import Tensor
+
+from saesub import native
+from saesub.optim import SparseAdam, moments
+from saesub.sparse_ops import (
+    Search,
+    Selected,
+    decode_at,
+    encode_at,
+    select_batch_topk,
+    select_topk,
+)
+
+_MAX_NORM = 1.0  # SAELens' trainer clips the norm of all gradients here
+
+
+@dataclass(frozen=True)
+class EntriesOutput:
+    """What SAELens' trainer gets from a pass, and the entries behind it."""
+
+    output: TrainStepOutput
+    selected: Selected
+
+
+def autograd_pass(
+    sae: TopKTrainingSAE, sae_in: Float[Tensor, "n d_in"], dead: Bool[Tensor, " d_sae"] | None
+) -> EntriesOutput:
+    """`training_forward_pass` of a TopK or BatchTopK SAE through its active entries.
+
+    The output's `feature_acts` and `hidden_pre` are sparse COO tensors that hold only these.
+    `dead` features, if any, add SAELens' AuxK loss.
+    """
+    x = sae_in.to(sae.dtype)
+    b_in, scale = _input_bias(sae), _feature_scale(sae)
+    selected = _select(sae, x, scale)
+    pre = encode_at(selected, x, b_in, sae.W_enc, sae.b_enc)
+    sae_out = decode_at(selected, pre.relu(), sae.W_dec, sae.b_dec)
+    mse_loss = (sae_out - x).square().sum(-1).mean()
+    aux_loss = mse_loss.new_zeros(())
+    if dead is not None and bool(dead.any()):
+        aux = _Aux.of(sae, dead)
+        rows = dead.nonzero().squeeze(1)
+        W_enc, b_enc = sae.W_enc.index_select(1, rows), sae.b_enc.index_select(0, rows)
+        chosen = _select_aux(sae, x, aux, rows, scale)
+        aux_pre = encode_at(chosen, x, b_in, W_enc, b_enc)
+        recons = decode_at(chosen, aux_pre, sae.W_dec.index_select(0, rows))
+        residual = (x - sae_out).detach()
+        aux_loss = aux.weight * (recons - residual).square().sum(-1).mean()
+    return _output(sae, x, sae_out, selected, scale, mse_loss, aux_loss)
+
+
+@torch.no_grad()
+def native_step(
+    sae: TopKTrainingSAE,
+    optimizer: torch.optim.Adam,
+    sae_in: Float[Tensor, "n d_in"],
+    dead: Bool[Tensor, " d_sae"] | None,
+    *,
+    int8_search: bool = True,
+) -> EntriesOutput:
+    """Forward, backward, clipping and update in float32 on the CPU, by `saesub.native`.
+
+    The optimizer is torch's Adam or `SparseAdam`; its state is used and advanced in place.
+    """
+    search = native.search if int8_search and native.has_int8_search() else None
+    x = sae_in.to(sae.dtype).contiguous()
+    b_in, scale = _input_bias(sae), _feature_scale(sae)
+    centred = x if b_in is None else x - b_in
+    selected = _select(sae, x, scale, search)
+    values = selected.pre.relu()
+    decoded = native.decode(selected, values, sae.W_dec, sae.b_dec, x, 1 / len(x))
+    mse_loss, aux_loss = decoded.squared_error / len(x), x.new_zeros(())
+    parts = [(selected.features, selected.tokens, values, decoded.g_pre)]
+    inputs, outputs = [centred], [decoded.g_out]
+    if dead is not None and bool(dead.any()):
+        aux, rows = _Aux.of(sae, dead), dead.nonzero().squeeze(1)
+        chosen = _select_aux(sae, x, aux, rows, scale, search)
+        in_full = Selected(rows[chosen.features], chosen.offsets, chosen.pre, selected.d_sae)
+        residual, weight = x - decoded.x_hat, aux.weight / len(x)
+        back = native.decode(in_full, chosen.pre, sae.W_dec, None, residual, weight)
+        aux_loss = aux.weight * back.squared_error / len(x)
+        # The auxiliary entries join the others as those of a second copy of the batch.
+        parts.append((in_full.features, in_full.tokens + len(x), chosen.pre, back.g_pre))
+        inputs, outputs = [centred, centred], [decoded.g_out, back.g_out]
+    features, tokens, weights, g_pre = (torch.cat(part) for part in zip(*parts, strict=True))
+    x_rows, g_rows = torch.cat(inputs), torch.cat(outputs)
+    gradients = native.RowGradients.of_entries(
+        features, tokens, weights, g_pre, x_rows, g_rows, selected.d_sae
+    )
+    _update(sae, optimizer, gradients, decoded.g_bias)
+    return _output(sae, x, decoded.x_hat, selected, scale, mse_loss, aux_loss)
+
+
+def _update(
+    sae: TopKTrainingSAE,
+    optimizer: torch.optim.Adam,
+    gradients: native.RowGradients,
+    g_b_dec: Float[Tensor, " d_in"],
+) -> None:
+    squared_norm, through_encoder = gradients.norms(sae.W_enc)
+    if _input_bias(sae) is not None:
+        g_b_dec = g_b_dec - through_encoder
+    norm = (squared_norm + g_b_dec.double().square().sum()).sqrt().item()
+    clip = min(1.0, _MAX_NORM / (norm + 1e-6))
+
+    group = optimizer.param_groups[0]
+    steps, tensors = [], []
+    for parameter in (sae.W_enc, sae.W_dec, sae.b_enc):
+        step, *averages = moments(optimizer, parameter)
+        steps.append(step)
+        tensors += [t.T if parameter is sae.W_enc else t for t in (parameter.data, *averages)]
+    moved = None
+    if isinstance(optimizer, SparseAdam):
+        counters = [optimizer.moved(sae.W_enc, 1), optimizer.moved(sae.W_dec, 0)]
+        counters.append(optimizer.moved(sae.b_enc, 0))
+        moved = counters[0]
+    for step in steps:
+        step += 1
+    settings = native.AdamSettings(
+        group["lr"], *group["betas"], group["eps"], int(steps[0]), moved is not None, clip
+    )
+    gradients.adam(settings, *tensors, moved=moved)
+    if moved is not None:
+        for other in counters[1:]:
+            other.copy_(moved)
+
+    sae.b_dec.grad = g_b_dec * clip
+    optimizer.step()  # the only parameter with a gradient
+    sae.b_dec.grad = None
+
+
+@dataclass(frozen=True)
+class _Aux:
+    """How many dead features AuxK asks of each token, and the weight of its loss (SAELens')."""
+
+    k: int
+    weight: float
+
+    @classmethod
+    def of(cls, sae: TopKTrainingSAE, dead: Tensor) -> _Aux:
+        most, n_dead = sae.cfg.d_in // 2, int(dead.sum())
+        return cls(min(most, n_dead), sae.cfg.aux_loss_coefficient * min(n_dead / most, 1.0))
+
+
+def _select(
+    sae: TopKTrainingSAE, x: Tensor, scale: Tensor | None, search: Search | None = None
+) -> Selected:
+    b_in = _input_bias(sae)
+    centred = x if b_in is None else x - b_in
+    if isinstance(sae, BatchTopKTrainingSAE):
+        return select_batch_topk(centred, sae.W_enc, sae.b_enc, sae.cfg.k, scale, search=search)
+    return select_topk(centred, sae.W_enc, sae.b_enc, int(sae.cfg.k), scale, search=search)
+
+
+@torch.no_grad()
+def _select_aux(
+    sae: TopKTrainingSAE,
+    x: Tensor,
+    aux: _Aux,
+    rows: Tensor,
+    scale: Tensor | None,
+    search: Search | None = None,
+) -> Selected:
+    """The `aux.k` best of the features `rows` for every token, numbered within `rows`."""
+    b_in = _input_bias(sae)
+    centred = x if b_in is None else x - b_in
+    W_enc = sae.W_enc.T.index_select(0, rows).T  # feature-major, as the search wants it
+    scale = None if scale is None else scale[rows]
+    return select_topk(centred, W_enc, sae.b_enc[rows], aux.k, scale, search=search)
+
+
+def _input_bias(sae: TopKTrainingSAE) -> Tensor | None:
+    return sae.b_dec if sae.cfg.apply_b_dec_to_input else None
+
+
+def _feature_scale(sae: TopKTrainingSAE) -> Tensor | None:
+    return sae.W_dec.detach().norm(dim=-1) if sae.cfg.rescale_acts_by_decoder_norm else None
+
+
+@torch.no_grad()
+def _output(
+    sae: TopKTrainingSAE,
+    x: Tensor,
+    sae_out: Tensor,
+    selected: Selected,
+    scale: Tensor | None,
+    mse_loss: Tensor,
+    aux_loss: Tensor,
+) -> EntriesOutput:
+    ranked = selected.pre if scale is None else selected.pre * scale[selected.features]
+    where = torch.stack([selected.tokens, selected.features])
+    shape = (len(x), selected.d_sae)
+    metrics: dict[str, Any] = {}
+    if isinstance(sae, BatchTopKTrainingSAE):
+        sae.update_topk_threshold(ranked)
+        metrics["topk_threshold"] = sae.topk_threshold
+    with torch.enable_grad():
+        loss = mse_loss + aux_loss
+    output = TrainStepOutput(
+        sae_in=x,
+        sae_out=sae_out,
+        feature_acts=_coo(where, ranked.relu(), shape),
+        hidden_pre=_coo(where, ranked, shape),
+        loss=loss,
+        losses={"mse_loss": mse_loss, "auxiliary_reconstruction_loss": aux_loss},
+        metrics=metrics,
+    )
+    return EntriesOutput(output, selected)
+
+
+def _coo(where: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    # A token's features are distinct, so the tensor is coalesced but for the order in a row.
+    return torch.sparse_coo_tensor(where, values, shape, is_coalesced=True, check_invariants=False)
