@@ -116,13 +116,16 @@ def select_batch_topk(
     """
     search = search or dense_search
     wanted, d_sae = int(k * len(x)), W_enc.shape[1]
+    if not wanted:
+        none = torch.zeros(0, dtype=torch.int64, device=x.device)
+        return Selected(none, none.new_zeros(len(x) + 1), x.new_zeros(0), d_sae)
     width = min(d_sae, max(1, int(_BATCH_TOPK_HEADROOM * k)))
     features, pre = search(x, W_enc, b_enc, width, feature_scale)
     while True:
         scores = (pre if feature_scale is None else pre * feature_scale[features]).relu()
-        best = scores.flatten().topk(min(wanted, scores.numel()), sorted=False)
+        best = scores.flatten().topk(wanted, sorted=False)
         least = scores.amin(1)
-        cut_short = (least >= best.values.min()) & (least > 0)
+        cut_short = (least > 0) & (least >= best.values.amin())
         if width == d_sae or not bool(cut_short.any()):
             break
         width = min(d_sae, 2 * width)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from datasets import Dataset
 from transformer_lens.model_bridge import TransformerBridge
 
+from saesub.activations import stream_activations
 from saesub.corpora import load_corpus
 from saesub.models import load_model
 
@@ -18,3 +20,11 @@ def model() -> TransformerBridge:
 @pytest.fixture(scope="session")
 def corpus() -> Dataset:
     return load_corpus("wiki-en")
+
+
+@pytest.fixture(scope="session")
+def activations(model, corpus) -> torch.Tensor:
+    """(4000, 576) attention outputs of one layer."""
+    hook = "blocks.4.hook_attn_out"
+    blocks = stream_activations(model, corpus, [hook], n_tokens=4000, progress=False)
+    return torch.cat([block[hook] for block in blocks])

@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sae_lens.saes.batchtopk_sae import BatchTopK
 
-from saesub.sparse_ops import decode_sparse, encode_topk, top_k
+from saesub.sparse_ops import decode_at, encode_at, select_batch_topk, select_topk, top_k
 
 
 def _weights(d_in: int, d_sae: int, seed: int, dtype: torch.dtype = torch.float32):
@@ -25,8 +26,9 @@ def _dense(x, W_enc, b_enc, W_dec, b_dec, k, scale):
 
 
 def _sparse(x, W_enc, b_enc, W_dec, b_dec, k, scale):
-    pre, features = encode_topk(x, b_dec, W_enc, b_enc, k, scale)
-    return (decode_sparse(pre.relu(), features, W_dec, b_dec) - x).square().sum(-1).mean()
+    selected = select_topk(x - b_dec, W_enc, b_enc, k, scale)
+    pre = encode_at(selected, x, b_dec, W_enc, b_enc)
+    return (decode_at(selected, pre.relu(), W_dec, b_dec) - x).square().sum(-1).mean()
 
 
 @settings(max_examples=40, deadline=None)
@@ -78,6 +80,46 @@ def test_two_stage_top_k_finds_the_same_values_also_with_ties(n, k, tiles, level
     found = scores.gather(1, top_k(scores, k)).sort(-1).values
     torch.testing.assert_close(found, scores.topk(k, -1).values.sort(-1).values)
     assert all(len(set(row.tolist())) == k for row in top_k(scores, k))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(1, 30),
+    d_sae=st.integers(1, 200),
+    share=st.floats(0.01, 0.6),
+    bias=st.sampled_from([0.0, -3.0, -100.0]),
+    spread=st.sampled_from([0.0, 3.0]),
+    seed=st.integers(0, 1000),
+)
+def test_batch_topk_selects_what_saelens_does(n, d_sae, share, bias, spread, seed):
+    """Also when a few tokens have most of the batch's active features, and when none is."""
+    W_enc, b_enc, _, _ = (w.detach() for w in _weights(12, d_sae, seed, torch.float64))
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 12, dtype=torch.float64, generator=generator)
+    x *= torch.exp(spread * torch.randn(n, 1, dtype=torch.float64, generator=generator))
+    scale = 0.5 + torch.rand(d_sae, dtype=torch.float64, generator=generator)
+    k = share * d_sae
+    expected = BatchTopK(k)((x @ W_enc + b_enc + bias) * scale)
+    selected = select_batch_topk(x, W_enc, b_enc + bias, k, scale)
+    found = torch.zeros_like(expected)
+    found[selected.tokens, selected.features] = (selected.pre * scale[selected.features]).relu()
+    torch.testing.assert_close(found, expected)
+
+
+def test_batch_topk_gradients_equal_dense_autograd():
+    weights = _weights(12, 100, 0, torch.float64)
+    W_enc, b_enc, W_dec, b_dec = weights
+    x = torch.randn(50, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x[::7] *= 0.01  # tokens without any active feature
+    selected = select_batch_topk(x - b_dec, W_enc, b_enc, 3.0)
+    assert selected.offsets.diff().unique().numel() > 3
+    pre = encode_at(selected, x, b_dec, W_enc, b_enc)
+    ours = (decode_at(selected, pre.relu(), W_dec, b_dec) - x).square().sum()
+    acts = BatchTopK(3.0)((x - b_dec) @ W_enc + b_enc)
+    reference = (acts @ W_dec + b_dec - x).square().sum()
+    gradients = (torch.autograd.grad(loss, weights) for loss in (ours, reference))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_a_run_repeats_bit_for_bit():

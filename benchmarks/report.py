@@ -1,0 +1,241 @@
+"""The table and the figure of what `run.py` has recorded.
+
+python benchmarks/report.py --results benchmarks/results --figure benchmarks/results/speed.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from io import BytesIO
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
+from PIL import Image
+
+BASELINE, FLOOR = "sae-lens", "encoder-product"
+COLOURS = {
+    "sae-lens": "#444444",
+    "sae-lens-sparse": "#999999",
+    "llamascopium": "#CC6677",
+    "sparsify": "#882255",
+    "dictionary-learning": "#B8860B",
+    "saesub-torch-adam": "#88CCEE",
+    "saesub-torch-sparse_adam": "#44AA99",
+    "saesub-native-adam": "#0072B2",
+    "saesub-native-sparse_adam": "#332288",
+    "encoder-product": "#000000",
+}
+_LABEL_GAP = 0.055  # of the axes' height, between two labels
+
+
+def load(results: str | Path) -> pd.DataFrame:
+    """One row a process: batch, d_sae, round, contender, version, seconds (the median of its timed
+    steps), speedup (over SAELens in the same round), peak_bytes, error (None if it went well).
+
+    Raises:
+        FileNotFoundError: no record in the folder.
+    """
+    records = [json.loads(path.read_text()) for path in _records(results)]
+    runs = pd.DataFrame([_row(r["settings"], run) for r in records for run in r["runs"]])
+    keys = ["batch", "d_sae", "round"]
+    baseline = runs[runs["contender"] == BASELINE].set_index(keys)["seconds"].rename("baseline")
+    runs = runs.join(baseline, on=keys)
+    return runs.assign(speedup=runs.pop("baseline") / runs["seconds"])
+
+
+def _records(results: str | Path) -> list[Path]:
+    paths = sorted(Path(results).glob("b*-d*.json"))
+    if not paths:
+        raise FileNotFoundError(f"no records in {results}: run benchmarks/run.py first")
+    return paths
+
+
+def _row(settings: dict, run: dict) -> dict:
+    return {
+        "batch": settings["batch"],
+        "d_sae": settings["d_sae"],
+        "round": run["round"],
+        "contender": run["contender"],
+        "version": run.get("version"),
+        "seconds": float(np.median(run["seconds"])) if "seconds" in run else np.nan,
+        "peak_bytes": run["peak_bytes"]["absolute"] if "peak_bytes" in run else np.nan,
+        "error": run.get("error"),
+    }
+
+
+def summary(results: str | Path) -> pd.DataFrame:
+    """Medians over rounds by (batch, d_sae, contender): seconds (per step), speedup, peak_bytes,
+    tokens_per_second; NaN where every round failed."""
+    runs = load(results)
+    cells = runs.groupby(["batch", "d_sae", "contender"])[["seconds", "speedup", "peak_bytes"]]
+    medians = cells.median()
+    batch = medians.index.get_level_values("batch")
+    return medians.assign(tokens_per_second=batch / medians["seconds"])
+
+
+def markdown_table(results: str | Path) -> str:
+    """For each batch a table of time and one of throughput and memory: contenders by widths."""
+    runs, medians = load(results), summary(results)
+    parts = []
+    for batch in sorted(runs["batch"].unique()):
+        here = medians.loc[batch]
+        speed = here.apply(_speed_cell, axis=1).unstack("d_sae")
+        cost = here.apply(_cost_cell, axis=1).unstack("d_sae")
+        parts += [
+            f"Seconds per step of {batch:,} tokens, and how many times faster than SAELens:",
+            _markdown(speed, runs),
+            f"Tokens per second, and peak memory, at {batch:,} tokens per step:",
+            _markdown(cost, runs),
+        ]
+    return "\n\n".join([*parts, *_failures(runs), _conditions(results)]) + "\n"
+
+
+def _speed_cell(row: pd.Series) -> str:
+    if np.isnan(row["seconds"]):
+        return "failed"
+    ratio = "" if np.isnan(row["speedup"]) else f" ({row['speedup']:.2g}×)"
+    return f"{_three_digits(row['seconds'])} s{ratio}"
+
+
+def _cost_cell(row: pd.Series) -> str:
+    if np.isnan(row["seconds"]):
+        return "failed"
+    return f"{row['tokens_per_second']:,.0f} · {row['peak_bytes'] / 1e9:.1f} GB"
+
+
+def _three_digits(x: float) -> str:
+    return f"{x:.0f}" if x >= 100 else f"{x:#.3g}"
+
+
+def _markdown(cells: pd.DataFrame, runs: pd.DataFrame) -> str:
+    """Cells by contender (in the report's order) and width, the contender's version beside it."""
+    versions = runs.dropna(subset="version").groupby("contender")["version"].last()
+    lines = [
+        "| | version |" + "".join(f" d_sae {width:,} |" for width in cells.columns),
+        "|---|---|" + "---:|" * len(cells.columns),
+    ]
+    for name in _ordered(cells.index):
+        texts = cells.loc[name].fillna("–")
+        lines.append(f"| {name} | {versions.get(name, '?')} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
+def _failures(runs: pd.DataFrame) -> list[str]:
+    failed = runs.dropna(subset="error")
+    lines = [
+        f"- {r.contender}, d_sae {r.d_sae:,}, batch {r.batch:,}: `{r.error}`"
+        for r in failed.drop_duplicates(["batch", "d_sae", "contender"]).itertuples()
+    ]
+    return ["Failed:\n\n" + "\n".join(lines)] if lines else []
+
+
+def _conditions(results: str | Path) -> str:
+    """Machine, threads, torch and number of runs, in a line; all that occur where they differ."""
+    records = [json.loads(path.read_text()) for path in _records(results)]
+    machines = {
+        "{processor}, {cores} cores, {memory_gb} GB, {system}".format(**r["machine"])
+        for r in records
+    }
+    threads = {f"{r['settings']['threads']} threads" for r in records}
+    torches = {f"torch {run['torch']}" for r in records for run in r["runs"] if "torch" in run}
+    rounds = max(run["round"] for r in records for run in r["runs"]) + 1
+    steps = max(r["settings"]["steps"] for r in records)
+    runs = f"medians of {rounds} rounds of {steps} steps"
+    return "; ".join([*sorted(machines), *sorted(threads), *sorted(torches), runs]) + "."
+
+
+def _ordered(names: pd.Index) -> list[str]:
+    return [name for name in COLOURS if name in set(names)]
+
+
+def figure(results: str | Path) -> Figure:
+    """Seconds per step over d_sae, both logarithmic, a panel for each batch; the dashed line is the
+    encoder's product alone."""
+    medians = summary(results)["seconds"].dropna()
+    batches = sorted(medians.index.unique("batch"))
+    made, panels = plt.subplots(
+        1, len(batches), figsize=(5.6 * len(batches), 4.4), squeeze=False, layout="constrained"
+    )
+    for axes, batch in zip(panels[0], batches, strict=True):
+        _panel(axes, medians.loc[batch].unstack("contender"))
+        axes.set_title(f"{batch:,} tokens per step", loc="left", fontsize=10.5)
+    panels[0][0].set_ylabel("seconds per training step")
+    plt.close(made)
+    return made
+
+
+def _panel(axes: Axes, seconds: pd.DataFrame) -> None:
+    """`seconds`: d_sae by contender."""
+    for name in _ordered(seconds.columns):
+        line = seconds[name].dropna()
+        axes.plot(
+            line.index,
+            line,
+            color=COLOURS[name],
+            linestyle="--" if name == FLOOR else "-",
+            linewidth=2.2 if name.startswith("saesub") else 1.4,
+            marker="" if name == FLOOR else "o",
+            markersize=3.5,
+        )
+    axes.set(xscale="log", yscale="log", xlabel="d_sae")
+    axes.set_xticks(seconds.index, [f"{width:,}" for width in seconds.index])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    _label_ends(axes, seconds)
+
+
+def _label_ends(axes: Axes, seconds: pd.DataFrame) -> None:
+    """Name each line at its end, the names moved apart where the ends lie close."""
+    ends = {name: seconds[name].dropna().iloc[-1] for name in _ordered(seconds.columns)}
+    axes.autoscale_view()
+    low, high = np.log(axes.get_ylim())
+    names = sorted(ends, key=ends.__getitem__)
+    heights = _apart([(np.log(ends[name]) - low) / (high - low) for name in names], _LABEL_GAP)
+    for name, height in zip(names, heights, strict=True):
+        axes.annotate(
+            name,
+            (1.01, height),
+            xycoords="axes fraction",
+            color=COLOURS[name],
+            fontsize=8.5,
+            va="center",
+        )
+
+
+def _apart(heights: list[float], gap: float) -> list[float]:
+    """Ascending heights, moved a little, so that neighbours differ by `gap`."""
+    y = np.array(heights)
+    for _ in range(200):
+        for i in range(len(y) - 1):
+            lack = gap - (y[i + 1] - y[i])
+            if lack > 1e-6:
+                y[i], y[i + 1] = y[i] - lack / 2, y[i + 1] + lack / 2
+    return y.tolist()
+
+
+def save_png(made: Figure, path: str | Path) -> None:
+    """Write a figure at 150 dpi with a palette of 64 colours, a fifth of the size without one."""
+    drawn = BytesIO()
+    made.savefig(drawn, dpi=150)
+    Image.open(drawn).convert("RGB").quantize(64).save(path, optimize=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--figure", type=Path, help="a PNG; by default speed.png in the results")
+    args = parser.parse_args()
+    print(markdown_table(args.results))
+    save_png(figure(args.results), args.figure or args.results / "speed.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""The compiled CPU functions against torch in float64: shapes, ties, outliers, no entries."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from saesub import native
+from saesub.sparse_ops import Selected, dense_search, select_topk
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason="no C++ compiler here")
+needs_int8 = pytest.mark.skipif(not native.has_int8_search(), reason="no AVX-512 VNNI here")
+
+
+def _problem(n: int, d: int, d_sae: int, seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    make = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    return make(n, d), make(d_sae, d).T / d**0.5, make(d_sae) / 4, make(d_sae, d) / d**0.5
+
+
+def _same_sets(x, W_enc, b_enc, scale, found, expected):
+    """The same features, or others of scores equal to rounding error."""
+    ranked = lambda features, pre: (pre * (1 if scale is None else scale[features])).sort(1).values  # noqa: E731
+    atol = 1e-6 * float(x.norm(dim=1).max() * W_enc.norm(dim=0).max() + b_enc.abs().max())
+    atol *= 1 if scale is None else float(scale.max())
+    torch.testing.assert_close(ranked(*found), ranked(*expected), rtol=1e-6, atol=atol)
+    exact = torch.gather(x @ W_enc + b_enc, 1, found[0])
+    torch.testing.assert_close(found[1], exact, rtol=1e-6, atol=atol)
+    assert all(len(set(row)) == len(row) for row in found[0].tolist())
+
+
+@needs_int8
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(1, 210),
+    d=st.integers(1, 70),
+    d_sae=st.integers(64, 900),
+    k=st.integers(1, 20),
+    scaled=st.booleans(),
+    outliers=st.booleans(),
+    offset=st.sampled_from([0.0, -50.0]),
+    seed=st.integers(0, 1000),
+)
+def test_search_finds_the_top_k(n, d, d_sae, k, scaled, outliers, offset, seed):
+    x, W_enc, b_enc, _ = _problem(n, d, d_sae, seed)
+    if outliers:  # a massive dimension takes the whole 8-bit range for itself
+        x[:, 0] *= 300
+        W_enc[d // 2] *= 30
+    scale = torch.linspace(0.1, 3, d_sae) if scaled else None
+    k = min(k, d_sae // 8)
+    found = native.search(x, W_enc, b_enc + offset, k, scale)
+    _same_sets(
+        x, W_enc, b_enc + offset, scale, found, dense_search(x, W_enc, b_enc + offset, k, scale)
+    )
+
+
+@needs_int8
+def test_search_ranks_ties_and_empty_rows_by_the_whole_product():
+    x, W_enc, b_enc, _ = _problem(200, 16, 2048, 0)
+    x[:50] = 0  # every feature scores its bias
+    W_enc[:, 100:1500] = W_enc[:, 99:100]  # 1,401 equal features
+    b_enc[:] = 0
+    found, expected = (search(x, W_enc, b_enc, 8) for search in (native.search, dense_search))
+    _same_sets(x, W_enc, b_enc, None, found, expected)
+
+
+@needs_int8
+def test_nan_weights_show_as_nan_and_do_not_crash():
+    x, W_enc, b_enc, _ = _problem(10, 16, 1024, 0)
+    features, pre = native.search(x, W_enc * torch.nan, b_enc, 8)
+    assert pre.isnan().all()
+    assert features.min() >= 0
+    assert features.max() < 1024
+
+
+@needs_int8
+def test_search_keeps_the_top_k_on_real_activations(model, corpus):
+    """Every feature of the float32 ranking is found, for activations with their own outliers."""
+    from saesub.activations import stream_activations
+
+    for hook in ("blocks.12.hook_attn_out", "blocks.12.hook_resid_post"):
+        blocks = stream_activations(model, corpus, [hook], n_tokens=1024, progress=False)
+        x = torch.cat([block[hook] for block in blocks])
+        generator = torch.Generator().manual_seed(0)
+        rows = torch.nn.functional.normalize(
+            torch.randn(8192, x.shape[1], generator=generator), dim=1
+        )
+        features, _ = native.search(x, rows.T, torch.zeros(8192), 32)
+        expected, pre = dense_search(x.double(), rows.T.double(), torch.zeros(8192).double(), 32)
+        hit = (features[:, :, None] == expected[:, None, :]).any(1)
+        kth = pre.amin(1, keepdim=True)
+        lost = ~hit & (pre - kth > 1e-5 * pre.abs())
+        assert not lost.any(), f"{int(lost.sum())} of {lost.numel()} at {hook}"
+        assert hit.float().mean() > 0.9999
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(1, 70),
+    d=st.integers(1, 40),
+    d_sae=st.integers(1, 300),
+    data=st.data(),
+    seed=st.integers(0, 1000),
+)
+def test_decode_and_row_gradients_equal_float64_autograd(n, d, d_sae, data, seed):
+    k = data.draw(st.integers(1, d_sae))
+    x, W_enc, b_enc, W_dec = _problem(n, d, d_sae, seed)
+    b_dec = torch.randn(d, generator=torch.Generator().manual_seed(seed))
+    selected = select_topk(x, W_enc, b_enc, k)
+    values = selected.pre.relu()
+    decoded = native.decode(selected, values, W_dec, b_dec, x, 0.5)
+    rows = native.RowGradients.of_entries(
+        selected.features, selected.tokens, values, decoded.g_pre, x, decoded.g_out, d_sae
+    )
+
+    doubles = [t.double().requires_grad_() for t in (W_enc, b_enc, W_dec, b_dec)]
+    pre = (x.double() @ doubles[0] + doubles[1])[selected.tokens, selected.features]
+    acts = torch.zeros(n, d_sae, dtype=torch.float64)
+    acts = acts.index_put((selected.tokens, selected.features), pre.relu())
+    x_hat = acts @ doubles[2] + doubles[3]
+    loss = 0.5 * (x_hat - x).square().sum()
+    expected = torch.autograd.grad(loss, doubles)
+    close = {"rtol": 1e-4, "atol": 1e-5 * (1 + float(loss.detach()) ** 0.5)}
+    torch.testing.assert_close(decoded.x_hat.double(), x_hat.detach(), **close)
+    torch.testing.assert_close(decoded.squared_error.double(), 2 * loss.detach(), **close)
+    torch.testing.assert_close(decoded.g_bias.double(), expected[3], **close)
+    for ours, theirs in zip(_dense(rows), expected[:3], strict=True):
+        torch.testing.assert_close(ours, theirs, **close)
+    norm, through = rows.norms(W_enc)
+    total = sum(e.square().sum() for e in expected[:3])
+    torch.testing.assert_close(norm, total, rtol=1e-3, atol=1e-6)  # pyright: ignore
+    torch.testing.assert_close(through.double(), W_enc.double() @ expected[1], **close)
+
+
+def _dense(rows: native.RowGradients):
+    """The gradients of W_enc, b_enc and W_dec that `rows` stands for."""
+    features = torch.arange(rows.d_sae).repeat_interleave(rows.start.diff())
+    m = int(rows.start[-1])
+    token, g_pre, value = (t[:m] for t in (rows.token, rows.g_pre.double(), rows.value.double()))
+    one_hot = torch.zeros(rows.d_sae, m, dtype=torch.float64)
+    one_hot[features, torch.arange(m)] = 1
+    enc = one_hot @ (g_pre[:, None] * rows.x[token].double())
+    dec = one_hot @ (value[:, None] * rows.g_out[token].double())
+    return enc.T, one_hot @ g_pre, dec
+
+
+@pytest.mark.parametrize("lazy", [True, False])
+def test_adam_rows_equals_torch_adam_and_the_masked_adam_of_the_paper(lazy):
+    n, d, d_sae, k, steps = 6, 10, 40, 3, 30
+    lr, beta1, beta2, eps = 1e-2, 0.9, 0.99, 1e-8
+    _, W_enc, b_enc, W_dec = _problem(n, d, d_sae, 0)
+    ours = [W_enc.T.clone(), W_dec.clone(), b_enc.clone()]
+    averages = [(torch.zeros_like(t), torch.zeros_like(t)) for t in ours]
+    reference = [t.double() for t in (W_enc.T, W_dec, b_enc)]
+    expected = [(torch.zeros_like(t), torch.zeros_like(t)) for t in reference]
+    moved = torch.zeros(d_sae, dtype=torch.int64) if lazy else None
+    for step in range(1, steps + 1):
+        generator = torch.Generator().manual_seed(step)
+        features = torch.stack([torch.randperm(d_sae, generator=generator)[:k] for _ in range(n)])
+        x, g_out = torch.randn(2, n, d, generator=generator)
+        values, g_pre = torch.randn(2, n * k, generator=generator)
+        values[::5] = 0
+        g_pre[::5] = 0
+        chosen = Selected.equally(features, values.view(n, k), d_sae)
+        rows = native.RowGradients.of_entries(
+            chosen.features, chosen.tokens, values, g_pre, x, g_out, d_sae
+        )
+        settings_ = native.AdamSettings(lr, beta1, beta2, eps, step, int(lazy), 0.5)
+        tensors = [t for p, pair in zip(ours, averages, strict=True) for t in (p, *pair)]
+        rows.adam(settings_, *tensors, moved=moved)
+        enc, bias, dec = _dense(rows)
+        for p, (m, v), g in zip(reference, expected, (enc.T, dec, bias), strict=True):
+            g = 0.5 * g
+            m.mul_(beta1).add_(g, alpha=1 - beta1)
+            v.mul_(beta2).add_(g * g, alpha=1 - beta2)
+            root = (v / (1 - beta2**step)).sqrt() + eps
+            update = lr * m / (1 - beta1**step) / root
+            p -= torch.where(g != 0, update, torch.zeros_like(update)) if lazy else update
+    for p, q in zip(ours, reference, strict=True):
+        torch.testing.assert_close(p.double(), q, rtol=1e-4, atol=1e-5)
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    x, W_enc, b_enc, W_dec = _problem(500, 48, 1024, 0)
+    results = []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        search = native.search if native.has_int8_search() else None
+        selected = select_topk(x, W_enc, b_enc, 8, search=search)
+        values = selected.pre.relu()
+        decoded = native.decode(selected, values, W_dec, None, x, 1.0)
+        rows = native.RowGradients.of_entries(
+            selected.features, selected.tokens, values, decoded.g_pre, x, decoded.g_out, 1024
+        )
+        results.append([selected.pre, decoded.g_bias, decoded.g_pre, *rows.norms(W_enc)])
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_without_a_compiler_it_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setenv("SAESUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", "false")  # a compiler that fails
+    native.library.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="Install a C\\+\\+ compiler"):
+            assert native.library() is None
+        monkeypatch.setenv("SAESUB_NATIVE", "0")
+        native.library.cache_clear()
+        assert native.library() is None
+    finally:
+        monkeypatch.undo()
+        native.library.cache_clear()
