@@ -1,4 +1,4 @@
-"""saesub's trainer on SAELens' default TopK SAE; `--variant` names the backend and the optimizer."""
+"""saesub on SAELens' default TopK SAE; `--variant` names the backend and the optimizer."""
 
 from __future__ import annotations
 
