@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 STAMP := $(VENV)/.ready
 
-.PHONY: setup reproduce publish test lint lock clean
+.PHONY: setup reproduce publish bench test lint lock clean
 
 setup: $(STAMP)
 
@@ -24,6 +24,12 @@ reproduce: $(STAMP)
 # Takes a finished `quick` run over into notebooks/, data/results/ and the README.
 publish: $(STAMP)
 	$(BIN)/python notebooks/publish.py results/quick
+
+# Times a training step of saesub and of four other libraries, an hour or two: leave the machine
+# alone meanwhile. Writes benchmarks/results/ and the README's table.
+bench: $(STAMP)
+	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/report.py
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

@@ -1,12 +1,13 @@
-"""The table and the figure of what `run.py` has recorded.
+"""The tables and the figure of what `run.py` has recorded, beside the records and in the README.
 
-python benchmarks/report.py --results benchmarks/results --figure benchmarks/results/speed.png
+python benchmarks/report.py --results benchmarks/results
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from io import BytesIO
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 from PIL import Image
 
+RESULTS = Path(__file__).resolve().parent / "results"
+README = RESULTS.parent.parent / "README.md"
 BASELINE, FLOOR = "sae-lens", "encoder-product"
 COLOURS = {
     "sae-lens": "#444444",
@@ -81,19 +84,28 @@ def summary(results: str | Path) -> pd.DataFrame:
 
 def markdown_table(results: str | Path) -> str:
     """For each batch a table of time and one of throughput and memory: contenders by widths."""
-    runs, medians = load(results), summary(results)
+    runs = load(results)
     parts = []
     for batch in sorted(runs["batch"].unique()):
-        here = medians.loc[batch]
-        speed = here.apply(_speed_cell, axis=1).unstack("d_sae")
-        cost = here.apply(_cost_cell, axis=1).unstack("d_sae")
-        parts += [
-            f"Seconds per step of {batch:,} tokens, and how many times faster than SAELens:",
-            _markdown(speed, runs),
-            f"Tokens per second, and peak memory, at {batch:,} tokens per step:",
-            _markdown(cost, runs),
-        ]
+        parts += [_times(results, batch), _costs(results, batch)]
     return "\n\n".join([*parts, *_failures(runs), _conditions(results)]) + "\n"
+
+
+def readme_block(results: str | Path) -> str:
+    """The times at the smallest batch, and what they were taken on."""
+    return f"{_times(results, load(results)['batch'].min())}\n\n{_conditions(results)}"
+
+
+def _times(results: str | Path, batch: int) -> str:
+    cells = summary(results).loc[batch].apply(_speed_cell, axis=1).unstack("d_sae")
+    title = f"Seconds per step of {batch:,} tokens, and how many times faster than SAELens:"
+    return f"{title}\n\n{_markdown(cells, load(results))}"
+
+
+def _costs(results: str | Path, batch: int) -> str:
+    cells = summary(results).loc[batch].apply(_cost_cell, axis=1).unstack("d_sae")
+    title = f"Tokens per second, and peak memory, at {batch:,} tokens per step:"
+    return f"{title}\n\n{_markdown(cells, load(results))}"
 
 
 def _speed_cell(row: pd.Series) -> str:
@@ -144,9 +156,9 @@ def _conditions(results: str | Path) -> str:
     }
     threads = {f"{r['settings']['threads']} threads" for r in records}
     torches = {f"torch {run['torch']}" for r in records for run in r["runs"] if "torch" in run}
-    rounds = max(run["round"] for r in records for run in r["runs"]) + 1
+    rounds = {1 + max(run["round"] for run in r["runs"]) for r in records}
     steps = max(r["settings"]["steps"] for r in records)
-    runs = f"medians of {rounds} rounds of {steps} steps"
+    runs = f"medians of {' or '.join(map(str, sorted(rounds)))} rounds of {steps} steps"
     return "; ".join([*sorted(machines), *sorted(threads), *sorted(torches), runs]) + "."
 
 
@@ -228,13 +240,21 @@ def save_png(made: Figure, path: str | Path) -> None:
     Image.open(drawn).convert("RGB").quantize(64).save(path, optimize=True)
 
 
+def with_block(readme: str, block: str) -> str:
+    """The README with the text between its speed marks made anew."""
+    mark = re.compile(r"(<!-- speed -->\n).*?(<!-- /speed -->)", re.DOTALL)
+    return mark.sub(lambda found: f"{found[1]}{block}\n{found[2]}", readme)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--figure", type=Path, help="a PNG; by default speed.png in the results")
-    args = parser.parse_args()
-    print(markdown_table(args.results))
-    save_png(figure(args.results), args.figure or args.results / "speed.png")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    results = parser.parse_args().results
+    (results / "README.md").write_text(f"# Time of a training step\n\n{markdown_table(results)}")
+    save_png(figure(results), results / "speed.png")
+    if results.resolve() == RESULTS:
+        README.write_text(with_block(README.read_text(), readme_block(results)))
+    print(markdown_table(results))
 
 
 if __name__ == "__main__":

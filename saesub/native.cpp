@@ -10,9 +10,13 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
+#include <new>
+#include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #include <immintrin.h>
 #define HAS_INT8_SEARCH 1
 #else
@@ -65,32 +69,48 @@ float largest_magnitude(const float* x, int64_t d) {
   return largest;
 }
 
+int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+// Runs task(0) .. task(n_tasks - 1) on up to n_threads threads; 0, or 1 if memory ran out.
 template <class Task>
-void parallel(int64_t n_tasks, int n_threads, const Task& task) {
+int parallel(int64_t n_tasks, int64_t n_threads, const Task& task) {
   std::atomic<int64_t> next{0};
+  std::atomic<int> failed{0};
   auto work = [&] {
-    for (int64_t i; (i = next.fetch_add(1)) < n_tasks;) task(i);
+    try {
+      for (int64_t i; (i = next.fetch_add(1)) < n_tasks;) task(i);
+    } catch (const std::bad_alloc&) {
+      failed = 1;
+    }
   };
   std::vector<std::thread> helpers;
-  int64_t wanted = std::min<int64_t>(n_threads, n_tasks);
-  for (int64_t i = 1; i < wanted; ++i) helpers.emplace_back(work);
+  try {
+    for (int64_t i = 1; i < std::min<int64_t>(n_threads, n_tasks); ++i) helpers.emplace_back(work);
+  } catch (const std::system_error&) {
+    // No more threads to be had: those there are do the work.
+  }
   work();
   for (auto& helper : helpers) helper.join();
+  return failed;
 }
-
-int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
 // ---- search: 8-bit scores with error bounds find candidates, float32 ranks them ----
 
 constexpr int kTokensPerTile = 6;     // 6 × 4 accumulators of 16 lanes fill the registers
-constexpr int kFeaturesPerTile = 64;
+constexpr int kFeaturesPerTile = FEATURES_PER_TILE;
 constexpr int kTokensPerTask = 96;    // their 8-bit copy stays in the second-level cache
 // Half-width of the bounds in standard deviations of the rounding error. A feature is lost only if
 // two errors differ by two half-widths, 5.6 standard deviations of their difference or more.
 constexpr float kBoundWidth = 4.0f;
 
-// Score of feature f for a token of scale s: s * (sum of products) * scale[f] + offset[f], known
-// to within norm_error[f] * s + scale_error[f] * |x|.
+// Rounding errors are uniform and of no direction as long as most coordinates span several steps.
+// Where one massive coordinate takes the range for itself, the others round towards zero and the
+// error lies along the vector: this much of it, in steps, is tolerated (chance gives 0.29).
+constexpr float kAlignedError = 1.3f;
+constexpr int kMassive = 16;  // coordinates of more steps are not among "the others"
+
+// Score of feature f for a token of scale s: s * (sum of products) * scale[f] + offset[f]; its
+// upper bound lies norm_error[f] * s + scale_error[f] * |x| above, the lower as far below.
 struct Packed {
   const uint8_t* weights;
   const float *scale, *norm_error, *offset, *scale_error;
@@ -101,6 +121,9 @@ struct Candidates {
   int size;
   bool overflow;
 };
+
+// No bound reaches NaN: nothing more is collected, and the caller ranks this token densely.
+const Candidates kClosed{NAN, 0, true};
 
 struct Searcher {
   const float *x, *W, *bias, *rank_scale;
@@ -116,6 +139,7 @@ struct Searcher {
 struct Token {
   float scale, inverse, norm;
   int32_t start;  // -128 * sum of the token's 8-bit values: weights are stored as value + 128
+  bool bounded;   // whether the bounds hold for it
 };
 
 // out (d padded to 4) = x * inverse, rounded; returns the sum. |x * inverse| must not exceed 127.
@@ -131,13 +155,37 @@ int32_t quantise(const float* x, float inverse, int64_t d, int8_t* out) {
   return _mm512_reduce_add_epi32(sums);
 }
 
+// The rounding error's component along the vector of the coordinates that are not massive, in steps.
+float aligned_error(const float* x, float inverse, int64_t d, const int8_t* rounded) {
+  Vec error_dot = {}, square = {};
+  alignas(64) float whole[kLanes], scaled[kLanes];
+  for (int64_t i = 0; i < d; i += kLanes) {
+    for (int u = 0; u < kLanes; ++u) {
+      bool counts = i + u < d && std::abs(rounded[i + u]) <= kMassive;
+      scaled[u] = counts ? x[i + u] * inverse : 0.0f;
+      whole[u] = counts ? rounded[i + u] : 0.0f;
+    }
+    Vec a = load(scaled);
+    error_dot += (a - load(whole)) * a;
+    square += a * a;
+  }
+  float dot_sum = 0, square_sum = 0;
+  for (int u = 0; u < kLanes; ++u) {
+    dot_sum += error_dot[u];
+    square_sum += square[u];
+  }
+  return square_sum > 0 ? std::fabs(dot_sum) / std::sqrt(square_sum) : 0.0f;
+}
+
 Token quantise_token(const float* x, int64_t d, int8_t* out) {
   float largest = largest_magnitude(x, d);
   Token token;
   token.scale = largest > 0 ? largest / 127 : 1.0f;
   token.inverse = 1 / token.scale;
   token.norm = std::sqrt(dot(x, x, d));
-  token.start = -128 * quantise(x, token.inverse, d, out);
+  token.bounded = std::isfinite(token.norm) && std::isfinite(token.inverse);
+  token.start = token.bounded ? -128 * quantise(x, token.inverse, d, out) : 0;
+  token.bounded = token.bounded && aligned_error(x, token.inverse, d, out) < kAlignedError;
   return token;
 }
 
@@ -160,9 +208,7 @@ void prune(const Searcher& s, const Token& token, Candidates& c, float* upper, i
   }
   c.size = kept;
   if (c.size > s.capacity - 2 * kFeaturesPerTile) {
-    c.overflow = true;  // too many near-ties; the caller ranks this token densely
-    c.threshold = INFINITY;
-    c.size = 0;
+    c = kClosed;  // too many near-ties
   }
 }
 
@@ -239,14 +285,15 @@ void search_tokens(const Searcher& s, int64_t begin, int64_t end) {
   int64_t groups = blocks_of(s.d, 4), width = groups * 4, n = end - begin;
   int64_t padded = blocks_of(n, kTokensPerTile) * kTokensPerTile;
   std::vector<int8_t> x8(padded * width, 0);
-  std::vector<Token> tokens(padded, Token{1, 1, 0, 0});
+  std::vector<Token> tokens(padded, Token{1, 1, 0, 0, false});
   std::vector<Candidates> found(padded, Candidates{-FLT_MAX, 0, false});
   std::vector<float> upper(padded * s.capacity), lower, exact;
   std::vector<int32_t> index(padded * s.capacity);
   std::vector<std::pair<float, int>> ranked;
   for (int64_t t = 0; t < n; ++t)
     tokens[t] = quantise_token(s.x + (begin + t) * s.d, s.d, x8.data() + t * width);
-  for (int64_t t = n; t < padded; ++t) found[t].threshold = INFINITY;
+  for (int64_t t = 0; t < padded; ++t)
+    if (!tokens[t].bounded) found[t] = kClosed;
   for (int64_t block = 0; block < blocks_of(s.d_sae, kFeaturesPerTile); ++block) {
     for (int64_t t = 0; t < padded; t += kTokensPerTile) {
       const int8_t* rows[kTokensPerTile];
@@ -267,25 +314,30 @@ void search_tokens(const Searcher& s, int64_t begin, int64_t end) {
     float* bounds = upper.data() + t * s.capacity;
     int32_t* ids = index.data() + t * s.capacity;
     prune(s, tokens[t], found[t], bounds, ids, lower);
-    // Fewer than k: NaN in the weights, which the dense ranking then shows as it is.
     s.failed[begin + t] = found[t].overflow || found[t].size < s.k;
     if (!s.failed[begin + t]) refine(s, begin + t, found[t], ids, ranked, exact);
   }
 }
 
-// A row of the dictionary in 8 bits, as value + 128, into its lane of a block; its scale and norm.
-void pack_feature(const float* row, int64_t d, int lane, std::vector<int8_t>& row8,
-                  uint8_t* block, float* scale, float* norm) {
-  float largest = largest_magnitude(row, d);
-  *scale = largest / 127;
-  *norm = std::sqrt(dot(row, row, d));
-  quantise(row, largest > 0 ? 127 / largest : 0.0f, d, row8.data());
+struct PackedRow {
+  float scale, norm, width;  // width: half-width of the bound, in steps
+};
+
+// A row of the dictionary in 8 bits, as value + 128, into its lane of a block.
+PackedRow pack_feature(const float* row, int64_t d, int lane, std::vector<int8_t>& row8,
+                       uint8_t* block) {
+  float largest = largest_magnitude(row, d), inverse = largest > 0 ? 127 / largest : 0.0f;
+  PackedRow packed{largest / 127, std::sqrt(dot(row, row, d)), kBoundWidth / std::sqrt(12.0f)};
+  if (!std::isfinite(packed.norm) || !std::isfinite(inverse)) packed.norm = NAN;  // seen by search()
+  else quantise(row, inverse, d, row8.data());
+  packed.width = std::max(packed.width, 2 * aligned_error(row, inverse, d, row8.data()));
   for (size_t i = 0; i < row8.size(); i += 4) {
     uint32_t four;
     std::memcpy(&four, row8.data() + i, 4);
     four ^= 0x80808080u;
     std::memcpy(block + i * kFeaturesPerTile + 4 * lane, &four, 4);
   }
+  return packed;
 }
 
 #endif  // HAS_INT8_SEARCH
@@ -312,8 +364,9 @@ float gradient_rows(const Entries& e, int64_t f, float* enc, float* dec) {
   return bias;
 }
 
-constexpr int64_t kFeaturesPerTask = 128;
-constexpr int64_t kTokensPerDecode = 32;
+// Partial sums are kept for each of these blocks; native.py sizes them.
+constexpr int64_t kFeaturesPerTask = FEATURES_PER_BLOCK;
+constexpr int64_t kTokensPerDecode = TOKENS_PER_BLOCK;
 
 struct AdamSettings {
   double lr, beta1, beta2, eps;
@@ -324,7 +377,7 @@ struct AdamSettings {
 
 void adam_row(const AdamSettings& s, int64_t missed, const float* g, float* p, float* m, float* v,
               int64_t d) {
-  float b1 = static_cast<float>(s.beta1), b2 = static_cast<float>(s.beta2);
+  float new1 = static_cast<float>(1 - s.beta1), new2 = static_cast<float>(1 - s.beta2);
   float keep1 = static_cast<float>(std::pow(s.beta1, missed + 1));
   float keep2 = static_cast<float>(std::pow(s.beta2, missed + 1));
   float rate = static_cast<float>(s.lr / (1 - std::pow(s.beta1, s.step)));
@@ -333,8 +386,8 @@ void adam_row(const AdamSettings& s, int64_t missed, const float* g, float* p, f
 #pragma GCC ivdep
   for (int64_t i = 0; i < d; ++i) {
     float grad = g[i] * clip;
-    m[i] = keep1 * m[i] + (1 - b1) * grad;
-    v[i] = keep2 * v[i] + (1 - b2) * grad * grad;
+    m[i] = keep1 * m[i] + new1 * grad;
+    v[i] = keep2 * v[i] + new2 * grad * grad;
     p[i] -= rate * m[i] / (std::sqrt(v[i]) * root + eps);
   }
 }
@@ -345,48 +398,45 @@ extern "C" {
 
 int saesub_has_int8_search() { return HAS_INT8_SEARCH; }
 
-int64_t saesub_packed_bytes(int64_t d, int64_t d_sae) {
-  return blocks_of(d_sae, 64) * 64 * blocks_of(d, 4) * 4;
-}
-
 // table: (4, d_sae padded to 64) floats: scale, norm_error, offset, scale_error.
-void saesub_pack(const float* W, const float* bias, const float* rank_scale, int64_t d,
-                 int64_t d_sae, uint8_t* weights, float* table, int threads) {
+int saesub_pack(const float* W, const float* bias, const float* rank_scale, int64_t d,
+                int64_t d_sae, uint8_t* weights, float* table, int64_t threads) {
 #if HAS_INT8_SEARCH
   int64_t groups = blocks_of(d, 4), n_blocks = blocks_of(d_sae, kFeaturesPerTile);
   int64_t padded = n_blocks * kFeaturesPerTile;
-  float width = kBoundWidth / std::sqrt(12.0f);  // rounding errors are uniform over one unit
-  parallel(n_blocks, threads, [&](int64_t block) {
+  return parallel(n_blocks, threads, [&](int64_t block) {
     uint8_t* out = weights + block * groups * 4 * kFeaturesPerTile;
     std::vector<int8_t> row8(groups * 4, 0);
     for (int lane = 0; lane < kFeaturesPerTile; ++lane) {
       int64_t f = block * kFeaturesPerTile + lane;
-      float scale = 0, norm = 0, rank = 0;
-      if (f < d_sae) {
-        pack_feature(W + f * d, d, lane, row8, out, &scale, &norm);
-        rank = rank_scale ? rank_scale[f] : 1.0f;
-      }
-      table[f] = scale * rank;
-      table[padded + f] = width * norm * rank;
+      PackedRow row{0, 0, 0};
+      if (f < d_sae) row = pack_feature(W + f * d, d, lane, row8, out);
+      float rank = f < d_sae && rank_scale ? rank_scale[f] : 1.0f;
+      table[f] = row.scale * rank;
+      table[padded + f] = kBoundWidth / std::sqrt(12.0f) * row.norm * rank;
       table[2 * padded + f] = f < d_sae ? bias[f] * rank : -INFINITY;
-      table[3 * padded + f] = width * scale * rank;
+      table[3 * padded + f] = row.width * row.scale * rank;
     }
   });
+#else
+  return 2;
 #endif
 }
 
-void saesub_search(const float* x, const float* W, const float* bias, const float* rank_scale,
+int saesub_search(const float* x, const float* W, const float* bias, const float* rank_scale,
                    const uint8_t* weights, const float* table, int64_t n, int64_t d,
                    int64_t d_sae, int64_t k, int64_t* features, float* values, uint8_t* failed,
-                   int threads) {
+                   int64_t threads) {
 #if HAS_INT8_SEARCH
   int64_t padded = blocks_of(d_sae, kFeaturesPerTile) * kFeaturesPerTile;
   Packed packed{weights, table, table + padded, table + 2 * padded, table + 3 * padded};
   int64_t capacity = std::max<int64_t>(4 * k, 2 * k + 3 * kFeaturesPerTile);
   Searcher s{x, W, bias, rank_scale, d, d_sae, k, capacity, packed, features, values, failed};
-  parallel(blocks_of(n, kTokensPerTask), threads, [&](int64_t task) {
+  return parallel(blocks_of(n, kTokensPerTask), threads, [&](int64_t task) {
     search_tokens(s, task * kTokensPerTask, std::min(n, (task + 1) * kTokensPerTask));
   });
+#else
+  return 2;
 #endif
 }
 
@@ -394,11 +444,11 @@ void saesub_search(const float* x, const float* W, const float* bias, const floa
 //   x_hat = sum of value * W_dec[feature] + bias; g_out = scale * (x_hat - target);
 //   g_pre = W_dec[feature] . g_out where the value is not zero, else zero.
 // sums: (blocks of 32 tokens, d + 1) floats: that block's sum of g_out, and of its square.
-void saesub_decode(const int64_t* features, const int64_t* offsets, const float* values,
+int saesub_decode(const int64_t* features, const int64_t* offsets, const float* values,
                    const float* W_dec, const float* bias, const float* target, int64_t n,
                    int64_t d, float scale, float* x_hat, float* g_out, float* g_pre, float* sums,
-                   int threads) {
-  parallel(blocks_of(n, kTokensPerDecode), threads, [&](int64_t task) {
+                   int64_t threads) {
+  return parallel(blocks_of(n, kTokensPerDecode), threads, [&](int64_t task) {
     float* sum = sums + task * (d + 1);
     std::memset(sum, 0, (d + 1) * sizeof(float));
     for (int64_t t = task * kTokensPerDecode; t < std::min(n, (task + 1) * kTokensPerDecode); ++t) {
@@ -421,7 +471,7 @@ void saesub_decode(const int64_t* features, const int64_t* offsets, const float*
 }
 
 // Sort the m entries with a value by feature: start (d_sae + 1), and their token, g_pre and value.
-void saesub_sort(const int64_t* features, const int64_t* tokens, const float* values,
+int saesub_sort(const int64_t* features, const int64_t* tokens, const float* values,
                  const float* g_pre, int64_t m, int64_t d_sae, int64_t* start, int64_t* token,
                  float* sorted_g_pre, float* sorted_value) {
   std::fill(start, start + d_sae + 1, 0);
@@ -436,25 +486,25 @@ void saesub_sort(const int64_t* features, const int64_t* tokens, const float* va
   }
   std::memmove(start + 1, start, d_sae * sizeof(int64_t));  // each start had moved to its end
   start[0] = 0;
+  return 0;
 }
 
-// Of all gradient rows: squared norm (one double per block of 128 features), bias gradients
-// (d_sae), and (blocks, d_in) partial sums of bias gradient * W_enc row.
-void saesub_row_norms(const int64_t* start, const int64_t* token, const float* g_pre,
+// Of all gradient rows: squared norm (a double for each block of features), and (blocks, d_in)
+// partial sums of bias gradient * W_enc row.
+int saesub_row_norms(const int64_t* start, const int64_t* token, const float* g_pre,
                       const float* value, const float* x, const float* g_out, const float* W_enc,
-                      int64_t d_in, int64_t d_out, int64_t d_sae, double* squares, float* g_bias,
-                      float* through_encoder, int threads) {
+                      int64_t d_in, int64_t d_out, int64_t d_sae, double* squares,
+                     float* through_encoder, int64_t threads) {
   Entries e{start, token, g_pre, value, x, g_out, d_in, d_out};
-  parallel(blocks_of(d_sae, kFeaturesPerTask), threads, [&](int64_t task) {
+  return parallel(blocks_of(d_sae, kFeaturesPerTask), threads, [&](int64_t task) {
     std::vector<float> enc(d_in), dec(d_out);
     float* partial = through_encoder + task * d_in;
     std::memset(partial, 0, d_in * sizeof(float));
     double square = 0;
     int64_t last = std::min(d_sae, (task + 1) * kFeaturesPerTask);
     for (int64_t f = task * kFeaturesPerTask; f < last; ++f) {
-      g_bias[f] = 0;
       if (start[f] == start[f + 1]) continue;
-      float bias = g_bias[f] = gradient_rows(e, f, enc.data(), dec.data());
+      float bias = gradient_rows(e, f, enc.data(), dec.data());
       square += dot(enc.data(), enc.data(), d_in) + dot(dec.data(), dec.data(), d_out);
       square += static_cast<double>(bias) * bias;
       axpy(bias, W_enc + f * d_in, partial, d_in);
@@ -465,14 +515,14 @@ void saesub_row_norms(const int64_t* start, const int64_t* token, const float* g
 
 // One Adam update of every feature. moved (d_sae) is the last step at which a row was updated; it
 // is read and written only in lazy mode.
-void saesub_adam_rows(const int64_t* start, const int64_t* token, const float* g_pre,
+int saesub_adam_rows(const int64_t* start, const int64_t* token, const float* g_pre,
                       const float* value, const float* x, const float* g_out, int64_t d_in,
                       int64_t d_out, int64_t d_sae, const AdamSettings* settings, float* enc,
                       float* enc_m, float* enc_v, float* dec, float* dec_m, float* dec_v,
-                      float* bias, float* bias_m, float* bias_v, int64_t* moved, int threads) {
+                      float* bias, float* bias_m, float* bias_v, int64_t* moved, int64_t threads) {
   Entries e{start, token, g_pre, value, x, g_out, d_in, d_out};
   const AdamSettings& s = *settings;
-  parallel(blocks_of(d_sae, kFeaturesPerTask), threads, [&](int64_t task) {
+  return parallel(blocks_of(d_sae, kFeaturesPerTask), threads, [&](int64_t task) {
     std::vector<float> g_enc(d_in), g_dec(d_out);
     int64_t last = std::min(d_sae, (task + 1) * kFeaturesPerTask);
     for (int64_t f = task * kFeaturesPerTask; f < last; ++f) {

@@ -1,6 +1,6 @@
 """The functions of native.cpp on CPU tensors: compiled on first use, absent without a compiler.
 
-They are the inner loops of `saesub.native_step`. Setting SAESUB_NATIVE=0 turns them off.
+They are the inner loops of the training step. Setting SAESUB_NATIVE=0 turns them off.
 """
 
 from __future__ import annotations
@@ -9,12 +9,15 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
+import tempfile
 import warnings
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -24,10 +27,8 @@ from saesub.resources import cache_dir
 from saesub.sparse_ops import Selected, dense_search
 
 _SOURCE = Path(__file__).with_name("native.cpp")
-_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-std=c++17")
-_FLAGS += ("-shared", "-fPIC", "-pthread")
 _LEAST_FEATURES_PER_K = 8  # below that most features are candidates, and the product is cheaper
-_TOKENS_PER_BLOCK, _FEATURES_PER_BLOCK, _FEATURES_PER_TILE = 32, 128, 64  # as in native.cpp
+_TOKENS_PER_BLOCK, _FEATURES_PER_BLOCK, _FEATURES_PER_TILE = 32, 128, 64
 
 
 class AdamSettings(ctypes.Structure):
@@ -79,24 +80,26 @@ def search(
     """`dense_search` at three times its speed, for a `W_enc` that lies feature-major in memory.
 
     Products in 8 bits with bounds on their rounding error leave some tens of candidates a token,
-    which are then ranked in float32. The bounds are four standard deviations wide on either side;
-    a token with too many candidates is ranked by the whole product.
+    which are then ranked in float32. The bounds are four standard deviations wide on either side,
+    for errors without direction; tokens whose rounding error has one (a massive coordinate takes
+    the range for itself) or that have too many candidates are ranked by the whole product.
     """
-    (n, d), d_sae, lib = x.shape, W_enc.shape[1], _required()
-    if d_sae < _LEAST_FEATURES_PER_K * k:
+    (n, d), d_sae = x.shape, W_enc.shape[1]
+    _check_shapes(x, (n, d), W_enc, (d, d_sae), b_enc, (d_sae,), feature_scale, (d_sae,))
+    if d_sae < _LEAST_FEATURES_PER_K * k or not has_int8_search():
         return dense_search(x, W_enc, b_enc, k, feature_scale)
     padded = -(-d_sae // _FEATURES_PER_TILE) * _FEATURES_PER_TILE
-    weights = torch.empty(padded * -(-d // 4) * 4, dtype=torch.uint8)
-    table = torch.empty(4, padded)
-    features = torch.empty(n, k, dtype=torch.int64)
-    pre, failed = torch.empty(n, k), torch.empty(n, dtype=torch.bool)
-    rows, threads, size = W_enc.T, torch.get_num_threads(), ctypes.c_int64
-    dictionary = [_pointer(rows), _pointer(b_enc), _pointer(feature_scale)]
+    weights, table = _empty(padded * -(-d // 4) * 4, dtype=torch.uint8), _empty(4, padded)
+    features, pre = _empty(n, k, dtype=torch.int64), _empty(n, k)
+    failed = _empty(n, dtype=torch.bool)
+    dictionary = [_pointer(W_enc.T), _pointer(b_enc), _pointer(feature_scale)]
     packed = [_pointer(weights, torch.uint8), _pointer(table)]
-    lib.saesub_pack(*dictionary, size(d), size(d_sae), *packed, threads)
-    sizes = [size(n), size(d), size(d_sae), size(k)]
+    _call("pack", *dictionary, d, d_sae, *packed, torch.get_num_threads())
+    if not bool(table[:, :d_sae].isfinite().all()):
+        return dense_search(x, W_enc, b_enc, k, feature_scale)  # shows NaN and Inf as they are
     found = [_pointer(features, torch.int64), _pointer(pre), _pointer(failed, torch.bool)]
-    lib.saesub_search(_pointer(x), *dictionary, *packed, *sizes, *found, threads)
+    threads = torch.get_num_threads()
+    _call("search", _pointer(x), *dictionary, *packed, n, d, d_sae, k, *found, threads)
     if bool(failed.any()):
         features[failed], pre[failed] = dense_search(x[failed], W_enc, b_enc, k, feature_scale)
     return features, pre
@@ -130,14 +133,16 @@ def decode(
     weight: float,
 ) -> Decoded:
     """Reconstruct, and differentiate `weight * sum of (x_hat - target)²`; one read of each row."""
-    n, d = target.shape
-    x_hat, g_out = torch.empty_like(target), torch.empty_like(target)
-    g_pre, sums = torch.empty_like(values), torch.empty(-(-n // _TOKENS_PER_BLOCK), d + 1)
-    _required().saesub_decode(
+    (n, d), m = target.shape, len(values)
+    _check_shapes(W_dec, (len(W_dec), d), b_dec, (d,), selected.features, (m,))
+    x_hat, g_out, g_pre = _empty(n, d), _empty(n, d), _empty(m)
+    sums = _empty(-(-n // _TOKENS_PER_BLOCK), d + 1)
+    _call(
+        "decode",
         *(_pointer(t, torch.int64) for t in (selected.features, selected.offsets)),
         *(_pointer(t) for t in (values, W_dec, b_dec, target)),
-        ctypes.c_int64(n),
-        ctypes.c_int64(d),
+        n,
+        d,
         ctypes.c_float(2 * weight),
         *(_pointer(t) for t in (x_hat, g_out, g_pre, sums)),
         torch.get_num_threads(),
@@ -174,13 +179,16 @@ class RowGradients:
         d_sae: int,
     ) -> RowGradients:
         """Sort entries by feature; those of value zero have no gradient and are left out."""
-        start, token = torch.empty(d_sae + 1, dtype=torch.int64), torch.empty_like(tokens)
-        sorted_g_pre, sorted_value = torch.empty_like(g_pre), torch.empty_like(values)
-        _required().saesub_sort(
+        m = len(features)
+        _check_shapes(tokens, (m,), values, (m,), g_pre, (m,), g_out, (len(x), g_out.shape[1]))
+        start, token = _empty(d_sae + 1, dtype=torch.int64), _empty(m, dtype=torch.int64)
+        sorted_g_pre, sorted_value = _empty(m), _empty(m)
+        _call(
+            "sort",
             *(_pointer(t, torch.int64) for t in (features, tokens)),
             *(_pointer(t) for t in (values, g_pre)),
-            ctypes.c_int64(len(features)),
-            ctypes.c_int64(d_sae),
+            m,
+            d_sae,
             *(_pointer(t, torch.int64) for t in (start, token)),
             *(_pointer(t) for t in (sorted_g_pre, sorted_value)),
         )
@@ -195,15 +203,16 @@ class RowGradients:
         self, W_enc: Float[Tensor, "d_in d_sae"]
     ) -> tuple[Float[Tensor, ""], Float[Tensor, " d_in"]]:
         """Squared norm of all gradients, float64; and `W_enc @ gradient of b_enc`."""
+        _check_shapes(W_enc, (self.x.shape[1], self.d_sae))
         blocks = -(-self.d_sae // _FEATURES_PER_BLOCK)
-        squares = torch.empty(blocks, dtype=torch.float64)
-        g_bias, through = torch.empty(self.d_sae), torch.empty(blocks, self.x.shape[1])
-        _required().saesub_row_norms(
+        squares, through = _empty(blocks, dtype=torch.float64), _empty(blocks, self.x.shape[1])
+        _call(
+            "row_norms",
             *self._pointers(),
             _pointer(W_enc.T),
             *self._sizes(),
             _pointer(squares, torch.float64),
-            *(_pointer(t) for t in (g_bias, through)),
+            _pointer(through),
             torch.get_num_threads(),
         )
         return squares.sum(), through.sum(0)
@@ -214,7 +223,11 @@ class RowGradients:
         `moved` (d_sae,) int64 is the last step at which each feature was updated: with
         `settings.lazy` features without entries stay, and their moments decay when next updated.
         """
-        _required().saesub_adam_rows(
+        (d_in, d_out), d_sae = (self.x.shape[1], self.g_out.shape[1]), self.d_sae
+        shapes = [(d_sae, d_in)] * 3 + [(d_sae, d_out)] * 3 + [(d_sae,)] * 3
+        _check_shapes(*(part for pair in zip(tensors, shapes, strict=True) for part in pair))
+        _call(
+            "adam_rows",
             *self._pointers(),
             *self._sizes(),
             ctypes.byref(settings),
@@ -227,23 +240,38 @@ class RowGradients:
         ids = [_pointer(t, torch.int64) for t in (self.start, self.token)]
         return ids + [_pointer(t) for t in (self.g_pre, self.value, self.x, self.g_out)]
 
-    def _sizes(self) -> list[ctypes.c_int64]:
-        return [ctypes.c_int64(s) for s in (self.x.shape[1], self.g_out.shape[1], self.d_sae)]
+    def _sizes(self) -> list[int]:
+        return [self.x.shape[1], self.g_out.shape[1], self.d_sae]
 
 
-def _required() -> ctypes.CDLL:
+def _call(name: str, *arguments: Any) -> None:
     lib = library()
     if lib is None:
         raise RuntimeError("saesub.native has no compiled library here: ask library() first")
-    return lib
+    passed = [ctypes.c_int64(a) if isinstance(a, int) else a for a in arguments]
+    if getattr(lib, f"saesub_{name}")(*passed):
+        raise MemoryError(f"no memory left in saesub's compiled {name}: train on smaller batches")
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="cpu")  # whatever the user's defaults are
+
+
+def _check_shapes(*tensors_and_shapes: Any) -> None:
+    """The compiled code trusts its sizes, so that a wrong one would read beyond a tensor's end."""
+    for tensor, shape in zip(tensors_and_shapes[::2], tensors_and_shapes[1::2], strict=True):
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"a tensor of shape {tuple(tensor.shape)} where {shape} is wanted")
 
 
 def _pointer(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> ctypes.c_void_p:
     if tensor is None:
         return ctypes.c_void_p(None)
-    assert tensor.dtype == dtype
-    assert tensor.is_contiguous()
-    assert tensor.device.type == "cpu"
+    if tensor.dtype != dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        raise TypeError(
+            f"a contiguous {dtype} tensor on the CPU is wanted, not {tensor.dtype} on "
+            f"{tensor.device} with strides {tensor.stride()}"
+        )
     return ctypes.c_void_p(tensor.data_ptr())
 
 
@@ -252,16 +280,30 @@ def _built() -> Path:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise OSError("no C++ compiler was found")
-    key = [_SOURCE.read_bytes(), compiler.encode(), " ".join(_FLAGS).encode(), _processor()]
+    command = [*shlex.split(compiler), *_flags(), str(_SOURCE)]
+    key = [_SOURCE.read_bytes(), " ".join(command[:-1]).encode(), _processor()]
     name = hashlib.sha256(b"\0".join(key)).hexdigest()[:16]
     target = cache_dir() / "native" / f"{name}.so"
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_suffix(f".{os.getpid()}.tmp")
-        command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(partial)]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
-        os.replace(partial, target)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            made = Path(folder) / target.name
+            command += ["-o", str(made)]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+            os.replace(made, target)
     return target
+
+
+def _flags() -> list[str]:
+    tuned = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+    sizes = {
+        "TOKENS_PER_BLOCK": _TOKENS_PER_BLOCK,
+        "FEATURES_PER_BLOCK": _FEATURES_PER_BLOCK,
+        "FEATURES_PER_TILE": _FEATURES_PER_TILE,
+    }
+    defined = [f"-D{name}={size}" for name, size in sizes.items()]
+    maths = ["-fno-math-errno", "-fno-trapping-math"]
+    return ["-O3", tuned, *maths, "-std=c++17", "-shared", "-fPIC", "-pthread", *defined]
 
 
 def _processor() -> bytes:

@@ -83,8 +83,10 @@ class SparseAdam(torch.optim.Adam):
         eps: float = 1e-8,
     ) -> None:
         super().__init__(params, lr=lr, betas=betas, eps=eps, fused=True)
+        self.defaults["feature_axis"] = None
         for group in self.param_groups:
             group.setdefault("feature_axis", None)
+        self._step_supports_amp_scaling = False  # torch's fused Adam would unscale, `step` does not
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore
@@ -103,17 +105,23 @@ class SparseAdam(torch.optim.Adam):
     def moved(self, parameter: nn.Parameter, axis: int) -> Int[Tensor, " d_sae"]:
         """The step up to which the moments of each row are decayed."""
         state = self.state[parameter]
-        if "moved" not in state:
-            n_rows = parameter.shape[axis]
-            state["moved"] = torch.zeros(n_rows, dtype=torch.int64, device=parameter.device)
+        if "moved" not in state:  # new, or of an Adam whose moments are all up to date
+            shape, steps = (parameter.shape[axis],), int(state.get("step", 0))
+            state["moved"] = torch.full(shape, steps, dtype=torch.int64, device=parameter.device)
         return state["moved"]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, which would turn the row counters into floats."""
+        """As torch's, which would round the row counters to the parameters' type."""
+        axes = [group["feature_axis"] for group in self.param_groups]
         super().load_state_dict(state_dict)
-        for state in self.state.values():
-            if "moved" in state:
-                state["moved"] = state["moved"].long()
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        numbers = [n for group in state_dict["param_groups"] for n in group["params"]]
+        for parameter, number in zip(parameters, numbers, strict=True):
+            kept = state_dict["state"].get(number, {})
+            if "moved" in kept:
+                self.state[parameter]["moved"] = kept["moved"].to(parameter.device, copy=True)
+        for group, axis in zip(self.param_groups, axes, strict=True):
+            group["feature_axis"] = axis
 
     def _move_features(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
         axis = group["feature_axis"]
@@ -130,7 +138,10 @@ class SparseAdam(torch.optim.Adam):
     def _move_all(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
         """torch's fused Adam, on the rows as they lie: it copies what is not contiguous."""
         step, *averages = moments(self, parameter)
-        tensors = [parameter, parameter.grad, *averages]
+        grad = parameter.grad
+        if grad.stride() != parameter.stride():  # pyright: ignore
+            grad = torch.empty_like(parameter).copy_(grad)  # pyright: ignore
+        tensors = [parameter, grad, *averages]
         as_they_lie = [[_rows(t, group["feature_axis"] or 0)] for t in tensors]  # pyright: ignore
         beta1, beta2 = group["betas"]
         adam(
@@ -150,9 +161,9 @@ class SparseAdam(torch.optim.Adam):
     def _move_rows(self, parameter: nn.Parameter, group: dict[str, Any], index: Tensor) -> None:
         """The update of the rows `index` alone, with the decay that their moments have missed."""
         step, *averages = moments(self, parameter)
-        step += 1
         axis, betas = group["feature_axis"], group["betas"]
         moved = self.moved(parameter, axis)
+        step += 1
         missed = step - moved[index]
         grad = _rows(parameter.grad, axis).index_select(0, index)  # pyright: ignore
         updated = []
@@ -183,10 +194,12 @@ def _rows(tensor: Tensor, axis: int) -> Tensor:
 
 def _decay(beta: float, missed: Tensor, like: Tensor) -> Tensor:
     """beta to the steps missed, shaped to multiply rows."""
-    return torch.pow(beta, missed.double()).to(like.dtype).view(-1, *[1] * (like.ndim - 1))
+    decay = torch.pow(beta, missed.cpu().double())  # not every device has float64
+    return decay.to(like.device, like.dtype).view(-1, *[1] * (like.ndim - 1))
 
 
 def _rows_with_gradient(rows: Tensor) -> Tensor:
     if rows.ndim == 1:
         return rows != 0
-    return torch.linalg.vector_norm(rows, torch.inf, tuple(range(1, rows.ndim))) > 0
+    # Not "> 0": a row of NaN has a gradient, and must show.
+    return torch.linalg.vector_norm(rows, torch.inf, tuple(range(1, rows.ndim))) != 0

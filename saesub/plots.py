@@ -313,21 +313,23 @@ def dead_over_tokens(frame: pd.DataFrame) -> Figure:
     return figure
 
 
-def width(frame: pd.DataFrame) -> Figure:
-    """Share of dead features by dictionary width, one line per arm.
+def width(frame: pd.DataFrame, measure: str = "dead_share") -> Figure:
+    """Share of dead features, or FVU, by dictionary width, one line per arm.
 
-    `frame`: d_sae, arm, dead_share.
+    `frame`: d_sae, arm, and the `measure`, "dead_share" or "fvu".
     """
-    _checked(frame, "d_sae", "arm", "dead_share")
+    _checked(frame, "d_sae", "arm", measure)
     with _figure() as (figure, axes):
-        _arm_lines(axes, frame, "d_sae", "dead_share")
+        _arm_lines(axes, frame, "d_sae", measure)
         axes.set_xscale("log", base=2)
         widths = sorted(frame["d_sae"].unique())
         axes.set_xticks(widths[:: -(-len(widths) // 6)])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-        axes.set(xlabel="width of the dictionary (features)", ylabel="dead features")
-        axes.set_ylim(bottom=0)
+        label = {"dead_share": "dead features", "fvu": "fraction of variance unexplained"}[measure]
+        axes.set(xlabel="width of the dictionary (features)", ylabel=label)
+        if measure == "dead_share":
+            axes.set_ylim(bottom=0)
         _percent(axes.yaxis)
         _legend_above(figure, axes, 2)
     return figure

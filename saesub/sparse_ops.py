@@ -134,7 +134,7 @@ def select_batch_topk(
         features[cut_short], pre[cut_short] = search(
             x[cut_short], W_enc, b_enc, width, feature_scale
         )
-    chosen = best.indices[best.values > 0].sort().values
+    chosen = best.indices[~(best.values <= 0)].sort().values  # NaN is kept, and shows
     counts = torch.bincount(chosen // width, minlength=len(x))
     offsets = F.pad(counts.cumsum(0), (1, 0))
     return Selected(features.flatten()[chosen], offsets, pre.flatten()[chosen], d_sae)
@@ -216,8 +216,8 @@ class _EncodeAt(torch.autograd.Function):
     def backward(ctx: Any, *grads):
         centred, W_enc = ctx.saved_tensors
         g_W_enc = _sum_rows_by_feature(grads[0], ctx.selected, centred).T
-        g_b_enc = centred.new_zeros(W_enc.shape[1])
-        g_b_enc.index_add_(0, ctx.selected.features, grads[0])
+        ones = centred.new_ones(len(centred), 1)
+        g_b_enc = _sum_rows_by_feature(grads[0], ctx.selected, ones).squeeze(1)
         # The bias enters every token alike, so its gradient is one matrix-vector product.
         g_b_in = -(W_enc @ g_b_enc) if ctx.centred_by_bias else None
         return None, None, g_b_in, g_W_enc, g_b_enc

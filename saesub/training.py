@@ -250,6 +250,13 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
                 f"The checkpoint {path} holds {len(state['tokens_since_fired'])} features, "
                 f"this SAE has {self.sae.cfg.d_sae}: resume with the SAE it was made from."
             )
+        for parameter, kept in self.optimizer.state.items():
+            if kept["exp_avg"].shape != parameter.shape:
+                raise SaesubError(
+                    f"The checkpoint {path} holds optimizer moments of shape "
+                    f"{tuple(kept['exp_avg'].shape)} for a parameter of shape "
+                    f"{tuple(parameter.shape)}: resume with the SAE it was made from."
+                )
         self.tokens_since_fired = state["tokens_since_fired"].to(self.cfg.device)
         # SAELens saves in the middle of a step: its step counter lags the steps taken by one.
         self.n_training_steps = self.n_training_samples // self.cfg.train_batch_size_samples

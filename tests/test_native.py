@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,8 +13,17 @@ from hypothesis import strategies as st
 from saesub import native
 from saesub.sparse_ops import Selected, dense_search, select_topk
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason="no C++ compiler here")
+has_compiler = shutil.which("g++") or shutil.which("clang++")
+pytestmark = pytest.mark.skipif(not has_compiler, reason="no C++ compiler here")
 needs_int8 = pytest.mark.skipif(not native.has_int8_search(), reason="no AVX-512 VNNI here")
+
+
+def test_it_is_built_where_it_can_be():
+    """Else every other test here would be skipped without a word."""
+    assert native.library() is not None
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file() and "avx512_vnni" in cpuinfo.read_text():
+        assert native.has_int8_search()
 
 
 def _problem(n: int, d: int, d_sae: int, seed: int):
@@ -36,7 +48,7 @@ def _same_sets(x, W_enc, b_enc, scale, found, expected):
 @given(
     n=st.integers(1, 210),
     d=st.integers(1, 70),
-    d_sae=st.integers(64, 900),
+    d_sae=st.integers(8, 900),
     k=st.integers(1, 20),
     scaled=st.booleans(),
     outliers=st.booleans(),
@@ -67,12 +79,80 @@ def test_search_ranks_ties_and_empty_rows_by_the_whole_product():
 
 
 @needs_int8
-def test_nan_weights_show_as_nan_and_do_not_crash():
-    x, W_enc, b_enc, _ = _problem(10, 16, 1024, 0)
-    features, pre = native.search(x, W_enc * torch.nan, b_enc, 8)
-    assert pre.isnan().all()
+def test_a_massive_coordinate_hides_no_feature():
+    """The others round towards zero: the error then lies along what aligned features read."""
+    n, d, d_sae = 64, 2048, 4096
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.nn.functional.normalize(torch.randn(d_sae, d, generator=generator), dim=1)
+    rest = torch.randn(n, d, generator=generator)
+    rows[:n] = torch.nn.functional.normalize(rest + 0.5 * rest.roll(1, 0), dim=1)
+    for size in (50, 150, 300, 500, 2000):
+        x = rest.clone()
+        x[:, 0] = size
+        for W_enc in (rows.T, (rows + size / 40 * torch.eye(d_sae, d)[7]).T):
+            bias = torch.zeros(d_sae)
+            found = native.search(x, W_enc, bias, 4)
+            _same_sets(x, W_enc, bias, None, found, dense_search(x, W_enc, bias, 4))
+
+
+@needs_int8
+@pytest.mark.parametrize("where", ["weights", "one row", "bias"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_shows_and_does_not_crash(where, value):
+    x, W_enc, b_enc, _ = _problem(200, 16, 4096, 0)
+    if where == "weights":
+        W_enc = (W_enc.T * value).T
+    elif where == "one row":
+        W_enc[:, 5] = value
+    else:
+        b_enc[5] = value
+    features, pre = native.search(x, W_enc, b_enc, 8)
+    expected, reference = dense_search(x, W_enc, b_enc, 8)
     assert features.min() >= 0
-    assert features.max() < 1024
+    assert features.max() < 4096
+    assert torch.equal(pre.isfinite().sum(1), reference.isfinite().sum(1))
+    assert torch.equal((features == 5).any(1), (expected == 5).any(1)) or where == "weights"
+
+
+@needs_int8
+def test_tokens_beyond_every_scale_are_ranked_by_the_whole_product():
+    x, W_enc, b_enc, _ = _problem(200, 16, 4096, 0)
+    b_enc = b_enc.abs()
+    x[3] *= 1e20
+    x[4] *= 1e-38
+    x[5] = 1e-42
+    found, expected = (search(x, W_enc, b_enc, 8) for search in (native.search, dense_search))
+    ordinary = torch.arange(200) != 3
+    torch.testing.assert_close(
+        found[1][ordinary].sort(1).values, expected[1][ordinary].sort(1).values
+    )
+    torch.testing.assert_close(found[1][3].sort().values, expected[1][3].sort().values)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda x, W, b: (x.double(), W, b), TypeError, "float32 tensor on the CPU is wanted"),
+        (lambda x, W, b: (x, W.contiguous(), b), TypeError, "strides"),
+        (lambda x, W, b: (x, W, b[:-1]), ValueError, r"\(1023,\) where \(1024,\)"),
+        (lambda x, W, b: (x, W[:-1], b), ValueError, "is wanted"),
+    ],
+)
+def test_tensors_that_the_compiled_code_would_misread_are_refused(change, error, message):
+    x, W_enc, b_enc, _ = _problem(10, 16, 1024, 0)
+    with pytest.raises(error, match=message):
+        native.search(*change(x, W_enc, b_enc), 8)
+
+
+def test_the_users_default_dtype_does_not_matter():
+    x, W_enc, b_enc, _ = _problem(10, 16, 1024, 0)
+    expected = native.search(x, W_enc, b_enc, 8)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = native.search(x, W_enc, b_enc, 8)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found[1], expected[1])
 
 
 @needs_int8
@@ -182,12 +262,11 @@ def test_adam_rows_equals_torch_adam_and_the_masked_adam_of_the_paper(lazy):
         torch.testing.assert_close(p.double(), q, rtol=1e-4, atol=1e-5)
 
 
-def test_results_do_not_depend_on_the_number_of_threads():
+def test_results_do_not_depend_on_the_number_of_threads(monkeypatch):
     x, W_enc, b_enc, W_dec = _problem(500, 48, 1024, 0)
     results = []
-    before = torch.get_num_threads()
     for threads in (1, 2, 5):
-        torch.set_num_threads(threads)
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
         search = native.search if native.has_int8_search() else None
         selected = select_topk(x, W_enc, b_enc, 8, search=search)
         values = selected.pre.relu()
@@ -195,10 +274,26 @@ def test_results_do_not_depend_on_the_number_of_threads():
         rows = native.RowGradients.of_entries(
             selected.features, selected.tokens, values, decoded.g_pre, x, decoded.g_out, 1024
         )
-        results.append([selected.pre, decoded.g_bias, decoded.g_pre, *rows.norms(W_enc)])
-    torch.set_num_threads(before)
+        weights = [W_enc.T.clone(), W_dec.clone(), b_enc.clone()]
+        tensors = [t for w in weights for t in (w, torch.zeros_like(w), torch.zeros_like(w))]
+        settings_ = native.AdamSettings(1e-2, 0.9, 0.99, 1e-8, 1, 0, 1.0)
+        rows.adam(settings_, *tensors, moved=None)
+        found = [selected.features, selected.pre, decoded.g_bias, decoded.g_pre]
+        results.append([*found, *rows.norms(W_enc), *tensors])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_a_compiler_with_arguments_is_understood(monkeypatch, tmp_path):
+    monkeypatch.setenv("SAESUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", f"env {has_compiler} -g0")
+    native.library.cache_clear()
+    try:
+        assert native.library() is not None
+        assert len(list(tmp_path.glob("native/*.so"))) == 1
+    finally:
+        monkeypatch.undo()
+        native.library.cache_clear()
 
 
 def test_without_a_compiler_it_says_what_to_do(monkeypatch, tmp_path):

@@ -110,3 +110,58 @@ def test_groups_name_the_feature_axis_of_every_parameter(sae):
         axis = group["feature_axis"]
         assert (axis is None) == (name == "b_dec")
         assert axis is None or parameter.shape[axis] == sae.cfg.d_sae
+
+
+def test_bfloat16_states_keep_their_row_counters():
+    parameter = nn.Parameter(torch.randn(40, 5).bfloat16())
+    optimizer = SparseAdam([{"params": [parameter], "feature_axis": 0}], lr=LR)
+    for step in range(300):
+        parameter.grad = torch.zeros_like(parameter)
+        parameter.grad[step % 40] = 1.0  # one row in forty: the lazy path
+        optimizer.step()
+    again = SparseAdam([{"params": [parameter], "feature_axis": 0}], lr=LR)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    moved = again.state[parameter]["moved"]
+    assert torch.equal(moved, optimizer.state[parameter]["moved"])
+    assert moved.max() == 300
+
+
+def test_a_state_of_plain_adam_goes_on_without_a_jump():
+    """Its moments are all up to date: nothing must be decayed a second time."""
+    parameter = nn.Parameter(torch.randn(40, 5, generator=torch.Generator().manual_seed(0)))
+    adam = torch.optim.Adam([parameter], lr=LR, fused=True)
+    for _ in range(50):
+        parameter.grad = torch.ones_like(parameter)
+        adam.step()
+    ours = SparseAdam([{"params": [parameter], "feature_axis": 0}], lr=LR)
+    ours.load_state_dict(copy.deepcopy(adam.state_dict()))
+    before = parameter.detach().clone()
+    parameter.grad = torch.zeros_like(parameter)
+    parameter.grad[3] = 1.0
+    ours.step()
+    assert torch.allclose(before[3] - parameter[3], torch.tensor(LR), rtol=1e-3)
+    assert torch.equal(before[4:], parameter[4:])
+
+
+@pytest.mark.parametrize("share", [0.05, 0.9])
+def test_a_row_of_nan_gradients_shows(share):
+    parameter = nn.Parameter(torch.ones(100, 5))
+    optimizer = SparseAdam([{"params": [parameter], "feature_axis": 0}], lr=LR)
+    parameter.grad = torch.zeros_like(parameter)
+    parameter.grad[: int(100 * share)] = torch.nan
+    optimizer.step()
+    assert parameter[0].isnan().all()
+    assert parameter[-1].isfinite().all()
+
+
+def test_a_gradient_that_lies_otherwise_in_memory_meets_its_own_entries():
+    start = torch.randn(12, 7, generator=torch.Generator().manual_seed(0))
+    gradient = torch.randn(12, 7, generator=torch.Generator().manual_seed(1))
+    moved = []
+    for lay in (lambda g: g, lambda g: g.T.contiguous().T):
+        parameter = nn.Parameter(start.clone())
+        optimizer = SparseAdam([{"params": [parameter], "feature_axis": 0}], lr=LR)
+        parameter.grad = lay(gradient.clone())
+        optimizer.step()
+        moved.append(parameter.detach())
+    torch.testing.assert_close(*moved)

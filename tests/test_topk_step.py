@@ -222,3 +222,12 @@ def test_what_cannot_be_trained_is_refused_in_a_sentence():
         SubspaceSAETrainer(_cfg(5), _sae("topk", dtype="float16"), iter(()))
     with pytest.raises(SaesubError, match="Unknown backend 'torhc': did you mean 'torch'"):
         SubspaceSAETrainer(_cfg(5), _sae("topk"), iter(()), backend="torhc")  # pyright: ignore
+
+
+def test_an_optimizer_state_of_another_shape_is_refused(activations, tmp_path):
+    trainer = SubspaceSAETrainer(_cfg(3), _sae("topk"), _batches(activations))
+    trainer.fit()
+    trainer.save_trainer_state(tmp_path)
+    narrow = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=64, d_sae=D_SAE, k=K))
+    with pytest.raises(SaesubError, match=r"\(576, 1152\) for a parameter of shape \(64, 1152\)"):
+        SubspaceSAETrainer(_cfg(3), narrow, iter(())).load_trainer_state(tmp_path)

@@ -1,0 +1,32 @@
+"""The README's table of speeds is the one that the committed records make."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+report = runpy.run_path(str(ROOT / "benchmarks" / "report.py"))
+
+
+def test_the_readme_shows_the_committed_records():
+    readme = (ROOT / "README.md").read_text()
+    block = report["readme_block"](RESULTS)
+    assert "saesub-native-adam" in block
+    assert report["with_block"](readme, block) == readme
+    assert (RESULTS / "README.md").read_text().endswith(report["markdown_table"](RESULTS))
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("b*-d*.json")), ids=lambda p: p.stem)
+def test_every_record_says_how_it_was_made(path):
+    record = json.loads(path.read_text())
+    assert {"processor", "cores"} <= set(record["machine"])
+    for run in record["runs"]:
+        assert run["command"].startswith("python benchmarks/contenders/")
+        assert run["commit"]
+        assert run["date"]
+        assert ("error" in run) != (len(run.get("seconds", [])) > 0)
