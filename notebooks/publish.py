@@ -2,8 +2,11 @@
 
     saesub reproduce --profile quick && python notebooks/publish.py results/quick
 
+A run of some notebooks only is taken over too: the record keeps what it has of the others, and
+`--seed` gives the run their claims, so that the scorecard can be run with all of them.
+
 Run from a checkout. Nothing here is typed by hand: what the README says of findings and times is
-what the run left.
+what the runs left.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from saesub.errors import SaesubError
 from saesub.reproduce import run_facts
 
 ROOT = Path(__file__).resolve().parent.parent
-RECORD = ROOT / "data" / "results" / "quick"
+RECORD_FILE = ROOT / "data" / "results" / "quick" / "run.json"
 README_FIGURE = "05_active_subspace_init"
 _WIDGET = "application/vnd.jupyter.widget-view+json"
 
@@ -31,27 +34,40 @@ _WIDGET = "application/vnd.jupyter.widget-view+json"
 def publish(run: Path) -> None:
     """Copy a finished `quick` run into the repository.
 
-    Raises SaesubError if a notebook is missing, failed, ran at another profile, or ran other code
-    than the repository's.
+    Raises SaesubError if a notebook was never run, failed, ran at another profile, or ran other
+    code than the repository's.
     """
-    sources = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
-    stamps = [_stamp(run, source.stem) for source in sources]
-    executed = [_executed(run / "notebooks" / source.name, source) for source in sources]
-    for source, notebook, stamp in zip(sources, executed, stamps, strict=True):
+    record, taken = json.loads(RECORD_FILE.read_text()), {}
+    for source in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")):
+        if not (run / "runs" / f"{source.stem}.json").is_file() and source.stem in record:
+            continue
+        stamp = _stamp(run, source.stem)
+        taken[source] = _executed(run / "notebooks" / source.name, source)
+        number = source.stem.split("_")[0]
+        record[source.stem] = {
+            "run": run_facts(),
+            "seconds": round(stamp["seconds"]),
+            "claims": [row for row in claims.collect(run) if row["notebook"] == number],
+        }
+    for source, notebook in taken.items():
+        took = f"{_time(record[source.stem]['seconds'])} on {os.cpu_count()} CPU cores"
         first = notebook.cells[0]
-        took = f"{_time(stamp['seconds'])} on {os.cpu_count()} CPU cores"
         first.source = re.sub(r"(Run time at `quick`: )[^.;,]*", rf"\g<1>{took}", first.source)
         nbformat.write(notebook, source)
-    record = {
-        "run": run_facts(),
-        "claims": claims.collect(run),
-        "seconds": {stamp["name"]: round(stamp["seconds"]) for stamp in stamps},
-    }
-    claims.write_text(RECORD / "run.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    record = dict(sorted(record.items()))
+    claims.write_text(RECORD_FILE, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     figures = list(images(nbformat.read(ROOT / "notebooks" / f"{README_FIGURE}.ipynb", 4)))
-    (RECORD / "dead_and_fvu.png").write_bytes(figures[1])
+    (RECORD_FILE.parent / "dead_and_fvu.png").write_bytes(figures[1])
     readme = ROOT / "README.md"
     claims.write_text(readme, with_tables(readme.read_text(), record))
+
+
+def seed(run: Path) -> None:
+    """Give a run the recorded claims of the notebooks that it leaves out."""
+    for name, recorded in json.loads(RECORD_FILE.read_text()).items():
+        path = run / f"claims_{name.split('_')[0]}.json"
+        if recorded["claims"] and not path.is_file():
+            claims.write_text(path, json.dumps(recorded["claims"], indent=1, ensure_ascii=False))
 
 
 def _stamp(run: Path, name: str) -> dict:
@@ -115,10 +131,12 @@ def images(notebook: nbformat.NotebookNode) -> Iterator[bytes]:
 
 
 def with_tables(readme: str, record: dict) -> str:
-    """The README with the text between its `<!-- name -->` marks made anew from a run's record."""
+    """The README with the text between its `<!-- name -->` marks made anew from the record."""
+    rows = [row for recorded in record.values() for row in recorded["claims"]]
+    seconds = {name: recorded["seconds"] for name, recorded in record.items()}
     tables = {
-        "findings": claims.scorecard(record["claims"]).markdown(),
-        "notebooks": _notebook_table(record["seconds"]),
+        "findings": claims.scorecard(rows).markdown(),
+        "notebooks": _notebook_table(seconds),
     }
     for name, table in tables.items():
         mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
@@ -147,4 +165,5 @@ def _opening(source: str) -> tuple[str, str]:
 
 
 if __name__ == "__main__":
-    publish(Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "results" / "quick"))
+    folders = [argument for argument in sys.argv[1:] if argument != "--seed"]
+    (seed if "--seed" in sys.argv else publish)(Path(*(folders or [ROOT / "results" / "quick"])))

@@ -142,50 +142,42 @@ struct Token {
   bool bounded;   // whether the bounds hold for it
 };
 
-// out (d padded to 4) = x * inverse, rounded; returns the sum. |x * inverse| must not exceed 127.
-int32_t quantise(const float* x, float inverse, int64_t d, int8_t* out) {
-  __m512i sums = _mm512_setzero_si512();
+struct Rounded {
+  int32_t sum;
+  float aligned;  // the error's component along the coordinates that are not massive, in steps
+};
+
+// out = x * inverse, rounded; |x * inverse| must not exceed 127.
+Rounded quantise(const float* x, float inverse, int64_t d, int8_t* out) {
+  __m512i sums = _mm512_setzero_si512(), massive = _mm512_set1_epi32(kMassive);
+  __m512 along = _mm512_setzero_ps(), square = _mm512_setzero_ps();
   for (int64_t i = 0; i < d; i += 16) {
     __mmask16 inside = d - i >= 16 ? 0xFFFF : (1 << (d - i)) - 1;
     __m512 scaled = _mm512_mul_ps(_mm512_maskz_loadu_ps(inside, x + i), _mm512_set1_ps(inverse));
     __m512i whole = _mm512_cvtps_epi32(scaled);
     sums = _mm512_add_epi32(sums, whole);
     _mm_mask_storeu_epi8(out + i, inside, _mm512_cvtsepi32_epi8(whole));
+    __mmask16 other = _mm512_cmple_epi32_mask(_mm512_abs_epi32(whole), massive);
+    __m512 error = _mm512_sub_ps(scaled, _mm512_cvtepi32_ps(whole));
+    along = _mm512_mask3_fmadd_ps(error, scaled, along, other);
+    square = _mm512_mask3_fmadd_ps(scaled, scaled, square, other);
   }
-  return _mm512_reduce_add_epi32(sums);
-}
-
-// The rounding error's component along the vector of the coordinates that are not massive, in steps.
-float aligned_error(const float* x, float inverse, int64_t d, const int8_t* rounded) {
-  Vec error_dot = {}, square = {};
-  alignas(64) float whole[kLanes], scaled[kLanes];
-  for (int64_t i = 0; i < d; i += kLanes) {
-    for (int u = 0; u < kLanes; ++u) {
-      bool counts = i + u < d && std::abs(rounded[i + u]) <= kMassive;
-      scaled[u] = counts ? x[i + u] * inverse : 0.0f;
-      whole[u] = counts ? rounded[i + u] : 0.0f;
-    }
-    Vec a = load(scaled);
-    error_dot += (a - load(whole)) * a;
-    square += a * a;
-  }
-  float dot_sum = 0, square_sum = 0;
-  for (int u = 0; u < kLanes; ++u) {
-    dot_sum += error_dot[u];
-    square_sum += square[u];
-  }
-  return square_sum > 0 ? std::fabs(dot_sum) / std::sqrt(square_sum) : 0.0f;
+  float length = std::sqrt(_mm512_reduce_add_ps(square));
+  float aligned = length > 0 ? std::fabs(_mm512_reduce_add_ps(along)) / length : 0.0f;
+  return {_mm512_reduce_add_epi32(sums), aligned};
 }
 
 Token quantise_token(const float* x, int64_t d, int8_t* out) {
   float largest = largest_magnitude(x, d);
-  Token token;
+  Token token{};
   token.scale = largest > 0 ? largest / 127 : 1.0f;
   token.inverse = 1 / token.scale;
   token.norm = std::sqrt(dot(x, x, d));
   token.bounded = std::isfinite(token.norm) && std::isfinite(token.inverse);
-  token.start = token.bounded ? -128 * quantise(x, token.inverse, d, out) : 0;
-  token.bounded = token.bounded && aligned_error(x, token.inverse, d, out) < kAlignedError;
+  if (!token.bounded) return token;
+  Rounded rounded = quantise(x, token.inverse, d, out);
+  token.start = -128 * rounded.sum;
+  token.bounded = rounded.aligned < kAlignedError;
   return token;
 }
 
@@ -328,9 +320,11 @@ PackedRow pack_feature(const float* row, int64_t d, int lane, std::vector<int8_t
                        uint8_t* block) {
   float largest = largest_magnitude(row, d), inverse = largest > 0 ? 127 / largest : 0.0f;
   PackedRow packed{largest / 127, std::sqrt(dot(row, row, d)), kBoundWidth / std::sqrt(12.0f)};
-  if (!std::isfinite(packed.norm) || !std::isfinite(inverse)) packed.norm = NAN;  // seen by search()
-  else quantise(row, inverse, d, row8.data());
-  packed.width = std::max(packed.width, 2 * aligned_error(row, inverse, d, row8.data()));
+  if (!std::isfinite(packed.norm) || !std::isfinite(inverse)) {
+    packed.norm = NAN;  // the caller, finding it in the table, ranks densely
+    return packed;
+  }
+  packed.width = std::max(packed.width, 2 * quantise(row, inverse, d, row8.data()).aligned);
   for (size_t i = 0; i < row8.size(); i += 4) {
     uint32_t four;
     std::memcpy(&four, row8.data() + i, 4);

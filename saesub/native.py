@@ -1,6 +1,6 @@
 """The functions of native.cpp on CPU tensors: compiled on first use, absent without a compiler.
 
-They are the inner loops of the training step. Setting SAESUB_NATIVE=0 turns them off.
+They are the `RowBackend` of `saesub.topk_step` there. Setting SAESUB_NATIVE=0 turns them off.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,16 +22,20 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saesub import rows
 from saesub.resources import cache_dir
-from saesub.sparse_ops import Selected, dense_search
+from saesub.rows import AdamSettings, Decoded, check_shapes
+from saesub.sparse_ops import Search, Selected, dense_search
 
 _SOURCE = Path(__file__).with_name("native.cpp")
 _LEAST_FEATURES_PER_K = 8  # below that most features are candidates, and the product is cheaper
 _TOKENS_PER_BLOCK, _FEATURES_PER_BLOCK, _FEATURES_PER_TILE = 32, 128, 64
 
+exact_search: Search = dense_search
 
-class AdamSettings(ctypes.Structure):
-    """The struct of the same name in native.cpp."""
+
+class _AdamStruct(ctypes.Structure):
+    """The struct AdamSettings of native.cpp."""
 
     _fields_ = [
         ("lr", ctypes.c_double),
@@ -64,7 +67,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def has_int8_search() -> bool:
-    """Whether `search` works here: the processor needs AVX-512 VNNI."""
+    """Whether `search` works in 8 bits here: the processor needs AVX-512 VNNI."""
     lib = library()
     return lib is not None and bool(lib.saesub_has_int8_search())
 
@@ -85,7 +88,7 @@ def search(
     the range for itself) or that have too many candidates are ranked by the whole product.
     """
     (n, d), d_sae = x.shape, W_enc.shape[1]
-    _check_shapes(x, (n, d), W_enc, (d, d_sae), b_enc, (d_sae,), feature_scale, (d_sae,))
+    check_shapes(x, (n, d), W_enc, (d, d_sae), b_enc, (d_sae,), feature_scale, (d_sae,))
     if d_sae < _LEAST_FEATURES_PER_K * k or not has_int8_search():
         return dense_search(x, W_enc, b_enc, k, feature_scale)
     padded = -(-d_sae // _FEATURES_PER_TILE) * _FEATURES_PER_TILE
@@ -105,25 +108,6 @@ def search(
     return features, pre
 
 
-@dataclass(frozen=True)
-class Decoded:
-    """A reconstruction and what goes back from it.
-
-    Attributes:
-        x_hat: (n, d_out) the reconstruction.
-        g_out: (n, d_out) gradient of the loss with respect to it.
-        g_pre: (m,) gradient with respect to the selected pre-activations.
-        g_bias: (d_out,) sum of `g_out` over tokens.
-        squared_error: summed over tokens and dimensions.
-    """
-
-    x_hat: Float[Tensor, "n d_out"]
-    g_out: Float[Tensor, "n d_out"]
-    g_pre: Float[Tensor, " m"]
-    g_bias: Float[Tensor, " d_out"]
-    squared_error: Float[Tensor, ""]
-
-
 def decode(
     selected: Selected,
     values: Float[Tensor, " m"],
@@ -134,7 +118,7 @@ def decode(
 ) -> Decoded:
     """Reconstruct, and differentiate `weight * sum of (x_hat - target)²`; one read of each row."""
     (n, d), m = target.shape, len(values)
-    _check_shapes(W_dec, (len(W_dec), d), b_dec, (d,), selected.features, (m,))
+    check_shapes(W_dec, (len(W_dec), d), b_dec, (d,), selected.features, (m,))
     x_hat, g_out, g_pre = _empty(n, d), _empty(n, d), _empty(m)
     sums = _empty(-(-n // _TOKENS_PER_BLOCK), d + 1)
     _call(
@@ -152,58 +136,14 @@ def decode(
     return Decoded(x_hat, g_out, g_pre, total[:-1].float(), squared_error)
 
 
-@dataclass(frozen=True)
-class RowGradients:
-    """The gradients of all features' rows, held as the entries they are sums of.
-
-    With entries i of feature f: the encoder row's gradient is `sum g_pre[i] * x[token[i]]`, the
-    decoder row's `sum value[i] * g_out[token[i]]`, the bias's `sum g_pre[i]`.
-    """
-
-    start: Int[Tensor, " d_sae_plus_1"]
-    token: Int[Tensor, " m"]
-    g_pre: Float[Tensor, " m"]
-    value: Float[Tensor, " m"]
-    x: Float[Tensor, "n d_in"]
-    g_out: Float[Tensor, "n d_out"]
-
-    @classmethod
-    def of_entries(
-        cls,
-        features: Int[Tensor, " m"],
-        tokens: Int[Tensor, " m"],
-        values: Float[Tensor, " m"],
-        g_pre: Float[Tensor, " m"],
-        x: Float[Tensor, "n d_in"],
-        g_out: Float[Tensor, "n d_out"],
-        d_sae: int,
-    ) -> RowGradients:
-        """Sort entries by feature; those of value zero have no gradient and are left out."""
-        m = len(features)
-        _check_shapes(tokens, (m,), values, (m,), g_pre, (m,), g_out, (len(x), g_out.shape[1]))
-        start, token = _empty(d_sae + 1, dtype=torch.int64), _empty(m, dtype=torch.int64)
-        sorted_g_pre, sorted_value = _empty(m), _empty(m)
-        _call(
-            "sort",
-            *(_pointer(t, torch.int64) for t in (features, tokens)),
-            *(_pointer(t) for t in (values, g_pre)),
-            m,
-            d_sae,
-            *(_pointer(t, torch.int64) for t in (start, token)),
-            *(_pointer(t) for t in (sorted_g_pre, sorted_value)),
-        )
-        return cls(start, token, sorted_g_pre, sorted_value, x, g_out)
-
-    @property
-    def d_sae(self) -> int:
-        """Number of features."""
-        return len(self.start) - 1
+class RowGradients(rows.RowGradients):
+    """The entries in CPU memory, as native.cpp takes them."""
 
     def norms(
         self, W_enc: Float[Tensor, "d_in d_sae"]
     ) -> tuple[Float[Tensor, ""], Float[Tensor, " d_in"]]:
         """Squared norm of all gradients, float64; and `W_enc @ gradient of b_enc`."""
-        _check_shapes(W_enc, (self.x.shape[1], self.d_sae))
+        check_shapes(W_enc, (self.x.shape[1], self.d_sae))
         blocks = -(-self.d_sae // _FEATURES_PER_BLOCK)
         squares, through = _empty(blocks, dtype=torch.float64), _empty(blocks, self.x.shape[1])
         _call(
@@ -217,20 +157,23 @@ class RowGradients:
         )
         return squares.sum(), through.sum(0)
 
-    def adam(self, settings: AdamSettings, *tensors: Tensor, moved: Tensor | None) -> None:
-        """One update of W_enc, W_dec and b_enc, each given with its two moments, W_enc transposed.
-
-        `moved` (d_sae,) int64 is the last step at which each feature was updated: with
-        `settings.lazy` features without entries stay, and their moments decay when next updated.
-        """
-        (d_in, d_out), d_sae = (self.x.shape[1], self.g_out.shape[1]), self.d_sae
-        shapes = [(d_sae, d_in)] * 3 + [(d_sae, d_out)] * 3 + [(d_sae,)] * 3
-        _check_shapes(*(part for pair in zip(tensors, shapes, strict=True) for part in pair))
+    def adam(
+        self,
+        settings: AdamSettings,
+        step: Float[Tensor, ""],
+        clip: Float[Tensor, ""],
+        *tensors: Tensor,
+        moved: Int[Tensor, " d_sae"] | None,
+    ) -> None:
+        """One update, as `rows.RowGradients` describes it."""
+        self.check_parameters(tensors)
+        s, lazy = settings, moved is not None
+        passed = _AdamStruct(s.lr, s.beta1, s.beta2, s.eps, int(step), lazy, float(clip))
         _call(
             "adam_rows",
             *self._pointers(),
             *self._sizes(),
-            ctypes.byref(settings),
+            ctypes.byref(passed),
             *(_pointer(t) for t in tensors),
             _pointer(moved, torch.int64),
             torch.get_num_threads(),
@@ -244,6 +187,32 @@ class RowGradients:
         return [self.x.shape[1], self.g_out.shape[1], self.d_sae]
 
 
+def row_gradients(
+    features: Int[Tensor, " m"],
+    tokens: Int[Tensor, " m"],
+    values: Float[Tensor, " m"],
+    g_pre: Float[Tensor, " m"],
+    x: Float[Tensor, "n d_in"],
+    g_out: Float[Tensor, "n d_out"],
+    d_sae: int,
+) -> RowGradients:
+    """Sort entries by feature; those of value zero have no gradient and are left out."""
+    m = len(features)
+    check_shapes(tokens, (m,), values, (m,), g_pre, (m,), g_out, (len(x), g_out.shape[1]))
+    start, token = _empty(d_sae + 1, dtype=torch.int64), _empty(m, dtype=torch.int64)
+    sorted_g_pre, sorted_value = _empty(m), _empty(m)
+    _call(
+        "sort",
+        *(_pointer(t, torch.int64) for t in (features, tokens)),
+        *(_pointer(t) for t in (values, g_pre)),
+        m,
+        d_sae,
+        *(_pointer(t, torch.int64) for t in (start, token)),
+        *(_pointer(t) for t in (sorted_g_pre, sorted_value)),
+    )
+    return RowGradients(start, token, sorted_g_pre, sorted_value, x, g_out)
+
+
 def _call(name: str, *arguments: Any) -> None:
     lib = library()
     if lib is None:
@@ -255,13 +224,6 @@ def _call(name: str, *arguments: Any) -> None:
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="cpu")  # whatever the user's defaults are
-
-
-def _check_shapes(*tensors_and_shapes: Any) -> None:
-    """The compiled code trusts its sizes, so that a wrong one would read beyond a tensor's end."""
-    for tensor, shape in zip(tensors_and_shapes[::2], tensors_and_shapes[1::2], strict=True):
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"a tensor of shape {tuple(tensor.shape)} where {shape} is wanted")
 
 
 def _pointer(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> ctypes.c_void_p:

@@ -236,11 +236,11 @@ class _DecodeAt(torch.autograd.Function):
     def backward(ctx: Any, *grads):
         values, W_dec = ctx.saved_tensors
         g_out = grads[0].contiguous()
-        g_values = _row_products(g_out, ctx.selected, W_dec)
+        g_values = row_products(g_out, ctx.selected, W_dec)
         return None, g_values, _sum_rows_by_feature(values, ctx.selected, g_out)
 
 
-def _row_products(
+def row_products(
     rows: Float[Tensor, "n d"], selected: Selected, table: Float[Tensor, "d_sae d"]
 ) -> Float[Tensor, " m"]:
     """`rows[token] · table[feature]` of every entry, without gathering the (m, d) rows."""

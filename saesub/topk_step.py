@@ -1,8 +1,8 @@
 """One training pass of SAELens' TopK and BatchTopK dictionaries through their active entries.
 
-`autograd_pass` builds the loss with `saesub.sparse_ops`, for any optimizer and device;
-`native_step` is the same step without autograd on the CPU, which also updates the parameters and
-never holds a gradient of the weights. Both equal SAELens' dense pass, AuxK included.
+`autograd_pass` builds the loss with `saesub.sparse_ops`, for any optimizer and device; `row_step`
+is the same step without autograd, by the `RowBackend` of the device, which also updates the
+parameters and never holds a gradient of the weights. Both equal SAELens' dense pass, AuxK included.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from sae_lens import BatchTopKTrainingSAE, TopKTrainingSAE
 from sae_lens.saes.sae import TrainStepOutput
 from torch import Tensor
 
-from saesub import native
+from saesub import native, triton_rows
 from saesub.optim import SparseAdam, moments
+from saesub.rows import AdamSettings, RowBackend, RowGradients
 from saesub.sparse_ops import (
     Search,
     Selected,
@@ -65,26 +66,37 @@ def autograd_pass(
     return _output(sae, x, sae_out, selected, scale, mse_loss, aux_loss)
 
 
+def row_backend(device: torch.device) -> RowBackend | None:
+    """What `row_step` runs on there: on the CPU that takes a C++ compiler, on CUDA Triton."""
+    if device.type == "cpu" and native.library() is not None:
+        return native
+    if device.type == "cuda" and triton_rows.available():
+        return triton_rows
+    return None
+
+
 @torch.no_grad()
-def native_step(
+def row_step(
+    backend: RowBackend,
     sae: TopKTrainingSAE,
     optimizer: torch.optim.Adam,
     sae_in: Float[Tensor, "n d_in"],
     dead: Bool[Tensor, " d_sae"] | None,
     *,
-    int8_search: bool = True,
+    exact_search: bool = False,
 ) -> EntriesOutput:
-    """Forward, backward, clipping and update in float32 on the CPU, by `saesub.native`.
+    """Forward, backward, clipping and update in float32, by the loops of `backend`.
 
-    The optimizer is torch's Adam or `SparseAdam`; its state is used and advanced in place.
+    The optimizer is torch's Adam or `SparseAdam`; its state is used and advanced in place. The
+    SAE's `W_enc` must lie feature-major in memory.
     """
-    search = native.search if int8_search and native.has_int8_search() else None
+    search = backend.exact_search if exact_search else backend.search
     x = sae_in.to(sae.dtype).contiguous()
     b_in, scale = _input_bias(sae), _feature_scale(sae)
     centred = x if b_in is None else x - b_in
     selected = _select(sae, x, scale, search)
     values = selected.pre.relu()
-    decoded = native.decode(selected, values, sae.W_dec, sae.b_dec, x, 1 / len(x))
+    decoded = backend.decode(selected, values, sae.W_dec, sae.b_dec, x, 1 / len(x))
     mse_loss, aux_loss = decoded.squared_error / len(x), x.new_zeros(())
     parts = [(selected.features, selected.tokens, values, decoded.g_pre)]
     inputs, outputs = [centred], [decoded.g_out]
@@ -93,14 +105,14 @@ def native_step(
         chosen = _select_aux(sae, x, aux, rows, scale, search)
         in_full = Selected(rows[chosen.features], chosen.offsets, chosen.pre, selected.d_sae)
         residual, weight = x - decoded.x_hat, aux.weight / len(x)
-        back = native.decode(in_full, chosen.pre, sae.W_dec, None, residual, weight)
+        back = backend.decode(in_full, chosen.pre, sae.W_dec, None, residual, weight)
         aux_loss = aux.weight * back.squared_error / len(x)
         # The auxiliary entries join the others as those of a second copy of the batch.
         parts.append((in_full.features, in_full.tokens + len(x), chosen.pre, back.g_pre))
         inputs, outputs = [centred, centred], [decoded.g_out, back.g_out]
     features, tokens, weights, g_pre = (torch.cat(part) for part in zip(*parts, strict=True))
     x_rows, g_rows = torch.cat(inputs), torch.cat(outputs)
-    gradients = native.RowGradients.of_entries(
+    gradients = backend.row_gradients(
         features, tokens, weights, g_pre, x_rows, g_rows, selected.d_sae
     )
     _update(sae, optimizer, gradients, decoded.g_bias)
@@ -110,14 +122,14 @@ def native_step(
 def _update(
     sae: TopKTrainingSAE,
     optimizer: torch.optim.Adam,
-    gradients: native.RowGradients,
+    gradients: RowGradients,
     g_b_dec: Float[Tensor, " d_in"],
 ) -> None:
     squared_norm, through_encoder = gradients.norms(sae.W_enc)
     if _input_bias(sae) is not None:
         g_b_dec = g_b_dec - through_encoder
-    norm = (squared_norm + g_b_dec.double().square().sum()).sqrt().item()
-    clip = min(1.0, _MAX_NORM / (norm + 1e-6))
+    norm = (squared_norm + g_b_dec.double().square().sum()).sqrt()
+    clip = (_MAX_NORM / (norm + 1e-6)).clamp(max=1.0)  # a tensor still: reading it would wait
 
     group = optimizer.param_groups[0]
     steps, tensors = [], []
@@ -132,10 +144,9 @@ def _update(
         moved = counters[0]
     for step in steps:
         step += 1
-    settings = native.AdamSettings(
-        group["lr"], *group["betas"], group["eps"], int(steps[0]), moved is not None, clip
-    )
-    gradients.adam(settings, *tensors, moved=moved)
+    beta1, beta2 = group["betas"]
+    settings = AdamSettings(group["lr"], beta1, beta2, group["eps"])
+    gradients.adam(settings, steps[0], clip, *tensors, moved=moved)
     if moved is not None:
         for other in counters[1:]:
             other.copy_(moved)

@@ -19,10 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from saesub import native
 from saesub.errors import SaesubError, near_names
 from saesub.optim import SparseAdam, parameter_groups
-from saesub.topk_step import EntriesOutput, autograd_pass, native_step
+from saesub.rows import RowBackend
+from saesub.topk_step import EntriesOutput, autograd_pass, row_backend, row_step
 
 OptimizerName = Literal["adam", "sparse_adam"]
 Backend = Literal["auto", "native_float32", "torch", "dense"]
@@ -53,8 +53,8 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
         cfg, sae, data_provider, evaluator, save_checkpoint_fn: as `SAETrainer` takes them;
             `data_provider` is any iterator of float tensors (batch, d_in).
         optimizer: "sparse_adam" (`saesub.optim.SparseAdam`) or "adam" (torch's).
-        backend: how a TopK step is computed. "auto" takes the fastest there is: on the CPU the
-            compiled step with its 8-bit candidate search, else torch operators.
+        backend: how a TopK step is computed. "auto" takes a compiled step where it can be had (C++
+            on the CPU, Triton on CUDA), with a candidate search in few bits, else torch operators.
             "native_float32" searches by the whole float32 product; "torch" compiles nothing;
             "dense" is SAELens' own step.
         dead_window_tokens: a feature silent for this many tokens is dead. By default 10M, or a
@@ -68,7 +68,8 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
 
     Raises:
         SaesubError: unknown optimizer or backend, k outside 1..d_sae, weights in float16, a batch
-            of the wrong shape, or NaN or Inf in a batch (before any weight is touched).
+            of the wrong shape, NaN or Inf in a batch (before any weight is touched), or more
+            features than the GPU's memory holds.
     """
 
     def __init__(
@@ -138,7 +139,10 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
     def step(self, batch: Tensor) -> TrainStepOutput:
         """One training step on raw activations (batch, d_in); counts firing by tokens."""
         self._check_batch(batch)
-        output = super().step(batch)
+        try:
+            output = super().step(batch)
+        except torch.OutOfMemoryError as error:
+            raise SaesubError(self._memory_advice(len(batch))) from error
         self.tokens_since_fired += len(batch)
         # SAELens has just set its own per-step counter to zero where a feature fired.
         self.tokens_since_fired[self.n_forward_passes_since_fired == 0] = 0
@@ -170,26 +174,38 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
                 f"(after {self.n_training_samples} tokens); the SAE was left as it was before it."
             )
 
+    def _memory_advice(self, batch_size: int) -> str:
+        total = torch.cuda.get_device_properties(self.sae.device).total_memory
+        d_in, d_out, d_sae = self.sae.cfg.d_in, self.sae.W_dec.shape[1], self.sae.cfg.d_sae
+        fit = features_that_fit(total, d_in, d_out, batch_size)
+        return (
+            f"The GPU ran out of memory with d_sae={d_sae:,}: of its {total / 1e9:.0f} GB, float32 "
+            f"weights and Adam's moments of about {fit:,} features fit beside a batch of "
+            f"{batch_size:,} tokens; train fewer features, or smaller batches, on a free GPU."
+        )
+
     def _train_step(self, sae: Any, sae_in: Tensor) -> TrainStepOutput:
         if self.backend == "dense" or not takes_sparse_step(sae, self.cfg):
             return super()._train_step(sae, sae_in)
         sae.train()
         dead = self.dead_neurons if sae.cfg.aux_loss_coefficient else None
-        if self._takes_native_step(sae):
-            int8_search = self.backend == "auto"
-            found = native_step(sae, self.optimizer, sae_in, dead, int8_search=int8_search)
-        else:
+        rows = self._row_backend(sae)
+        if rows is None:
             found = self._autograd_step(sae, sae_in, dead)
+        else:
+            exact = self.backend == "native_float32"
+            found = row_step(rows, sae, self.optimizer, sae_in, dead, exact_search=exact)
         self._count_firing(found, len(sae_in))
         self.lr_scheduler.step()
         for scheduler in self.coefficient_schedulers.values():
             scheduler.step()
         return found.output
 
-    def _takes_native_step(self, sae: Any) -> bool:
-        plain = sae.W_enc.device.type == "cpu" and sae.W_enc.dtype == torch.float32
+    def _row_backend(self, sae: Any) -> RowBackend | None:
         trained = all(parameter.requires_grad for parameter in sae.parameters())
-        return self.backend != "torch" and plain and trained and native.library() is not None
+        if self.backend == "torch" or sae.W_enc.dtype != torch.float32 or not trained:
+            return None
+        return row_backend(sae.W_enc.device)
 
     def _autograd_step(self, sae: Any, sae_in: Tensor, dead: Tensor | None) -> EntriesOutput:
         found = autograd_pass(sae, sae_in, dead)
@@ -201,8 +217,8 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
 
     @torch.no_grad()
     def _count_firing(self, found: EntriesOutput, n_tokens: int) -> None:
-        fired = found.selected.features[found.selected.pre > 0]
-        counts = torch.bincount(fired, minlength=self.sae.cfg.d_sae)
+        fired = (found.selected.pre > 0).long()
+        counts = fired.new_zeros(self.sae.cfg.d_sae).index_add_(0, found.selected.features, fired)
         self.n_forward_passes_since_fired += 1
         self.n_forward_passes_since_fired[counts > 0] = 0
         self.act_freq_scores += counts
@@ -276,6 +292,15 @@ def takes_sparse_step(sae: Any, cfg: SAETrainerConfig) -> bool:
     hooked = any(hook.fwd_hooks or hook.bwd_hooks for hook in sae.hook_dict.values())
     exact_dtype = sae.W_enc.dtype in (torch.float32, torch.float64)
     return plain_input and exact_dtype and not hooked
+
+
+def features_that_fit(total_bytes: int, d_in: int, d_out: int, batch_size: int) -> int:
+    """Features whose float32 weights and two Adam moments a device holds beside a batch's tensors.
+
+    The batch is counted as ten tensors of its own size, and a GB for the scores of the search.
+    """
+    of_batch = 10 * 4 * batch_size * max(d_in, d_out) + 10**9
+    return max(0, (total_bytes - of_batch) // (3 * 4 * (d_in + d_out + 1)))
 
 
 def lay_out_by_feature(sae: Any) -> None:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
+import os
+
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when the packages below import it
+
+import pytest
 from datasets import Dataset
 from transformer_lens.model_bridge import TransformerBridge
 

@@ -1,4 +1,7 @@
-"""The compiled CPU functions against torch in float64: shapes, ties, outliers, no entries."""
+"""The compiled CPU functions: their search against the whole product, threads, refusals.
+
+What they share with the Triton kernels is in test_rows.py.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saesub import native
-from saesub.sparse_ops import Selected, dense_search, select_topk
+from saesub.rows import AdamSettings
+from saesub.sparse_ops import dense_search, select_topk
 
 has_compiler = shutil.which("g++") or shutil.which("clang++")
 pytestmark = pytest.mark.skipif(not has_compiler, reason="no C++ compiler here")
@@ -176,108 +180,21 @@ def test_search_keeps_the_top_k_on_real_activations(model, corpus):
         assert hit.float().mean() > 0.9999
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    n=st.integers(1, 70),
-    d=st.integers(1, 40),
-    d_sae=st.integers(1, 300),
-    data=st.data(),
-    seed=st.integers(0, 1000),
-)
-def test_decode_and_row_gradients_equal_float64_autograd(n, d, d_sae, data, seed):
-    k = data.draw(st.integers(1, d_sae))
-    x, W_enc, b_enc, W_dec = _problem(n, d, d_sae, seed)
-    b_dec = torch.randn(d, generator=torch.Generator().manual_seed(seed))
-    selected = select_topk(x, W_enc, b_enc, k)
-    values = selected.pre.relu()
-    decoded = native.decode(selected, values, W_dec, b_dec, x, 0.5)
-    rows = native.RowGradients.of_entries(
-        selected.features, selected.tokens, values, decoded.g_pre, x, decoded.g_out, d_sae
-    )
-
-    doubles = [t.double().requires_grad_() for t in (W_enc, b_enc, W_dec, b_dec)]
-    pre = (x.double() @ doubles[0] + doubles[1])[selected.tokens, selected.features]
-    acts = torch.zeros(n, d_sae, dtype=torch.float64)
-    acts = acts.index_put((selected.tokens, selected.features), pre.relu())
-    x_hat = acts @ doubles[2] + doubles[3]
-    loss = 0.5 * (x_hat - x).square().sum()
-    expected = torch.autograd.grad(loss, doubles)
-    close = {"rtol": 1e-4, "atol": 1e-5 * (1 + float(loss.detach()) ** 0.5)}
-    torch.testing.assert_close(decoded.x_hat.double(), x_hat.detach(), **close)
-    torch.testing.assert_close(decoded.squared_error.double(), 2 * loss.detach(), **close)
-    torch.testing.assert_close(decoded.g_bias.double(), expected[3], **close)
-    for ours, theirs in zip(_dense(rows), expected[:3], strict=True):
-        torch.testing.assert_close(ours, theirs, **close)
-    norm, through = rows.norms(W_enc)
-    total = sum(e.square().sum() for e in expected[:3])
-    torch.testing.assert_close(norm, total, rtol=1e-3, atol=1e-6)  # pyright: ignore
-    torch.testing.assert_close(through.double(), W_enc.double() @ expected[1], **close)
-
-
-def _dense(rows: native.RowGradients):
-    """The gradients of W_enc, b_enc and W_dec that `rows` stands for."""
-    features = torch.arange(rows.d_sae).repeat_interleave(rows.start.diff())
-    m = int(rows.start[-1])
-    token, g_pre, value = (t[:m] for t in (rows.token, rows.g_pre.double(), rows.value.double()))
-    one_hot = torch.zeros(rows.d_sae, m, dtype=torch.float64)
-    one_hot[features, torch.arange(m)] = 1
-    enc = one_hot @ (g_pre[:, None] * rows.x[token].double())
-    dec = one_hot @ (value[:, None] * rows.g_out[token].double())
-    return enc.T, one_hot @ g_pre, dec
-
-
-@pytest.mark.parametrize("lazy", [True, False])
-def test_adam_rows_equals_torch_adam_and_the_masked_adam_of_the_paper(lazy):
-    n, d, d_sae, k, steps = 6, 10, 40, 3, 30
-    lr, beta1, beta2, eps = 1e-2, 0.9, 0.99, 1e-8
-    _, W_enc, b_enc, W_dec = _problem(n, d, d_sae, 0)
-    ours = [W_enc.T.clone(), W_dec.clone(), b_enc.clone()]
-    averages = [(torch.zeros_like(t), torch.zeros_like(t)) for t in ours]
-    reference = [t.double() for t in (W_enc.T, W_dec, b_enc)]
-    expected = [(torch.zeros_like(t), torch.zeros_like(t)) for t in reference]
-    moved = torch.zeros(d_sae, dtype=torch.int64) if lazy else None
-    for step in range(1, steps + 1):
-        generator = torch.Generator().manual_seed(step)
-        features = torch.stack([torch.randperm(d_sae, generator=generator)[:k] for _ in range(n)])
-        x, g_out = torch.randn(2, n, d, generator=generator)
-        values, g_pre = torch.randn(2, n * k, generator=generator)
-        values[::5] = 0
-        g_pre[::5] = 0
-        chosen = Selected.equally(features, values.view(n, k), d_sae)
-        rows = native.RowGradients.of_entries(
-            chosen.features, chosen.tokens, values, g_pre, x, g_out, d_sae
-        )
-        settings_ = native.AdamSettings(lr, beta1, beta2, eps, step, int(lazy), 0.5)
-        tensors = [t for p, pair in zip(ours, averages, strict=True) for t in (p, *pair)]
-        rows.adam(settings_, *tensors, moved=moved)
-        enc, bias, dec = _dense(rows)
-        for p, (m, v), g in zip(reference, expected, (enc.T, dec, bias), strict=True):
-            g = 0.5 * g
-            m.mul_(beta1).add_(g, alpha=1 - beta1)
-            v.mul_(beta2).add_(g * g, alpha=1 - beta2)
-            root = (v / (1 - beta2**step)).sqrt() + eps
-            update = lr * m / (1 - beta1**step) / root
-            p -= torch.where(g != 0, update, torch.zeros_like(update)) if lazy else update
-    for p, q in zip(ours, reference, strict=True):
-        torch.testing.assert_close(p.double(), q, rtol=1e-4, atol=1e-5)
-
-
 def test_results_do_not_depend_on_the_number_of_threads(monkeypatch):
     x, W_enc, b_enc, W_dec = _problem(500, 48, 1024, 0)
     results = []
     for threads in (1, 2, 5):
         monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
-        search = native.search if native.has_int8_search() else None
-        selected = select_topk(x, W_enc, b_enc, 8, search=search)
+        selected = select_topk(x, W_enc, b_enc, 8, search=native.search)
         values = selected.pre.relu()
         decoded = native.decode(selected, values, W_dec, None, x, 1.0)
-        rows = native.RowGradients.of_entries(
+        rows = native.row_gradients(
             selected.features, selected.tokens, values, decoded.g_pre, x, decoded.g_out, 1024
         )
         weights = [W_enc.T.clone(), W_dec.clone(), b_enc.clone()]
         tensors = [t for w in weights for t in (w, torch.zeros_like(w), torch.zeros_like(w))]
-        settings_ = native.AdamSettings(1e-2, 0.9, 0.99, 1e-8, 1, 0, 1.0)
-        rows.adam(settings_, *tensors, moved=None)
+        first_step, unclipped = torch.ones(2)
+        rows.adam(AdamSettings(1e-2, 0.9, 0.99, 1e-8), first_step, unclipped, *tensors, moved=None)
         found = [selected.features, selected.pre, decoded.g_bias, decoded.g_pre]
         results.append([*found, *rows.norms(W_enc), *tensors])
     for other in results[1:]:

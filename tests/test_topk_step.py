@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,17 +20,21 @@ from sae_lens import (
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import TrainStepInput
 
-from saesub import native
+from saesub import native, triton_rows
 from saesub.errors import SaesubError
 from saesub.spectrum import Spectrum
 from saesub.subspace import initialize_in_subspace
-from saesub.topk_step import autograd_pass, native_step
+from saesub.topk_step import autograd_pass, row_step
 from saesub.training import SubspaceSAETrainer, lay_out_by_feature, takes_sparse_step
 
 D_SAE, K, BATCH = 1152, 8, 128
 pytestmark = pytest.mark.model
 needs_native = pytest.mark.skipif(native.library() is None, reason="no C++ compiler here")
+needs_cuda = pytest.mark.skipif(
+    not (torch.cuda.is_available() and triton_rows.available()), reason="no CUDA or no Triton here"
+)
 BACKENDS = [pytest.param("auto", marks=needs_native), "torch"]
+DEVICES = [pytest.param("cpu", marks=needs_native), pytest.param("cuda", marks=needs_cuda)]
 
 
 def _sae(kind: str, seed: int = 0, **settings) -> TopKTrainingSAE:
@@ -98,7 +103,7 @@ def test_autograd_pass_equals_saelens_own(
 
 
 class _GradientAsState(torch.optim.Adam):
-    """Adam whose first moment is the clipped gradient, so that a native step shows it."""
+    """Adam whose first moment is the clipped gradient, so that a step on rows shows it."""
 
     def __init__(self, parameters):
         super().__init__(parameters, lr=0.0, betas=(0.0, 0.999), fused=True)
@@ -116,7 +121,7 @@ def test_native_gradients_are_within_1e_5_of_float64(activations, spectrum, kind
     lay_out_by_feature(sae)
     x, dead = activations[:300], torch.arange(D_SAE) % 10 < 10 * n_dead / D_SAE
     optimizer = _GradientAsState(sae.parameters())
-    ours = native_step(sae, optimizer, x, dead).output
+    ours = row_step(native, sae, optimizer, x, dead).output
     expected = autograd_pass(double, x.double(), dead).output
     expected.loss.backward()
     torch.nn.utils.clip_grad_norm_(double.parameters(), 1.0)
@@ -153,16 +158,17 @@ def test_two_hundred_steps_follow_saelens_trainer(activations, kind, backend):
     assert abs(counts - 1) < 1e-3
 
 
-@needs_native
 @pytest.mark.parametrize("aux", [0.0, 1.0])
 @pytest.mark.parametrize("optimizer", ["adam", "sparse_adam"])
-def test_native_and_torch_backends_train_alike(activations, optimizer, aux):
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_and_torch_backends_train_alike(activations, device, optimizer, aux):
     """Also with AuxK, which the dead of the first window switch on."""
     trained = []
-    for backend in ("auto", "torch"):
-        sae = _sae("topk", aux_loss_coefficient=aux)
+    for backend, place in (("auto", device), ("torch", "cpu")):
+        sae = _sae("topk", aux_loss_coefficient=aux).to(place)
+        cfg = dataclasses.replace(_cfg(60), device=place)
         trainer = SubspaceSAETrainer(
-            _cfg(60), sae, iter(()), optimizer=optimizer, backend=backend, dead_window_tokens=640
+            cfg, sae, iter(()), optimizer=optimizer, backend=backend, dead_window_tokens=640
         )
         outputs = []
         for step, x in zip(range(60), _batches(activations), strict=False):
@@ -170,7 +176,7 @@ def test_native_and_torch_backends_train_alike(activations, optimizer, aux):
             trainer.n_training_steps = step + 1
         trained.append(outputs)
     for name in ("mse_loss", "auxiliary_reconstruction_loss"):
-        a, b = (torch.stack([o.losses[name].detach() for o in outputs]) for outputs in trained)
+        a, b = (torch.stack([o.losses[name].cpu() for o in outputs]) for outputs in trained)
         torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-3)
     assert (float(a.max()) > 0) == (aux > 0)  # the last compared are the AuxK losses
 
@@ -231,3 +237,16 @@ def test_an_optimizer_state_of_another_shape_is_refused(activations, tmp_path):
     narrow = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=64, d_sae=D_SAE, k=K))
     with pytest.raises(SaesubError, match=r"\(576, 1152\) for a parameter of shape \(64, 1152\)"):
         SubspaceSAETrainer(_cfg(3), narrow, iter(())).load_trainer_state(tmp_path)
+
+
+def test_a_gpu_too_small_is_met_with_the_number_of_features_that_fit(monkeypatch):
+    def run_out(*args, **settings):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    trainer = SubspaceSAETrainer(_cfg(5), _sae("topk"), iter(()))
+    monkeypatch.setattr(trainer, "_train_step", run_out)
+    memory = SimpleNamespace(total_memory=10**10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
+    # 10 GB less one for the search and ten batches of 128 × 576 floats, at 13,836 bytes a feature
+    with pytest.raises(SaesubError, match=r"d_sae=1,152: of its 10 GB, .* about 650,263 features"):
+        trainer.step(torch.zeros(BATCH, 576))

@@ -1,0 +1,51 @@
+"""The search by blocks of features against the whole product, on the CPU and on CUDA if there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from saesub import cuda_search
+from saesub.sparse_ops import dense_search
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _problem(n: int, d: int, d_sae: int, seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    make = lambda *shape: torch.randn(*shape, generator=generator).to(DEVICE)  # noqa: E731
+    scale = make(d_sae).abs() + 0.1
+    return make(n, d), make(d_sae, d).T / d**0.5, make(d_sae) / 4, scale
+
+
+def _ranked(found, scale):
+    features, pre = found
+    return (pre * (1 if scale is None else scale[features])).sort(1).values
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@settings(max_examples=25, deadline=None)
+@given(
+    n=st.integers(1, 40),
+    d=st.integers(1, 60),
+    d_sae=st.integers(1, 500),
+    k=st.integers(1, 20),
+    scaled=st.booleans(),
+    per_block=st.sampled_from([(7, 64), (64, 100), (64, 4096)]),
+    seed=st.integers(0, 1000),
+)
+def test_search_finds_the_top_k(exact, n, d, d_sae, k, scaled, per_block, seed):
+    """Also over several blocks of tokens and of features, the last of them short."""
+    x, W_enc, b_enc, scale = _problem(n, d, d_sae, seed)
+    k, scale = min(k, d_sae), scale if scaled else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda_search, "_TOKENS_PER_BLOCK", per_block[0])
+        patch.setattr(cuda_search, "_FEATURES_PER_BLOCK", per_block[1])
+        features, pre = cuda_search.search(x, W_enc, b_enc, k, scale, exact=exact)
+    expected = _ranked(dense_search(x, W_enc, b_enc, k, scale), scale)
+    torch.testing.assert_close(_ranked((features, pre), scale), expected, rtol=1e-5, atol=1e-5)
+    whole = torch.gather(x @ W_enc + b_enc, 1, features)
+    torch.testing.assert_close(pre, whole, rtol=1e-5, atol=1e-5)
+    assert all(len(set(row)) == len(row) for row in features.tolist())
