@@ -113,6 +113,7 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
         if dead_window_tokens < 1:
             raise SaesubError(f"dead_window_tokens must be at least 1, not {dead_window_tokens}.")
         self.dead_window_tokens = dead_window_tokens
+        self._parameters_in_step = True
         self.tokens_since_fired = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=cfg.device)
         self.history: list[dict[str, float]] = []
         self._record_every = max(1, cfg.total_training_steps // _HISTORY_POINTS)
@@ -193,6 +194,7 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
         if rows is None:
             found = self._autograd_step(sae, sae_in, dead)
         else:
+            lay_out_by_feature(sae)  # the weights may have been replaced since the last step
             exact = self.backend == "native_float32"
             found = row_step(rows, sae, self.optimizer, sae_in, dead, exact_search=exact)
         self._count_firing(found, len(sae_in))
@@ -202,8 +204,10 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
         return found.output
 
     def _row_backend(self, sae: Any) -> RowBackend | None:
-        trained = all(parameter.requires_grad for parameter in sae.parameters())
-        if self.backend == "torch" or sae.W_enc.dtype != torch.float32 or not trained:
+        if not all(parameter.requires_grad for parameter in sae.parameters()):
+            self._parameters_in_step = False  # the frozen ones' step count stays behind
+        plain = sae.W_enc.dtype == torch.float32 and self._parameters_in_step
+        if self.backend == "torch" or not plain:
             return None
         return row_backend(sae.W_enc.device)
 
@@ -273,6 +277,8 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
                     f"{tuple(kept['exp_avg'].shape)} for a parameter of shape "
                     f"{tuple(parameter.shape)}: resume with the SAE it was made from."
                 )
+        steps = {float(kept["step"]) for kept in self.optimizer.state.values()}
+        self._parameters_in_step = len(steps) <= 1
         self.tokens_since_fired = state["tokens_since_fired"].to(self.cfg.device)
         # SAELens saves in the middle of a step: its step counter lags the steps taken by one.
         self.n_training_steps = self.n_training_samples // self.cfg.train_batch_size_samples

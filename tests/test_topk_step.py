@@ -250,3 +250,20 @@ def test_a_gpu_too_small_is_met_with_the_number_of_features_that_fit(monkeypatch
     # 10 GB less one for the search and ten batches of 128 × 576 floats, at 13,836 bytes a feature
     with pytest.raises(SaesubError, match=r"d_sae=1,152: of its 10 GB, .* about 650,263 features"):
         trainer.step(torch.zeros(BATCH, 576))
+
+
+@needs_native
+def test_weights_replaced_or_frozen_on_the_way_are_trained_right(activations):
+    """Frozen weights fall behind in step count, which a row step takes from one parameter."""
+    weights = []
+    for backend in ("auto", "torch"):
+        sae = _sae("topk", aux_loss_coefficient=0.0)
+        trainer = SubspaceSAETrainer(_cfg(30), sae, iter(()), backend=backend)
+        for step, x in zip(range(30), _batches(activations), strict=False):
+            sae.W_dec.requires_grad_(not 5 <= step < 15)
+            if step == 3:
+                sae.W_enc.data = sae.W_enc.data.contiguous()
+            trainer.step(x)
+            trainer.n_training_steps = step + 1
+        weights.append(sae.W_dec.detach())
+    assert (weights[0] - weights[1]).norm() / weights[1].norm() < 1e-3
