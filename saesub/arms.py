@@ -169,7 +169,8 @@ def _fingerprint(
     digest = hashlib.sha256(source_digest().encode())
     for name, trainer in sorted(arms.items()):
         cfg = {k: v for k, v in asdict(trainer.cfg).items() if k != "logger"}
-        settings = [name, sites[name], cfg, trainer.optimizer_name, trainer.dead_window_tokens]
+        settings = [name, sites[name], cfg, trainer.optimizer_name, trainer.backend]
+        settings.append(trainer.dead_window_tokens)
         digest.update(json.dumps(settings).encode())
         digest.update(json.dumps(trainer.sae.cfg.to_dict(), default=str, sort_keys=True).encode())
         for parameter in trainer.sae.parameters():

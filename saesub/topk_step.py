@@ -66,11 +66,11 @@ def autograd_pass(
     return _output(sae, x, sae_out, selected, scale, mse_loss, aux_loss)
 
 
-def row_backend(device: torch.device) -> RowBackend | None:
-    """What `row_step` runs on there: on the CPU that takes a C++ compiler, on CUDA Triton."""
-    if device.type == "cpu" and native.library() is not None:
+def row_backend(device: torch.device, *, triton: bool = False) -> RowBackend | None:
+    """What `row_step` runs on there: on the CPU that takes a C++ compiler, on CUDA `triton`."""
+    if device.type == "cpu" and not triton and native.library() is not None:
         return native
-    if device.type == "cuda" and triton_rows.available():
+    if device.type == "cuda" and triton and triton_rows.available():
         return triton_rows
     return None
 

@@ -25,7 +25,7 @@ from saesub.rows import RowBackend
 from saesub.topk_step import EntriesOutput, autograd_pass, row_backend, row_step
 
 OptimizerName = Literal["adam", "sparse_adam"]
-Backend = Literal["auto", "native_float32", "torch", "dense"]
+Backend = Literal["auto", "exact_search", "torch", "triton", "dense"]
 
 DEAD_TOKENS_FILENAME = "tokens_since_fired.safetensors"
 _HISTORY_POINTS = 40
@@ -53,10 +53,11 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
         cfg, sae, data_provider, evaluator, save_checkpoint_fn: as `SAETrainer` takes them;
             `data_provider` is any iterator of float tensors (batch, d_in).
         optimizer: "sparse_adam" (`saesub.optim.SparseAdam`) or "adam" (torch's).
-        backend: how a TopK step is computed. "auto" takes a compiled step where it can be had (C++
-            on the CPU, Triton on CUDA), with a candidate search in few bits, else torch operators.
-            "native_float32" searches by the whole float32 product; "torch" compiles nothing;
-            "dense" is SAELens' own step.
+        backend: how a TopK step is computed. "auto": on the CPU the compiled step with its 8-bit
+            candidate search, where a C++ compiler can be had, else torch operators.
+            "exact_search": the same with the whole float32 product for the search. "torch":
+            torch operators alone. "triton": Triton kernels on CUDA; asked for by name until they
+            have been run on a GPU. "dense": SAELens' own step.
         dead_window_tokens: a feature silent for this many tokens is dead. By default 10M, or a
             fifth of the run where that is less.
 
@@ -90,6 +91,11 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
         if backend not in get_args(Backend):
             raise SaesubError(
                 f"Unknown backend {backend!r}: {near_names(backend, get_args(Backend))}"
+            )
+        if backend == "triton" and row_backend(sae.W_enc.device, triton=True) is None:
+            raise SaesubError(
+                "backend='triton' needs the SAE on a CUDA device and a Triton that runs there: "
+                "move it with sae.to('cuda'), install triton, or pass backend='torch'."
             )
         self.backend = backend
         if _is_topk(sae) and backend != "dense":
@@ -195,7 +201,7 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
             found = self._autograd_step(sae, sae_in, dead)
         else:
             lay_out_by_feature(sae)  # the weights may have been replaced since the last step
-            exact = self.backend == "native_float32"
+            exact = self.backend == "exact_search"
             found = row_step(rows, sae, self.optimizer, sae_in, dead, exact_search=exact)
         self._count_firing(found, len(sae_in))
         self.lr_scheduler.step()
@@ -209,7 +215,7 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
         plain = sae.W_enc.dtype == torch.float32 and self._parameters_in_step
         if self.backend == "torch" or not plain:
             return None
-        return row_backend(sae.W_enc.device)
+        return row_backend(sae.W_enc.device, triton=self.backend == "triton")
 
     def _autograd_step(self, sae: Any, sae_in: Tensor, dead: Tensor | None) -> EntriesOutput:
         found = autograd_pass(sae, sae_in, dead)
@@ -233,6 +239,7 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
         super().set_final_sae_metadata()
         self.sae.cfg.metadata.dead_window_tokens = self.dead_window_tokens
         self.sae.cfg.metadata.optimizer = self.optimizer_name
+        self.sae.cfg.metadata.backend = self.backend
 
     def save_trainer_state(self, checkpoint_path: Path) -> None:
         """SAELens' trainer state, and the firing counts in tokens beside it."""
@@ -312,8 +319,9 @@ def features_that_fit(total_bytes: int, d_in: int, d_out: int, batch_size: int) 
 def lay_out_by_feature(sae: Any) -> None:
     """Let each feature's encoder weights lie together in memory, as its decoder weights do.
 
-    Only the strides of `W_enc` change. States are still saved contiguous, as safetensors asks.
+    Only strides change. States are still saved contiguous, as safetensors asks.
     """
+    sae.W_dec.data = sae.W_dec.data.contiguous()
     if sae.W_enc.T.is_contiguous():
         return
     sae.W_enc.data = sae.W_enc.data.T.contiguous().T

@@ -39,9 +39,9 @@ def available() -> bool:
         return bool(row_products(one, Selected.equally(none.view(1, 1), one, 1), one) == 1)
     except Exception as error:  # a compiler, Python.h, a GPU that Triton knows: any may lack
         warnings.warn(
-            "saesub trains on torch operators alone, as its Triton kernels do not run here "
-            f"({type(error).__name__}: {str(error).strip()[-300:]}). Triton needs a C "
-            "compiler and Python's headers; backend='torch' does without it and this message.",
+            f"saesub's Triton kernels do not run here ({type(error).__name__}: "
+            f"{str(error).strip()[-300:]}). Triton needs a free GPU, a C compiler and Python's "
+            "headers; backend='torch' does without.",
             stacklevel=2,
         )
         return False
