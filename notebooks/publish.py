@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -23,7 +22,6 @@ import nbformat
 
 from saesub import claims
 from saesub.errors import SaesubError
-from saesub.reproduce import run_facts
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD_FILE = ROOT / "data" / "results" / "quick" / "run.json"
@@ -45,12 +43,14 @@ def publish(run: Path) -> None:
         taken[source] = _executed(run / "notebooks" / source.name, source)
         number = source.stem.split("_")[0]
         record[source.stem] = {
-            "run": run_facts(),
+            "run": stamp["facts"],
             "seconds": round(stamp["seconds"]),
             "claims": [row for row in claims.collect(run) if row["notebook"] == number],
         }
     for source, notebook in taken.items():
-        took = f"{_time(record[source.stem]['seconds'])} on {os.cpu_count()} CPU cores"
+        cores = re.search(r"\d+ cores", " ".join(record[source.stem]["run"]))
+        assert cores, "run_facts() names them"
+        took = f"{_time(record[source.stem]['seconds'])} on {cores[0].replace(' ', ' CPU ')}"
         first = notebook.cells[0]
         first.source = re.sub(r"(Run time at `quick`: )[^.;,]*", rf"\g<1>{took}", first.source)
         nbformat.write(notebook, source)

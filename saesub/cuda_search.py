@@ -11,10 +11,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saesub.sparse_ops import Selected, dense_search, row_products, top_k
+from saesub.sparse_ops import (
+    LEAST_FEATURES_PER_K,
+    Selected,
+    dense_search,
+    row_products,
+    top_k,
+)
 
 _TOKENS_PER_BLOCK, _FEATURES_PER_BLOCK = 2048, 32_768  # their scores in bfloat16: 134 MB
-_LEAST_FEATURES_PER_K = 8  # below that most features are candidates, and the product is cheaper
 
 # (x, selected, W_enc transposed) -> (m,) their products; as `sparse_ops.row_products`
 Products = Callable[[Tensor, Selected, Tensor], Tensor]
@@ -39,7 +44,7 @@ def search(
     the precision of `x`, with TF32 if torch is set to allow it.
     """
     d_sae = W_enc.shape[1]
-    if d_sae < _LEAST_FEATURES_PER_K * k:
+    if d_sae < LEAST_FEATURES_PER_K * k:
         return dense_search(x, W_enc, b_enc, k, feature_scale)
     dtype = x.dtype if exact else torch.bfloat16
     width = k if exact else min(d_sae, 2 * k + 32)

@@ -25,10 +25,9 @@ from torch import Tensor
 from saesub import rows
 from saesub.resources import cache_dir
 from saesub.rows import AdamSettings, Decoded, check_shapes
-from saesub.sparse_ops import Search, Selected, dense_search
+from saesub.sparse_ops import LEAST_FEATURES_PER_K, Search, Selected, dense_search
 
 _SOURCE = Path(__file__).with_name("native.cpp")
-_LEAST_FEATURES_PER_K = 8  # below that most features are candidates, and the product is cheaper
 _TOKENS_PER_BLOCK, _FEATURES_PER_BLOCK, _FEATURES_PER_TILE = 32, 128, 64
 
 exact_search: Search = dense_search
@@ -89,7 +88,7 @@ def search(
     """
     (n, d), d_sae = x.shape, W_enc.shape[1]
     check_shapes(x, (n, d), W_enc, (d, d_sae), b_enc, (d_sae,), feature_scale, (d_sae,))
-    if d_sae < _LEAST_FEATURES_PER_K * k or not has_int8_search():
+    if d_sae < LEAST_FEATURES_PER_K * k or not has_int8_search():
         return dense_search(x, W_enc, b_enc, k, feature_scale)
     padded = -(-d_sae // _FEATURES_PER_TILE) * _FEATURES_PER_TILE
     weights, table = _empty(padded * -(-d // 4) * 4, dtype=torch.uint8), _empty(4, padded)
@@ -119,6 +118,7 @@ def decode(
     """Reconstruct, and differentiate `weight * sum of (x_hat - target)²`; one read of each row."""
     (n, d), m = target.shape, len(values)
     check_shapes(W_dec, (len(W_dec), d), b_dec, (d,), selected.features, (m,))
+    check_shapes(selected.offsets, (n + 1,))
     x_hat, g_out, g_pre = _empty(n, d), _empty(n, d), _empty(m)
     sums = _empty(-(-n // _TOKENS_PER_BLOCK), d + 1)
     _call(

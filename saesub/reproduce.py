@@ -36,12 +36,16 @@ margin-top:3rem} .error{color:#b33c00;font-weight:600}
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one notebook's run ended: `error` is empty for success, `key` says what was run."""
+    """How one notebook's run ended: `error` is empty for success, `key` says what was run.
+
+    `facts` are `run_facts()` at its end.
+    """
 
     name: str
     key: str
     seconds: float
     error: str = ""
+    facts: tuple[str, ...] = ()
 
 
 def find_notebooks(wanted: Sequence[str] = ()) -> list[Path]:
@@ -123,7 +127,7 @@ def _execute(path: Path, profile: str, folder: Path, key: str, quiet: bool) -> O
         error = f"failed in cell {_cell(path, failure.source)}: {failure.ename}: {failure.evalue}"
     except RuntimeError as failure:
         error = f"the kernel died ({failure})"
-    return Outcome(path.stem, key, time.monotonic() - start, error)
+    return Outcome(path.stem, key, time.monotonic() - start, error, tuple(run_facts()))
 
 
 def _cell(path: Path, source: str) -> int | str:

@@ -32,6 +32,8 @@ from torch.nn import functional as F
 # sampled_addmm on CSR is all that is used of it here, and the tests hold it to dense autograd.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
+# With fewer features most are candidates for the top k, and a search for candidates gains nothing.
+LEAST_FEATURES_PER_K = 8
 _TOKENS_PER_BLOCK = 512  # the block of pre-activations stays in cache: 512 × 16K × 4 bytes = 32 MB
 _FEATURES_PER_TILE = 32
 _BATCH_TOPK_HEADROOM = 4  # first guess: no token of a batch has more than 4 k active features

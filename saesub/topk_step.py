@@ -28,7 +28,7 @@ from saesub.sparse_ops import (
     select_topk,
 )
 
-_MAX_NORM = 1.0  # SAELens' trainer clips the norm of all gradients here
+MAX_NORM = 1.0  # SAELens' trainer clips the norm of all gradients here
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def _update(
     if _input_bias(sae) is not None:
         g_b_dec = g_b_dec - through_encoder
     norm = (squared_norm + g_b_dec.double().square().sum()).sqrt()
-    clip = (_MAX_NORM / (norm + 1e-6)).clamp(max=1.0)  # a tensor still: reading it would wait
+    clip = (MAX_NORM / (norm + 1e-6)).clamp(max=1.0)  # a tensor still: reading it would wait
 
     group = optimizer.param_groups[0]
     steps, tensors = [], []

@@ -22,7 +22,7 @@ from torch import Tensor
 from saesub.errors import SaesubError, near_names
 from saesub.optim import SparseAdam, parameter_groups
 from saesub.rows import RowBackend
-from saesub.topk_step import EntriesOutput, autograd_pass, row_backend, row_step
+from saesub.topk_step import MAX_NORM, EntriesOutput, autograd_pass, row_backend, row_step
 
 OptimizerName = Literal["adam", "sparse_adam"]
 Backend = Literal["auto", "exact_search", "torch", "triton", "dense"]
@@ -184,11 +184,13 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
     def _memory_advice(self, batch_size: int) -> str:
         total = torch.cuda.get_device_properties(self.sae.device).total_memory
         d_in, d_out, d_sae = self.sae.cfg.d_in, self.sae.W_dec.shape[1], self.sae.cfg.d_sae
-        fit = features_that_fit(total, d_in, d_out, batch_size)
+        copies = 3 if self.backend == "triton" else 5
+        fit = features_that_fit(total, d_in, d_out, batch_size, copies)
+        advice = "train fewer features" if d_sae > fit else "free the GPU of other work"
         return (
-            f"The GPU ran out of memory with d_sae={d_sae:,}: of its {total / 1e9:.0f} GB, float32 "
-            f"weights and Adam's moments of about {fit:,} features fit beside a batch of "
-            f"{batch_size:,} tokens; train fewer features, or smaller batches, on a free GPU."
+            f"The GPU ran out of memory with d_sae={d_sae:,}: in its {total / 1e9:.0f} GB about "
+            f"{fit:,} features fit beside a batch of {batch_size:,} tokens; {advice}, or train on "
+            "smaller batches."
         )
 
     def _train_step(self, sae: Any, sae_in: Tensor) -> TrainStepOutput:
@@ -220,7 +222,7 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
     def _autograd_step(self, sae: Any, sae_in: Tensor, dead: Tensor | None) -> EntriesOutput:
         found = autograd_pass(sae, sae_in, dead)
         found.output.loss.backward()
-        torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)  # SAELens clips here, at 1
+        torch.nn.utils.clip_grad_norm_(sae.parameters(), MAX_NORM)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return found
@@ -307,13 +309,15 @@ def takes_sparse_step(sae: Any, cfg: SAETrainerConfig) -> bool:
     return plain_input and exact_dtype and not hooked
 
 
-def features_that_fit(total_bytes: int, d_in: int, d_out: int, batch_size: int) -> int:
-    """Features whose float32 weights and two Adam moments a device holds beside a batch's tensors.
+def features_that_fit(total_bytes: int, d_in: int, d_out: int, batch_size: int, copies: int) -> int:
+    """Features of which a device holds `copies` of the float32 weights beside a batch's tensors.
 
-    The batch is counted as ten tensors of its own size, and a GB for the scores of the search.
+    Weights and two Adam moments make three copies; autograd adds gradients and a working copy.
+
+    The batch counts as ten tensors of its own size, and a GB for the scores of the search.
     """
     of_batch = 10 * 4 * batch_size * max(d_in, d_out) + 10**9
-    return max(0, (total_bytes - of_batch) // (3 * 4 * (d_in + d_out + 1)))
+    return max(0, (total_bytes - of_batch) // (copies * 4 * (d_in + d_out + 1)))
 
 
 def lay_out_by_feature(sae: Any) -> None:

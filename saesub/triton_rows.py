@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import warnings
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 from typing import Any
 
@@ -47,28 +47,6 @@ def available() -> bool:
         return False
 
 
-def search(
-    x: Float[Tensor, "n d_in"],
-    W_enc: Float[Tensor, "d_in d_sae"],
-    b_enc: Float[Tensor, " d_sae"],
-    k: int,
-    feature_scale: Float[Tensor, " d_sae"] | None = None,
-) -> tuple[Int[Tensor, "n k"], Float[Tensor, "n k"]]:
-    """`cuda_search.search` in bfloat16, its candidates' scores by `row_products`."""
-    return cuda_search.search(x, W_enc, b_enc, k, feature_scale, products=row_products)
-
-
-def exact_search(
-    x: Float[Tensor, "n d_in"],
-    W_enc: Float[Tensor, "d_in d_sae"],
-    b_enc: Float[Tensor, " d_sae"],
-    k: int,
-    feature_scale: Float[Tensor, " d_sae"] | None = None,
-) -> tuple[Int[Tensor, "n k"], Float[Tensor, "n k"]]:
-    """`cuda_search.search` in float32."""
-    return cuda_search.search(x, W_enc, b_enc, k, feature_scale, exact=True, products=row_products)
-
-
 def row_products(
     vectors: Float[Tensor, "n d"], selected: Selected, table: Float[Tensor, "d_sae d"]
 ) -> Float[Tensor, " m"]:
@@ -82,6 +60,10 @@ def row_products(
         **_shape(vectors.shape[1]),
     )
     return products
+
+
+search = partial(cuda_search.search, products=row_products)
+exact_search = partial(cuda_search.search, exact=True, products=row_products)
 
 
 def decode(

@@ -20,7 +20,7 @@ from sae_lens import (
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import TrainStepInput
 
-from saesub import native, triton_rows
+from saesub import native, training, triton_rows
 from saesub.errors import SaesubError
 from saesub.spectrum import Spectrum
 from saesub.subspace import initialize_in_subspace
@@ -33,6 +33,7 @@ needs_native = pytest.mark.skipif(native.library() is None, reason="no C++ compi
 needs_cuda = pytest.mark.skipif(
     not (torch.cuda.is_available() and triton_rows.available()), reason="no CUDA or no Triton here"
 )
+HAS_INT8 = native.has_int8_search()
 BACKENDS = [pytest.param("auto", marks=needs_native), "torch"]
 DEVICES = [pytest.param("cpu", marks=needs_native), pytest.param("cuda", marks=needs_cuda)]
 
@@ -250,9 +251,64 @@ def test_a_gpu_too_small_is_met_with_the_number_of_features_that_fit(monkeypatch
     monkeypatch.setattr(trainer, "_train_step", run_out)
     memory = SimpleNamespace(total_memory=10**10)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
-    # 10 GB less one for the search and ten batches of 128 × 576 floats, at 13,836 bytes a feature
-    with pytest.raises(SaesubError, match=r"d_sae=1,152: of its 10 GB, .* about 650,263 features"):
+    # 10 GB less one for the search and ten batches of 128 × 576 floats, at 23,060 bytes a feature
+    expected = r"d_sae=1,152: in its 10 GB about 390,158 features fit .* free the GPU"
+    with pytest.raises(SaesubError, match=expected):
         trainer.step(torch.zeros(BATCH, 576))
+    memory.total_memory = 1_010_000_000
+    with pytest.raises(SaesubError, match=r"about 305 features fit .* train fewer features"):
+        trainer.step(torch.zeros(BATCH, 576))
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("backend", "row_steps", "searches"),
+    [("auto", 3, 3), ("exact_search", 3, 0), ("torch", 0, 0), ("dense", 0, 0)],
+)
+def test_each_backend_takes_the_step_it_is_named_for(
+    activations, monkeypatch, backend, row_steps, searches
+):
+    """All end alike, so a step that fell back in silence would not show in what is learnt."""
+    taken, searched, find = [], [], native.search
+
+    def search(*arguments):
+        searched.append(arguments)
+        return find(*arguments)
+
+    def step(rows, *arguments, **settings):
+        taken.append(rows)
+        return row_step(rows, *arguments, **settings)
+
+    monkeypatch.setattr(native, "search", search)
+    monkeypatch.setattr(training, "row_step", step)
+    sae = _sae("topk", aux_loss_coefficient=0.0)
+    SubspaceSAETrainer(_cfg(3), sae, _batches(activations), backend=backend).fit()
+    assert (len(taken), len(searched)) == (row_steps, searches)
+
+
+@needs_native
+def test_auxk_through_the_8_bit_search_equals_saelens_own(activations, spectrum, monkeypatch):
+    """Enough dead features for AuxK's own search (288 of each token) not to go by the product."""
+    kept = []
+    monkeypatch.setattr(native, "has_int8_search", lambda: kept.append(1) or HAS_INT8)
+    torch.manual_seed(0)
+    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=576, d_sae=4096, k=K))
+    initialize_in_subspace(sae, spectrum, d_init=200)
+    double = copy.deepcopy(sae).double()
+    double.dtype = torch.float64
+    lay_out_by_feature(sae)
+    x, dead = activations[:200], torch.arange(4096) % 4 > 0
+    optimizer = _GradientAsState(sae.parameters())
+    ours = row_step(native, sae, optimizer, x, dead).output
+    assert len(kept) == 2  # the search of the step, and that of AuxK
+    expected = double.training_forward_pass(TrainStepInput(x.double(), {}, dead, 0, False))
+    expected.loss.backward()
+    torch.nn.utils.clip_grad_norm_(double.parameters(), 1.0)
+    for name, value in expected.losses.items():
+        torch.testing.assert_close(ours.losses[name].double(), value, rtol=1e-5, atol=1e-9)
+    for (name, a), b in zip(sae.named_parameters(), double.parameters(), strict=True):
+        gradient = optimizer.state[a]["exp_avg"].double()
+        assert (gradient - b.grad).norm() / b.grad.norm() < 1e-5, name
 
 
 @needs_native
