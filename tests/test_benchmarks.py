@@ -30,3 +30,13 @@ def test_every_record_says_how_it_was_made(path):
         assert run["commit"]
         assert run["date"]
         assert ("error" in run) != (len(run.get("seconds", [])) > 0)
+
+
+def test_the_recorded_recall_is_what_the_benchmarks_readme_says():
+    record = json.loads((RESULTS / "recall.json").read_text())
+    assert {row["hook"].split("_", 1)[1] for row in record["rows"]} == {
+        "attn_out",
+        "mlp_out",
+        "resid_post",
+    }
+    assert all(row["entries"] > 100_000 and row["lost"] == 0 for row in record["rows"])
