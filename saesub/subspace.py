@@ -1,8 +1,9 @@
-"""Active Subspace Initialization: dictionary features that start where the activations live.
+"""Dictionary features that start where the activations live.
 
-The whole method (arXiv 2508.16929, section on ASI): take the top `d_init` principal directions U
-of the centred activations, draw every decoder row at random inside span(U), and tie the encoder to
-the decoder. Architecture, loss and training stay as they are.
+Active Subspace Initialization (arXiv 2508.16929, section on ASI): take the top `d_init` principal
+directions U of the centred activations, draw every decoder row at random inside span(U), and tie
+the encoder to the decoder. Architecture, loss and training stay as they are. Other ways to draw the
+rows are in `saesub.directions`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from jaxtyping import Float
 from sae_lens import SAE
 from torch import Tensor
 
+from saesub.directions import FROM_DATA, Directions, draw_directions, equal_variance_norms
 from saesub.errors import SaesubError
 from saesub.spectrum import Spectrum
 
@@ -30,6 +32,8 @@ class SubspaceInit:
         d_init: dimension of the subspace the decoder rows were drawn in.
         d: width of the space (`d_in`, or `d_out` of a transcoder).
         variance_share: share of the activations' variance inside the subspace.
+        directions: the rule by which rows were drawn in it.
+        equal_variance: whether the encoder was scaled so that all features vary alike.
         input_d_init: the same as `d_init` for a transcoder's encoder, None for an autoencoder.
         seed: of the random draw.
         n_tokens: tokens behind the spectrum.
@@ -38,6 +42,8 @@ class SubspaceInit:
     d_init: int
     d: int
     variance_share: float
+    directions: str
+    equal_variance: bool
     input_d_init: int | None
     seed: int
     n_tokens: int
@@ -49,7 +55,11 @@ def initialize_in_subspace(
     spectrum: Spectrum,
     d_init: int | float | str = "auto",
     *,
+    directions: Directions = "flat",
+    equal_variance: bool = False,
+    activations: Float[Tensor, "tokens d"] | None = None,
     input_spectrum: Spectrum | None = None,
+    input_activations: Float[Tensor, "tokens d_in"] | None = None,
     seed: int = 0,
 ) -> SubspaceInit:
     """Re-draw a dictionary's features inside the active subspace, in place.
@@ -62,13 +72,22 @@ def initialize_in_subspace(
         sae: any SAELens training SAE, or a transcoder of any kind.
         spectrum: of the activations that are reconstructed, shape (d,).
         d_init: an integer from 1 to d; a share of the variance, strictly between 0 and 1;
-            or "auto", see `choose_d_init`.
+            or "auto": see `choose_d_init` for flat directions, d for the others, which follow the
+            spectrum by themselves.
+        directions: "flat" (the paper's), "spectrum", "data" or "whitened_data", see
+            `saesub.directions`.
+        equal_variance: scale each feature's encoder weights so that all pre-activations have the
+            same variance at the start, and no feature wins or loses by its direction alone.
+        activations: (tokens, d) at the spectrum's hook point, at least d_sae tokens, for directions
+            from data; (tokens, d_out) of a transcoder's target.
         input_spectrum: of the activations that a transcoder reads; refused for an autoencoder.
+        input_activations: for directions from data, what a transcoder reads at the same tokens.
         seed: of the random directions.
 
     Raises:
-        SaesubError: the spectrum is of another width, `d_init` is out of range, the SAE whitens
-            its input, or a transcoder lacks its input spectrum.
+        SaesubError: the spectrum is of another width, `d_init` is out of range, the directions are
+            unknown or lack their activations, the SAE whitens its input, or a transcoder lacks its
+            input spectrum.
 
     Example:
         >>> spectrum = saesub.measure_spectrum(model, "wiki-en", hook_name, n_tokens=200_000)
@@ -76,20 +95,48 @@ def initialize_in_subspace(
     """
     is_transcoder = hasattr(sae.cfg, "d_out")
     _check_fits(sae, spectrum, input_spectrum, is_transcoder)
-    rank = choose_d_init(spectrum, d_init)
-    input_rank = choose_d_init(input_spectrum, d_init) if input_spectrum else None
+    rank = _rank(spectrum, d_init, directions)
+    input_rank = _rank(input_spectrum, d_init, directions) if input_spectrum else None
     generator = torch.Generator().manual_seed(seed)
+    _check_pairs(directions, is_transcoder, activations, input_activations)
 
-    decoder = encoder = _random_rows(spectrum.basis(rank), sae.W_dec.norm(dim=-1), generator)
+    n = sae.cfg.d_sae
+    rows = draw_directions(spectrum, rank, directions, generator, n=n, activations=activations).to(
+        sae.W_dec
+    )
+    read, read_rows = spectrum, rows
+    decoder = encoder = rows * sae.W_dec.norm(dim=-1, keepdim=True)
     if input_spectrum is not None and input_rank is not None:
-        encoder = _random_rows(input_spectrum.basis(input_rank), sae.W_enc.norm(dim=0), generator)
+        if directions in FROM_DATA:
+            generator.manual_seed(seed)  # the same tokens: what is read and written goes together
+        read, read_rows = (
+            input_spectrum,
+            draw_directions(
+                input_spectrum,
+                input_rank,
+                directions,
+                generator,
+                n=n,
+                activations=input_activations,
+            ).to(sae.W_enc),
+        )
+        encoder = read_rows * sae.W_enc.norm(dim=0).unsqueeze(-1)
+    if equal_variance:
+        encoder = encoder * equal_variance_norms(read_rows, read.covariance).unsqueeze(-1)
     sae.W_dec.copy_(decoder)
     if "W_enc" in dict(sae.named_parameters()):  # matching pursuit has no encoder of its own
         sae.W_enc.copy_(encoder.T)
     center_biases(sae, spectrum, input_spectrum=input_spectrum)
 
     report = SubspaceInit(
-        rank, spectrum.d, float(spectrum.variance_in(rank)), input_rank, seed, spectrum.n_tokens
+        rank,
+        spectrum.d,
+        float(spectrum.variance_in(rank)),
+        directions,
+        equal_variance,
+        input_rank,
+        seed,
+        spectrum.n_tokens,
     )
     sae.cfg.metadata.subspace_init = asdict(report)
     return report
@@ -149,13 +196,23 @@ def choose_d_init(spectrum: Spectrum, d_init: int | float | str = "auto") -> int
     )
 
 
-def _random_rows(
-    basis: Float[Tensor, "d r"], norms: Float[Tensor, " d_sae"], generator: torch.Generator
-) -> Float[Tensor, "d_sae d"]:
-    """Isotropic random directions inside the span of `basis`, one per given norm."""
-    coordinates = torch.randn(len(norms), basis.shape[1], generator=generator)
-    coordinates /= coordinates.norm(dim=-1, keepdim=True)
-    return (coordinates.to(norms) @ basis.T.to(norms)) * norms.unsqueeze(-1)
+def _rank(spectrum: Spectrum, d_init: int | float | str, directions: str) -> int:
+    whole = d_init == "auto" and directions != "flat"
+    return spectrum.d if whole else choose_d_init(spectrum, d_init)
+
+
+def _check_pairs(
+    directions: str, is_transcoder: bool, activations: Tensor | None, read: Tensor | None
+) -> None:
+    """Input activations are those of the same tokens, where they are asked for."""
+    if directions in FROM_DATA and is_transcoder:
+        if read is None or activations is None or len(read) != len(activations):
+            raise SaesubError(
+                f"directions={directions!r} for a transcoder start at pairs: pass activations "
+                "(what it writes) and input_activations (what it reads) of the same tokens."
+            )
+    elif read is not None:
+        raise SaesubError("input_activations are for a transcoder whose directions are from data.")
 
 
 def _mean_in_scale(spectrum: Spectrum, scaled: bool) -> Float[Tensor, " d"]:
