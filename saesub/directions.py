@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from saesub.errors import SaesubError, near_names
@@ -51,25 +51,12 @@ def draw_directions(
         if directions == "spectrum":
             coordinates *= variance.pow(0.25)
     else:
-        tokens = draw_tokens(len(activations), n, generator)
+        tokens = torch.randperm(len(activations), generator=generator)[:n]
         rows = activations[tokens.to(activations.device)].cpu().float()
         coordinates = (rows - spectrum.mean.float()) @ basis
         if directions == "whitened_data":
             coordinates /= variance.clamp(min=_LEAST_VARIANCE * float(variance[0])).pow(0.25)
     return torch.nn.functional.normalize(coordinates, dim=-1) @ basis.T
-
-
-def draw_tokens(n_tokens: int, n: int, generator: torch.Generator) -> Int[Tensor, " n"]:
-    """`n` different tokens out of `n_tokens`."""
-    return torch.randperm(n_tokens, generator=generator)[:n]
-
-
-def equal_variance_norms(
-    directions: Float[Tensor, "n d"], covariance: Float[Tensor, "d d"]
-) -> Float[Tensor, " n"]:
-    """Factors around 1 that give the projections on all `directions` the same variance."""
-    deviation = ((directions @ covariance.to(directions)) * directions).sum(-1).sqrt()
-    return deviation.median() / deviation
 
 
 def _check(directions: str, spectrum: Spectrum, n: int, activations: Tensor | None) -> None:

@@ -9,6 +9,7 @@ rows are in `saesub.directions`.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from numbers import Integral
 from typing import Any
 
@@ -17,7 +18,7 @@ from jaxtyping import Float
 from sae_lens import SAE
 from torch import Tensor
 
-from saesub.directions import FROM_DATA, Directions, draw_directions, equal_variance_norms
+from saesub.directions import FROM_DATA, Directions, draw_directions
 from saesub.errors import SaesubError
 from saesub.spectrum import Spectrum
 
@@ -33,7 +34,6 @@ class SubspaceInit:
         d: width of the space (`d_in`, or `d_out` of a transcoder).
         variance_share: share of the activations' variance inside the subspace.
         directions: the rule by which rows were drawn in it.
-        equal_variance: whether the encoder was scaled so that all features vary alike.
         input_d_init: the same as `d_init` for a transcoder's encoder, None for an autoencoder.
         seed: of the random draw.
         n_tokens: tokens behind the spectrum.
@@ -43,7 +43,6 @@ class SubspaceInit:
     d: int
     variance_share: float
     directions: str
-    equal_variance: bool
     input_d_init: int | None
     seed: int
     n_tokens: int
@@ -56,7 +55,6 @@ def initialize_in_subspace(
     d_init: int | float | str = "auto",
     *,
     directions: Directions = "flat",
-    equal_variance: bool = False,
     activations: Float[Tensor, "tokens d"] | None = None,
     input_spectrum: Spectrum | None = None,
     input_activations: Float[Tensor, "tokens d_in"] | None = None,
@@ -76,8 +74,6 @@ def initialize_in_subspace(
             spectrum by themselves.
         directions: "flat" (the paper's), "spectrum", "data" or "whitened_data", see
             `saesub.directions`.
-        equal_variance: scale each feature's encoder weights so that all pre-activations have the
-            same variance at the start, and no feature wins or loses by its direction alone.
         activations: (tokens, d) at the spectrum's hook point, at least d_sae tokens, for directions
             from data; (tokens, d_out) of a transcoder's target.
         input_spectrum: of the activations that a transcoder reads; refused for an autoencoder.
@@ -100,29 +96,14 @@ def initialize_in_subspace(
     generator = torch.Generator().manual_seed(seed)
     _check_pairs(directions, is_transcoder, activations, input_activations)
 
-    n = sae.cfg.d_sae
-    rows = draw_directions(spectrum, rank, directions, generator, n=n, activations=activations).to(
-        sae.W_dec
-    )
-    read, read_rows = spectrum, rows
-    decoder = encoder = rows * sae.W_dec.norm(dim=-1, keepdim=True)
+    draw = partial(draw_directions, directions=directions, generator=generator, n=sae.cfg.d_sae)
+    rows = draw(spectrum, rank, activations=activations)
+    decoder = encoder = rows.to(sae.W_dec) * sae.W_dec.norm(dim=-1, keepdim=True)
     if input_spectrum is not None and input_rank is not None:
         if directions in FROM_DATA:
             generator.manual_seed(seed)  # the same tokens: what is read and written goes together
-        read, read_rows = (
-            input_spectrum,
-            draw_directions(
-                input_spectrum,
-                input_rank,
-                directions,
-                generator,
-                n=n,
-                activations=input_activations,
-            ).to(sae.W_enc),
-        )
-        encoder = read_rows * sae.W_enc.norm(dim=0).unsqueeze(-1)
-    if equal_variance:
-        encoder = encoder * equal_variance_norms(read_rows, read.covariance).unsqueeze(-1)
+        rows = draw(input_spectrum, input_rank, activations=input_activations)
+        encoder = rows.to(sae.W_enc) * sae.W_enc.norm(dim=0).unsqueeze(-1)
     sae.W_dec.copy_(decoder)
     if "W_enc" in dict(sae.named_parameters()):  # matching pursuit has no encoder of its own
         sae.W_enc.copy_(encoder.T)
@@ -133,7 +114,6 @@ def initialize_in_subspace(
         spectrum.d,
         float(spectrum.variance_in(rank)),
         directions,
-        equal_variance,
         input_rank,
         seed,
         spectrum.n_tokens,

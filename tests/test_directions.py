@@ -7,7 +7,7 @@ import torch
 from sae_lens import SAE, TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.registry import SAE_CLASS_REGISTRY
 
-from saesub.directions import draw_directions, equal_variance_norms
+from saesub.directions import draw_directions
 from saesub.errors import SaesubError
 from saesub.spectrum import Spectrum
 from saesub.subspace import initialize_in_subspace
@@ -66,20 +66,6 @@ def test_whitening_by_half_is_what_its_formula_says(spectrum, activations):
     assert cosine.min() > 0.999
 
 
-def test_equal_variance_lets_all_features_vary_alike(spectrum, activations):
-    sae = _sae(512)
-    initialize_in_subspace(
-        sae, spectrum, directions="data", activations=activations, equal_variance=True
-    )
-    pre = (activations - spectrum.mean.float()) @ sae.W_enc
-    deviation = pre.std(dim=0)
-    assert deviation.max() < 1.01 * deviation.min()
-    cosine = torch.nn.functional.cosine_similarity(sae.W_enc.T, sae.W_dec, dim=-1)
-    torch.testing.assert_close(cosine, torch.ones(512))
-    factors = equal_variance_norms(sae.W_dec.detach(), spectrum.covariance)
-    assert factors.median() == pytest.approx(1, abs=0.01)
-
-
 def test_a_transcoder_starts_at_pairs_of_the_same_token(spectrum, activations):
     sae_class, cfg_class = SAE_CLASS_REGISTRY["transcoder"]
     transcoder: SAE = sae_class(
@@ -112,7 +98,7 @@ def test_the_report_says_what_was_done(spectrum, activations):
     report = initialize_in_subspace(
         _sae(), spectrum, directions="whitened_data", activations=activations
     )
-    assert (report.directions, report.equal_variance) == ("whitened_data", False)
+    assert report.directions == "whitened_data"
     assert report.d_init == spectrum.d
 
 
