@@ -9,7 +9,6 @@ rows are in `saesub.directions`.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from functools import partial
 from numbers import Integral
 from typing import Any
 
@@ -18,7 +17,15 @@ from jaxtyping import Float
 from sae_lens import SAE
 from torch import Tensor
 
-from saesub.directions import FROM_DATA, Directions, draw_directions
+from saesub.directions import (
+    FROM_DATA,
+    Directions,
+    check_directions,
+    directions_at,
+    draw_tokens,
+    equal_variance,
+    random_directions,
+)
 from saesub.errors import SaesubError
 from saesub.spectrum import Spectrum
 
@@ -63,8 +70,9 @@ def initialize_in_subspace(
     """Re-draw a dictionary's features inside the active subspace, in place.
 
     Row norms of the decoder stay what SAELens made them; the encoder becomes the decoder's
-    transpose (a transcoder's encoder, which reads another space, is drawn in the active subspace
-    of that space, at the norms it had); biases are centred as by `center_biases`.
+    transpose, but for its columns' norms where directions are whitened (a transcoder's encoder,
+    which reads another space, is drawn in the active subspace of that space, at the norms it had);
+    biases are centred as by `center_biases`.
 
     Args:
         sae: any SAELens training SAE, or a transcoder of any kind.
@@ -93,17 +101,22 @@ def initialize_in_subspace(
     _check_fits(sae, spectrum, input_spectrum, is_transcoder)
     rank = _rank(spectrum, d_init, directions)
     input_rank = _rank(input_spectrum, d_init, directions) if input_spectrum else None
-    generator = torch.Generator().manual_seed(seed)
+    check_directions(directions, spectrum, sae.cfg.d_sae, activations)
     _check_pairs(directions, is_transcoder, activations, input_activations)
 
-    draw = partial(draw_directions, directions=directions, generator=generator, n=sae.cfg.d_sae)
-    rows = draw(spectrum, rank, activations=activations)
-    decoder = encoder = rows.to(sae.W_dec) * sae.W_dec.norm(dim=-1, keepdim=True)
+    draw = _Draw(directions, sae.cfg.d_sae, seed)
+    tokens = draw.tokens(spectrum, rank, activations)
+    rows = draw.rows(spectrum, rank, activations, tokens)
+    read, decoder = spectrum, rows.to(sae.W_dec) * sae.W_dec.norm(dim=-1, keepdim=True)
+    encoder = decoder
     if input_spectrum is not None and input_rank is not None:
-        if directions in FROM_DATA:
-            generator.manual_seed(seed)  # the same tokens: what is read and written goes together
-        rows = draw(input_spectrum, input_rank, activations=input_activations)
+        rows, read = (
+            draw.rows(input_spectrum, input_rank, input_activations, tokens),
+            input_spectrum,
+        )
         encoder = rows.to(sae.W_enc) * sae.W_enc.norm(dim=0).unsqueeze(-1)
+    if directions == "whitened_data":
+        encoder = encoder * equal_variance(rows, read.covariance).to(encoder)
     sae.W_dec.copy_(decoder)
     if "W_enc" in dict(sae.named_parameters()):  # matching pursuit has no encoder of its own
         sae.W_enc.copy_(encoder.T)
@@ -174,6 +187,27 @@ def choose_d_init(spectrum: Spectrum, d_init: int | float | str = "auto") -> int
         f"d_init={d_init!r} is out of range: pass a whole number from 1 to {spectrum.d}, "
         'a share of variance strictly between 0 and 1, or "auto".'
     )
+
+
+class _Draw:
+    """One seeded draw of directions, for the one or two spaces of a dictionary."""
+
+    def __init__(self, directions: Directions, n: int, seed: int) -> None:
+        self._directions, self._n = directions, n
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def tokens(self, spectrum: Spectrum, rank: int, activations: Tensor | None) -> Tensor | None:
+        if activations is None:
+            return None
+        return draw_tokens(spectrum, rank, self._directions, self._n, self._generator, activations)
+
+    def rows(
+        self, spectrum: Spectrum, rank: int, activations: Tensor | None, tokens: Tensor | None
+    ) -> Float[Tensor, "d_sae d"]:
+        if activations is None or tokens is None:
+            return random_directions(spectrum, rank, self._directions, self._n, self._generator)
+        chosen = activations[tokens.to(activations.device)]
+        return directions_at(spectrum, rank, self._directions, chosen)
 
 
 def _rank(spectrum: Spectrum, d_init: int | float | str, directions: str) -> int:

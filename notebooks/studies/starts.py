@@ -1,0 +1,24 @@
+"""Ways to start a dictionary, at three sites, three widths and two or three seeds, with both optimizers.
+
+    python notebooks/studies/starts.py
+
+Writes data/results/studies/starts.json; a few hours of one core.
+"""
+
+from trials import Trial, run
+
+SITES = [f"blocks.12.hook_{site}" for site in ("attn_out", "mlp_out", "resid_post")]
+STARTS = ["random", "flat", "whitened_data"]
+
+if __name__ == "__main__":
+    widths = [
+        Trial(site, start, d_sae=d_sae, seed=seed)
+        for seed in range(3)
+        for site in (SITES if seed < 2 else SITES[:1])
+        for d_sae in (2048, 8192, 16384)
+        for start in STARTS
+    ]
+    rates = [Trial(site, start, lr=1e-3) for site in SITES for start in STARTS]
+    rules = [Trial(SITES[0], start) for start in ("spectrum", "data")]
+    sparse = [Trial(site, start, optimizer="sparse_adam") for site in SITES for start in STARTS]
+    run("starts", [*widths, *rates, *rules, *sparse])

@@ -1,0 +1,150 @@
+"""One SAE trained and judged, and many of them, resumable: what the studies here have in common.
+
+A study is a list of trials. Its record holds the command, the commit, the machine, and one row a
+trial; a study that is called again goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens.config import SAETrainerConfig
+from tqdm.auto import tqdm
+
+import saesub
+from saesub.claims import write_text
+from saesub.reproduce import run_facts
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "data" / "results" / "studies"
+STORES = Path("runs") / "studies-activations"
+CORPUS, N_TOKENS, WINDOW, N_JUDGED = "wiki-en", 400_000, 40_000, 16_384
+N_SPECTRUM = 200_000  # tokens behind a spectrum, and to draw data points from
+
+
+@dataclass(frozen=True)
+class Trial:
+    """`start` is "random" or a rule of `saesub.directions`; `d_init` as there."""
+
+    hook_name: str
+    start: str
+    d_init: int | str = "auto"
+    optimizer: str = "adam"
+    lr: float = 2e-3
+    d_sae: int = 8192
+    seed: int = 0
+    model: str = "smollm2-135m"
+    n_train: int = 240_000
+    batch_size: int = 1024
+    k: int = 32
+
+
+def harvest(trials: list[Trial]) -> None:
+    """Write the activations that the trials ask for, one pass for each model."""
+    for model in sorted({t.model for t in trials}):
+        hooks = sorted({t.hook_name for t in trials if t.model == model})
+        saesub.harvest(model, CORPUS, hooks, STORES / model, n_tokens=N_TOKENS)
+
+
+@cache
+def site(model: str, hook_name: str) -> tuple:
+    """(training store, held-out store, spectrum, first activations) of a hook point."""
+    store = saesub.ActivationStore.open(STORES / model, hook_name)
+    train, held_out = store.split(60_000)
+    x = train.rows(0, N_SPECTRUM)
+    return train, held_out, saesub.Spectrum.from_activations(x), x
+
+
+def untrained(trial: Trial) -> TopKTrainingSAE:
+    """The SAE of a trial at step 0, with its start."""
+    _, _, spectrum, x = site(trial.model, trial.hook_name)
+    torch.manual_seed(trial.seed)
+    sae = TopKTrainingSAE(
+        TopKTrainingSAEConfig(
+            d_in=spectrum.d,
+            d_sae=trial.d_sae,
+            k=trial.k,
+            decoder_init_norm=1.0,
+            aux_loss_coefficient=0.0,
+            normalize_activations="expected_average_only_in",
+        )
+    )
+    saesub.center_biases(sae, spectrum)
+    if trial.start != "random":
+        saesub.initialize_in_subspace(
+            sae,
+            spectrum,
+            trial.d_init,
+            directions=trial.start,  # pyright: ignore[reportArgumentType]
+            activations=x if "data" in trial.start else None,
+            seed=trial.seed,
+        )
+    return sae
+
+
+def outcome(trial: Trial) -> dict:
+    """Train the trial; its settings, and the dead share and FVU on held-out tokens."""
+    torch.set_num_threads(1)
+    train, held_out, _, _ = site(trial.model, trial.hook_name)
+    cfg = SAETrainerConfig(
+        total_training_samples=trial.n_train,
+        train_batch_size_samples=trial.batch_size,
+        lr=trial.lr,
+        lr_end=trial.lr / 10,
+        lr_warm_up_steps=10,
+        n_batches_for_norm_estimate=20,
+        device="cpu",
+    )
+    trainer = saesub.SubspaceSAETrainer(
+        cfg,
+        untrained(trial),
+        iter(()),
+        optimizer=trial.optimizer,  # pyright: ignore[reportArgumentType]
+        dead_window_tokens=WINDOW,
+    )
+    saesub.train_arms(
+        {"trial": trainer},
+        lambda step: saesub.joint_batches(
+            {trial.hook_name: train}, trial.batch_size, seed=trial.seed, start_step=step
+        ),
+    )
+    x = held_out.rows(0, WINDOW)
+    dead = saesub.dead_features(trainer.sae, x, n_tokens=WINDOW).float().mean().item()
+    fvu = saesub.reconstruction(trainer.sae, x[:N_JUDGED].split(1024)).fvu
+    return asdict(trial) | {"dead_share": dead, "fvu": fvu}
+
+
+def run(name: str, trials: list[Trial], n_workers: int | None = None) -> None:
+    """Run the trials that the record `name` lacks, on one thread each."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    path = RESULTS / f"{name}.json"
+    record = json.loads(path.read_text()) if path.is_file() else {"rows": []}
+    done = [{f: row[f] for f in Trial.__dataclass_fields__} for row in record["rows"]]
+    left = [t for t in trials if asdict(t) not in done]
+    harvest(left)
+    record |= {
+        "command": "python " + " ".join(sys.argv),
+        "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], text=True).strip(),
+        "run": run_facts(),
+    }
+    quiet = {"initializer": _quiet, "mp_context": get_context("spawn")}
+    with ProcessPoolExecutor(n_workers or os.cpu_count(), **quiet) as pool:
+        jobs = [pool.submit(outcome, trial) for trial in left]
+        for job in tqdm(as_completed(jobs), total=len(jobs), unit="SAE"):
+            record["rows"].append(job.result())
+            write_text(path, json.dumps(record, indent=1))
+
+
+def _quiet() -> None:
+    os.environ["TQDM_DISABLE"] = "1"
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115
