@@ -193,7 +193,8 @@ class _Draw:
     """One seeded draw of directions, for the one or two spaces of a dictionary."""
 
     def __init__(self, directions: Directions, n: int, seed: int) -> None:
-        self._directions, self._n = directions, n
+        self._directions: Directions = directions
+        self._n = n
         self._generator = torch.Generator().manual_seed(seed)
 
     def tokens(self, spectrum: Spectrum, rank: int, activations: Tensor | None) -> Tensor | None:
@@ -210,7 +211,7 @@ class _Draw:
         return directions_at(spectrum, rank, self._directions, chosen)
 
 
-def _rank(spectrum: Spectrum, d_init: int | float | str, directions: str) -> int:
+def _rank(spectrum: Spectrum, d_init: int | float | str, directions: Directions) -> int:
     whole = d_init == "auto" and directions != "flat"
     return spectrum.d if whole else choose_d_init(spectrum, d_init)
 
