@@ -10,8 +10,11 @@ from saesub.evaluate import loss_recovered, reconstruction
 from saesub.fetch import fetch
 from saesub.models import load_model
 from saesub.optim import SparseAdam, parameter_groups
+from saesub.quality import loss_with_sae
+from saesub.remedies import GhostGradients, KAnnealing, Resampling
 from saesub.resources import cache_dir, data_file
 from saesub.spectrum import Spectrum, SpectrumAccumulator
+from saesub.starts import center_at, geometric_median, scale_encoder
 from saesub.store import ActivationStore
 from saesub.subspace import SubspaceInit, center_biases, choose_d_init, initialize_in_subspace
 from saesub.training import SubspaceSAETrainer
@@ -22,6 +25,9 @@ __all__ = [
     "ActivationStore",
     "ArmsTrainer",
     "Diagnosis",
+    "GhostGradients",
+    "KAnnealing",
+    "Resampling",
     "SaesubError",
     "SparseAdam",
     "Spectrum",
@@ -29,24 +35,28 @@ __all__ = [
     "SubspaceInit",
     "SubspaceSAETrainer",
     "cache_dir",
+    "center_at",
     "center_biases",
     "choose_d_init",
     "data_file",
     "dead_features",
     "diagnose",
     "fetch",
+    "geometric_median",
     "harvest",
     "initialize_in_subspace",
     "joint_batches",
     "load_corpus",
     "load_model",
     "loss_recovered",
+    "loss_with_sae",
     "measure_spectra",
     "measure_spectrum",
     "overlap",
     "pack_contexts",
     "parameter_groups",
     "reconstruction",
+    "scale_encoder",
     "stream_activations",
     "train_arms",
 ]

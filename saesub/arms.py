@@ -170,7 +170,7 @@ def _fingerprint(
     for name, trainer in sorted(arms.items()):
         cfg = {k: v for k, v in asdict(trainer.cfg).items() if k != "logger"}
         settings = [name, sites[name], cfg, trainer.optimizer_name, trainer.backend]
-        settings.append(trainer.dead_window_tokens)
+        settings += [trainer.dead_window_tokens, repr(trainer.remedies)]
         digest.update(json.dumps(settings).encode())
         digest.update(json.dumps(trainer.sae.cfg.to_dict(), default=str, sort_keys=True).encode())
         for parameter in trainer.sae.parameters():

