@@ -3,10 +3,10 @@
 He et al. 2025, "Towards Understanding the Nature of Attention with Low-Rank Sparse Decomposition"
 (arXiv 2504.20938). Head i reads w_v (d_model,), moves what it read along the attention pattern of
 its group's query-key circuit, z_i = Σ_s pattern[t, s] (w_v · x_s) + b_v, and writes z_i w_o. Only
-the k heads that write most at a token, by z_i ‖w_o‖, are kept there, and only while z_i > 0. Ranking
-by what a head writes is the default of the authors' library (llamascopium), and its TopK keeps the
-same heads wherever at least k are positive; their first code kept the largest |z_i| ‖w_o‖ instead.
-The query-key circuits start as the model's own, and are trained with the rest.
+the k heads that write most at a token, by z_i ‖w_o‖, are kept there, and only while z_i > 0.
+Ranking by what a head writes is the default of the authors' library (llamascopium), and its TopK
+keeps the same heads wherever at least k are positive; their first code kept the largest
+|z_i| ‖w_o‖ instead. The query-key circuits start as the model's own, and are trained with the rest.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""What else can be done before training: where the decoder bias starts, data points as features.
+"""What else can be done before training: another centre for the decoder bias, a longer encoder.
 
-The subspace starts are in `saesub.subspace`. These combine with them: a bias at another centre and
-a longer encoder with any directions, directions from data instead of those from a subspace.
+Both combine with every way to draw directions, which are in `saesub.subspace`.
 """
 
 from __future__ import annotations
@@ -106,45 +105,6 @@ def center_at(
         if name in _ENCODER_BIASES:
             subtracted = bool(sae.cfg.apply_b_dec_to_input)
             bias.copy_(torch.zeros_like(bias) if subtracted else -(sae.b_dec @ sae.W_enc))
-
-
-@torch.no_grad()
-def initialize_from_data(sae: SAE[Any], activations: Float[Tensor, "n d_in"], *, seed: int) -> None:
-    """Let every feature start at a data point: rows of `activations`, less their mean, in place.
-
-    Drawn at random, all different. Decoder rows keep the norms that SAELens gave them, the encoder
-    is the decoder's transpose, biases are centred at the mean of `activations` (`center_at` sets
-    another centre afterwards).
-
-    Raises:
-        SaesubError: fewer different activations than features, of another width, or not finite; a
-            transcoder; an SAE that whitens its input, or that `initialize_in_subspace` has set.
-    """
-    if activations.ndim != 2:
-        raise SaesubError(f"activations must be (n, d_in), not {tuple(activations.shape)}.")
-    mean = activations.mean(0, dtype=torch.float64)
-    _check_start(sae, mean, "initialize_from_data")
-    if sae.cfg.metadata.subspace_init is not None:
-        raise SaesubError(
-            "initialize_in_subspace has set this SAE's directions, and data points would replace "
-            "them: make another SAE, and use one of the two."
-        )
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randperm(len(activations), generator=generator)[: sae.cfg.d_sae]
-    rows = activations[drawn.to(activations.device)]
-    n_different = len(rows.unique(dim=0))
-    if n_different < sae.cfg.d_sae:
-        raise SaesubError(
-            f"{sae.cfg.d_sae} features need as many different data points, and {n_different} were "
-            "drawn: pass more activations, of tokens that are not repeated."
-        )
-    directions = torch.nn.functional.normalize(rows.double() - mean, dim=-1).to(sae.W_dec)
-    sae.W_dec.copy_(directions * sae.W_dec.norm(dim=-1, keepdim=True))
-    if "W_enc" in dict(sae.named_parameters()):  # matching pursuit has no encoder of its own
-        sae.W_enc.copy_(sae.W_dec.T)
-    norms = activations.norm(dim=-1, dtype=torch.float32)
-    center_at(sae, mean, mean_norm=norms.mean().item())
-    sae.cfg.metadata.data_init = {"n_tokens": len(activations), "seed": seed}
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from scipy.optimize import minimize
 
 from saesub.errors import SaesubError
 from saesub.spectrum import Spectrum
-from saesub.starts import center_at, geometric_median, initialize_from_data, scale_encoder
+from saesub.starts import center_at, geometric_median, scale_encoder
 from saesub.subspace import center_biases, initialize_in_subspace
 
 D_SAE = 700
@@ -140,36 +140,11 @@ def test_every_encoder_bias_is_centred(activations):
         torch.testing.assert_close(pre, torch.zeros(D_SAE), atol=1e-5, rtol=0)
 
 
-def test_data_points_become_features(activations):
-    sae = _topk(normalize_activations="expected_average_only_in")
-    norms = sae.W_dec.detach().norm(dim=1)
-    initialize_from_data(sae, activations, seed=3)
-    centred = torch.nn.functional.normalize(activations - activations.mean(0), dim=1)
-    nearest = (torch.nn.functional.normalize(sae.W_dec.detach(), dim=1) @ centred.T).max(1)
-    torch.testing.assert_close(nearest.values, torch.ones(D_SAE))
-    assert len(nearest.indices.unique()) == D_SAE
-    torch.testing.assert_close(sae.W_dec.detach().norm(dim=1), norms)
-    assert torch.equal(sae.W_enc, sae.W_dec.T)
-    scale = 24 / activations.norm(dim=1).mean()
-    torch.testing.assert_close(sae.b_dec.detach(), activations.mean(0) * scale)
-    again, other = (_topk(normalize_activations="expected_average_only_in") for _ in range(2))
-    initialize_from_data(again, activations, seed=3)
-    initialize_from_data(other, activations, seed=4)
-    assert torch.equal(again.W_dec, sae.W_dec)
-    assert not torch.equal(other.W_dec, sae.W_dec)
-    assert sae.cfg.metadata.data_init == {"n_tokens": len(activations), "seed": 3}
-
-
-def test_an_sae_without_encoder_takes_data_points_too(activations):
-    sae = _pursuit()
-    initialize_from_data(sae, activations, seed=0)
-    torch.testing.assert_close(sae.b_dec.detach(), activations.mean(0))
-
-
 def test_scale_encoder_scales_pre_activations(activations):
     sae, twin = (_topk(apply_b_dec_to_input=False) for _ in range(2))
     for one in (sae, twin):
-        initialize_from_data(one, activations, seed=0)
+        spectrum = Spectrum.from_activations(activations)
+        initialize_in_subspace(one, spectrum, directions="data", activations=activations)
     scale_encoder(sae, 2.5)
     x = activations[:50]
     torch.testing.assert_close(
@@ -191,23 +166,13 @@ SCALED = {"normalize_activations": "expected_average_only_in"}
         (lambda: _topk(**WHITENED), lambda s, x: center_at(s, x[0]), "covariance_whitening"),
         (
             lambda: _topk(**WHITENED),
-            lambda s, x: initialize_from_data(s, x, seed=0),
-            "covariance_whitening",
-        ),
-        (
-            lambda: _topk(**WHITENED),
             lambda s, x: initialize_in_subspace(s, Spectrum.from_activations(x)),
             "covariance_whitening",
         ),
         (lambda: _topk(**SCALED), lambda s, x: center_at(s, x[0]), "pass the activations' mean"),
         (_topk, lambda s, x: center_at(s, x[0, :-1]), "576 wide, not 575"),
-        (_topk, lambda s, x: initialize_from_data(s, x[:, :5], seed=0), "576 wide, not 5"),
-        (_topk, lambda s, x: initialize_from_data(s, x[0], seed=0), r"must be \(n, d_in\)"),
         (_topk, lambda s, x: center_at(s, x[0] * float("nan")), "NaN or infinite"),
-        (_topk, lambda s, x: initialize_from_data(s, x[:699], seed=0), "699 were drawn"),
-        (_topk, lambda s, x: initialize_from_data(s, x[:350].repeat(2, 1), seed=0), "350 were"),
         (_transcoder, lambda s, x: center_at(s, x[0]), "a transcoder reads one space"),
-        (_transcoder, lambda s, x: initialize_from_data(s, x, seed=0), "a transcoder reads"),
         (_pursuit, lambda s, x: scale_encoder(s, 2.0), "no encoder to scale"),
         (_topk, lambda s, x: scale_encoder(s, 0.0), "above 0"),
         (_topk, lambda s, x: scale_encoder(s, float("inf")), "above 0"),
@@ -219,10 +184,3 @@ def test_what_contradicts_or_cannot_be_is_refused(activations, make, act, messag
     with pytest.raises(SaesubError, match=message):
         act(sae, activations)
     assert all(torch.equal(value, before[name]) for name, value in sae.state_dict().items())
-
-
-def test_two_starts_of_the_directions_contradict_each_other(activations):
-    sae = _topk()
-    initialize_in_subspace(sae, Spectrum.from_activations(activations))
-    with pytest.raises(SaesubError, match="initialize_in_subspace has set"):
-        initialize_from_data(sae, activations, seed=0)
