@@ -19,11 +19,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 
 from saesub import claims
 from saesub.errors import SaesubError
 
 ROOT = Path(__file__).resolve().parent.parent
+STARTS_FILE = ROOT / "data" / "results" / "studies" / "starts.json"
 RECORD_FILE = ROOT / "data" / "results" / "quick" / "run.json"
 README_FIGURE = "05_active_subspace_init"
 _WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -137,11 +139,29 @@ def with_tables(readme: str, record: dict) -> str:
     tables = {
         "findings": claims.scorecard(rows).markdown(),
         "notebooks": _notebook_table(seconds),
+        "starts": starts_table(json.loads(STARTS_FILE.read_text())),
     }
     for name, table in tables.items():
         mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         readme = mark.sub(lambda found, t=table: f"{found[1]}{t}\n{found[2]}", readme)
     return readme
+
+
+def starts_table(study: dict) -> str:
+    """Dead features and FVU of each start at each site, means over seeds, 8,192 features."""
+    rows = pd.DataFrame(study["rows"]).query(
+        "d_sae == 8192 and lr == 0.002 and optimizer == 'adam'"
+    )
+    lines = ["| Site | Random | ASI | Whitened start | Seeds |", "|---|---|---|---|---|"]
+    for site, of_site in rows.groupby("hook_name"):
+        cells, seeds = [], 0
+        for start in ("random", "flat", "whitened_data"):
+            runs = of_site[of_site["start"] == start]
+            seeds = len(runs)
+            dead, fvu = runs["dead_share"].mean(), runs["fvu"].mean()
+            cells.append(f"{100 * dead:.2f} % dead, FVU {fvu:.4f}")
+        lines.append(f"| `{site}` | {' | '.join(cells)} | {seeds} |")
+    return "\n".join(lines)
 
 
 def _notebook_table(seconds: dict[str, float]) -> str:
