@@ -1,4 +1,4 @@
-"""Ways to start a dictionary, at three sites, three widths and two or three seeds, with both optimizers.
+"""Ways to start a dictionary, at three sites, three widths, two or three seeds, two optimizers.
 
     python notebooks/studies/starts.py
 
