@@ -102,6 +102,7 @@ def probe_accuracy(frame: pd.DataFrame, ceiling: pd.DataFrame | None = None) -> 
     _checked(frame, "arm", "task", "k", "accuracy")
     looks, tasks = _arm_looks(frame["arm"]), list(dict.fromkeys(frame["task"]))
     ks = sorted(set(frame["k"].tolist()))
+    left = min(0.5, float(frame["accuracy"].min())) - 0.02  # one half is what guessing scores
     with _figure(len(ks), height=1.4 + 0.55 * len(tasks)) as (figure, panels):
         panels = panels if len(ks) > 1 else [panels]
         for axes, k in zip(panels, ks, strict=True):
@@ -118,7 +119,7 @@ def probe_accuracy(frame: pd.DataFrame, ceiling: pd.DataFrame | None = None) -> 
                 )
             axes.set_yticks(range(len(tasks)), tasks if axes is panels[0] else [])
             axes.set(ylim=(len(tasks) - 0.5, -0.5), title=f"{k} feature{'s' * (k > 1)}")
-            axes.set_xlim(right=1.02)
+            axes.set_xlim(left, 1 + 0.06 * (1 - left))  # room for a whole mark at 1
             axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * x:.0f} %"))
         panels[len(panels) // 2].set_xlabel("accuracy on test texts")
         _legend_above(figure, panels[0])

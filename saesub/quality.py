@@ -5,6 +5,7 @@ For any SAELens SAE. Its share of the language model's loss is measured by SAELe
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any, NamedTuple, cast
 
@@ -158,9 +159,11 @@ def loss_with_sae(
     store = _token_store(bridge, sae, tokens, batch_size)
     lm = cast(Any, bridge)  # SAELens annotates it more narrowly than what it takes
     specials = context_tokens(bridge).special_ids
-    metrics, _ = run_evals(
-        sae, store, lm, ActivationScaler(), config, exclude_special_tokens=specials
-    )
+    with warnings.catch_warnings():  # one for every context, about the store's own copying
+        warnings.filterwarnings("ignore", "To copy construct from a tensor")
+        metrics, _ = run_evals(
+            sae, store, lm, ActivationScaler(), config, exclude_special_tokens=specials
+        )
     ce, kl = metrics["model_performance_preservation"], metrics["model_behavior_preservation"]
     return LossWithSae(
         *(ce[f"ce_loss_{name}"] for name in ("without_sae", "with_sae", "with_ablation")),
@@ -191,7 +194,7 @@ def _token_store(
         dataset=Dataset.from_dict({"input_ids": tokens.tolist()}),
         context_size=tokens.shape[1],
         store_batch_size_prompts=batch_size,
-        total_tokens=tokens.numel(),
+        total_tokens=len(tokens),  # it warns where samples are fewer than tokens
         device=str(model.cfg.device),
     )
 
