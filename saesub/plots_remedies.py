@@ -7,27 +7,40 @@ from __future__ import annotations
 
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from saesub.plots import _arm_looks, _checked, _figure, _percent
+from saesub.plots import _checked, _figure
+
+# Okabe and Ito's colours, one shape for each round of them: marks differ without colour too.
+_COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7")
+_SHAPES = "osD^vP"
+_LINEAR_BELOW = 1e-3  # of the features: there the axis of shares passes from linear to logarithmic
 
 
 def pareto(frame: pd.DataFrame) -> Figure:
-    """Dead features against FVU, a mark for each remedy at its mean over seeds, its name beside it.
+    """Dead features against FVU, a mark for each remedy at its mean over seeds.
 
-    Remedies that no other beats in both are joined by a line. `frame`: arm, dead_share, fvu.
+    Remedies that no other beats in both are joined by a line and named first, the others follow by
+    FVU. `frame`: arm, dead_share, fvu.
     """
     _checked(frame, "arm", "dead_share", "fvu")
     means = pd.DataFrame(frame.groupby("arm", sort=False)[["dead_share", "fvu"]].mean())
-    means = means.sort_values(by="dead_share")
+    means = means.sort_values(by=["dead_share", "fvu"])
     best = means[means["fvu"] < means["fvu"].cummin().shift(fill_value=float("inf"))]
-    with _figure(height=5.2) as (figure, axes):
-        axes.step(best["dead_share"], best["fvu"], where="post", color="#bbbbbb", zorder=1)
-        looks = _arm_looks(means.index)
-        for place, (arm, point) in enumerate(means.iterrows()):
-            axes.scatter(*point, color=looks[str(arm)]["color"], s=45, zorder=2)
-            shift = (6, 5) if place % 2 else (6, -9)  # neighbours' names above and below
-            axes.annotate(str(arm), tuple(point), shift, textcoords="offset points", fontsize=8.5)
-        axes.margins(x=0.18, y=0.08)
-        axes.set(xlabel="dead features", ylabel="fraction of variance unexplained")
-        _percent(axes.xaxis)
+    others = means.drop(index=best.index).sort_values(by="fvu")
+    with _figure(width=9.0, height=4.8) as (figure, axes):
+        axes.step(best["dead_share"], best["fvu"], where="post", color="#999999", zorder=1)
+        for place, (arm, point) in enumerate(pd.concat([best, others]).iterrows()):
+            colour = _COLOURS[place % len(_COLOURS)]
+            shape = _SHAPES[place // len(_COLOURS) % len(_SHAPES)]
+            axes.plot(*point, shape, color=colour, ms=8, alpha=0.85, label=str(arm))
+        axes.set_xscale("symlog", linthresh=_LINEAR_BELOW)
+        axes.set_xlim(left=-0.1 * _LINEAR_BELOW)
+        axes.set_yscale("log")
+        for shown in (axes.xaxis.set_major_formatter, axes.yaxis.set_major_formatter):
+            shown(FuncFormatter(lambda share, _: f"{100 * share:.4g} %"))
+        axes.yaxis.set_minor_formatter(FuncFormatter(lambda share, _: f"{100 * share:.4g} %"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set(xlabel="dead features", ylabel="variance unexplained (FVU)")
+        figure.legend(loc="outside right upper", fontsize=8.5)
     return figure
