@@ -177,7 +177,7 @@ def choose_d_init(spectrum: Spectrum, d_init: int | float | str = "auto") -> int
         SaesubError: `d_init` is no whole number in 1…d, no share in (0, 1), and not "auto".
     """
     if d_init == "auto":
-        return max(spectrum.rank_at(0.99), round(spectrum.effective_rank("singular_values")))
+        return max(1, round(spectrum.effective_rank("singular_values") / 2))
     if isinstance(d_init, float) and 0 < d_init < 1:
         return spectrum.rank_at(d_init)
     whole = isinstance(d_init, Integral) and not isinstance(d_init, bool)

@@ -1,4 +1,4 @@
-"""The dimension of the starting subspace, over layers and sites.
+"""The dimension of the starting subspace, over layers, sites and two models.
 
     python notebooks/studies/d_init.py
 
@@ -8,11 +8,21 @@ Writes data/results/studies/d_init.json; half an hour of two cores.
 from trials import Trial, run
 
 SITES = ("attn_out", "mlp_out", "resid_post")
-SHARES = (0.1, 0.2, 0.35, 0.55)
-LAYERS = (12, 4, 20)
+SHARES = (0.1, 0.2, 0.3, 0.4, 0.55)
+STARTS = (("random", "auto"), ("flat", "auto"), ("whitened_data", "auto"))
+
+
+def sweep(layer: int, site: str, d: int, **settings: object) -> list[Trial]:
+    """The starts to compare at one hook point, flat ones at fixed shares of its width."""
+    hook = f"blocks.{layer}.hook_{site}"
+    starts = STARTS + tuple(("flat", round(share * d)) for share in SHARES)
+    return [Trial(hook, start, d_init, **settings) for start, d_init in starts]  # pyright: ignore
+
 
 if __name__ == "__main__":
-    hooks = [f"blocks.{layer}.hook_{site}" for layer in LAYERS for site in SITES]
-    starts = [("random", "auto"), ("flat", "auto"), ("whitened_data", "auto")]
-    starts += [("flat", round(share * 576)) for share in SHARES]
-    run("d_init", [Trial(hook, start, d_init) for hook in hooks for start, d_init in starts])
+    places = [(layer, site) for layer in (12, 4, 20) for site in SITES]
+    first = [trial for place in places for trial in sweep(*place, 576)]
+    again = [trial for site in SITES for trial in sweep(12, site, 576, seed=1)]
+    run("d_init", first + again)
+    other = [(9, "attn_out"), (9, "resid_post"), (9, "mlp_out")]
+    run("d_init", [t for place in other for t in sweep(*place, 640, model="gemma-3-270m")])
