@@ -25,4 +25,4 @@ if __name__ == "__main__":
     again = [trial for site in SITES for trial in sweep(12, site, 576, seed=1)]
     run("d_init", first + again)
     other = [(9, "attn_out"), (9, "resid_post"), (9, "mlp_out")]
-    run("d_init", [t for place in other for t in sweep(*place, 640, model="gemma-3-270m")])
+    run("d_init", [t for place in other for t in sweep(*place, 640, model="gemma3-270m")])
