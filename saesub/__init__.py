@@ -8,6 +8,7 @@ from saesub.dead import Diagnosis, dead_features, diagnose, overlap
 from saesub.errors import SaesubError
 from saesub.evaluate import loss_recovered, reconstruction
 from saesub.fetch import fetch
+from saesub.forecast import Forecast, forecast_dead
 from saesub.models import load_model
 from saesub.optim import SparseAdam, parameter_groups
 from saesub.quality import loss_with_sae
@@ -25,6 +26,7 @@ __all__ = [
     "ActivationStore",
     "ArmsTrainer",
     "Diagnosis",
+    "Forecast",
     "GhostGradients",
     "KAnnealing",
     "Resampling",
@@ -42,6 +44,7 @@ __all__ = [
     "dead_features",
     "diagnose",
     "fetch",
+    "forecast_dead",
     "geometric_median",
     "harvest",
     "initialize_in_subspace",

@@ -169,9 +169,11 @@ def center_biases(
 def choose_d_init(spectrum: Spectrum, d_init: int | float | str = "auto") -> int:
     """The dimension that `d_init` means for this spectrum.
 
-    "auto" is the larger of the rank at 99 % of variance and the effective rank of the singular
-    values: the first alone collapses at sites where one or two massive directions hold nearly all
-    of the variance (residual streams).
+    "auto" is half the effective rank of the singular values: near the least dead of a sweep at
+    attention, MLP and most residual sites (`notebooks/studies/d_init.py`; not at an early residual
+    stream, where a random start is better). A larger subspace points features to where little
+    happens, a smaller one crowds them. Singular values, not variances: one or two massive
+    directions of a residual stream hold nearly all of its variance.
 
     Raises:
         SaesubError: `d_init` is no whole number in 1…d, no share in (0, 1), and not "auto".

@@ -7,6 +7,7 @@ import torch
 from sae_lens import SAE, TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.registry import SAE_CLASS_REGISTRY
 
+from saesub import directions
 from saesub.directions import directions_at, draw_tokens, random_directions
 from saesub.errors import SaesubError
 from saesub.spectrum import Spectrum
@@ -75,6 +76,21 @@ def test_of_tokens_that_are_the_same_one_is_taken(spectrum, activations):
     generator = torch.Generator().manual_seed(0)
     tokens = draw_tokens(spectrum, 576, "whitened_data", 300, generator, repeated)
     assert len((tokens % 300).unique()) > 0.85 * 300  # of two draws in three; at random 63 %
+
+
+def test_likeness_is_the_largest_cosine_with_a_row_before(monkeypatch, activations):
+    """Against a loop over rows: over several blocks, and where the window leaves early rows out."""
+    rows = torch.nn.functional.normalize(activations[:700] - activations.mean(0), dim=-1)
+    monkeypatch.setattr(directions, "_ROWS", 128)
+    for window in (10_000, 300):
+        monkeypatch.setattr(directions, "_COMPARED", window)
+        likeness = directions._likeness(rows)
+        assert likeness[0] == -1
+        for row in (1, 127, 128, 300, 511, 699):
+            # A block of rows is compared from `window` before its first row on.
+            first = max(0, row // 128 * 128 - window)
+            expected = (rows[first:row] @ rows[row]).max()
+            assert likeness[row].item() == pytest.approx(expected.item(), abs=1e-5)
 
 
 def test_whitened_features_all_vary_alike(spectrum, activations):
