@@ -25,7 +25,7 @@ from saesub import claims
 from saesub.errors import SaesubError
 
 ROOT = Path(__file__).resolve().parent.parent
-STARTS_FILE = ROOT / "data" / "results" / "studies" / "starts.json"
+STARTS_FILE = ROOT / "data" / "results" / "studies" / "d_init.json"
 RECORD_FILE = ROOT / "data" / "results" / "quick" / "run.json"
 README_FIGURE = "05_active_subspace_init"
 _WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -148,19 +148,18 @@ def with_tables(readme: str, record: dict) -> str:
 
 
 def starts_table(study: dict) -> str:
-    """Dead features and FVU of each start at each site, means over seeds, 8,192 features."""
-    rows = pd.DataFrame(study["rows"]).query(
-        "d_sae == 8192 and lr == 0.002 and optimizer == 'adam'"
-    )
-    lines = ["| Site | Random | ASI | Whitened start | Seeds |", "|---|---|---|---|---|"]
-    for site, of_site in rows.groupby("hook_name"):
+    """Dead features and FVU of each start at each hook point, means over seeds."""
+    rows = pd.DataFrame(study["rows"])
+    rows = rows[rows["d_init"] == "auto"]
+    lines = ["| Model | Hook point | Random | ASI | Whitened start | Seeds |", "|---|" + "---|" * 5]
+    for (model, hook_name), of_place in rows.groupby(["model", "hook_name"]):
         cells, seeds = [], 0
         for start in ("random", "flat", "whitened_data"):
-            runs = of_site[of_site["start"] == start]
+            runs = of_place[of_place["start"] == start]
             seeds = len(runs)
             dead, fvu = runs["dead_share"].mean(), runs["fvu"].mean()
             cells.append(f"{100 * dead:.2f} % dead, FVU {fvu:.4f}")
-        lines.append(f"| `{site}` | {' | '.join(cells)} | {seeds} |")
+        lines.append(f"| {model} | `{hook_name}` | {' | '.join(cells)} | {seeds} |")
     return "\n".join(lines)
 
 
