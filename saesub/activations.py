@@ -94,9 +94,13 @@ class _Pass:
     batch_size: int
     skip_first: int
     progress: bool
+    share: tuple[int, int] = (0, 1)
 
     def batches(self, receive: Receive) -> Iterator[int]:
-        """Yields the number of rows of each batch, after `receive` had them at every hook point."""
+        """Yields the number of rows of each batch, after `receive` had them at every hook point.
+
+        With a share (i, n) the model runs on the batches i, i + n, ... alone.
+        """
         done = batch = 0
         with tqdm(total=self.n_tokens, unit="tok", disable=not self.progress) as bar:
             while done < self.n_tokens:
@@ -105,7 +109,8 @@ class _Pass:
                 index = kept.flatten().nonzero().squeeze(1)[: self.n_tokens - done]
                 if len(index) == 0:
                     raise SaesubError("every position is left out: raise context_size")
-                self._run(batch, tokens, index, receive)
+                if batch % self.share[1] == self.share[0]:
+                    self._run(batch, tokens, index, receive)
                 done, batch = done + len(index), batch + 1
                 bar.update(len(index))
                 yield len(index)
@@ -202,15 +207,19 @@ def measure_spectra(
     batch_size: int = 16,
     skip_first: int = 1,
     progress: bool = True,
+    share: tuple[int, int] = (0, 1),
 ) -> dict[str, Spectrum]:
     """Mean and covariance at several hook points from one pass; no activations are stored.
 
     Each batch is reduced inside the hook, so the memory is one (d, d) float64 matrix for each
-    hook point. Raises what `stream_activations` raises.
+    hook point. With a `share` (i, n) only every n-th batch is measured, from batch i on: the
+    spectra of the n shares add up to that of the pass, and a share without a batch is {}. Raises
+    what `stream_activations` raises.
     """
     run = _make_pass(
         model, corpus, hook_names, n_tokens, context_size, batch_size, skip_first, progress
     )
+    run.share = share
     totals: dict[str, SpectrumAccumulator] = {}
 
     def receive(name: str, x: Tensor) -> None:
@@ -223,7 +232,7 @@ def measure_spectra(
         "corpus": _corpus_name(corpus),
         "epochs": f"{run.contexts.epochs:.3g}",
     }
-    return {name: totals[name].finish({"hook_name": name, **record}) for name in run.points}
+    return {name: totals[name].finish({"hook_name": name, **record}) for name in totals}
 
 
 def measure_spectrum(

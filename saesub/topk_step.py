@@ -48,14 +48,14 @@ def autograd_pass(
     `dead` features, if any, add SAELens' AuxK loss.
     """
     x = sae_in.to(sae.dtype)
-    b_in, scale = _input_bias(sae), _feature_scale(sae)
+    b_in, scale = input_bias(sae), feature_scale(sae)
     selected = _select(sae, x, scale)
     pre = encode_at(selected, x, b_in, sae.W_enc, sae.b_enc)
     sae_out = decode_at(selected, pre.relu(), sae.W_dec, sae.b_dec)
     mse_loss = (sae_out - x).square().sum(-1).mean()
     aux_loss = mse_loss.new_zeros(())
     if dead is not None and bool(dead.any()):
-        aux = _Aux.of(sae, dead)
+        aux = AuxK.of(sae, int(dead.sum()))
         rows = dead.nonzero().squeeze(1)
         W_enc, b_enc = sae.W_enc.index_select(1, rows), sae.b_enc.index_select(0, rows)
         chosen = _select_aux(sae, x, aux, rows, scale)
@@ -63,7 +63,7 @@ def autograd_pass(
         recons = decode_at(chosen, aux_pre, sae.W_dec.index_select(0, rows))
         residual = (x - sae_out).detach()
         aux_loss = aux.weight * (recons - residual).square().sum(-1).mean()
-    return _output(sae, x, sae_out, selected, scale, mse_loss, aux_loss)
+    return entries_output(sae, x, sae_out, selected, scale, mse_loss, aux_loss)
 
 
 def row_backend(device: torch.device, *, triton: bool = False) -> RowBackend | None:
@@ -92,7 +92,7 @@ def row_step(
     """
     search = backend.exact_search if exact_search else backend.search
     x = sae_in.to(sae.dtype).contiguous()
-    b_in, scale = _input_bias(sae), _feature_scale(sae)
+    b_in, scale = input_bias(sae), feature_scale(sae)
     centred = x if b_in is None else x - b_in
     selected = _select(sae, x, scale, search)
     values = selected.pre.relu()
@@ -101,7 +101,7 @@ def row_step(
     parts = [(selected.features, selected.tokens, values, decoded.g_pre)]
     inputs, outputs = [centred], [decoded.g_out]
     if dead is not None and bool(dead.any()):
-        aux, rows = _Aux.of(sae, dead), dead.nonzero().squeeze(1)
+        aux, rows = AuxK.of(sae, int(dead.sum())), dead.nonzero().squeeze(1)
         chosen = _select_aux(sae, x, aux, rows, scale, search)
         in_full = Selected(rows[chosen.features], chosen.offsets, chosen.pre, selected.d_sae)
         residual, weight = x - decoded.x_hat, aux.weight / len(x)
@@ -116,7 +116,7 @@ def row_step(
         features, tokens, weights, g_pre, x_rows, g_rows, selected.d_sae
     )
     _update(sae, optimizer, gradients, decoded.g_bias)
-    return _output(sae, x, decoded.x_hat, selected, scale, mse_loss, aux_loss)
+    return entries_output(sae, x, decoded.x_hat, selected, scale, mse_loss, aux_loss)
 
 
 def _update(
@@ -126,11 +126,25 @@ def _update(
     g_b_dec: Float[Tensor, " d_in"],
 ) -> None:
     squared_norm, through_encoder = gradients.norms(sae.W_enc)
-    if _input_bias(sae) is not None:
+    if input_bias(sae) is not None:
         g_b_dec = g_b_dec - through_encoder
-    norm = (squared_norm + g_b_dec.double().square().sum()).sqrt()
-    clip = (MAX_NORM / (norm + 1e-6)).clamp(max=1.0)  # a tensor still: reading it would wait
+    clip = clip_factor(squared_norm + g_b_dec.double().square().sum())
+    update_rows(sae, optimizer, gradients, g_b_dec, clip)
 
+
+def clip_factor(squared_norm: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """What SAELens' trainer multiplies all gradients by, given the square of their norm."""
+    return (MAX_NORM / (squared_norm.sqrt() + 1e-6)).clamp(max=1.0)  # reading it would wait
+
+
+def update_rows(
+    sae: TopKTrainingSAE,
+    optimizer: torch.optim.Adam,
+    gradients: RowGradients,
+    g_b_dec: Float[Tensor, " d_in"],
+    clip: Float[Tensor, ""],
+) -> None:
+    """One step of Adam or `SparseAdam` on all parameters, the gradients multiplied by `clip`."""
     group = optimizer.param_groups[0]
     steps, tensors = [], []
     for parameter in (sae.W_enc, sae.W_dec, sae.b_enc):
@@ -157,22 +171,23 @@ def _update(
 
 
 @dataclass(frozen=True)
-class _Aux:
+class AuxK:
     """How many dead features AuxK asks of each token, and the weight of its loss (SAELens')."""
 
     k: int
     weight: float
 
     @classmethod
-    def of(cls, sae: TopKTrainingSAE, dead: Tensor) -> _Aux:
-        most, n_dead = sae.cfg.d_in // 2, int(dead.sum())
+    def of(cls, sae: TopKTrainingSAE, n_dead: int) -> AuxK:
+        """Of an SAE with so many dead features."""
+        most = sae.cfg.d_in // 2
         return cls(min(most, n_dead), sae.cfg.aux_loss_coefficient * min(n_dead / most, 1.0))
 
 
 def _select(
     sae: TopKTrainingSAE, x: Tensor, scale: Tensor | None, search: Search | None = None
 ) -> Selected:
-    b_in = _input_bias(sae)
+    b_in = input_bias(sae)
     centred = x if b_in is None else x - b_in
     if isinstance(sae, BatchTopKTrainingSAE):
         return select_batch_topk(centred, sae.W_enc, sae.b_enc, sae.cfg.k, scale, search=search)
@@ -183,29 +198,31 @@ def _select(
 def _select_aux(
     sae: TopKTrainingSAE,
     x: Tensor,
-    aux: _Aux,
+    aux: AuxK,
     rows: Tensor,
     scale: Tensor | None,
     search: Search | None = None,
 ) -> Selected:
     """The `aux.k` best of the features `rows` for every token, numbered within `rows`."""
-    b_in = _input_bias(sae)
+    b_in = input_bias(sae)
     centred = x if b_in is None else x - b_in
     W_enc = sae.W_enc.T.index_select(0, rows).T  # feature-major, as the search wants it
     scale = None if scale is None else scale[rows]
     return select_topk(centred, W_enc, sae.b_enc[rows], aux.k, scale, search=search)
 
 
-def _input_bias(sae: TopKTrainingSAE) -> Tensor | None:
+def input_bias(sae: TopKTrainingSAE) -> Tensor | None:
+    """(d_in,) what is subtracted from the input before encoding, if anything."""
     return sae.b_dec if sae.cfg.apply_b_dec_to_input else None
 
 
-def _feature_scale(sae: TopKTrainingSAE) -> Tensor | None:
+def feature_scale(sae: TopKTrainingSAE) -> Tensor | None:
+    """(d_sae,) decoder norms, if features are ranked by pre-activation times norm."""
     return sae.W_dec.detach().norm(dim=-1) if sae.cfg.rescale_acts_by_decoder_norm else None
 
 
 @torch.no_grad()
-def _output(
+def entries_output(
     sae: TopKTrainingSAE,
     x: Tensor,
     sae_out: Tensor,
@@ -214,6 +231,7 @@ def _output(
     mse_loss: Tensor,
     aux_loss: Tensor,
 ) -> EntriesOutput:
+    """The output of a pass, `feature_acts` and `hidden_pre` being sparse."""
     ranked = selected.pre if scale is None else selected.pre * scale[selected.features]
     where = torch.stack([selected.tokens, selected.features])
     shape = (len(x), selected.d_sae)

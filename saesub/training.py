@@ -222,7 +222,7 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
             exact = self.backend == "exact_search"
             dead = self._dead_for_auxk(sae)
             found = row_step(rows, sae, self.optimizer, sae_in, dead, exact_search=exact)
-            self._count_firing(_times_selected(found.selected), len(sae_in))
+            self._count_firing(times_selected(found.selected), len(sae_in))
             output = found.output
         self.lr_scheduler.step()
         for scheduler in self.coefficient_schedulers.values():
@@ -257,7 +257,7 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
         """A pass of the SAE, and how often each feature fired in it."""
         if sparse:
             found = autograd_pass(sae, sae_in, self._dead_for_auxk(sae))
-            return found.output, _times_selected(found.selected)
+            return found.output, times_selected(found.selected)
         step = TrainStepInput(
             sae_in=sae_in,
             dead_neuron_mask=self.dead_neurons,
@@ -359,7 +359,7 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
         self._mse_since_record = list(state["mse_since_record"].float().to(self.cfg.device))
 
 
-def _times_selected(selected: Selected) -> Tensor:
+def times_selected(selected: Selected) -> Tensor:
     """(d_sae,) how many tokens each feature fired on."""
     fired = (selected.pre > 0).long()
     return fired.new_zeros(selected.d_sae).index_add_(0, selected.features, fired)
