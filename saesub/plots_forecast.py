@@ -5,6 +5,8 @@ As in `saesub.plots`: each takes a tidy DataFrame and returns a closed Figure.
 
 from __future__ import annotations
 
+from typing import cast
+
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
@@ -30,10 +32,15 @@ def d_init_by_place(frame: pd.DataFrame) -> Figure:
         )
         for axes, place in zip(grid.flat, places, strict=False):
             of_place = pd.DataFrame(frame[frame["place"] == place])
-            sweep = of_place.groupby("d_init_share")["dead_share"].mean()
+            sweep = pd.DataFrame(of_place.groupby("d_init_share")[["dead_share"]].mean())
+            random = pd.DataFrame(sweep[sweep.index == 1.0])
             auto = pd.DataFrame(of_place[of_place["auto"]])
-            axes.plot(sweep.index, sweep, "o-", ms=4, color=ARMS["asi"], label="swept")
-            axes.plot(1, sweep.get(1.0), "s", color=ARMS["random"], label="random start")
+            axes.plot(
+                sweep.index, sweep["dead_share"], "o-", ms=4, color=ARMS["asi"], label="swept"
+            )
+            axes.plot(
+                random.index, random["dead_share"], "s", color=ARMS["random"], label="random start"
+            )
             axes.plot(
                 auto["d_init_share"], auto["dead_share"], "*", ms=13, color="#D55E00", label="auto"
             )
@@ -62,8 +69,9 @@ def forecast_and_outcome(frame: pd.DataFrame) -> Figure:
     with style():
         figure, axes = plt.subplots(figsize=(6.4, 4.8))
         axes.plot([_LEAST, 1], [_LEAST, 1], color="#888888", lw=1.2, zorder=1)
-        for (name, model, test), rows in frame.groupby([site, "model", "test"], sort=False):
-            label, color = SITES[str(name)]
+        for kind, rows in frame.groupby([site, "model", "test"], sort=False):
+            name, model, test = cast(tuple[str, str, bool], kind)
+            label, color = SITES[name]
             axes.plot(
                 rows["forecast"].clip(lower=_LEAST),
                 rows["dead_share"].clip(lower=_LEAST),
