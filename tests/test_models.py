@@ -126,7 +126,9 @@ def test_an_interrupted_conversion_leaves_nothing(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(models, "cache_dir", lambda: tmp_path)
     monkeypatch.setattr(models.AutoConfig, "from_pretrained", interrupted)
+    entry = packaged()["smollm2-135m"]
     with pytest.raises(KeyboardInterrupt):
-        models._convert(tmp_path, packaged()["smollm2-135m"], tmp_path / "whole")
-    assert list(tmp_path.iterdir()) == []
+        models._converted(entry)
+    assert [p for p in (tmp_path / "models").iterdir() if p.is_dir()] == []

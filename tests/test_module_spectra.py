@@ -288,7 +288,7 @@ def test_a_wrong_archive_leaves_no_model_behind(tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path / "model.zip", "w") as archive:
         archive.writestr("inside/config.json", "{}")
     entry = Packaged(
-        "toy", "encoders", "", "", "", (PackagedFile("model.zip", 1, "00", ()),),
+        "toy", "encoders", "", "", "", (PackagedFile("model.zip", 1, "00" * 32, ()),),
         details={"format": "archive", "inside": "inside/"},
     )  # fmt: skip
     with pytest.raises(SaesubError, match=r"archive of toy cannot be read.*model\.safetensors"):

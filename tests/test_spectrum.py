@@ -214,7 +214,7 @@ def test_a_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError("no space left")
 
     monkeypatch.setattr(Path, "write_bytes", full_disk)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(SaesubError, match="no space"):
         (spectrum + spectrum).save(path)
     assert path.read_bytes() == old
     assert len(list(tmp_path.iterdir())) == 1
