@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,11 +9,11 @@ import torch
 from datasets import Dataset
 from transformer_lens.model_bridge import TransformerBridge
 
-from saesub import activations, models
+from saesub import model_pass, models
 from saesub.activations import harvest, measure_spectra, measure_spectrum, stream_activations
 from saesub.contexts import ContextStream, kept_positions, pack_contexts
 from saesub.errors import SaesubError
-from saesub.store import ActivationStore
+from saesub.store import ActivationStore, StoreWriter
 
 pytestmark = pytest.mark.model
 
@@ -125,7 +124,7 @@ def test_store_holds_the_stream(model: TransformerBridge, corpus: Dataset, tmp_p
     for name, store in stores.items():
         assert (store.n_tokens, store.d_in) == (300, 576)
         torch.testing.assert_close(store.rows(0, 300), torch.cat([b[name] for b in batches]))
-    assert not list(tmp_path.glob("*.tmp"))
+    assert len(list(tmp_path.iterdir())) == 2 * len(SITES) + 1  # and the lock
 
 
 def test_a_finished_store_is_reused_and_a_damaged_one_redone(
@@ -138,7 +137,7 @@ def test_a_finished_store_is_reused_and_a_damaged_one_redone(
     first = again().rows(0, 200)
     data, marker = tmp_path / f"{ATTN}.bin", tmp_path / f"{ATTN}.json"
     with monkeypatch.context() as patch:
-        patch.setattr(activations, "_capture", lambda *_: pytest.fail("ran the model"))
+        patch.setattr(model_pass, "_capture", lambda *_: pytest.fail("ran the model"))
         torch.testing.assert_close(again(batch_size=2).rows(0, 200), first)
         with pytest.raises(SaesubError, match="another n_tokens"):
             again(n_tokens=100)
@@ -159,12 +158,9 @@ def test_a_finished_store_is_reused_and_a_damaged_one_redone(
 
 def _store(folder: Path, n: int = 103, d: int = 4) -> ActivationStore:
     """A store whose rows are their own index."""
-    import numpy as np
-
-    rows = np.repeat(np.arange(n, dtype=np.float32)[:, None], d, axis=1)
-    (folder / "h.bin").write_bytes(rows.tobytes())
-    record = {"n_tokens": n, "d_in": d, "dtype": "<f4", "settings": {}, "epochs": 1.0}
-    (folder / "h.json").write_text(json.dumps(record))
+    with StoreWriter(folder, "h", n, torch.float32) as writer:
+        writer.write(torch.arange(n).unsqueeze(1).expand(n, d))
+        writer.finish({}, epochs=1.0)
     return ActivationStore.open(folder, "h")
 
 
@@ -204,13 +200,14 @@ def test_refuses_what_is_not_finite(
 ) -> None:
     poisoned(bad)
     run = {"n_tokens": 100, **SMALL}
-    with pytest.raises(SaesubError, match=rf"{ATTN}, batch 0: .*NaN"):
+    where = rf"{ATTN}, batch 0: .*NaN .* first {bad} in row \d+, column 3"
+    with pytest.raises(SaesubError, match=where):
         measure_spectrum(model, corpus, ATTN, **run)
-    with pytest.raises(SaesubError, match=rf"{ATTN}, batch 0: .*NaN"):
+    with pytest.raises(SaesubError, match=where):
         list(stream_activations(model, corpus, [ATTN], **run))
-    with pytest.raises(SaesubError, match=rf"{ATTN}, batch 0: .*NaN"):
+    with pytest.raises(SaesubError, match=where):
         harvest(model, corpus, [ATTN], tmp_path, **run)
-    assert list(tmp_path.iterdir()) == []
+    assert [p.name for p in tmp_path.iterdir()] == [".lock"]
 
 
 def test_refuses_what_float16_cannot_hold(
