@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pandas as pd
 import torch
+from filelock import FileLock, Timeout
 from jaxtyping import Float
 from sae_lens.saes.sae import TrainStepOutput
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
@@ -73,6 +76,15 @@ class ArmsTrainer(MultiSAETrainer):
         self.data_provider = batches(self.n_training_steps)
         self.fit()
 
+    def save_checkpoint(self, checkpoint_name: str, wandb_aliases: list[str] | None = None) -> None:
+        """SAELens' checkpoint; what a full disk took of one is deleted, to make room."""
+        try:
+            super().save_checkpoint(checkpoint_name, wandb_aliases)
+        except SaesubError:
+            if self.cfg.checkpoint_path:
+                shutil.rmtree(Path(self.cfg.checkpoint_path) / checkpoint_name, ignore_errors=True)
+            raise
+
     def _update_pbar(
         self, step_outputs: dict[str, TrainStepOutput], pbar: tqdm, update_interval: int = 1
     ) -> None:
@@ -94,7 +106,7 @@ def train_arms(
     With a `folder`, an interrupted call continues from its last checkpoint when it is made again,
     and a finished one returns at once with the trained weights. Checkpoints lie in a subfolder
     named by a hash of all settings and initial weights, so a changed experiment starts anew and
-    loses nothing of the old one.
+    loses nothing of the old one. Calls that share a folder wait for one another.
 
     Args:
         arms: name -> trainer, not yet stepped. Their SAEs are trained in place.
@@ -108,16 +120,23 @@ def train_arms(
         columns arm, tokens, mse, dead_share (see `SubspaceSAETrainer.history`).
 
     Raises:
-        SaesubError: arms that ask for different numbers of tokens, or bad batches.
+        SaesubError: arms that ask for different numbers of tokens, or were trained before; bad
+            batches; a damaged checkpoint; a folder that is full or cannot be written.
     """
+    if stepped := sorted(name for name, arm in arms.items() if arm.n_training_samples):
+        raise SaesubError(
+            f"Arms {stepped} were trained before, perhaps by an interrupted call: make them anew; "
+            "with the same folder the call then goes on from its last checkpoint."
+        )
     sites = sites or dict.fromkeys(arms, next(iter(next(batches(0)))))
     place = None if folder is None else Path(folder) / _fingerprint(arms, sites, next(batches(0)))
     trainer = ArmsTrainer(arms, sites, checkpoint_folder=place, n_checkpoints=n_checkpoints)
-    if not (place and _load_latest(trainer, place)):
-        trainer.fit_from(batches)
-        if place:
-            trainer.save_checkpoint(_FINAL)
-            _drop_intermediate(place)
+    with nullcontext() if place is None else _alone_in(place):
+        if not (place and _load_latest(trainer, place)):
+            trainer.fit_from(batches)
+            if place:
+                trainer.save_checkpoint(_FINAL)
+                _drop_intermediate(place)
     return pd.DataFrame(
         [{"arm": name, **point} for name, arm in arms.items() for point in arm.history]
     )
@@ -139,13 +158,41 @@ def joint_batches(
         yield dict(zip(stores, blocks, strict=True))
 
 
+@contextmanager
+def _alone_in(place: Path) -> Iterator[None]:
+    """Waits until no other process trains in this folder."""
+    lock = FileLock(place / ".lock")
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            warnings.warn(f"another process trains in {place}: waiting for it.", stacklevel=4)
+            lock.acquire()
+    except OSError as error:
+        raise SaesubError(
+            f"Checkpoints cannot be written to {place} ({error.strerror or error}): pass another "
+            "folder, or none."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _load_latest(trainer: ArmsTrainer, place: Path) -> bool:
     """Load the newest complete checkpoint, if any; True if it is the final one."""
     complete = {p.parent.name: p.parent for p in place.glob(f"*/{_COMPLETE}")}
     if not complete:
         return False
     newest = _FINAL if _FINAL in complete else max(complete, key=int)
-    trainer.load_checkpoint(complete[newest])
+    try:
+        trainer.load_checkpoint(complete[newest])
+    except (SaesubError, FileNotFoundError) as error:
+        raise SaesubError(
+            f"{str(error).rstrip('.')}. To go on from the checkpoint before it, or from the start: "
+            f"delete {complete[newest]} and make the arms anew."
+        ) from error
     passed = trainer.n_training_samples
     trainer.checkpoint_thresholds = [t for t in trainer.checkpoint_thresholds if t >= passed]
     return newest == _FINAL

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,9 +18,16 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.training.optim import get_lr_scheduler
 from sae_lens.training.sae_trainer import Evaluator, SaveCheckpointFn
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from saesub.checkpoint import (
+    check_same_settings,
+    is_write_failure,
+    random_state,
+    read_checkpoint_state,
+    restore_random_state,
+    write_checkpoint_state,
+)
 from saesub.errors import SaesubError, near_names
 from saesub.optim import SparseAdam, parameter_groups
 from saesub.remedy import Remedy, one_of_each
@@ -39,7 +45,6 @@ from saesub.topk_step import MAX_NORM, autograd_pass, row_backend, row_step
 OptimizerName = Literal["adam", "sparse_adam"]
 Backend = Literal["auto", "exact_search", "torch", "triton", "dense"]
 
-DEAD_TOKENS_FILENAME = "tokens_since_fired.safetensors"
 _HISTORY_POINTS = 40
 _UNREADABLE = (
     OSError,
@@ -50,6 +55,12 @@ _UNREADABLE = (
     EOFError,
     pickle.UnpicklingError,
 )
+# Where a run is done and what is kept of it; and what the folding at its end changes in the SAE.
+_FREE_TO_CHANGE = {
+    *("device", "logger", "metadata", "sae_lens_training_version"),
+    *("checkpoint_path", "n_checkpoints", "save_final_checkpoint"),
+    *("normalize_activations", "rescale_acts_by_decoder_norm"),
+}
 _FIELD_WINDOW = 10_000_000  # tokens; what papers on SAEs use
 
 
@@ -285,12 +296,31 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
         self.sae.cfg.metadata.backend = self.backend
         self.sae.cfg.metadata.remedies = [repr(remedy) for remedy in self.remedies]
 
+    def save_checkpoint(
+        self,
+        checkpoint_name: str,
+        base_path: Path | str | None = None,
+        wandb_aliases: list[str] | None = None,
+    ) -> None:
+        """SAELens' checkpoint; raises SaesubError where it cannot be written."""
+        try:
+            super().save_checkpoint(checkpoint_name, base_path, wandb_aliases)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if not is_write_failure(error):
+                raise
+            raise SaesubError(
+                f"The checkpoint {checkpoint_name!r} could not be written ({error}): make room, or "
+                "name another folder; the checkpoints before it are as they were."
+            ) from error
+
     def save_trainer_state(self, checkpoint_path: Path) -> None:
-        """SAELens' trainer state, and the firing counts in tokens beside it."""
+        """SAELens' trainer state, and beside it the firing counts in tokens, the settings, the
+        state of torch's random numbers, and checksums of all files in the folder."""
         super().save_trainer_state(checkpoint_path)
-        target = checkpoint_path / DEAD_TOKENS_FILENAME
-        partial = target.with_suffix(".partial")
-        state = {"tokens_since_fired": self.tokens_since_fired.cpu()}
+        write_checkpoint_state(checkpoint_path, self._own_state(), self._settings())
+
+    def _own_state(self) -> dict[str, Tensor]:
+        state = {"tokens_since_fired": self.tokens_since_fired} | random_state(self.cfg.device)
         state |= {
             f"history.{name}": torch.tensor([h[name] for h in self.history], dtype=torch.float64)
             for name in ("tokens", "mse", "dead_share")
@@ -298,9 +328,19 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
         state["mse_since_record"] = torch.tensor(
             [m.item() for m in self._mse_since_record], dtype=torch.float64
         )
-        state |= {f"remedy.{name}": kept.cpu() for name, kept in self.remedy_state.items()}
-        save_file(state, partial)
-        os.replace(partial, target)
+        return state | {f"remedy.{name}": kept for name, kept in self.remedy_state.items()}
+
+    def _settings(self) -> dict[str, Any]:
+        """What a run that is gone on with must have in common with its first part."""
+        own = {
+            "optimizer": self.optimizer_name,
+            "dead_window_tokens": self.dead_window_tokens,
+            "remedies": [repr(remedy) for remedy in self.remedies],
+        }
+        trainer = {k: v for k, v in asdict(self.cfg).items() if k not in _FREE_TO_CHANGE}
+        sae = {k: v for k, v in self.sae.cfg.to_dict().items() if k not in _FREE_TO_CHANGE}
+        # As JSON gives them back, so that they compare equal with kept ones.
+        return json.loads(json.dumps(own | trainer | sae, default=str))
 
     def _follow_folding(self, path: Path) -> None:
         """The weights of a finished run have their input scaling folded in: say so in the config.
@@ -317,12 +357,13 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
         """Restore a state written by `save_trainer_state`.
 
         Raises:
-            SaesubError: the checkpoint is damaged, half-written, or of another SAE.
+            SaesubError: the checkpoint is damaged, half-written, or of another SAE or settings.
         """
         path = Path(checkpoint_path)
+        state, kept_settings = read_checkpoint_state(path)
+        check_same_settings(path, kept_settings, self._settings())
         try:
             super().load_trainer_state(path)
-            state = load_file(path / DEAD_TOKENS_FILENAME)
         except _UNREADABLE as error:
             raise SaesubError(
                 f"The checkpoint {path} is damaged or incomplete, or another optimizer's "
@@ -342,6 +383,7 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
                 )
         steps = {float(kept["step"]) for kept in self.optimizer.state.values()}
         self._parameters_in_step = len(steps) <= 1
+        restore_random_state(state, self.cfg.device)
         self.tokens_since_fired = state["tokens_since_fired"].to(self.cfg.device)
         kept_by_remedies = [name for name in state if name.startswith("remedy.")]
         self.remedy_state = {

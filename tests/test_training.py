@@ -222,11 +222,29 @@ def test_a_damaged_checkpoint_is_named(store, tmp_path):
     trainer = SubspaceSAETrainer(_cfg(5), _topk(), _batches(store))
     trainer.fit()
     trainer.save_trainer_state(tmp_path)
-    path = tmp_path / "tokens_since_fired.safetensors"
+    path = tmp_path / "saesub_state.safetensors"
     path.write_bytes(path.read_bytes()[:-9])
     fresh = SubspaceSAETrainer(_cfg(5), _topk(), _batches(store))
-    with pytest.raises(SaesubError, match="damaged or incomplete"):
+    with pytest.raises(SaesubError, match="damaged"):
         fresh.load_trainer_state(tmp_path)
     path.unlink()
     with pytest.raises(SaesubError, match="damaged or incomplete"):
         fresh.load_trainer_state(tmp_path)
+
+
+def test_a_checkpoint_of_other_settings_is_refused(store, tmp_path):
+    SubspaceSAETrainer(_cfg(5), _topk(), _batches(store)).save_trainer_state(tmp_path)
+    other = SubspaceSAETrainer(_cfg(6), _topk(k=5), _batches(store), optimizer="adam")
+    settings = (
+        r"k 8 \(here 5\), optimizer 'sparse_adam' \(here 'adam'\), "
+        r"total_training_samples 640 \(here 768\)"
+    )
+    with pytest.raises(SaesubError, match=settings):
+        other.load_trainer_state(tmp_path)
+
+
+def test_arms_that_were_trained_before_are_refused(store, spectrum, tmp_path):
+    arms = _arms(store, spectrum)
+    arms["random"].step(next(_batches(store)))
+    with pytest.raises(SaesubError, match=r"\['random'\] were trained before"):
+        train_arms(arms, lambda start: iter(()), folder=tmp_path)
