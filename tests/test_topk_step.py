@@ -239,7 +239,7 @@ def test_an_optimizer_state_of_another_shape_is_refused(activations, tmp_path):
     trainer.fit()
     trainer.save_trainer_state(tmp_path)
     narrow = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=64, d_sae=D_SAE, k=K))
-    with pytest.raises(SaesubError, match=r"\(576, 1152\) for a parameter of shape \(64, 1152\)"):
+    with pytest.raises(SaesubError, match=r"d_in 576 \(here 64\)"):
         SubspaceSAETrainer(_cfg(3), narrow, iter(())).load_trainer_state(tmp_path)
 
 
