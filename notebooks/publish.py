@@ -23,11 +23,17 @@ import pandas as pd
 
 from saesub import claims
 from saesub.errors import SaesubError
+from saesub.reproduce import memory_text
 
 ROOT = Path(__file__).resolve().parent.parent
 STARTS_FILE = ROOT / "data" / "results" / "studies" / "d_init.json"
 RECORD_FILE = ROOT / "data" / "results" / "quick" / "run.json"
 README_FIGURE = "05_active_subspace_init"
+_RUN_TIME = re.compile(
+    r"(?P<head>Run time at `quick`: )[^.;,]*"
+    r"(?P<memory>,(?: with)? \d+ GB of memory"
+    r"|, peak memory (?:[\d.]+ GB(?: of GPU memory)?(?:, )?)+(?: \(on a T4[^)]*\))?)?"
+)
 _WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -47,14 +53,12 @@ def publish(run: Path) -> None:
         record[source.stem] = {
             "run": stamp["facts"],
             "seconds": round(stamp["seconds"]),
+            "peak_memory": stamp.get("peak_memory", {}),
             "claims": [row for row in claims.collect(run) if row["notebook"] == number],
         }
     for source, notebook in taken.items():
-        cores = re.search(r"\d+ cores", " ".join(record[source.stem]["run"]))
-        assert cores, "run_facts() names them"
-        took = f"{_time(record[source.stem]['seconds'])} on {cores[0].replace(' ', ' CPU ')}"
         first = notebook.cells[0]
-        first.source = re.sub(r"(Run time at `quick`: )[^.;,]*", rf"\g<1>{took}", first.source)
+        first.source = with_run_time(first.source, record[source.stem])
         nbformat.write(notebook, source)
     record = dict(sorted(record.items()))
     claims.write_text(RECORD_FILE, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
@@ -89,13 +93,31 @@ def _executed(path: Path, source: Path) -> nbformat.NotebookNode:
     if not any('"quick"' in text for text in profile):
         raise SaesubError(f"{path} did not run at the quick profile")
     ran = cleaned(ran)
-    outputs = [(c.source, c) for c in ran.cells if c.cell_type == "code"]
-    code = [c for c in kept.cells if c.cell_type == "code"]
-    if [text for text, _ in outputs] != [c.source for c in code]:
+    outputs, code = ([c for c in nb.cells if c.cell_type == "code"] for nb in (ran, kept))
+    # The first code cell, made by links.py, installs saesub: a run that has it skips that line.
+    if [c.source for c in outputs[1:]] != [c.source for c in code[1:]]:
         raise SaesubError(f"{path} ran other code than {source.name} holds: run it again")
-    for cell, (_, from_run) in zip(code, outputs, strict=True):
+    for cell, from_run in zip(code, outputs, strict=True):
         cell.outputs, cell.execution_count = from_run.outputs, from_run.execution_count
     return kept
+
+
+def with_run_time(text: str, recorded: dict) -> str:
+    """A notebook's first cell with the time and memory that its recorded run took.
+
+    What a T4 takes is an estimate, and called one: the same float32 tensors lie on the GPU instead
+    of in the machine's memory, and a GPU is no slower at the same products than two CPU cores.
+    """
+    cores = re.search(r"\d+ cores", " ".join(recorded["run"]))
+    assert cores, "run_facts() names them"
+    took = f"{_time(recorded['seconds'])} on {cores[0].replace(' ', ' CPU ')}"
+    peak = recorded.get("peak_memory", {})
+    if peak:
+        took += f", peak memory {memory_text(peak)}"
+        took += "" if "gpu" in peak else " (on a T4 of 16 GB, by estimate, no more of either)"
+    elif kept := _RUN_TIME.search(text):
+        took += kept["memory"] or ""
+    return _RUN_TIME.sub(lambda found: found["head"] + took, text)
 
 
 def cleaned(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
@@ -135,10 +157,9 @@ def images(notebook: nbformat.NotebookNode) -> Iterator[bytes]:
 def with_tables(readme: str, record: dict) -> str:
     """The README with the text between its `<!-- name -->` marks made anew from the record."""
     rows = [row for recorded in record.values() for row in recorded["claims"]]
-    seconds = {name: recorded["seconds"] for name, recorded in record.items()}
     tables = {
         "findings": claims.scorecard(rows).markdown(),
-        "notebooks": _notebook_table(seconds),
+        "notebooks": _notebook_table(record),
         "starts": starts_table(json.loads(STARTS_FILE.read_text())),
     }
     for name, table in tables.items():
@@ -163,12 +184,17 @@ def starts_table(study: dict) -> str:
     return "\n".join(lines)
 
 
-def _notebook_table(seconds: dict[str, float]) -> str:
-    lines = ["| Notebook | Claim | Time at `quick` |", "|---|---|---|"]
-    for name, took in sorted(seconds.items()):
+def _notebook_table(record: dict) -> str:
+    peaks = {name: memory_text(r.get("peak_memory", {})) for name, r in record.items()}
+    columns = ["Notebook", "Claim", "Time at `quick`"]
+    columns += ["Peak memory"] if any(peaks.values()) else []
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for name, recorded in sorted(record.items()):
         notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
         title, claim = _opening(notebook.cells[0].source)
-        lines.append(f"| [{title}](notebooks/{name}.ipynb) | {claim} | {_time(took)} |")
+        cells = [f"[{title}](notebooks/{name}.ipynb)", claim, _time(recorded["seconds"])]
+        cells += [peaks[name] or "–"] * (len(columns) - len(cells))
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -7,12 +7,13 @@ import html
 import json
 import os
 import platform
+import re
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -38,7 +39,8 @@ margin-top:3rem} .error{color:#b33c00;font-weight:600}
 class Outcome:
     """How one notebook's run ended: `error` is empty for success, `key` says what was run.
 
-    `facts` are `run_facts()` at its end.
+    `facts` are `run_facts()` at its end; `peak_memory` is the most bytes that its kernel held, of
+    the machine's memory ("cpu") and, if it used one, of the GPU's ("gpu"), where that is known.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Outcome:
     seconds: float
     error: str = ""
     facts: tuple[str, ...] = ()
+    peak_memory: dict[str, int] = field(default_factory=dict)
 
 
 def find_notebooks(wanted: Sequence[str] = ()) -> list[Path]:
@@ -84,15 +87,17 @@ def reproduce(
     paths = find_notebooks(notebooks)
     folder = Path(results).resolve() / profile
     (folder / "notebooks").mkdir(parents=True, exist_ok=True)
-    with _kernel(folder):
+    with _kernel(folder) as peak_file:
         for path in paths:
-            _run_unless_done(path, profile, folder, again=again, quiet=quiet)
+            _run_unless_done(path, profile, folder, peak_file, again=again, quiet=quiet)
     outcomes = _outcomes(folder)
     _summarise(folder, profile, outcomes)
     return [o for o in outcomes if o.name in {p.stem for p in paths}]
 
 
-def _run_unless_done(path: Path, profile: str, folder: Path, *, again: bool, quiet: bool) -> None:
+def _run_unless_done(
+    path: Path, profile: str, folder: Path, peak_file: Path, *, again: bool, quiet: bool
+) -> None:
     key = _key(path, profile)
     before = next((o for o in _outcomes(folder) if o.name == path.stem), None)
     if before and before.key == key and not before.error and not again:
@@ -100,6 +105,9 @@ def _run_unless_done(path: Path, profile: str, folder: Path, *, again: bool, qui
         return
     _say(f"{path.stem}: running")
     outcome = _execute(path, profile, folder, key, quiet)
+    if peak_file.is_file():
+        outcome = replace(outcome, peak_memory=json.loads(peak_file.read_text(encoding="utf-8")))
+        peak_file.unlink()
     text = json.dumps(asdict(outcome), indent=1, ensure_ascii=False)
     claims.write_text(_stamp(folder, path.stem), text)
     _say(f"{path.stem}: {outcome.error or 'done'} ({outcome.seconds:.0f} s)")
@@ -139,19 +147,25 @@ def _cell(path: Path, source: str) -> int | str:
 
 
 @contextmanager
-def _kernel(folder: Path) -> Iterator[None]:
-    """A kernel spec for this very Python, found before any other; figures and results in place."""
+def _kernel(folder: Path) -> Iterator[Path]:
+    """A kernel spec for this very Python, found before any other; figures and results in place.
+
+    Yields the file in which a kernel notes its peak memory.
+    """
     with tempfile.TemporaryDirectory() as temporary:
         spec = Path(temporary) / "kernels" / "python3"
         spec.mkdir(parents=True)
         argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        argv.append(f"--IPKernelApp.exec_files={Path(__file__).with_name('kernel_memory.py')}")
+        peak_file = Path(temporary) / "peak_memory.json"
         text = {"argv": argv, "display_name": "Python 3 (ipykernel)", "language": "python"}
         (spec / "kernel.json").write_text(json.dumps(text), encoding="utf-8")
         search = os.pathsep.join(filter(None, [temporary, os.environ.get("JUPYTER_PATH")]))
         # A user's own MPLBACKEND (Agg, say) would leave the notebooks without their figures.
         inline = "module://matplotlib_inline.backend_inline"
-        with _environment(JUPYTER_PATH=search, SAESUB_RESULTS=str(folder), MPLBACKEND=inline):
-            yield
+        places = {"SAESUB_RESULTS": str(folder), "SAESUB_PEAK_MEMORY": str(peak_file)}
+        with _environment(JUPYTER_PATH=search, MPLBACKEND=inline, **places):
+            yield peak_file
 
 
 @contextmanager
@@ -193,9 +207,8 @@ def _summarise(folder: Path, profile: str, outcomes: list[Outcome]) -> None:
     rows = claims.collect(folder)
     claims.write_text(folder / "claims.json", json.dumps(rows, indent=1, ensure_ascii=False))
     table = claims.scorecard(rows)
-    runs = [(o.name, o.seconds, o.error) for o in outcomes]
     claims.write_text(
-        folder / "report.html", report_page(folder / "notebooks", profile, table, runs)
+        folder / "report.html", report_page(folder / "notebooks", profile, table, outcomes)
     )
     print(f"\n{table}\n\nreport: {folder / 'report.html'}")
 
@@ -205,16 +218,13 @@ def _say(line: str) -> None:
 
 
 def report_page(
-    notebooks: Path, profile: str, table: claims.ClaimsTable, runs: Sequence[tuple[str, float, str]]
+    notebooks: Path, profile: str, table: claims.ClaimsTable, runs: Sequence[Outcome]
 ) -> str:
-    """The report, one self-contained HTML page.
-
-    `runs` holds each notebook's name, seconds and error (or "").
-    """
+    """The report, one self-contained HTML page."""
     bodies = [
-        f"<section id='{html.escape(name)}'>{_body(notebooks / f'{name}.ipynb')}</section>"
-        for name, _, _ in runs
-        if (notebooks / f"{name}.ipynb").is_file()
+        f"<section id='{html.escape(run.name)}'>{_body(notebooks / f'{run.name}.ipynb')}</section>"
+        for run in runs
+        if (notebooks / f"{run.name}.ipynb").is_file()
     ]
     return (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
@@ -249,17 +259,25 @@ def _processor() -> str:
     return next(models, "") or platform.processor() or "unknown processor"
 
 
-def _times(runs: Sequence[tuple[str, float, str]]) -> str:
+def _times(runs: Sequence[Outcome]) -> str:
+    head = "<tr><th>Notebook</th><th>Time</th><th>Peak memory</th><th></th></tr>"
     rows = "".join(
-        f"<tr><td><a href='#{html.escape(name)}'>{html.escape(name)}</a></td>"
-        f"<td>{seconds:.0f} s</td><td class='error'>{html.escape(error)}</td></tr>"
-        for name, seconds, error in runs
+        f"<tr><td><a href='#{html.escape(run.name)}'>{html.escape(run.name)}</a></td>"
+        f"<td>{run.seconds:.0f} s</td><td>{html.escape(memory_text(run.peak_memory))}</td>"
+        f"<td class='error'>{html.escape(run.error)}</td></tr>"
+        for run in runs
     )
-    return f"<div class='scroll'><table>{rows}</table></div>"
+    return f"<div class='scroll'><table>{head}{rows}</table></div>"
+
+
+def memory_text(peak: dict[str, int]) -> str:
+    """An `Outcome`'s peak memory in words; empty if it is not known."""
+    words = {"cpu": "{:.1f} GB", "gpu": "{:.1f} GB of GPU memory"}
+    return ", ".join(words[where].format(held / 1e9) for where, held in peak.items())
 
 
 def _body(path: Path) -> str:
-    """A notebook without its code, and without progress bars and other standard error."""
+    """A notebook without its code, its links, its progress bars and other standard error."""
     import nbformat
     from nbconvert import HTMLExporter
 
@@ -267,6 +285,8 @@ def _body(path: Path) -> str:
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]
+        else:  # a badge is fetched from elsewhere, and the page must stand by itself
+            cell.source = re.sub(r"(?s)<!-- links -->.*<!-- /links -->\n*", "", cell.source)
     exporter = HTMLExporter(template_name="basic", exclude_input=True)
     body, _ = exporter.from_notebook_node(notebook)
     return body

@@ -11,6 +11,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from saesub import claims
+from saesub.errors import SaesubError
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "data" / "results" / "quick" / "run.json"
@@ -60,3 +61,66 @@ def test_cleaning_drops_what_papermill_added_and_progress_bars():
     assert cleaned.cells[0].execution_count == 1
     assert cleaned.cells[0].outputs == [given[2]]
     assert "papermill" not in cleaned.metadata
+
+
+RECORDED = {"run": ["a processor, 2 cores"], "seconds": 720}
+NOTEBOOK_MARKS = "<!-- notebooks -->\n<!-- /notebooks -->"
+MEASURED = RECORDED | {"peak_memory": {"cpu": 3_140_000_000}}
+
+
+def test_the_first_cell_tells_what_the_recorded_run_took():
+    end = "; a GPU is used if there is one. More."
+    before = f"# T\n\nRun time at `quick`: 9 s on 2 CPU cores, 4 GB of memory{end}"
+    assert f"12 min on 2 CPU cores, 4 GB of memory{end}" in publish["with_run_time"](
+        before, RECORDED
+    )
+    told = publish["with_run_time"](before, MEASURED)
+    assert (
+        "`quick`: 12 min on 2 CPU cores, peak memory 3.1 GB "
+        f"(on a T4 of 16 GB, by estimate, no more of either){end}"
+    ) in told
+    assert publish["with_run_time"](told, MEASURED) == told
+    assert publish["with_run_time"](told, RECORDED) == told
+
+    on_gpu = MEASURED | {"peak_memory": {"cpu": 10**9, "gpu": 2 * 10**9}}
+    told = publish["with_run_time"](told, on_gpu)
+    assert f"peak memory 1.0 GB, 2.0 GB of GPU memory{end}" in told
+    assert publish["with_run_time"](told, on_gpu) == told
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")), ids=lambda path: path.stem
+)
+def test_every_first_cell_takes_a_measured_run(path):
+    first = nbformat.read(path, as_version=4).cells[0].source
+    assert first.count("Run time at `quick`: ") == 1
+    told = publish["with_run_time"](first, MEASURED)
+    assert told.count("GB") == 2 + first.count("GB of disk") + first.count("with 80 GB")
+    assert publish["with_run_time"](told, MEASURED) == told
+
+
+def test_the_table_of_notebooks_has_peak_memory_once_a_run_recorded_it():
+    record = json.loads(RECORD.read_text())
+    bare = {name: {**r, "peak_memory": {}} for name, r in record.items()}
+    assert "Peak memory" not in publish["with_tables"](NOTEBOOK_MARKS, bare)
+    bare["00_tour"]["peak_memory"] = {"cpu": 3_140_000_000}
+    head, _, first, second, *_ = publish["with_tables"](NOTEBOOK_MARKS, bare).splitlines()[1:]
+    assert head.endswith("| Time at `quick` | Peak memory |")
+    assert first.endswith("| 3.1 GB |")
+    assert second.endswith("| – |")
+
+
+def test_a_run_with_another_install_cell_is_taken_and_one_with_other_code_is_not(tmp_path):
+    def written(name, *cells):
+        nbformat.write(new_notebook(cells=[*cells]), tmp_path / name)
+        return tmp_path / name
+
+    def code(*sources):
+        return map(new_code_cell, sources)
+
+    injected = new_code_cell('PROFILE = "quick"', metadata={"tags": ["injected-parameters"]})
+    ran = written("ran.ipynb", injected, *code("%pip install old", "1 + 1"))
+    taken = publish["_executed"](ran, written("kept.ipynb", *code("%pip install new", "1 + 1")))
+    assert [c.source for c in taken.cells] == ["%pip install new", "1 + 1"]
+    with pytest.raises(SaesubError, match="other code"):
+        publish["_executed"](ran, written("kept.ipynb", *code("%pip install new", "1 + 2")))
