@@ -1,0 +1,223 @@
+"""A process that runs jobs in forks of itself and kills them: what `test_kill.py` talks to.
+
+Importing torch and loading the model takes longer than any of the jobs, so they are done once. A
+line of JSON on standard input asks for a job; a line on standard output says how it went.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens.config import SAETrainerConfig
+from tqdm import tqdm
+
+from saesub import arms, model_pass
+from saesub.activations import harvest, measure_spectra
+from saesub.corpora import load_corpus
+from saesub.models import load_model
+from saesub.store import ActivationStore
+from saesub.training import SubspaceSAETrainer
+
+HOOKS = ("blocks.0.hook_attn_out", "blocks.1.hook_mlp_out")
+PASS = {"n_tokens": 1200, "context_size": 32, "batch_size": 2, "progress": False}
+BATCH, STEPS = 64, 60
+CORPUS = load_corpus("wiki-en").select(range(200))
+MODEL = load_model("smollm2-135m", device="cpu")
+# saesub gives out functions of these names.
+fetch, reproduce = map(importlib.import_module, ("saesub.fetch", "saesub.reproduce"))
+FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
+
+torch.set_num_threads(1)  # a fork inherits no other threads
+
+Tick = Callable[[], None]
+
+
+def sha(*parts: bytes) -> str:
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def count_passes(tick: Tick) -> None:
+    """Have every forward pass ticked off, and the state kept after each."""
+    forward = model_pass._capture
+    model_pass.KEEP_EVERY = 0.0
+
+    def counted(*args: Any) -> None:
+        tick()
+        forward(*args)
+
+    model_pass._capture = counted
+
+
+def do_fetch(folder: Path, tick: Tick) -> str:
+    os.environ["SAESUB_CACHE"] = str(folder / "cache")
+    download = fetch._download_wheel
+
+    def counted(*args: Any) -> Path:
+        tick()
+        return download(*args)
+
+    fetch._download_wheel = counted
+    registry = fetch.read_registry(folder / "registry.toml")
+    path = fetch.fetch("toy", progress=False, registry=registry)
+    return sha((path / "a.bin").read_bytes(), (path / "b.bin").read_bytes())
+
+
+def do_harvest(folder: Path, tick: Tick) -> str:
+    count_passes(tick)
+    stores = harvest(MODEL, CORPUS, HOOKS, folder / "stores", **PASS)
+    left = sorted(p.name for p in (folder / "stores").iterdir())
+    assert [name for name in left if "partial" in name] == [], left
+    return sha(*(s.rows(0, s.n_tokens).numpy().tobytes() for s in stores.values()))
+
+
+def do_spectra(folder: Path, tick: Tick) -> str:
+    count_passes(tick)
+    found = measure_spectra(MODEL, CORPUS, HOOKS, checkpoint=folder / "state", **PASS)
+    parts = [t.numpy().tobytes() for s in found.values() for t in (s.mean, s.covariance)]
+    return sha(*parts, repr([s.mean_norm for s in found.values()]).encode())
+
+
+def make_arm(name: str, optimizer: str) -> SubspaceSAETrainer:
+    cfg = SAETrainerConfig(
+        total_training_samples=STEPS * BATCH,
+        train_batch_size_samples=BATCH,
+        lr=1e-3,
+        lr_warm_up_steps=10,
+        lr_decay_steps=20,
+        n_batches_for_norm_estimate=3,
+    )
+    torch.manual_seed(len(name))
+    sae = TopKTrainingSAE(
+        TopKTrainingSAEConfig(
+            d_in=576,
+            d_sae=512,
+            k=8,
+            aux_loss_coefficient=1 / 32,
+            normalize_activations="expected_average_only_in",
+        )
+    )
+    window = 10 * BATCH  # some features die, so that AuxK has something to do
+    return SubspaceSAETrainer(cfg, sae, iter(()), optimizer=optimizer, dead_window_tokens=window)  # pyright: ignore
+
+
+def do_train(folder: Path, tick: Tick) -> str:
+    store = ActivationStore.open(folder.parent / "whole-harvest" / "stores", HOOKS[0])
+
+    def batches(start: int) -> Any:
+        for batch in arms.joint_batches({HOOKS[0]: store}, BATCH, seed=5, start_step=start):
+            tick()
+            yield batch
+
+    trainers = {"adam": make_arm("adam", "adam"), "sparse": make_arm("sparse", "sparse_adam")}
+    history = arms.train_arms(trainers, batches, folder=folder / "runs", n_checkpoints=11)
+    parts = [p.detach().numpy().tobytes() for t in trainers.values() for p in t.sae.parameters()]
+    counts = [t.tokens_since_fired.numpy().tobytes() for t in trainers.values()]
+    assert sum(int(t.dead_neurons.sum()) for t in trainers.values()) > 0
+    return sha(*parts, *counts, history.to_csv(index=False).encode())
+
+
+def do_reproduce(folder: Path, tick: Tick) -> str:
+    reproduce.notebooks_dir = lambda: folder.parent / "notebooks"
+    os.environ["KILLING_LOG"] = str(folder / "ran")
+    run = reproduce._execute
+
+    def counted(*args: Any) -> Any:
+        tick()
+        return run(*args)
+
+    reproduce._execute = counted
+    outcomes = reproduce.reproduce("smoke", results=folder / "results", quiet=True)
+    assert not [o.error for o in outcomes if o.error]
+    pages = [folder / "results" / "smoke" / "notebooks" / f"{o.name}.ipynb" for o in outcomes]
+    texts = [cell["outputs"] for p in pages for cell in json.loads(p.read_text())["cells"][-1:]]
+    return sha(json.dumps([[o["text"] for o in outputs] for outputs in texts]).encode())
+
+
+JOBS = {
+    "fetch": do_fetch,
+    "harvest": do_harvest,
+    "spectra": do_spectra,
+    "train": do_train,
+    "reproduce": do_reproduce,
+}
+
+
+def child(job: str, folder: Path, kill_at_event: int | None, to_parent: int) -> None:
+    """Runs the job; writes "under way" at its first tick, and how it ended."""
+    tqdm.set_lock(threading.RLock())  # the inherited one would stay locked by a killed sibling
+    log = os.open(folder / "ticks", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    events, ticks = [0], [0]
+
+    def tick() -> None:
+        os.write(log, b".")
+        ticks[0] += 1
+        if ticks[0] == 1:
+            os.write(to_parent, b"\n")
+
+    def listen(event: str, _: Any) -> None:
+        if ticks[0] and event in FILE_EVENTS:
+            events[0] += 1
+            if events[0] == kill_at_event:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(listen)
+    start = time.monotonic()
+    result = JOBS[job](folder, tick)
+    seconds = time.monotonic() - start
+    answer = {"result": result, "seconds": seconds, "events": events[0], "ticks": ticks[0]}
+    os.write(to_parent, json.dumps(answer).encode())
+
+
+def serve(request: dict[str, Any]) -> dict[str, Any]:
+    """Forks a child for the job and kills it as asked: {"seconds": …}, {"event": …} or never."""
+    folder = Path(request["folder"])
+    folder.mkdir(parents=True, exist_ok=True)
+    kill = request.get("kill") or {}
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            with (folder / "output").open("a") as output:
+                os.dup2(output.fileno(), 1)
+                os.dup2(output.fileno(), 2)
+                child(request["job"], folder, kill.get("event"), write)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    os.close(write)
+    with os.fdopen(read, "rb") as answers:
+        answer = answers.readline()  # a job with nothing left to do is never under way
+        if answer == b"\n" and "seconds" in kill:
+            time.sleep(kill["seconds"])
+            os.kill(pid, signal.SIGKILL)
+        answer += answers.read()
+    _, status = os.waitpid(pid, 0)
+    if os.WIFSIGNALED(status):
+        return {"killed": True}
+    if os.WEXITSTATUS(status):
+        return {"failed": (folder / "output").read_text()[-2000:]}
+    return json.loads(answer)
+
+
+if __name__ == "__main__":
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        print(json.dumps(serve(json.loads(line))), file=answers, flush=True)
