@@ -8,7 +8,7 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.figure import Figure
 
-from saesub.plots import _arm_looks, _checked, _figure, _legend_above, _percent, _where
+from saesub.plot_style import arm_looks, checked, closed_figure, legend_above, percent, rows_where
 
 
 def dead_by_dictionary(frame: pd.DataFrame) -> Figure:
@@ -18,16 +18,16 @@ def dead_by_dictionary(frame: pd.DataFrame) -> Figure:
     `frame`: dictionary, arm, dead_share; one row per seed. Dictionaries stand in the order in which
     they come.
     """
-    _checked(frame, "dictionary", "arm", "dead_share")
+    checked(frame, "dictionary", "arm", "dead_share")
     names = list(dict.fromkeys(frame["dictionary"]))
     means = pd.DataFrame(frame.groupby(["dictionary", "arm"])["dead_share"].mean()).reset_index()
-    with _figure(height=1.5 + 0.36 * len(names)) as (figure, axes):
+    with closed_figure(height=1.5 + 0.36 * len(names)) as (figure, axes):
         for place, name in enumerate(names):
-            ends = _where(means, "dictionary", name)["dead_share"]
+            ends = rows_where(means, "dictionary", name)["dead_share"]
             axes.plot([ends.min(), ends.max()], [place] * 2, color="#bbbbbb", lw=2.5, zorder=1)
-        for arm, look in _arm_looks(frame["arm"]).items():
+        for arm, look in arm_looks(frame["arm"]).items():
             for rows, mark in ((frame, {"s": 12, "lw": 0}), (means, {"s": 62, "label": arm})):
-                of_arm = _where(rows, "arm", arm)
+                of_arm = rows_where(rows, "arm", arm)
                 places = [names.index(name) for name in of_arm["dictionary"]]
                 axes.scatter(of_arm["dead_share"], places, color=look["color"], zorder=2, **mark)
         axes.set_yticks(range(len(names)), names)
@@ -35,6 +35,6 @@ def dead_by_dictionary(frame: pd.DataFrame) -> Figure:
         axes.set_xlim(left=-0.02 * frame["dead_share"].max() - 1e-4)
         axes.set_xlabel("dead features (heads, for Lorsa)")
         axes.grid(axis="y", visible=False)
-        _percent(axes.xaxis)
-        _legend_above(figure, axes)
+        percent(axes.xaxis)
+        legend_above(figure, axes)
     return figure

@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from saesub.plots import ARMS, SITES, _checked, _percent, style
+from saesub.plot_style import ARMS, SITES, checked, percent, style
 
 _COLUMNS = 3
 _LEAST = 1e-4  # of the features: shares below it are drawn there
@@ -23,7 +23,7 @@ def d_init_by_place(frame: pd.DataFrame) -> Figure:
     `frame`: place, d_init_share, dead_share, auto (bool); one run a row, d_init_share 1 the random
     start.
     """
-    _checked(frame, "place", "d_init_share", "dead_share", "auto")
+    checked(frame, "place", "d_init_share", "dead_share", "auto")
     places = list(dict.fromkeys(frame["place"]))
     rows = -(-len(places) // _COLUMNS)
     with style():
@@ -46,8 +46,8 @@ def d_init_by_place(frame: pd.DataFrame) -> Figure:
             )
             axes.set_title(place, fontsize=9.5)
             axes.set_ylim(bottom=0)
-            _percent(axes.yaxis)
-            _percent(axes.xaxis)
+            percent(axes.yaxis)
+            percent(axes.xaxis)
         for axes in grid.flat[len(places) :]:
             axes.set_axis_off()
         handles, labels = grid[0, 0].get_legend_handles_labels()
@@ -63,7 +63,7 @@ def forecast_and_outcome(frame: pd.DataFrame) -> Figure:
 
     `frame`: hook_name, model, test (bool), forecast, dead_share.
     """
-    _checked(frame, "hook_name", "model", "test", "forecast", "dead_share")
+    checked(frame, "hook_name", "model", "test", "forecast", "dead_share")
     shapes = dict(zip(dict.fromkeys(frame["model"]), "oD^s", strict=False))
     site = frame["hook_name"].str.split("hook_").str[-1]
     with style():
@@ -83,8 +83,8 @@ def forecast_and_outcome(frame: pd.DataFrame) -> Figure:
                 label=f"{label}, {model}, {'test' if test else 'fitted'}",
             )
         axes.set(xscale="log", yscale="log", xlabel="forecast dead share", ylabel="dead share")
-        _percent(axes.xaxis)
-        _percent(axes.yaxis)
+        percent(axes.xaxis)
+        percent(axes.yaxis)
         figure.legend(loc="outside right upper", fontsize=8.5)
         plt.close(figure)
     return figure

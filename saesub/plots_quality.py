@@ -11,16 +11,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from saesub.plots import (
-    _arm_looks,
-    _checked,
-    _figure,
-    _legend_above,
-    _percent,
-    _where,
+from saesub.plot_style import (
+    MARKERS,
+    arm_looks,
+    checked,
+    closed_figure,
+    legend_above,
+    percent,
+    rows_where,
 )
-
-_MARKS = "oDs^vP"
 
 
 def density_histogram(frame: pd.DataFrame) -> Figure:
@@ -28,15 +27,15 @@ def density_histogram(frame: pd.DataFrame) -> Figure:
 
     `frame`: arm, density (share of tokens on which the feature fires; 0 is dead).
     """
-    _checked(frame, "arm", "density")
+    checked(frame, "arm", "density")
     positive = frame.loc[frame["density"] > 0, "density"]
     floor = np.log10(positive.min()) if len(positive) else -1.0
     step = -floor / 36
     bins = np.linspace(floor, 0, 37)
-    with _figure() as (figure, axes):
-        looks = _arm_looks(frame["arm"])
+    with closed_figure() as (figure, axes):
+        looks = arm_looks(frame["arm"])
         for place, (arm, look) in enumerate(looks.items()):
-            density = _where(frame, "arm", arm)["density"].to_numpy(dtype=float)
+            density = rows_where(frame, "arm", arm)["density"].to_numpy(dtype=float)
             alive = np.log10(density[density > 0])
             _steps(axes, alive, bins, len(density), arm, look)
             dead, shift = (density == 0).mean(), (place - (len(looks) - 1) / 2) * step
@@ -44,8 +43,8 @@ def density_histogram(frame: pd.DataFrame) -> Figure:
         ticks = [floor - 4 * step, *range(int(np.ceil(floor)), 1)]
         axes.set_xticks(ticks, ["never", *(f"{100 * 10.0**t:.4g} %" for t in ticks[1:])])
         axes.set(xlabel="share of tokens on which a feature fires", ylabel="share of features")
-        _percent(axes.yaxis)
-        _legend_above(figure, axes)
+        percent(axes.yaxis)
+        legend_above(figure, axes)
     return figure
 
 
@@ -53,15 +52,15 @@ def cosine_histogram(
     frame: pd.DataFrame, label: str = "largest cosine to another feature"
 ) -> Figure:
     """The cosines of features, by arm. `frame`: arm, cosine."""
-    _checked(frame, "arm", "cosine")
+    checked(frame, "arm", "cosine")
     bins = np.linspace(min(0.0, float(frame["cosine"].min())), 1, 51)
-    with _figure() as (figure, axes):
-        for arm, look in _arm_looks(frame["arm"]).items():
-            values = _where(frame, "arm", arm)["cosine"].to_numpy(dtype=float)
+    with closed_figure() as (figure, axes):
+        for arm, look in arm_looks(frame["arm"]).items():
+            values = rows_where(frame, "arm", arm)["cosine"].to_numpy(dtype=float)
             _steps(axes, values, bins, len(values), arm, look)
         axes.set(xlabel=label, ylabel="share of features")
-        _percent(axes.yaxis)
-        _legend_above(figure, axes)
+        percent(axes.yaxis)
+        legend_above(figure, axes)
     return figure
 
 
@@ -77,11 +76,11 @@ def shared_features(frame: pd.DataFrame, threshold: float = 0.7) -> Figure:
 
     `frame`: arm, pair (of seeds), cosine (of matched features).
     """
-    _checked(frame, "arm", "pair", "cosine")
+    checked(frame, "arm", "pair", "cosine")
     grid = np.linspace(0, 1, 101)
-    with _figure() as (figure, axes):
-        for arm, look in _arm_looks(frame["arm"]).items():
-            for place, (_, rows) in enumerate(_where(frame, "arm", arm).groupby("pair")):
+    with closed_figure() as (figure, axes):
+        for arm, look in arm_looks(frame["arm"]).items():
+            for place, (_, rows) in enumerate(rows_where(frame, "arm", arm).groupby("pair")):
                 cosine = np.sort(rows["cosine"].to_numpy(dtype=float))
                 shares = 1 - np.searchsorted(cosine, grid) / len(cosine)
                 axes.plot(grid, shares, lw=1.4, label=arm if place == 0 else None, **look)
@@ -89,8 +88,8 @@ def shared_features(frame: pd.DataFrame, threshold: float = 0.7) -> Figure:
         axes.text(threshold + 0.01, 0.97, f"counted as shared: ≥ {threshold:g}", fontsize=9)
         axes.set(xlabel="cosine to the matched feature of another seed", xlim=(0, 1))
         axes.set(ylabel="share of features matched\nat least so well", ylim=(0, 1.03))
-        _percent(axes.yaxis)
-        _legend_above(figure, axes)
+        percent(axes.yaxis)
+        legend_above(figure, axes)
     return figure
 
 
@@ -99,16 +98,18 @@ def probe_accuracy(frame: pd.DataFrame, ceiling: pd.DataFrame | None = None) -> 
 
     `frame`: arm, task, k, accuracy. `ceiling`: task, accuracy of a probe that reads everything.
     """
-    _checked(frame, "arm", "task", "k", "accuracy")
-    looks, tasks = _arm_looks(frame["arm"]), list(dict.fromkeys(frame["task"]))
+    checked(frame, "arm", "task", "k", "accuracy")
+    looks, tasks = arm_looks(frame["arm"]), list(dict.fromkeys(frame["task"]))
     ks = sorted(set(frame["k"].tolist()))
     left = min(0.5, float(frame["accuracy"].min())) - 0.02  # one half is what guessing scores
-    with _figure(len(ks), height=1.4 + 0.55 * len(tasks)) as (figure, panels):
+    with closed_figure(len(ks), height=1.4 + 0.55 * len(tasks)) as (figure, panels):
         panels = panels if len(ks) > 1 else [panels]
         for axes, k in zip(panels, ks, strict=True):
             at_k = pd.DataFrame(frame[frame["k"] == k])
             for place, (arm, look) in enumerate(looks.items()):
-                _task_points(axes, _where(at_k, "arm", arm), tasks, arm, place, len(looks), look)
+                _task_points(
+                    axes, rows_where(at_k, "arm", arm), tasks, arm, place, len(looks), look
+                )
             if ceiling is not None:
                 best = ceiling.set_index("task")["accuracy"]
                 rows = [t for t in tasks if t in best.index]
@@ -122,7 +123,7 @@ def probe_accuracy(frame: pd.DataFrame, ceiling: pd.DataFrame | None = None) -> 
             axes.set_xlim(left, 1 + 0.06 * (1 - left))  # room for a whole mark at 1
             axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * x:.0f} %"))
         panels[len(panels) // 2].set_xlabel("accuracy on test texts")
-        _legend_above(figure, panels[0])
+        legend_above(figure, panels[0])
     return figure
 
 
@@ -131,5 +132,5 @@ def _task_points(
 ) -> None:
     offset = (place - (n_arms - 1) / 2) * 0.5 / n_arms
     at = [tasks.index(task) + offset for task in rows["task"]]
-    mark = _MARKS[place % len(_MARKS)]
+    mark = MARKERS[place % len(MARKERS)]
     axes.plot(rows["accuracy"], at, mark, color=look["color"], ms=6, alpha=0.75, label=arm)

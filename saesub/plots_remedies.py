@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from saesub.plots import _checked, _figure
+from saesub.plot_style import checked, closed_figure
 
 # Okabe and Ito's colours, one shape for each round of them: marks differ without colour too.
 _COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7")
@@ -23,12 +23,12 @@ def pareto(frame: pd.DataFrame) -> Figure:
     Remedies that no other beats in both are joined by a line and named first, the others follow by
     FVU. `frame`: arm, dead_share, fvu.
     """
-    _checked(frame, "arm", "dead_share", "fvu")
+    checked(frame, "arm", "dead_share", "fvu")
     means = pd.DataFrame(frame.groupby("arm", sort=False)[["dead_share", "fvu"]].mean())
     means = means.sort_values(by=["dead_share", "fvu"])
     best = means[means["fvu"] < means["fvu"].cummin().shift(fill_value=float("inf"))]
     others = means.drop(index=best.index).sort_values(by="fvu")
-    with _figure(width=9.0, height=4.8) as (figure, axes):
+    with closed_figure(width=9.0, height=4.8) as (figure, axes):
         axes.step(best["dead_share"], best["fvu"], where="post", color="#999999", zorder=1)
         for place, (arm, point) in enumerate(pd.concat([best, others]).iterrows()):
             colour = _COLOURS[place % len(_COLOURS)]
