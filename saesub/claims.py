@@ -159,10 +159,15 @@ def _doubt(claim: Claim, row: dict) -> str:
 
 
 class ClaimsTable:
-    """Rows of claim, paper's figure, value here and verdict; shows itself as HTML or text."""
+    """Rows of claim, paper's figure, value here and verdict; shows itself as HTML or text.
+
+    Raises `SaesubError` for a verdict that is none.
+    """
 
     def __init__(self, rows: Sequence[dict]) -> None:
         self.rows = list(rows)
+        if bad := [row["verdict"] for row in rows if row["verdict"] not in _LOOK]:
+            raise SaesubError(f"no verdict {bad[0]!r}; {near_names(bad[0], _LOOK)}")
 
     def counts(self) -> dict[str, int]:
         """How many rows have each verdict."""

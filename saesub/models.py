@@ -75,6 +75,9 @@ def load_model(
     Packaged weights were quantised to about 4 bits and are de-quantised here: a figure measured on
     one should say so. The first load of a packaged model converts it, which takes a minute or more.
 
+    Code that a model brings with it is never run: load such a model with transformers, where you
+    can say that you trust it, and give it here as a live one.
+
     Raises:
         SaesubError: nothing loads under that name; the message says what does.
     """
@@ -155,7 +158,9 @@ def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
         with _quiet():
             name = str(model.name_or_path)
             offline = Path(name).is_dir() or not hub_is_reachable()
-            return AutoTokenizer.from_pretrained(name, local_files_only=offline)
+            return AutoTokenizer.from_pretrained(
+                name, local_files_only=offline, trust_remote_code=False
+            )
     except (OSError, ValueError) as error:
         raise SaesubError(
             f"no tokenizer was found under the model's name {model.name_or_path!r}: "
@@ -187,16 +192,27 @@ def _from_pretrained(name: str, source: str, dtype: torch.dtype | None) -> tuple
                 dtype=dtype or "auto",
                 attn_implementation="eager",
                 local_files_only=offline,
+                trust_remote_code=False,
             )
-            return hf_model, AutoTokenizer.from_pretrained(source, local_files_only=offline)
-    except (OSError, ValueError) as error:
+            tokenizer = AutoTokenizer.from_pretrained(
+                source, local_files_only=offline, trust_remote_code=False
+            )
+            return hf_model, tokenizer
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # transformers raises what each of its readers raises
         raise SaesubError(_load_failure(name, source, error)) from error
 
 
 def _load_failure(name: str, source: str, error: Exception) -> str:
-    reason = str(error).strip().split("\n")[0]
+    reason = str(error).strip().split("\n")[0] or type(error).__name__
     if source != name:
         return f"the converted copy of {name} cannot be read ({reason}): delete {source} and retry."
+    if "trust_remote_code" in str(error):
+        return (
+            f"the model {name} brings code of its own, which saesub does not run: load it with "
+            "transformers, where you can say that you trust it, and give the live model."
+        )
     if Path(source).is_dir():
         return f"the model folder {source} does not load: {reason}"
     offline = packaged_names("models")
