@@ -30,10 +30,14 @@ LEVEL = 0.8
 
 
 def trained() -> list[dict]:
-    """Random and flat starts trained with Adam, with the dimension they started in."""
+    """Random and flat starts trained with Adam for as long as most."""
     rows = [row for name in ("starts", "d_init") for row in _rows(name)]
     return [
-        row for row in rows if row["optimizer"] == "adam" and row["start"] in ("random", "flat")
+        row
+        for row in rows
+        if row["optimizer"] == "adam"
+        and row["start"] in ("random", "flat")
+        and row["n_train"] == Trial.n_train
     ]
 
 
@@ -46,13 +50,8 @@ def _rows(name: str) -> list[dict]:
 
 def with_rank(row: dict, spectrum: saesub.Spectrum) -> dict:
     """The row with `rank`, the dimension of the subspace it started in."""
-    if row["start"] == "random":
-        rank = spectrum.d
-    elif row["d_init"] == "auto" and row["study"] == "starts":
-        # That study was run when "auto" meant this.
-        rank = max(spectrum.rank_at(0.99), round(spectrum.effective_rank("singular_values")))
-    else:
-        rank = saesub.choose_d_init(spectrum, row["d_init"])
+    flat = row["start"] == "flat"
+    rank = saesub.choose_d_init(spectrum, row["d_init"]) if flat else spectrum.d
     return row | {"rank": rank}
 
 

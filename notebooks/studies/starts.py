@@ -2,7 +2,8 @@
 
     python notebooks/studies/starts.py
 
-Writes data/results/studies/starts.json; a few hours of one core.
+Writes data/results/studies/starts.json; a few hours of one core. Its first run was made when
+d_init="auto" meant another dimension, and its flat starts stand there by that number.
 """
 
 from trials import Trial, run
@@ -10,15 +11,23 @@ from trials import Trial, run
 SITES = [f"blocks.12.hook_{site}" for site in ("attn_out", "mlp_out", "resid_post")]
 STARTS = ["random", "flat", "whitened_data"]
 
+WIDTHS = [
+    Trial(site, start, d_sae=d_sae, seed=seed)
+    for seed in range(3)
+    for site in (SITES if seed < 2 else SITES[:1])
+    for d_sae in (2048, 8192, 16384)
+    for start in STARTS
+]
+RATES = [Trial(site, start, lr=1e-3) for site in SITES for start in STARTS]
+RULES = [Trial(SITES[0], start) for start in ("spectrum", "data")]
+SPARSE = [Trial(site, start, optimizer="sparse_adam") for site in SITES for start in STARTS]
+# The store holds 340,000 training tokens, so these see each nearly three times.
+LONG = [
+    Trial(site, start, n_train=960_000, seed=seed)
+    for seed in range(2)
+    for site in SITES
+    for start in STARTS
+]
+
 if __name__ == "__main__":
-    widths = [
-        Trial(site, start, d_sae=d_sae, seed=seed)
-        for seed in range(3)
-        for site in (SITES if seed < 2 else SITES[:1])
-        for d_sae in (2048, 8192, 16384)
-        for start in STARTS
-    ]
-    rates = [Trial(site, start, lr=1e-3) for site in SITES for start in STARTS]
-    rules = [Trial(SITES[0], start) for start in ("spectrum", "data")]
-    sparse = [Trial(site, start, optimizer="sparse_adam") for site in SITES for start in STARTS]
-    run("starts", [*widths, *rates, *rules, *sparse])
+    run("starts", [*WIDTHS, *RATES, *RULES, *SPARSE, *LONG])

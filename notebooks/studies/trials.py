@@ -1,7 +1,8 @@
 """One SAE trained and judged, and many of them, resumable: what the studies here have in common.
 
-A study is a list of trials. Its record holds the command, the commit, the machine, and one row a
-trial; a study that is called again goes on where it stopped.
+A study is a list of trials. Its record holds one row a trial; `runs` has the command, the commit,
+the date and the machine of every call, each row says of which call it is, and the record's head
+repeats the last. A study that is called again goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -34,7 +36,7 @@ N_SPECTRUM = 200_000  # tokens behind a spectrum, and to draw data points from
 
 @dataclass(frozen=True)
 class Trial:
-    """`start` is "random" or a rule of `saesub.directions`; `d_init` as there."""
+    """`start` is "random", a rule of `saesub.directions` or of a study; `d_init` as there."""
 
     hook_name: str
     start: str
@@ -65,9 +67,25 @@ def site(model: str, hook_name: str) -> tuple:
     return train, held_out, saesub.Spectrum.from_activations(x), x
 
 
-def untrained(trial: Trial) -> TopKTrainingSAE:
-    """The SAE of a trial at step 0, with its start."""
+Start = Callable[[TopKTrainingSAE, Trial], None]  # sets an SAE's directions, its biases being set
+
+
+def package_start(sae: TopKTrainingSAE, trial: Trial) -> None:
+    """What `initialize_in_subspace` does by the rule that the trial names."""
     _, _, spectrum, x = site(trial.model, trial.hook_name)
+    saesub.initialize_in_subspace(
+        sae,
+        spectrum,
+        trial.d_init,
+        directions=trial.start,  # pyright: ignore[reportArgumentType]
+        activations=x if "data" in trial.start else None,
+        seed=trial.seed,
+    )
+
+
+def untrained(trial: Trial, start: Start) -> TopKTrainingSAE:
+    """The SAE of a trial at step 0, with its start."""
+    spectrum = site(trial.model, trial.hook_name)[2]
     torch.manual_seed(trial.seed)
     sae = TopKTrainingSAE(
         TopKTrainingSAEConfig(
@@ -81,19 +99,13 @@ def untrained(trial: Trial) -> TopKTrainingSAE:
     )
     saesub.center_biases(sae, spectrum)
     if trial.start != "random":
-        saesub.initialize_in_subspace(
-            sae,
-            spectrum,
-            trial.d_init,
-            directions=trial.start,  # pyright: ignore[reportArgumentType]
-            activations=x if "data" in trial.start else None,
-            seed=trial.seed,
-        )
+        start(sae, trial)
     return sae
 
 
-def outcome(trial: Trial) -> dict:
-    """Train the trial; its settings, and the dead share and FVU on held-out tokens."""
+def outcome(trial: Trial, start: Start = package_start) -> dict:
+    """Train the trial; its settings, how often it saw each activation, and the dead share and FVU
+    on held-out tokens."""
     torch.set_num_threads(1)
     train, held_out, _, _ = site(trial.model, trial.hook_name)
     cfg = SAETrainerConfig(
@@ -107,7 +119,7 @@ def outcome(trial: Trial) -> dict:
     )
     trainer = saesub.SubspaceSAETrainer(
         cfg,
-        untrained(trial),
+        untrained(trial, start),
         iter(()),
         optimizer=trial.optimizer,  # pyright: ignore[reportArgumentType]
         dead_window_tokens=WINDOW,
@@ -121,27 +133,32 @@ def outcome(trial: Trial) -> dict:
     x = held_out.rows(0, WINDOW)
     dead = saesub.dead_features(trainer.sae, x, n_tokens=WINDOW).float().mean().item()
     fvu = saesub.reconstruction(trainer.sae, x[:N_JUDGED].split(1024)).fvu
-    return asdict(trial) | {"dead_share": dead, "fvu": fvu}
+    epochs = trial.n_train / train.n_tokens
+    return asdict(trial) | {"epochs": epochs, "dead_share": dead, "fvu": fvu}
 
 
-def run(name: str, trials: list[Trial], n_workers: int | None = None) -> None:
+def run(
+    name: str, trials: list[Trial], start: Start = package_start, n_workers: int | None = None
+) -> None:
     """Run the trials that the record `name` lacks, on one thread each."""
     os.environ["OMP_NUM_THREADS"] = "1"
     path = RESULTS / f"{name}.json"
-    record = json.loads(path.read_text()) if path.is_file() else {"rows": []}
+    record = json.loads(path.read_text()) if path.is_file() else {"runs": [], "rows": []}
     done = [{f: row[f] for f in Trial.__dataclass_fields__} for row in record["rows"]]
     left = [t for t in trials if asdict(t) not in done]
     harvest(left)
-    record |= {
+    this = {
         "command": "python " + " ".join(sys.argv),
         "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], text=True).strip(),
         "run": run_facts(),
     }
+    place = len(record["runs"])
+    record = this | {"runs": [*record["runs"], this], "rows": record["rows"]}
     quiet = {"initializer": _quiet, "mp_context": get_context("spawn")}
     with ProcessPoolExecutor(n_workers or os.cpu_count(), **quiet) as pool:
-        jobs = [pool.submit(outcome, trial) for trial in left]
+        jobs = [pool.submit(outcome, trial, start) for trial in left]
         for job in tqdm(as_completed(jobs), total=len(jobs), unit="SAE"):
-            record["rows"].append(job.result())
+            record["rows"].append(job.result() | {"run": place})
             write_text(path, json.dumps(record, indent=1))
 
 
