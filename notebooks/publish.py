@@ -23,7 +23,7 @@ import pandas as pd
 
 from saesub import claims
 from saesub.errors import SaesubError
-from saesub.reproduce import memory_text
+from saesub.report import is_progress, memory_text
 
 ROOT = Path(__file__).resolve().parent.parent
 STARTS_FILE = ROOT / "data" / "results" / "studies" / "d_init.json"
@@ -34,7 +34,6 @@ _RUN_TIME = re.compile(
     r"(?P<memory>,(?: with)? \d+ GB of memory"
     r"|, peak memory (?:[\d.]+ GB(?: of GPU memory)?(?:, )?)+(?: \(on a T4[^)]*\))?)?"
 )
-_WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def publish(run: Path) -> None:
@@ -130,7 +129,7 @@ def cleaned(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     code = [cell for cell in kept if cell.cell_type == "code" and cell.source.strip()]
     for count, cell in enumerate(code, 1):
         cell.execution_count = count
-        cell.outputs = [out for out in cell.outputs if not _is_noise(out)]
+        cell.outputs = [out for out in cell.outputs if not is_progress(out)]
         for out in cell.outputs:
             if "execution_count" in out:
                 out.execution_count = count
@@ -140,10 +139,6 @@ def cleaned(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     names = ("kernelspec", "language_info")
     notebook.metadata = {k: v for k, v in notebook.metadata.items() if k in names}
     return notebook
-
-
-def _is_noise(output: nbformat.NotebookNode) -> bool:
-    return output.get("name") == "stderr" or _WIDGET in output.get("data", {})
 
 
 def images(notebook: nbformat.NotebookNode) -> Iterator[bytes]:

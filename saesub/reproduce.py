@@ -3,52 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import html
 import json
 import os
-import platform
-import re
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from . import claims
 from .errors import SaesubError, near_names
+from .report import Outcome, report_page, run_facts
 from .resources import notebooks_dir, source_digest
 
 PROFILES = ("smoke", "quick", "paper")
-_PACKAGES = ("saesub", "torch", "transformer-lens", "sae-lens", "transformers", "datasets")
-_CSS = """
-body{font:16px/1.55 system-ui,sans-serif;color:#1a1a1a;background:#fff;max-width:60rem;
-margin:0 auto;padding:1rem;overflow-wrap:break-word}
-img,svg{max-width:100%;height:auto} pre{overflow-x:auto;font-size:.85rem}
-table{border-collapse:collapse;font-size:.92rem} th,td{padding:.35rem .6rem;
-border-bottom:1px solid #ddd;text-align:left} .scroll,.jp-OutputArea-output{overflow-x:auto}
-.jp-InputPrompt,.jp-OutputPrompt,.anchor-link{display:none} section{border-top:3px solid #333;
-margin-top:3rem} .error{color:#b33c00;font-weight:600}
-"""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How one notebook's run ended: `error` is empty for success, `key` says what was run.
-
-    `facts` are `run_facts()` at its end; `peak_memory` is the most bytes that its kernel held, of
-    the machine's memory ("cpu") and, if it used one, of the GPU's ("gpu"), where that is known.
-    """
-
-    name: str
-    key: str
-    seconds: float
-    error: str = ""
-    facts: tuple[str, ...] = ()
-    peak_memory: dict[str, int] = field(default_factory=dict)
 
 
 def find_notebooks(wanted: Sequence[str] = ()) -> list[Path]:
@@ -182,13 +152,6 @@ def _environment(**values: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "(a checkout, not installed)"
-
-
 def _key(path: Path, profile: str) -> str:
     parts = (source_digest().encode(), profile.encode(), path.read_bytes())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
@@ -215,78 +178,3 @@ def _summarise(folder: Path, profile: str, outcomes: list[Outcome]) -> None:
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def report_page(
-    notebooks: Path, profile: str, table: claims.ClaimsTable, runs: Sequence[Outcome]
-) -> str:
-    """The report, one self-contained HTML page."""
-    bodies = [
-        f"<section id='{html.escape(run.name)}'>{_body(notebooks / f'{run.name}.ipynb')}</section>"
-        for run in runs
-        if (notebooks / f"{run.name}.ipynb").is_file()
-    ]
-    return (
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
-        "<meta name='viewport' content='width=device-width,initial-scale=1'>"
-        f"<title>saesub: {profile} report</title><style>{_CSS}</style></head><body>"
-        f"<h1>saesub: {profile} report</h1><h2>Scorecard</h2>{table._repr_html_()}"
-        f"<h2>This run</h2>{_run_info()}{_times(runs)}{''.join(bodies)}</body></html>"
-    )
-
-
-def run_facts() -> list[str]:
-    """Date, versions and hardware of this machine, one line each."""
-    import torch
-
-    return [
-        datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        f"Python {platform.python_version()}, {platform.system()} {platform.machine()}",
-        f"{_processor()}, {os.cpu_count()} cores",
-        *([torch.cuda.get_device_name()] if torch.cuda.is_available() else []),
-        ", ".join(f"{name} {_version(name)}" for name in _PACKAGES),
-    ]
-
-
-def _run_info() -> str:
-    return "<ul>" + "".join(f"<li>{html.escape(fact)}</li>" for fact in run_facts()) + "</ul>"
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    models = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(models, "") or platform.processor() or "unknown processor"
-
-
-def _times(runs: Sequence[Outcome]) -> str:
-    head = "<tr><th>Notebook</th><th>Time</th><th>Peak memory</th><th></th></tr>"
-    rows = "".join(
-        f"<tr><td><a href='#{html.escape(run.name)}'>{html.escape(run.name)}</a></td>"
-        f"<td>{run.seconds:.0f} s</td><td>{html.escape(memory_text(run.peak_memory))}</td>"
-        f"<td class='error'>{html.escape(run.error)}</td></tr>"
-        for run in runs
-    )
-    return f"<div class='scroll'><table>{head}{rows}</table></div>"
-
-
-def memory_text(peak: dict[str, int]) -> str:
-    """An `Outcome`'s peak memory in words; empty if it is not known."""
-    words = {"cpu": "{:.1f} GB", "gpu": "{:.1f} GB of GPU memory"}
-    return ", ".join(words[where].format(held / 1e9) for where, held in peak.items())
-
-
-def _body(path: Path) -> str:
-    """A notebook without its code, its links, its progress bars and other standard error."""
-    import nbformat
-    from nbconvert import HTMLExporter
-
-    notebook = nbformat.read(path, as_version=4)
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]
-        else:  # a badge is fetched from elsewhere, and the page must stand by itself
-            cell.source = re.sub(r"(?s)<!-- links -->.*<!-- /links -->\n*", "", cell.source)
-    exporter = HTMLExporter(template_name="basic", exclude_input=True)
-    body, _ = exporter.from_notebook_node(notebook)
-    return body

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
 
@@ -34,3 +37,24 @@ def activations(model, corpus) -> torch.Tensor:
     hook = "blocks.4.hook_attn_out"
     blocks = stream_activations(model, corpus, [hook], n_tokens=4000, progress=False)
     return torch.cat([block[hook] for block in blocks])
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory) -> Path:
+    """saesub's wheel, built from this checkout."""
+    folder = tmp_path_factory.mktemp("wheel")
+    root = Path(__file__).resolve().parent.parent
+    build = ["wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder), str(root)]
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    subprocess.run([*pip, *build], check=True, cwd=folder)
+    (built,) = folder.glob("saesub-*.whl")
+    return built
+
+
+@pytest.fixture(scope="session")
+def installed(wheel) -> Path:
+    """A folder holding saesub as installed from its wheel, and nothing else."""
+    target = wheel.parent / "site"
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+    subprocess.run([*pip, "install", "--no-deps", "-t", str(target), str(wheel)], check=True)
+    return target

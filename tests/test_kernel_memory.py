@@ -9,7 +9,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from saesub import reproduce
+from saesub import report, reproduce
 
 
 def _write(path, *cells):
@@ -33,12 +33,12 @@ def test_a_run_records_its_own_kernels_peak_memory(tmp_path, monkeypatch):
     assert "gpu" not in small.peak_memory
     stamp = json.loads((tmp_path / "smoke" / "runs" / "01_small.json").read_text())
     assert stamp["peak_memory"] == small.peak_memory
-    shown = reproduce.memory_text(large.peak_memory)
+    shown = report.memory_text(large.peak_memory)
     assert f"<td>{shown}</td>" in (tmp_path / "smoke" / "report.html").read_text("utf-8")
 
 
 def test_peak_memory_in_words():
-    assert reproduce.memory_text({}) == ""
-    assert reproduce.memory_text({"cpu": 3_140_000_000, "gpu": 2_000_000_000}) == (
+    assert report.memory_text({}) == ""
+    assert report.memory_text({"cpu": 3_140_000_000, "gpu": 2_000_000_000}) == (
         "3.1 GB, 2.0 GB of GPU memory"
     )

@@ -57,19 +57,6 @@ def test_the_opening_cells(path):
     assert "PROFILE" in parameters.source
 
 
-@pytest.fixture(scope="session")
-def installed(tmp_path_factory) -> Path:
-    """A folder holding saesub as installed from its wheel, and nothing else."""
-    folder = tmp_path_factory.mktemp("wheel")
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
-    build = ["wheel", "--no-deps", "--no-build-isolation", "-w", str(folder), str(ROOT)]
-    subprocess.run([*pip, *build], check=True, cwd=folder)
-    (wheel,) = folder.glob("saesub-*.whl")
-    target = folder / "site"
-    subprocess.run([*pip, "install", "--no-deps", "-t", str(target), str(wheel)], check=True)
-    return target
-
-
 def _environment(installed: Path) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(installed), "PYTHONSAFEPATH": "1"}
 

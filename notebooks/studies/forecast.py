@@ -22,7 +22,7 @@ from trials import RESULTS, Trial, site
 import saesub
 from saesub.claims import write_text
 from saesub.forecast import LEAST, expected_share
-from saesub.reproduce import run_facts
+from saesub.report import run_facts
 
 CALIBRATED_ON = ("blocks.12.", "blocks.20.")
 FIRST_GUESS = [-6.0, 10.0, -12.0, 14.0, 2.4, 6.0]

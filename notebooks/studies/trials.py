@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 import saesub
 from saesub.claims import write_text
-from saesub.reproduce import run_facts
+from saesub.report import run_facts
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "data" / "results" / "studies"
