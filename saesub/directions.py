@@ -90,6 +90,32 @@ def _likeness(rows: Float[Tensor, "n rank"]) -> Float[Tensor, " n"]:
     return likeness
 
 
+def reading_directions(
+    rows: Float[Tensor, "n d"],
+    input_spectrum: Spectrum,
+    rank: int,
+    read: Float[Tensor, "tokens d_in"],
+    written: Float[Tensor, "tokens d"],
+) -> Float[Tensor, "n d_in"]:
+    """For each direction that is written, the unit direction of what is read that predicts it best.
+
+    Least squares on the top `rank` principal directions of what is read. Of an autoencoder, which
+    reads what it writes, it is the row itself, so this is what a tie is between two spaces. Raises
+    SaesubError for no more tokens than directions.
+    """
+    if len(read) <= rank:
+        raise SaesubError(
+            f"{len(read)} pairs of activations cannot tie an encoder within {rank} directions: "
+            f"pass more than {rank}, better {10 * rank}, or a smaller d_init."
+        )
+    basis, variance = input_spectrum.basis(rank), input_spectrum.eigenvalues[:rank].float()
+    coordinates = (read.float().to(basis) - input_spectrum.mean.float()) @ basis
+    written = written.float().to(basis)
+    together = coordinates.T @ (written - written.mean(0))
+    variance = variance.clamp(min=_LEAST_VARIANCE * float(variance[0]))
+    return normalize(rows @ together.T / variance, dim=-1) @ basis.T
+
+
 def equal_variance(
     rows: Float[Tensor, "n d"], covariance: Float[Tensor, "d d"]
 ) -> Float[Tensor, "n 1"]:

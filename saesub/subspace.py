@@ -25,6 +25,7 @@ from saesub.directions import (
     draw_tokens,
     equal_variance,
     random_directions,
+    reading_directions,
 )
 from saesub.errors import SaesubError
 from saesub.spectrum import Spectrum
@@ -70,9 +71,13 @@ def initialize_in_subspace(
     """Re-draw a dictionary's features inside the active subspace, in place.
 
     Row norms of the decoder stay what SAELens made them; the encoder becomes the decoder's
-    transpose, but for its columns' norms where directions are whitened (a transcoder's encoder,
-    which reads another space, is drawn in the active subspace of that space, at the norms it had);
-    biases are centred as by `center_biases`.
+    transpose, but for its columns' norms where directions are whitened; biases are centred as by
+    `center_biases`.
+
+    A transcoder's encoder reads another space, and keeps its columns' norms. Its directions lie in
+    the active subspace of that space: given pairs of activations they are those that best predict,
+    by least squares, what is written along each decoder row, which is the tie of an autoencoder;
+    else they are drawn by themselves. Pairs are better: see notebook 08.
 
     Args:
         sae: any SAELens training SAE, or a transcoder of any kind.
@@ -83,9 +88,9 @@ def initialize_in_subspace(
         directions: "flat" (the paper's), "spectrum", "data" or "whitened_data", see
             `saesub.directions`.
         activations: (tokens, d) at the spectrum's hook point, at least d_sae tokens, for directions
-            from data; (tokens, d_out) of a transcoder's target.
+            from data; for a transcoder, what it writes, (tokens, d_out), for any directions.
         input_spectrum: of the activations that a transcoder reads; refused for an autoencoder.
-        input_activations: for directions from data, what a transcoder reads at the same tokens.
+        input_activations: what a transcoder reads at the same tokens.
         seed: of the random directions.
 
     Raises:
@@ -101,8 +106,11 @@ def initialize_in_subspace(
     _check_fits(sae, spectrum, input_spectrum, is_transcoder)
     rank = _rank(spectrum, d_init, directions)
     input_rank = _rank(input_spectrum, d_init, directions) if input_spectrum else None
+    _check_pairs(directions, spectrum, input_spectrum, activations, input_activations)
+    pairs = None
+    if directions not in FROM_DATA and activations is not None and input_activations is not None:
+        pairs, activations = (input_activations, activations), None
     check_directions(directions, spectrum, sae.cfg.d_sae, activations)
-    _check_pairs(directions, is_transcoder, activations, input_activations)
 
     draw = _Draw(directions, sae.cfg.d_sae, seed)
     tokens = draw.tokens(spectrum, rank, activations)
@@ -110,10 +118,11 @@ def initialize_in_subspace(
     read, decoder = spectrum, rows.to(sae.W_dec) * sae.W_dec.norm(dim=-1, keepdim=True)
     encoder = decoder
     if input_spectrum is not None and input_rank is not None:
-        rows, read = (
-            draw.rows(input_spectrum, input_rank, input_activations, tokens),
-            input_spectrum,
-        )
+        read = input_spectrum
+        if pairs:
+            rows = reading_directions(rows, read, input_rank, *pairs)
+        else:
+            rows = draw.rows(read, input_rank, input_activations, tokens)
         encoder = rows.to(sae.W_enc) * sae.W_enc.norm(dim=0).unsqueeze(-1)
     if directions == "whitened_data":
         encoder = encoder * equal_variance(rows, read.covariance).to(encoder)
@@ -219,17 +228,27 @@ def _rank(spectrum: Spectrum, d_init: int | float | str, directions: Directions)
 
 
 def _check_pairs(
-    directions: str, is_transcoder: bool, activations: Tensor | None, read: Tensor | None
+    directions: str,
+    spectrum: Spectrum,
+    input_spectrum: Spectrum | None,
+    written: Tensor | None,
+    read: Tensor | None,
 ) -> None:
-    """Input activations are those of the same tokens, where they are asked for."""
-    if directions in FROM_DATA and is_transcoder:
-        if read is None or activations is None or len(read) != len(activations):
-            raise SaesubError(
-                f"directions={directions!r} for a transcoder start at pairs: pass activations "
-                "(what it writes) and input_activations (what it reads) of the same tokens."
-            )
-    elif read is not None:
-        raise SaesubError("input_activations are for a transcoder whose directions are from data.")
+    """A transcoder's activations come in pairs, where they are asked for or given."""
+    if input_spectrum is None:
+        if read is not None:
+            raise SaesubError("input_activations are for a transcoder, which reads another space.")
+        return
+    if written is None and read is None and directions not in FROM_DATA:
+        return
+    shapes = [None if t is None else tuple(t.shape) for t in (written, read)]
+    n = None if written is None else len(written)
+    if n is None or shapes != [(n, spectrum.d), (n, input_spectrum.d)]:
+        raise SaesubError(
+            f"directions={directions!r} of a transcoder start at pairs: pass activations, what it "
+            f"writes, (n, {spectrum.d}), and input_activations, what it reads at the same tokens, "
+            f"(n, {input_spectrum.d}), not tensors of shapes {shapes[0]} and {shapes[1]}."
+        )
 
 
 def _mean_in_scale(spectrum: Spectrum, scaled: bool) -> Float[Tensor, " d"]:

@@ -77,6 +77,60 @@ def test_transcoders_use_both_spaces_and_see_centred_inputs(architecture):
     assert at_mean.abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("architecture", TRANSCODERS)
+def test_pairs_tie_a_transcoder_by_what_predicts_each_row(architecture):
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(3000, 10, generator=generator) @ torch.randn(10, D_IN, generator=generator)
+    through = torch.randn(D_IN, D_OUT, generator=generator)
+    y = x @ through + 3.0
+    read, spectrum = Spectrum.from_activations(x + 1.0), Spectrum.from_activations(y)
+    transcoder = _transcoder(architecture)
+    norms = transcoder.W_enc.norm(dim=0).clone()
+    settings = {"input_spectrum": read, "activations": y, "input_activations": x + 1.0}
+    report = initialize_in_subspace(transcoder, spectrum, d_init=10, **settings)
+    _assert_in_span(transcoder.W_dec.detach(), spectrum.basis(10))
+    _assert_in_span(transcoder.W_enc.detach().T, read.basis(report.input_d_init))
+    torch.testing.assert_close(transcoder.W_enc.norm(dim=0), norms)
+    # The target is linear in the input, so a feature tells exactly what is along its row.
+    seen = (x + 1.0) @ transcoder.W_enc.detach() + transcoder.b_enc.detach()
+    along = (y - y.mean(0)) @ transcoder.W_dec.detach().T
+    assert torch.nn.functional.cosine_similarity(seen, along, dim=0).min() > 0.9999
+
+
+def test_the_tie_of_a_transcoder_to_its_own_input_is_an_autoencoders():
+    sae_class, cfg_class = SAE_CLASS_REGISTRY["transcoder"]
+    transcoder: SAE = sae_class(
+        cfg_class(d_in=D_IN, d_sae=D_SAE, d_out=D_IN, apply_b_dec_to_input=False)
+    )
+    x = torch.randn(3000, D_IN) * torch.linspace(0.1, 3, D_IN) + 1
+    settings = {"activations": x, "input_activations": x, "d_init": 9}
+    spectrum = Spectrum.from_activations(x)
+    initialize_in_subspace(transcoder, spectrum, input_spectrum=spectrum, **settings)
+    cosine = torch.nn.functional.cosine_similarity(transcoder.W_enc.T, transcoder.W_dec, dim=-1)
+    torch.testing.assert_close(cosine, torch.ones(D_SAE))
+
+
+@pytest.mark.parametrize(
+    ("written", "read", "message"),
+    [
+        (torch.zeros(50, D_OUT), None, "start at pairs"),
+        (None, torch.zeros(50, D_IN), "start at pairs"),
+        (torch.zeros(50, D_OUT), torch.zeros(49, D_IN), "start at pairs"),
+        (torch.zeros(50, D_IN), torch.zeros(50, D_IN), rf"\(n, {D_OUT}\)"),
+        (torch.zeros(6, D_OUT), torch.zeros(6, D_IN), "pass more than 6"),
+    ],
+)
+def test_pairs_that_do_not_fit_a_transcoder_are_refused(written, read, message):
+    transcoder = _transcoder("transcoder")
+    before = transcoder.W_enc.clone()
+    settings = {"activations": written, "input_activations": read, "d_init": 6}
+    with pytest.raises(SaesubError, match=message):
+        initialize_in_subspace(
+            transcoder, _spectrum(D_OUT, 8), input_spectrum=_spectrum(D_IN, 10), **settings
+        )
+    assert torch.equal(transcoder.W_enc, before)
+
+
 @pytest.mark.parametrize("architecture", ["standard", "gated", "jumprelu", "topk"])
 @pytest.mark.parametrize("apply_b_dec_to_input", [True, False])
 def test_encoders_see_centred_inputs(architecture, apply_b_dec_to_input):
