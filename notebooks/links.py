@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import nbformat
 
-from saesub.claims import write_text
+from saesub.atomic import write_atomically
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -72,4 +72,4 @@ if __name__ == "__main__":
     notebooks = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
     texts = {path: written(path, notebooks, repository()) for path in notebooks}
     for path, text in texts.items():
-        write_text(path, text)
+        write_atomically(path, text)

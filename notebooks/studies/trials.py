@@ -24,7 +24,7 @@ from sae_lens.config import SAETrainerConfig
 from tqdm.auto import tqdm
 
 import saesub
-from saesub.claims import write_text
+from saesub.atomic import write_atomically
 from saesub.report import run_facts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -159,7 +159,7 @@ def run(
         jobs = [pool.submit(outcome, trial, start) for trial in left]
         for job in tqdm(as_completed(jobs), total=len(jobs), unit="SAE"):
             record["rows"].append(job.result() | {"run": place})
-            write_text(path, json.dumps(record, indent=1))
+            write_atomically(path, json.dumps(record, indent=1))
 
 
 def _quiet() -> None:
