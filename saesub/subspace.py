@@ -157,11 +157,14 @@ def center_biases(
     `expected_average_only_in`, an approximation for `layer_norm` and `constant_norm_rescale`,
     which scale each token by itself.
 
+    The spectrum's hook point and model are noted in `sae.cfg.metadata`, where it names none yet.
+
     Raises:
         SaesubError: as `initialize_in_subspace`.
     """
     is_transcoder = hasattr(sae.cfg, "d_out")
     _check_fits(sae, spectrum, input_spectrum, is_transcoder)
+    _note_source(sae, spectrum, input_spectrum)
     scaled = sae.cfg.normalize_activations != "none"
     sae.b_dec.copy_(_mean_in_scale(spectrum, scaled and not is_transcoder))
     read = input_spectrum if is_transcoder else spectrum
@@ -249,6 +252,17 @@ def _check_pairs(
             f"writes, (n, {spectrum.d}), and input_activations, what it reads at the same tokens, "
             f"(n, {input_spectrum.d}), not tensors of shapes {shapes[0]} and {shapes[1]}."
         )
+
+
+def _note_source(sae: SAE[Any], spectrum: Spectrum, input_spectrum: Spectrum | None) -> None:
+    """SAELens splices an SAE in at `hook_name`; a transcoder writes at `hook_name_out`."""
+    read = (input_spectrum or spectrum).metadata
+    known = {"hook_name": read.get("hook_name"), "model_name": read.get("model")}
+    if input_spectrum is not None:
+        known["hook_name_out"] = spectrum.metadata.get("hook_name")
+    for name, value in known.items():
+        if value is not None and sae.cfg.metadata[name] is None:
+            sae.cfg.metadata[name] = value
 
 
 def _mean_in_scale(spectrum: Spectrum, scaled: bool) -> Float[Tensor, " d"]:
