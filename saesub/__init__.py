@@ -9,6 +9,7 @@ from saesub.errors import SaesubError
 from saesub.evaluate import loss_recovered, reconstruction
 from saesub.fetch import fetch
 from saesub.forecast import Forecast, forecast_dead
+from saesub.model_card import model_card
 from saesub.models import load_model
 from saesub.optim import SparseAdam, parameter_groups
 from saesub.quality import loss_with_sae
@@ -55,6 +56,7 @@ __all__ = [
     "loss_with_sae",
     "measure_spectra",
     "measure_spectrum",
+    "model_card",
     "overlap",
     "pack_contexts",
     "parameter_groups",
