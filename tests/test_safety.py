@@ -31,7 +31,7 @@ from saesub.errors import SaesubError
 from saesub.examples import ExamplesPage, FeatureExamples, Snippet
 from saesub.fetch import Packaged, PackagedFile, Part, fetch, packaged, read_registry
 from saesub.models import load_model
-from saesub.reproduce import Outcome, report_page
+from saesub.report import Outcome, report_page
 from saesub.training import SubspaceSAETrainer
 
 SOURCES = sorted((Path(__file__).parents[1] / "saesub").glob("*.py"))
