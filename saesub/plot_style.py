@@ -19,7 +19,8 @@ from matplotlib.ticker import FuncFormatter
 
 from saesub.errors import SaesubError
 
-# Sites wear Okabe and Ito's colours, arms Paul Tol's, so that neither is taken for the other.
+# Sites wear Okabe and Ito's colours, arms others, so that neither is taken for the other; the tests
+# look at both through the eyes of the colour-blind.
 SITES = {
     "attn_out": ("attention output", "#D55E00"),
     "mlp_out": ("MLP output", "#0072B2"),
@@ -28,16 +29,14 @@ SITES = {
 }
 ARMS = {
     "random": "#7F7F7F",
-    "random + sparseadam": "#CC6677",
+    "random + sparseadam": "#B8860B",
     "asi": "#332288",
-    "asi + sparseadam": "#44AA99",
-    "auxk": "#B8860B",
-    "ghost": "#AA4499",
-    "resampling": "#882255",
+    "asi + sparseadam": "#1E9BD0",
 }
 _SPARE = ("#117733", "#E69F00", "#56B4E9", "#661100", "#999933", "#000000")
 _LINES = {"random": "--", "random + sparseadam": "-.", "asi + sparseadam": ":"}
-MARKERS = "oDs^vP"
+MARKERS = "oDs^vP"  # lines of a figure differ in their marks, or dashes, as well as in colour
+DASHES = ("-", "--", "-.", ":")
 NOTE = "#444444"
 WIDE = 7.4
 
@@ -120,10 +119,29 @@ def percent(axis: Axis) -> None:
     axis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.4g} %"))
 
 
-def legend_above(figure: Figure, axes: Axes, columns: int = 3) -> None:
-    """The legend of `axes`, in one block above the figure's panels."""
+def legend_above(figure: Figure, axes: Axes) -> None:
+    """The legend of `axes` above the figure's panels, in as few rows as fit into its width."""
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(columns, len(labels)))
+    for rows in range(1, len(labels) + 1):
+        columns = -(-len(labels) // rows)
+        legend = figure.legend(handles, labels, loc="outside upper center", ncols=columns)
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            return
+        legend.remove()
+
+
+def outlined(axes: Axes, values: np.ndarray, bins: np.ndarray, n: int, **look: Any) -> None:
+    """An outlined histogram in shares of `n`, so that one does not hide another."""
+    shares = np.histogram(values.clip(bins[0], bins[-1]), bins)[0] / n
+    axes.stairs(shares, bins, lw=1.8, **look)
+    axes.stairs(shares, bins, fill=True, alpha=0.12, color=look["color"])
+
+
+def from_zero(axis: Axis) -> None:
+    """Starts an axis of shares a little below 0, so that marks at 0 are whole."""
+    low, high = axis.get_data_interval()
+    vertical = axis is axis.axes.yaxis
+    (axis.axes.set_ylim if vertical else axis.axes.set_xlim)(min(low, 0) - 0.02 * max(high, 1e-3))
 
 
 def beside(axes: Axes, y: float, text: str, color: str = NOTE) -> None:

@@ -5,10 +5,21 @@ As in `saesub.plots`: it takes a tidy DataFrame with a column `arm` and returns 
 
 from __future__ import annotations
 
+from itertools import cycle
+
 import pandas as pd
 from matplotlib.figure import Figure
 
-from saesub.plot_style import arm_looks, checked, closed_figure, legend_above, percent, rows_where
+from saesub.plot_style import (
+    MARKERS,
+    arm_looks,
+    checked,
+    closed_figure,
+    from_zero,
+    legend_above,
+    percent,
+    rows_where,
+)
 
 
 def dead_by_dictionary(frame: pd.DataFrame) -> Figure:
@@ -25,14 +36,16 @@ def dead_by_dictionary(frame: pd.DataFrame) -> Figure:
         for place, name in enumerate(names):
             ends = rows_where(means, "dictionary", name)["dead_share"]
             axes.plot([ends.min(), ends.max()], [place] * 2, color="#bbbbbb", lw=2.5, zorder=1)
-        for arm, look in arm_looks(frame["arm"]).items():
-            for rows, mark in ((frame, {"s": 12, "lw": 0}), (means, {"s": 62, "label": arm})):
+        arms = arm_looks(frame["arm"]).items()
+        for (arm, look), mark in zip(arms, cycle(MARKERS), strict=False):
+            for rows, size in ((frame, {"s": 12, "lw": 0}), (means, {"s": 62, "label": arm})):
                 of_arm = rows_where(rows, "arm", arm)
                 places = [names.index(name) for name in of_arm["dictionary"]]
-                axes.scatter(of_arm["dead_share"], places, color=look["color"], zorder=2, **mark)
+                size |= {"color": look["color"], "marker": mark, "zorder": 2}
+                axes.scatter(of_arm["dead_share"], places, **size)
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.5, -0.5)
-        axes.set_xlim(left=-0.02 * frame["dead_share"].max() - 1e-4)
+        from_zero(axes.xaxis)
         axes.set_xlabel("dead features (heads, for Lorsa)")
         axes.grid(axis="y", visible=False)
         percent(axes.xaxis)

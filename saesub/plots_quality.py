@@ -17,6 +17,7 @@ from saesub.plot_style import (
     checked,
     closed_figure,
     legend_above,
+    outlined,
     percent,
     rows_where,
 )
@@ -37,7 +38,7 @@ def density_histogram(frame: pd.DataFrame) -> Figure:
         for place, (arm, look) in enumerate(looks.items()):
             density = rows_where(frame, "arm", arm)["density"].to_numpy(dtype=float)
             alive = np.log10(density[density > 0])
-            _steps(axes, alive, bins, len(density), arm, look)
+            outlined(axes, alive, bins, len(density), label=arm, **look)
             dead, shift = (density == 0).mean(), (place - (len(looks) - 1) / 2) * step
             axes.bar(floor - 4 * step + shift, dead, 0.9 * step, color=look["color"])
         ticks = [floor - 4 * step, *range(int(np.ceil(floor)), 1)]
@@ -57,18 +58,11 @@ def cosine_histogram(
     with closed_figure() as (figure, axes):
         for arm, look in arm_looks(frame["arm"]).items():
             values = rows_where(frame, "arm", arm)["cosine"].to_numpy(dtype=float)
-            _steps(axes, values, bins, len(values), arm, look)
+            outlined(axes, values, bins, len(values), label=arm, **look)
         axes.set(xlabel=label, ylabel="share of features")
         percent(axes.yaxis)
         legend_above(figure, axes)
     return figure
-
-
-def _steps(axes: Axes, values: np.ndarray, bins: np.ndarray, n: int, arm: str, look: dict) -> None:
-    """An outlined histogram in shares of `n`, so that one arm does not hide another."""
-    shares = np.histogram(values.clip(bins[0], bins[-1]), bins)[0] / n
-    axes.stairs(shares, bins, label=arm, lw=1.8, **look)
-    axes.stairs(shares, bins, fill=True, alpha=0.12, color=look["color"])
 
 
 def shared_features(frame: pd.DataFrame, threshold: float = 0.7) -> Figure:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
-from saesub.plot_style import checked, closed_figure
+from saesub.plot_style import checked, closed_figure, percent
 
 # Okabe and Ito's colours, one shape for each round of them: marks differ without colour too.
 _COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7")
@@ -33,14 +33,16 @@ def pareto(frame: pd.DataFrame) -> Figure:
         for place, (arm, point) in enumerate(pd.concat([best, others]).iterrows()):
             colour = _COLOURS[place % len(_COLOURS)]
             shape = _SHAPES[place // len(_COLOURS) % len(_SHAPES)]
-            axes.plot(*point, shape, color=colour, ms=8, alpha=0.85, label=str(arm))
+            look = {"ms": 8, "color": colour, "mec": "white", "label": str(arm)}
+            axes.plot(*point, shape, **look)
         axes.set_xscale("symlog", linthresh=_LINEAR_BELOW)
         axes.set_xlim(left=-0.1 * _LINEAR_BELOW)
         axes.set_yscale("log")
-        for shown in (axes.xaxis.set_major_formatter, axes.yaxis.set_major_formatter):
-            shown(FuncFormatter(lambda share, _: f"{100 * share:.4g} %"))
-        axes.yaxis.set_minor_formatter(FuncFormatter(lambda share, _: f"{100 * share:.4g} %"))
+        percent(axes.xaxis)
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set(xlabel="dead features", ylabel="variance unexplained (FVU)")
+        axes.yaxis.set_major_locator(MaxNLocator(7))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda fvu, _: f"{fvu:.4g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.set(xlabel="dead features", ylabel="fraction of variance unexplained")
         figure.legend(loc="outside right upper", fontsize=8.5)
     return figure

@@ -6,6 +6,7 @@ As in `saesub.plots`: each takes data and returns a closed Figure.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import cycle
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,8 @@ from matplotlib.ticker import MaxNLocator
 
 from saesub.errors import SaesubError
 from saesub.plot_style import (
+    DASHES,
+    MARKERS,
     NOTE,
     SITES,
     WIDE,
@@ -37,10 +40,11 @@ def rank_by_layer(frame: pd.DataFrame, paper: Mapping[str, float] | None = None)
     """
     checked(frame, "layer", "site", "rank_share")
     with closed_figure() as (figure, axes):
-        looks = site_looks(frame["site"])
-        for site, (label, color) in looks.items():
+        looks = site_looks(frame["site"]).items()
+        for (site, (label, color)), mark in zip(looks, cycle(MARKERS), strict=False):
             rows = rows_where(frame, "site", site).sort_values("layer")
-            axes.plot(rows["layer"], rows["rank_share"], "o-", ms=4, color=color, label=label)
+            look = {"marker": mark, "ms": 4, "color": color, "label": label}
+            axes.plot(rows["layer"], rows["rank_share"], **look)
         for value, color in paper_lines(paper or {}).items():
             beside(axes, value, f"paper\n{100 * value:.3g} %", color)
         axes.set(
@@ -48,7 +52,7 @@ def rank_by_layer(frame: pd.DataFrame, paper: Mapping[str, float] | None = None)
         )
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         percent(axes.yaxis)
-        legend_above(figure, axes, 4)
+        legend_above(figure, axes)
     return figure
 
 
@@ -65,17 +69,19 @@ def cumulative_variance(curves: Mapping[str, np.ndarray | Spectrum]) -> Figure:
     Each is a `Spectrum`, or cumulative shares: entry i is that of the top i + 1 directions.
     """
     with closed_figure() as (figure, axes):
-        for name, (label, color) in site_looks(curves).items():
+        looks = site_looks(curves).items()
+        for (name, (label, color)), dash in zip(looks, cycle(DASHES), strict=False):
             shares = _cumulative(curves[name])
             if shares.min() < 0 or shares.max() > 1.001 or (np.diff(shares) < -1e-6).any():
                 raise SaesubError(f"{name}: give cumulative shares that rise to 1, not variances")
-            axes.plot(np.arange(1, len(shares) + 1) / len(shares), shares, color=color, label=label)
+            directions = np.arange(1, len(shares) + 1) / len(shares)
+            axes.plot(directions, shares, dash, color=color, label=label)
         beside(axes, 0.99, "99 %")
         axes.set(xlabel="share of directions, strongest first", ylabel="share of variance held")
         axes.set(xlim=(0, 1), ylim=(0, 1.03))
         percent(axes.xaxis)
         percent(axes.yaxis)
-        legend_above(figure, axes, 4)
+        legend_above(figure, axes)
     return figure
 
 
@@ -89,14 +95,15 @@ def loss_recovered(
     """
     checked(frame, "site", "components_share", "recovered")
     with closed_figure() as (figure, axes):
-        for site, (label, color) in site_looks(frame["site"]).items():
+        looks = site_looks(frame["site"]).items()
+        for (site, (label, color)), mark in zip(looks, cycle(MARKERS), strict=False):
             rows = rows_where(frame, "site", site).sort_values("components_share")
             x = rows["components_share"]
-            axes.plot(x, rows["recovered"], "o-", ms=4, color=color, label=label)
+            axes.plot(x, rows["recovered"], marker=mark, ms=4, color=color, label=label)
             if {"low", "high"} <= set(rows.columns):
                 axes.fill_between(x, rows["low"], rows["high"], color=color, alpha=0.18, lw=0)
         floor = min(0.0, float(frame["recovered"].min()))
-        axes.set(xlabel="principal components kept", ylabel="loss recovered")
+        axes.set(xlabel="principal components kept (share of width)", ylabel="loss recovered")
         axes.set(xlim=(0, 1.02), ylim=(floor - 0.02, 1.05))
         for value, color in paper_lines(paper or {}).items():
             axes.axvline(value, color=color, linestyle=(0, (5, 3)), linewidth=1.2)
@@ -105,7 +112,7 @@ def loss_recovered(
         beside(axes, target, f"{100 * target:.3g} %")
         percent(axes.xaxis)
         percent(axes.yaxis)
-        legend_above(figure, axes, 4)
+        legend_above(figure, axes)
     return figure
 
 
@@ -161,9 +168,10 @@ def predicted_variance(frame: pd.DataFrame) -> Figure:
 def singular_values(curves: Mapping[str, np.ndarray]) -> Figure:
     """Singular values in falling order on a logarithmic axis, one curve per name."""
     with closed_figure() as (figure, axes):
-        for name, (label, color) in site_looks(curves).items():
+        looks = site_looks(curves).items()
+        for (name, (label, color)), dash in zip(looks, cycle(DASHES), strict=False):
             values = np.asarray(curves[name], dtype=float)
-            axes.semilogy(np.arange(1, len(values) + 1), values, color=color, label=label)
+            axes.semilogy(np.arange(1, len(values) + 1), values, dash, color=color, label=label)
         axes.set(xlabel="index of the singular value, largest first", ylabel="singular value")
         legend_above(figure, axes)
     return figure

@@ -6,6 +6,7 @@ As in `saesub.plots`: each takes a tidy DataFrame and returns a closed Figure.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import cycle
 
 import numpy as np
 import pandas as pd
@@ -22,7 +23,9 @@ from saesub.plot_style import (
     beside,
     checked,
     closed_figure,
+    from_zero,
     legend_above,
+    outlined,
     percent,
     rows_where,
     site_looks,
@@ -38,9 +41,9 @@ def _grouped(frame: pd.DataFrame, x: str, y: str) -> tuple[np.ndarray, list[np.n
 
 def _arm_lines(axes: Axes, frame: pd.DataFrame, x: str, y: str) -> None:
     """Per arm the mean over seeds as a line, least to most as a band."""
-    for arm, look in arm_looks(frame["arm"]).items():
+    for (arm, look), mark in zip(arm_looks(frame["arm"]).items(), cycle(MARKERS), strict=False):
         at, seeds = _grouped(rows_where(frame, "arm", arm), x, y)
-        axes.plot(at, [np.mean(v) for v in seeds], label=arm, marker="o", ms=3.5, **look)
+        axes.plot(at, [np.mean(v) for v in seeds], label=arm, marker=mark, ms=4, **look)
         low, high = [v.min() for v in seeds], [v.max() for v in seeds]
         axes.fill_between(at, low, high, color=look["color"], alpha=0.18, lw=0)
 
@@ -54,10 +57,10 @@ def dead_over_tokens(frame: pd.DataFrame) -> Figure:
     with closed_figure() as (figure, axes):
         _arm_lines(axes, frame, "tokens", "dead_share")
         axes.set(xlabel="training tokens", ylabel="dead features")
-        axes.set_ylim(bottom=0)
+        from_zero(axes.yaxis)
         axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
         percent(axes.yaxis)
-        legend_above(figure, axes, 2)
+        legend_above(figure, axes)
     return figure
 
 
@@ -77,9 +80,9 @@ def width(frame: pd.DataFrame, measure: str = "dead_share") -> Figure:
         label = {"dead_share": "dead features", "fvu": "fraction of variance unexplained"}[measure]
         axes.set(xlabel="width of the dictionary (features)", ylabel=label)
         if measure == "dead_share":
-            axes.set_ylim(bottom=0)
-        percent(axes.yaxis)
-        legend_above(figure, axes, 2)
+            from_zero(axes.yaxis)
+            percent(axes.yaxis)
+        legend_above(figure, axes)
     return figure
 
 
@@ -90,14 +93,16 @@ def dead_against_rank(frame: pd.DataFrame) -> Figure:
     """
     checked(frame, "rank_share", "dead_share", "site", "label")
     with closed_figure(height=4.4) as (figure, axes):
-        for site, (label, color) in site_looks(frame["site"]).items():
+        looks = site_looks(frame["site"]).items()
+        for (site, (label, color)), mark in zip(looks, cycle(MARKERS), strict=False):
             rows = rows_where(frame, "site", site)
-            axes.scatter(rows["rank_share"], rows["dead_share"], s=34, color=color, label=label)
+            look = {"s": 34, "color": color, "marker": mark, "label": label}
+            axes.scatter(rows["rank_share"], rows["dead_share"], **look)
         axes.set(xlabel="rank at 99 % of variance (share of width)", ylabel="dead features")
         axes.margins(0.08)
         percent(axes.xaxis)
         percent(axes.yaxis)
-        legend_above(figure, axes, 4)
+        legend_above(figure, axes)
         _label_points(figure, axes, frame)
     return figure
 
@@ -137,21 +142,16 @@ def overlap_by_fate(frame: pd.DataFrame) -> Figure:
         for rows, name, color in ((alive, "alive", "#0072B2"), (~alive, "dead", "#D55E00")):
             values = frame.loc[rows, "overlap"].to_numpy(dtype=float)
             if len(values):
-                weights = np.full(len(values), 1 / len(values))
-                look = {
-                    "color": color,
-                    "alpha": 0.5,
-                    "label": f"{name} at the end ({len(values):,})",
-                }
-                axes.hist(values, bins=bins, weights=weights, **look)
+                look = {"color": color, "label": f"{name} at the end ({len(values):,})"}
+                outlined(axes, values, bins, len(values), **look)
                 axes.axvline(float(np.median(values)), color=color, lw=1.4, ls="--")
         axes.set_xlabel(
             "share of the initial direction inside the active subspace (dashed: median)"
         )
-        axes.set_ylabel("features of that fate")
+        axes.set_ylabel("share of features of that fate")
         percent(axes.xaxis)
         percent(axes.yaxis)
-        legend_above(figure, axes, 2)
+        legend_above(figure, axes)
     return figure
 
 
@@ -179,8 +179,8 @@ def dead_and_fvu(frame: pd.DataFrame) -> Figure:
             axes.set_yticks(range(len(rows)), names if column == "dead_share" else [])
             axes.set_ylim(len(rows) - 0.5, -0.5)
             axes.margins(x=0.1)
-            axes.xaxis.set_major_locator(MaxNLocator(5))
-        panels[0].set_xlim(left=-0.02 * frame["dead_share"].max())
+            axes.xaxis.set_major_locator(MaxNLocator(4))
+        from_zero(panels[0].xaxis)
         panels[0].set_xlabel("dead features")
         panels[1].set_xlabel("fraction of variance unexplained")
         percent(panels[0].xaxis)
@@ -204,6 +204,6 @@ def d_init_sweep(frame: pd.DataFrame, baseline: Mapping[str, float] | None = Non
             axes.set(xlabel="d_init (share of width)", title=label)
             axes.xaxis.set_major_locator(MaxNLocator(5))
             percent(axes.xaxis)
-        panels[0].set_ylim(bottom=0)
+        from_zero(panels[0].yaxis)
         percent(panels[0].yaxis)
     return figure

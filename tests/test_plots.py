@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.colors import to_rgb
 
 from saesub import plots
 from saesub.errors import SaesubError
+from saesub.plots import ARMS, SITES
 
 matplotlib.use("Agg")
 
@@ -234,7 +238,8 @@ def test_dead_against_rank_has_every_point():
 
 def test_histograms_sum_to_one_for_each_fate():
     figure = plots.overlap_by_fate(_fates())
-    heights = [sum(bar.get_height() for bar in group) for group in figure.axes[0].containers]
+    outlines = [step for step in figure.axes[0].patches if not step.get_fill()]
+    heights = [step.get_data().values.sum() for step in outlines]
     np.testing.assert_allclose(heights, [1, 1])
 
 
@@ -279,3 +284,46 @@ def test_sweep_width_and_spectra_hold_their_data():
 def test_bad_frames_are_refused(frame, message):
     with pytest.raises(SaesubError, match=message):
         plots.rank_by_layer(frame)
+
+
+# Machado, Oliveira and Fernandes (2009), severity 1: linear RGB as the colour-blind see it.
+EYES = {
+    "normal": np.eye(3),
+    "protanopia": [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]],
+    "deuteranopia": [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]],
+    "tritanopia": [[1.256, -0.077, -0.179], [-0.078, 0.931, 0.148], [0.005, 0.691, 0.304]],
+}
+XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+
+
+def _lab(color: str, eye: str) -> np.ndarray:
+    """CIELAB coordinates of a colour as an eye sees it."""
+    rgb = np.array(to_rgb(color))
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    seen = XYZ @ np.clip(np.array(EYES[eye]) @ linear, 0, 1) / XYZ.sum(axis=1)
+    f = np.where(seen > 0.008856, np.cbrt(seen), 7.787 * seen + 16 / 116)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+@pytest.mark.parametrize("eye", EYES)
+@pytest.mark.parametrize("colors", [[c for _, c in SITES.values()], list(ARMS.values())])
+def test_sites_and_arms_are_told_apart_by_every_eye(colors, eye):
+    """By 15 in CIELAB; 2.3 is what is just noticed side by side."""
+    pairs = [np.linalg.norm(_lab(a, eye) - _lab(b, eye)) for a, b in combinations(colors, 2)]
+    assert min(pairs) > 15
+
+
+@pytest.mark.parametrize("figure", ["width", "dead_over_tokens", "rank_by_layer", "loss_recovered"])
+def test_lines_differ_without_colour_too(figure):
+    lines = [ln for ln in FIGURES[figure]().axes[0].get_lines() if ln.get_label()[0] != "_"]
+    assert len({(ln.get_marker(), ln.get_linestyle()) for ln in lines}) == len(lines) > 1
+
+
+def test_a_long_legend_takes_another_row_rather_than_more_width():
+    arms = [f"an arm with a rather long name, {i}" for i in range(5)]
+    frame = pd.DataFrame({"d_sae": 64, "dead_share": 0.5, "arm": arms})
+    figure = plots.width(frame)
+    figure.draw_without_rendering()
+    box = figure.legends[0].get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.x1
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == arms
