@@ -288,6 +288,17 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
         self.act_freq_scores += counts
         self.n_frac_active_samples += n_tokens
 
+    def build_train_step_log_dict(
+        self, output: TrainStepOutput, n_training_samples: int
+    ) -> dict[str, Any]:
+        """What SAELens logs of a step, with the batch's FVU and, once a whole window of tokens has
+        been seen, the share of dead features. Logged where `cfg.logger` says so: not by default."""
+        figures = super().build_train_step_log_dict(output, n_training_samples)
+        figures["metrics/fvu"] = 1 - figures["metrics/explained_variance"]
+        if n_training_samples >= self.dead_window_tokens:
+            figures["sparsity/dead_share"] = self.dead_fraction()
+        return figures
+
     def set_final_sae_metadata(self) -> None:
         """Record, beside SAELens' own figures, the dead window, the optimizer and remedies."""
         super().set_final_sae_metadata()
