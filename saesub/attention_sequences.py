@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from saesub.attention_layer import check_layer, read_and_written
 from saesub.contexts import kept_positions
 from saesub.errors import SaesubError
 from saesub.models import Model, load_model
+from saesub.progress import bar
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +67,7 @@ def attention_sequences(
     shape = (*tokens.shape, bridge.cfg.d_model)
     x, y = torch.empty(shape, dtype=torch.float16), torch.empty(shape, dtype=torch.float16)
     starts = range(0, len(tokens), batch_size)
-    for start in tqdm(starts, unit="batch", desc="activations", disable=not progress):
+    for start in bar(starts, unit="batch", desc="activations", progress=progress):
         rows = slice(start, start + batch_size)
         batch = tokens[rows].to(bridge.cfg.device)
         x[rows], y[rows] = read_and_written(bridge, batch, layer)

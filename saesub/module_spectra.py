@@ -15,9 +15,9 @@ import torch
 from datasets import Dataset
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from saesub.errors import SaesubError, near_names
+from saesub.progress import bar
 from saesub.spectrum import Spectrum, SpectrumAccumulator
 
 Batch = tuple[Mapping[str, Any], Bool[Tensor, "batch pos"]]
@@ -102,7 +102,7 @@ def measure_module_spectra(
         sites: the modules to listen to, by names of your own.
         forward: what to call with each batch's arguments; by default the model itself. A part of
             the model will do, such as one without the output layer.
-        progress: show a bar, which counts kept positions.
+        progress: show a bar, with the time left where `batches` is a list.
 
     Raises:
         SaesubError: no batches or no kept position, a module that the model lacks or that did not
@@ -112,7 +112,7 @@ def measure_module_spectra(
         raise SaesubError("the model is in training mode, with dropout: call model.eval() first.")
     modules = {name: _module(model, site) for name, site in sites.items()}
     totals: dict[Any, SpectrumAccumulator] = {}
-    with ExitStack() as stack, torch.no_grad(), tqdm(unit="tok", disable=not progress) as bar:
+    with ExitStack() as stack, torch.no_grad():
         current: list[Tensor] = []
 
         def listener(name: Any) -> Callable[..., None]:
@@ -132,10 +132,9 @@ def measure_module_spectra(
             before = site.side == "input"
             register = module.register_forward_pre_hook if before else module.register_forward_hook
             stack.callback(register(hook).remove)
-        for inputs, keep in batches:
+        for inputs, keep in bar(batches, unit="batch", progress=progress):
             current[:] = [keep]
             (forward or model)(**inputs)
-            bar.update(int(keep.sum()))
     if silent := [name for name in sites if name not in totals]:
         raise SaesubError(f"no activations came from {silent[:3]}: check the batches and modules.")
     return {name: totals[name].finish({"hook_name": str(name)}) for name in sites}

@@ -19,13 +19,13 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from saesub.contexts import kept_positions
 from saesub.dead import flat_heads
 from saesub.errors import SaesubError, near_names
 from saesub.models import Model, context_tokens, load_model
+from saesub.progress import bar
 from saesub.quality import site_activations
 
 RAW = "raw"  # the site's own activations, beside the features of SAEs
@@ -67,7 +67,7 @@ def mean_features(
             f"text {int(empty[0])} holds no token after the first {skip_first}: leave it out"
         )
     parts: dict[str, list[Tensor]] = {name: [] for name in (RAW, *saes)}
-    with tqdm(total=len(texts), unit="text", disable=not progress) as bar:
+    with bar(total=len(texts), unit="text", progress=progress) as shown:
         for batch, mask in zip(tokens.split(batch_size), kept.split(batch_size), strict=True):
             x = site_activations(bridge, batch, hook_name)[mask.to(bridge.cfg.device)]
             parts[RAW].append(_text_means(x, mask))
@@ -75,7 +75,7 @@ def mean_features(
                 with flat_heads(sae):
                     features = sae.encode(x.to(sae.device)).to_dense()
                 parts[name].append(_text_means(features, mask))
-            bar.update(len(batch))
+            shown.update(len(batch))
     return {name: torch.cat(means) for name, means in parts.items()}
 
 

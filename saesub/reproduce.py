@@ -16,6 +16,7 @@ from pathlib import Path
 from . import claims
 from .atomic import write_atomically
 from .errors import SaesubError, near_names
+from .progress import QUIET
 from .report import Outcome, report_page, run_facts
 from .resources import notebooks_dir, source_digest
 
@@ -58,7 +59,7 @@ def reproduce(
     paths = find_notebooks(notebooks)
     folder = Path(results).resolve() / profile
     (folder / "notebooks").mkdir(parents=True, exist_ok=True)
-    with _kernel(folder) as peak_file:
+    with _kernel(folder, quiet) as peak_file:
         for path in paths:
             _run_unless_done(path, profile, folder, peak_file, again=again, quiet=quiet)
     outcomes = _outcomes(folder)
@@ -118,7 +119,7 @@ def _cell(path: Path, source: str) -> int | str:
 
 
 @contextmanager
-def _kernel(folder: Path) -> Iterator[Path]:
+def _kernel(folder: Path, quiet: bool) -> Iterator[Path]:
     """A kernel spec for this very Python, found before any other; figures and results in place.
 
     Yields the file in which a kernel notes its peak memory.
@@ -135,7 +136,8 @@ def _kernel(folder: Path) -> Iterator[Path]:
         # A user's own MPLBACKEND (Agg, say) would leave the notebooks without their figures.
         inline = "module://matplotlib_inline.backend_inline"
         places = {"SAESUB_RESULTS": str(folder), "SAESUB_PEAK_MEMORY": str(peak_file)}
-        with _environment(JUPYTER_PATH=search, MPLBACKEND=inline, **places):
+        bars = QUIET if quiet else {}
+        with _environment(JUPYTER_PATH=search, MPLBACKEND=inline, **places, **bars):
             yield peak_file
 
 

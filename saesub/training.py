@@ -299,6 +299,11 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
             figures["sparsity/dead_share"] = self.dead_fraction()
         return figures
 
+    def _update_pbar(
+        self, step_output: TrainStepOutput, pbar: Any, update_interval: int = 10
+    ) -> None:
+        super()._update_pbar(step_output, pbar, update_interval)
+
     def set_final_sae_metadata(self) -> None:
         """Record, beside SAELens' own figures, the dead window, the optimizer and remedies."""
         super().set_final_sae_metadata()

