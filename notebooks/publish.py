@@ -33,7 +33,8 @@ README_FIGURE = "05_active_subspace_init"
 _RUN_TIME = re.compile(
     r"(?P<head>Run time at `quick`: )[^.;,]*"
     r"(?P<memory>,(?: with)? \d+ GB of memory"
-    r"|, peak memory (?:[\d.]+ GB(?: of GPU memory)?(?:, )?)+(?: \(on a T4[^)]*\))?)?"
+    r"|, peak memory (?:[\d.]+ GB(?: of GPU memory)?(?:, )?)+(?: by estimate)?"
+    r"(?: \(on a T4[^)]*\))?)?"
 )
 
 
@@ -57,15 +58,27 @@ def publish(run: Path) -> None:
             "claims": [row for row in claims.collect(run) if row["notebook"] == number],
         }
     for source, notebook in taken.items():
-        first = notebook.cells[0]
-        first.source = with_run_time(first.source, record[source.stem])
         nbformat.write(notebook, source)
+        write_first_cell(source, record[source.stem])
     record = dict(sorted(record.items()))
-    write_atomically(RECORD_FILE, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    write_record(record)
     figures = list(images(nbformat.read(ROOT / "notebooks" / f"{README_FIGURE}.ipynb", 4)))
     write_atomically(RECORD_FILE.parent / "dead_and_fvu.png", figures[1])
     readme = ROOT / "README.md"
     write_atomically(readme, with_tables(readme.read_text(), record))
+
+
+def write_record(record: dict) -> None:
+    """Writes what is known of every notebook's run at `quick`."""
+    write_atomically(RECORD_FILE, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_first_cell(source: Path, recorded: dict) -> None:
+    """Puts time and memory of the recorded run into a notebook's first cell."""
+    notebook = nbformat.read(source, as_version=4)
+    first = notebook.cells[0]
+    first.source = with_run_time(first.source, recorded)
+    write_atomically(source, nbformat.writes(notebook) + "\n")
 
 
 def seed(run: Path) -> None:
@@ -111,13 +124,21 @@ def with_run_time(text: str, recorded: dict) -> str:
     cores = re.search(r"\d+ cores", " ".join(recorded["run"]))
     assert cores, "run_facts() names them"
     took = f"{_time(recorded['seconds'])} on {cores[0].replace(' ', ' CPU ')}"
-    peak = recorded.get("peak_memory", {})
-    if peak:
-        took += f", peak memory {memory_text(peak)}"
-        took += "" if "gpu" in peak else " (on a T4 of 16 GB, by estimate, no more of either)"
+    if memory := _memory(recorded):
+        took += f", peak memory {memory}"
+        on_gpu = "gpu" in recorded.get("peak_memory", {})
+        took += "" if on_gpu else " (on a T4 of 16 GB, by estimate, no more of either)"
     elif kept := _RUN_TIME.search(text):
         took += kept["memory"] or ""
     return _RUN_TIME.sub(lambda found: found["head"] + took, text)
+
+
+def _memory(recorded: dict) -> str:
+    """Peak memory in words: measured, else estimated (by memory.py) and called so, else empty."""
+    if peak := recorded.get("peak_memory"):
+        return memory_text(peak)
+    estimated = recorded.get("estimated_memory")
+    return f"{memory_text(estimated)} by estimate" if estimated else ""
 
 
 def cleaned(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
@@ -181,7 +202,7 @@ def starts_table(study: dict) -> str:
 
 
 def _notebook_table(record: dict) -> str:
-    peaks = {name: memory_text(r.get("peak_memory", {})) for name, r in record.items()}
+    peaks = {name: _memory(recorded) for name, recorded in record.items()}
     columns = ["Notebook", "Claim", "Time at `quick`"]
     columns += ["Peak memory"] if any(peaks.values()) else []
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
