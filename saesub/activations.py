@@ -109,7 +109,8 @@ def measure_spectra(
         state.n_batches = max(batch + 1, first)
         if batch >= first and clock.is_due():
             state.save()
-    state.save()
+    if state.n_batches > first:  # else a finished one was read, perhaps from a read-only folder
+        state.save()
     record = {**described, "epochs": f"{run.contexts.epochs:.3g}"}
     return {
         name: total.finish({"hook_name": name, **record}) for name, total in state.totals.items()

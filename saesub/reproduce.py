@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -52,18 +52,25 @@ def reproduce(
     """Executes the notebooks and writes `results/<profile>/`; a failing one stops no other.
 
     A notebook already finished with this saesub, text and profile is not run `again`.
-    Raises `SaesubError` for an unknown profile or notebook.
+    Raises `SaesubError` for an unknown profile or notebook, and where the disk is full or cannot be
+    written.
     """
     if profile not in PROFILES:
         raise SaesubError(f"no profile {profile!r}; {near_names(profile, PROFILES)}")
     paths = find_notebooks(notebooks)
     folder = Path(results).resolve() / profile
-    (folder / "notebooks").mkdir(parents=True, exist_ok=True)
-    with _kernel(folder, quiet) as peak_file:
-        for path in paths:
-            _run_unless_done(path, profile, folder, peak_file, again=again, quiet=quiet)
-    outcomes = _outcomes(folder)
-    _summarise(folder, profile, outcomes)
+    try:
+        (folder / "notebooks").mkdir(parents=True, exist_ok=True)
+        with _kernel(folder, quiet) as peak_file:
+            for path in paths:
+                _run_unless_done(path, profile, folder, peak_file, again=again, quiet=quiet)
+        outcomes = _outcomes(folder)
+        _summarise(folder, profile, outcomes)
+    except OSError as error:
+        raise SaesubError(
+            f"{folder} cannot be written ({error.strerror or error}): make room there and run it "
+            "again, which goes on after the last finished notebook, or name another results folder"
+        ) from error
     return [o for o in outcomes if o.name in {p.stem for p in paths}]
 
 
@@ -165,8 +172,12 @@ def _stamp(folder: Path, stem: str) -> Path:
 
 
 def _outcomes(folder: Path) -> list[Outcome]:
-    paths = sorted((folder / "runs").glob("*.json"))
-    return [Outcome(**json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+    """Of the notebooks that were run; a damaged record is that of one that was not."""
+    found = []
+    for path in sorted((folder / "runs").glob("*.json")):
+        with suppress(ValueError, TypeError):
+            found.append(Outcome(**json.loads(path.read_bytes())))
+    return found
 
 
 def _summarise(folder: Path, profile: str, outcomes: list[Outcome]) -> None:

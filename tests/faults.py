@@ -3,7 +3,7 @@
 With `SAESUB_FAULTS` set to a file, the counts of the modules that ran are written there:
 
     SAESUB_FAULTS=data/results/faults.json pytest tests/test_kill.py tests/test_faults.py \
-        tests/test_bad_data.py tests/test_safety.py
+        tests/test_interrupt.py tests/test_bad_data.py tests/test_safety.py
 """
 
 from __future__ import annotations

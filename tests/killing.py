@@ -10,12 +10,14 @@ import hashlib
 import importlib
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,11 @@ from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
 from tqdm import tqdm
 
-from saesub import arms, model_pass
+from saesub import arms, model_pass, models
 from saesub.activations import harvest, measure_spectra
 from saesub.corpora import load_corpus
 from saesub.models import load_model
+from saesub.resources import cache_dir
 from saesub.store import ActivationStore
 from saesub.training import SubspaceSAETrainer
 
@@ -59,6 +62,24 @@ def count_passes(tick: Tick) -> None:
         forward(*args)
 
     model_pass._capture = counted
+
+
+def do_convert(folder: Path, tick: Tick) -> str:
+    """The packaged model, whose file was fetched before, into a cache that lacks its conversion."""
+    packages = Path("packages") / "smollm2-135m"
+    whole = cache_dir() / packages
+    os.environ["SAESUB_CACHE"] = str(folder / "cache")
+    with suppress(FileExistsError):
+        shutil.copytree(whole, folder / "cache" / packages, copy_function=os.link)
+    convert = models._convert
+
+    def counted(*args: Any) -> None:
+        tick()
+        convert(*args)
+
+    models._convert = counted
+    model = load_model("smollm2-135m", device="cpu")
+    return sha(*(p.numpy().tobytes() for p in model.original_model.parameters()))
 
 
 def do_fetch(folder: Path, tick: Tick) -> str:
@@ -145,6 +166,7 @@ def do_reproduce(folder: Path, tick: Tick) -> str:
 
 
 JOBS = {
+    "convert": do_convert,
     "fetch": do_fetch,
     "harvest": do_harvest,
     "spectra": do_spectra,
@@ -179,11 +201,8 @@ def child(job: str, folder: Path, kill_at_event: int | None, to_parent: int) -> 
     os.write(to_parent, json.dumps(answer).encode())
 
 
-def serve(request: dict[str, Any]) -> dict[str, Any]:
-    """Forks a child for the job and kills it as asked: {"seconds": …}, {"event": …} or never."""
-    folder = Path(request["folder"])
-    folder.mkdir(parents=True, exist_ok=True)
-    kill = request.get("kill") or {}
+def start(job: str, folder: Path, kill_at_event: int | None) -> tuple[int, int]:
+    """Forks a child for the job; its process id, and where it says how it goes."""
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -192,7 +211,7 @@ def serve(request: dict[str, Any]) -> dict[str, Any]:
             with (folder / "output").open("a") as output:
                 os.dup2(output.fileno(), 1)
                 os.dup2(output.fileno(), 2)
-                child(request["job"], folder, kill.get("event"), write)
+                child(job, folder, kill_at_event, write)
             code = 0
         except BaseException:
             traceback.print_exc()
@@ -200,10 +219,15 @@ def serve(request: dict[str, Any]) -> dict[str, Any]:
             sys.stderr.flush()
             os._exit(code)
     os.close(write)
+    return pid, read
+
+
+def end(folder: Path, pid: int, read: int, seconds: float | None) -> dict[str, Any]:
+    """How a child ended, killed so many seconds after it was under way."""
     with os.fdopen(read, "rb") as answers:
         answer = answers.readline()  # a job with nothing left to do is never under way
-        if answer == b"\n" and "seconds" in kill:
-            time.sleep(kill["seconds"])
+        if answer == b"\n" and seconds is not None:
+            time.sleep(seconds)
             os.kill(pid, signal.SIGKILL)
         answer += answers.read()
     _, status = os.waitpid(pid, 0)
@@ -212,6 +236,15 @@ def serve(request: dict[str, Any]) -> dict[str, Any]:
     if os.WEXITSTATUS(status):
         return {"failed": (folder / "output").read_text()[-2000:]}
     return json.loads(answer)
+
+
+def serve(request: dict[str, Any]) -> list[dict[str, Any]]:
+    """Runs a job, in several processes at once if so many `at_once` are asked for, and kills it if
+    asked: {"seconds": …} or {"event": …}."""
+    job, folder, kill = request["job"], Path(request["folder"]), request["kill"]
+    folder.mkdir(parents=True, exist_ok=True)
+    started = [start(job, folder, kill.get("event")) for _ in range(request["at_once"])]
+    return [end(folder, *each, kill.get("seconds")) for each in started]
 
 
 if __name__ == "__main__":

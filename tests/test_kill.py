@@ -1,4 +1,5 @@
-"""Killed with SIGKILL at a random moment and run again, every long job ends as if it had not been.
+"""Killed with SIGKILL at a random moment and run again, every long job ends as if it had not been;
+run twice at the same time in one folder, as if it were alone there.
 
 Half of the kills come at a random time after a job is under way, half at a random one of its file
 operations (an open, a rename, a removal): the moments at which a file could be left torn.
@@ -22,13 +23,14 @@ import numpy as np
 import pytest
 from faults import Faults, count_faults  # noqa: F401
 from test_fetch import build_wheel
+from transformer_lens.model_bridge import TransformerBridge
 
 pytestmark = [
     pytest.mark.model,
     pytest.mark.skipif(sys.platform == "win32", reason="needs fork and SIGKILL"),
 ]
 
-Ask = Callable[..., dict[str, Any]]
+Ask = Callable[..., Any]
 
 # Kills of each job, and the steps (wheels, forward passes, batches, notebooks) one may cost.
 KILLS = {
@@ -70,16 +72,16 @@ def ask(folder: Path) -> Iterator[Ask]:
     assert process.stdin is not None
     assert process.stdout is not None
 
-    def request(job: str, place: Path, **kill: float) -> dict[str, Any]:
+    def request(job: str, place: Path, *, at_once: int = 1, **kill: float) -> Any:
         if job == "fetch":
             place.mkdir(exist_ok=True)
             (place / "registry.toml").write_text((wheels / "registry.toml").read_text())
-        message = {"job": job, "folder": str(place), "kill": kill}
+        message = {"job": job, "folder": str(place), "kill": kill, "at_once": at_once}
         process.stdin.write(json.dumps(message) + "\n")
         process.stdin.flush()
-        answer = json.loads(process.stdout.readline())
-        assert "failed" not in answer, answer["failed"]
-        return answer
+        answers = json.loads(process.stdout.readline())
+        assert [answer["failed"] for answer in answers if "failed" in answer] == []
+        return answers[0] if at_once == 1 else answers
 
     yield request
     process.stdin.close()
@@ -159,3 +161,29 @@ def test_a_killed_job_ends_as_if_it_had_not_been(
             ask(job, place)
         assert left_behind(place) == []
     faults.survived(f"killed (SIGKILL) during {job}, then run again", killed)
+
+
+def test_two_at_once_convert_a_model_once(
+    ask: Ask, folder: Path, model: TransformerBridge, faults: Faults
+) -> None:
+    both = ask("convert", folder / "both-convert", at_once=2)
+    digest = hashlib.sha256()
+    for parameter in model.original_model.parameters():
+        digest.update(parameter.numpy())
+    assert [answer["result"] for answer in both] == [digest.hexdigest()] * 2
+    assert sum(answer["ticks"] for answer in both) == 1
+    assert left_behind(folder / "both-convert") == []
+    faults.survived("two processes at once in one folder: conversion of a model")
+
+
+@pytest.mark.parametrize("job", ["fetch", "harvest", "spectra", "train"])
+def test_two_at_once_end_as_one_alone(ask: Ask, folder: Path, job: str, faults: Faults) -> None:
+    if job == "train" and not (folder / "whole-harvest").is_dir():
+        ask("harvest", folder / "whole-harvest")
+    alone = ask(job, folder / f"alone-{job}")
+    both = ask(job, folder / f"both-{job}", at_once=2)
+    assert [answer["result"] for answer in both] == [alone["result"]] * 2
+    if job != "spectra":  # whose two passes know nothing of each other
+        assert sum(answer["ticks"] for answer in both) <= alone["ticks"] + 2
+    assert left_behind(folder / f"both-{job}") == []
+    faults.survived(f"two processes at once in one folder: {job}")
