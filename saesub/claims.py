@@ -210,6 +210,7 @@ def _text_row(row: dict) -> str:
     return "\n".join(lines)
 
 
+_ROW_TEXTS = ("id", "finding", "claim", "unit", "paper", "n", "note", "notebook")
 _HEAD = ("Claim", "Paper", "Here", "Verdict")
 
 
@@ -283,12 +284,27 @@ def collect(folder: str | Path) -> list[dict]:
     rows: list[dict] = []
     for path in sorted(folder.glob("claims_*.json")):
         try:
-            rows += json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+            found = json.loads(path.read_bytes())
+            if not (isinstance(found, list) and all(map(_is_row, found))):
+                raise ValueError("it holds something else than rows of claims")
+            rows += found
+        except (ValueError, RecursionError) as error:
             raise SaesubError(
                 f"{path} is damaged ({error}); delete it and run its notebook again"
             ) from error
     return rows
+
+
+def _is_row(row: object) -> bool:
+    """Whether it is shaped as `compare` made it."""
+    if not isinstance(row, dict) or row.get("verdict") not in list(_LOOK):
+        return False
+    texts = [row.get(key) for key in _ROW_TEXTS]
+    value, edges = row.get("value", ""), row.get("interval", "")
+    if not (edges is None or (isinstance(edges, list) and len(edges) == 2)):
+        return False
+    numbers = [*([] if value is None else [value]), *(edges or [])]
+    return all(isinstance(t, str) for t in texts) and all(type(n) in (int, float) for n in numbers)
 
 
 def scorecard(rows: Iterable[dict]) -> ClaimsTable:

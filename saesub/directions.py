@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from saesub.errors import SaesubError, near_names
+from saesub.finite import require_finite
 from saesub.spectrum import Spectrum
 
 Directions = Literal["flat", "spectrum", "data", "whitened_data"]
@@ -128,7 +129,7 @@ def check_directions(
     directions: str, spectrum: Spectrum, n: int, activations: Tensor | None
 ) -> None:
     """Raise SaesubError for an unknown rule, or activations that are missing, too few, of another
-    width, or given to a rule that uses none."""
+    width, not finite, or given to a rule that uses none."""
     if directions not in get_args(Directions):
         known = get_args(Directions)
         raise SaesubError(f"Unknown directions {directions!r}: {near_names(directions, known)}")
@@ -146,3 +147,4 @@ def check_directions(
             f"{n:,} features need as many activations of width {spectrum.d}, not a tensor of shape "
             f"{tuple(activations.shape)}: pass more tokens of the spectrum's hook point."
         )
+    require_finite(activations)

@@ -56,6 +56,8 @@ class Part:
     def __post_init__(self) -> None:
         if not _matches(_PINNED, self.package):
             raise SaesubError(f"the registry's package {self.package!r} must be NAME==VERSION.")
+        if not all(text is None or isinstance(text, str) for text in (self.member, self.platform)):
+            raise SaesubError(f"the registry's member and platform of {self.package} must be text.")
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,11 @@ class Packaged:
     def __post_init__(self) -> None:
         if not _matches(_BARE, self.name):  # it names a folder of the cache
             raise SaesubError(f"the registry's name {self.name!r} must be a bare name.")
+        texts = (self.description, self.licence, self.source, self.opt_in_reason)
+        if not all(isinstance(text, str) for text in texts):
+            raise SaesubError(
+                f"the registry's description, licence and source of {self.name} must be text."
+            )
 
     @property
     def digest(self) -> str:

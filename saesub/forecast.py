@@ -106,6 +106,7 @@ def forecast_dead(
                 "behind it has random and flat starts"
             )
         rank = start["d_init"]
+    spectrum.variance_in(rank)  # refuses constant activations
     variances = spectrum.eigenvalues.numpy()
     known = calibration()
     share, waste, crowding = expected_share(

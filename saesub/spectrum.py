@@ -30,6 +30,7 @@ _FORM = Form(
 )
 _BLOCK = 8192
 _GRAM_PANEL = 192
+_ROUNDING = 2.0**-23  # of float32, which centring leaves in constant activations
 _SAME_WHEN_MERGED = ("hook_name", "model")
 
 
@@ -51,11 +52,13 @@ class SpectrumAccumulator:
     def update(self, x: Float[Tensor, "n d"]) -> None:
         """Add a block of activations, on any device, in any floating type.
 
-        Raises SaesubError if the width differs from `d`, or if `x` holds a NaN or an infinity (the
-        totals are then left as they were).
+        Raises SaesubError if the width differs from `d`, or if `x` holds a NaN or an infinity, or
+        no values at all (meta device); the totals are then left as they were.
         """
         if x.ndim != 2 or x.shape[1] != self.d:
             raise SaesubError(f"expected activations of shape (n, {self.d}), got {tuple(x.shape)}")
+        if x.is_meta:
+            raise SaesubError("activations on the meta device hold no values: load the weights")
         if len(x) == 0:
             return
         x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
@@ -246,7 +249,7 @@ class Spectrum:
         self._require_variance()
 
     def _require_variance(self) -> None:
-        if not self.eigenvalues[0] > 0:
+        if not self.eigenvalues[0] > (_ROUNDING * self.mean_norm) ** 2:
             raise SaesubError("the activations are constant: they have no rank to speak of")
 
 

@@ -227,7 +227,9 @@ class _Draw:
 
 def _rank(spectrum: Spectrum, d_init: int | float | str, directions: Directions) -> int:
     whole = d_init == "auto" and directions != "flat"
-    return spectrum.d if whole else choose_d_init(spectrum, d_init)
+    rank = spectrum.d if whole else choose_d_init(spectrum, d_init)
+    spectrum.variance_in(rank)  # refuses constant activations
+    return rank
 
 
 def _check_pairs(
