@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from sae_lens import SAETrainer
 from sae_lens.config import SAETrainerConfig
@@ -113,6 +114,10 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
         evaluator: Evaluator[Any] | None = None,
         save_checkpoint_fn: SaveCheckpointFn | None = None,
     ) -> None:
+        # A rate out of a table is NumPy's, which no weights-only reading of a checkpoint takes.
+        cfg = replace(
+            cfg, **{k: v.item() for k, v in vars(cfg).items() if isinstance(v, np.generic)}
+        )
         if cfg.lr_end is None:
             cfg = replace(cfg, lr_end=cfg.lr / 10)  # as SAELens' runner does
         check_sae(sae)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from sae_lens import (
@@ -105,6 +106,16 @@ def test_fit_learns_and_saves_a_plain_saelens_sae(store, spectrum, tmp_path, opt
     torch.testing.assert_close(
         loaded(store.rows(0, 50)), sae(store.rows(0, 50)), rtol=1e-4, atol=1e-4
     )
+
+
+def test_settings_out_of_a_table_are_saved_and_resumed(store, tmp_path):
+    """Their numbers are NumPy's."""
+    cfg = _cfg(4)
+    cfg.lr, cfg.lr_end, cfg.lr_warm_up_steps = np.float64(1e-3), np.float64(1e-4), np.int64(5)
+    trainer = SubspaceSAETrainer(cfg, _topk(), _batches(store))
+    trainer.step(next(_batches(store)))
+    trainer.save_trainer_state(tmp_path)
+    SubspaceSAETrainer(_cfg(4), _topk(), _batches(store)).load_trainer_state(tmp_path)
 
 
 def test_other_architectures_take_saelens_own_step(store, spectrum):
