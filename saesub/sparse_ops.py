@@ -34,7 +34,7 @@ warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta 
 
 # With fewer features most are candidates for the top k, and a search for candidates gains nothing.
 LEAST_FEATURES_PER_K = 8
-_TOKENS_PER_BLOCK = 512  # the block of pre-activations stays in cache: 512 × 16K × 4 bytes = 32 MB
+TOKENS_PER_BLOCK = 512  # the block of pre-activations stays in cache: 512 × 16K × 4 bytes = 32 MB
 _FEATURES_PER_TILE = 32
 _BATCH_TOPK_HEADROOM = 4  # first guess: no token of a batch has more than 4 k active features
 
@@ -155,9 +155,9 @@ def dense_search(
     # Folding the scale into the weights costs d_in × d_sae once, not a pass over n × d_sae.
     scaled_W = W_enc if feature_scale is None else W_enc * feature_scale
     scaled_b = b_enc if feature_scale is None else b_enc * feature_scale
-    buffer = x.new_empty(min(len(x), _TOKENS_PER_BLOCK), W_enc.shape[1])
-    for start in range(0, len(x), _TOKENS_PER_BLOCK):
-        rows = slice(start, start + _TOKENS_PER_BLOCK)
+    buffer = x.new_empty(min(len(x), TOKENS_PER_BLOCK), W_enc.shape[1])
+    for start in range(0, len(x), TOKENS_PER_BLOCK):
+        rows = slice(start, start + TOKENS_PER_BLOCK)
         scores = torch.addmm(scaled_b, x[rows], scaled_W, out=buffer[: len(x[rows])])
         features[rows] = top_k(scores, k)
         torch.gather(scores, 1, features[rows], out=pre[rows])
