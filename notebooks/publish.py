@@ -29,6 +29,7 @@ from saesub.report import is_progress, memory_text
 ROOT = Path(__file__).resolve().parent.parent
 STARTS_FILE = ROOT / "data" / "results" / "studies" / "d_init.json"
 RECORD_FILE = ROOT / "data" / "results" / "quick" / "run.json"
+FAULTS_FILE = ROOT / "data" / "results" / "faults.json"
 README_FIGURE = "05_active_subspace_init"
 _RUN_TIME = re.compile(
     r"(?P<head>Run time at `quick`: )[^.;,]*"
@@ -178,6 +179,7 @@ def with_tables(readme: str, record: dict) -> str:
         "findings": claims.scorecard(rows).markdown(),
         "notebooks": _notebook_table(record),
         "starts": starts_table(json.loads(STARTS_FILE.read_text())),
+        "faults": faults_table(json.loads(FAULTS_FILE.read_text())),
     }
     for name, table in tables.items():
         mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
@@ -198,6 +200,15 @@ def starts_table(study: dict) -> str:
             dead, fvu = runs["dead_share"].mean(), runs["fvu"].mean()
             cells.append(f"{100 * dead:.2f} % dead, FVU {fvu:.4f}")
         lines.append(f"| {model} | `{hook_name}` | {' | '.join(cells)} | {seeds} |")
+    return "\n".join(lines)
+
+
+def faults_table(counts: dict[str, dict[str, int]]) -> str:
+    """What the tests tried and saw survived, and how often, by the module that tried it."""
+    lines = ["| Fault | Times | Tried by |", "|---|---:|---|"]
+    for module, of_module in sorted(counts.items()):
+        file = f"[{module}](tests/{module}.py)"
+        lines += [f"| {fault} | {times:,} | {file} |" for fault, times in sorted(of_module.items())]
     return "\n".join(lines)
 
 

@@ -249,7 +249,7 @@ class Spectrum:
         self._require_variance()
 
     def _require_variance(self) -> None:
-        if not self.eigenvalues[0] > (_ROUNDING * self.mean_norm) ** 2:
+        if not self.eigenvalues[0] > (_ROUNDING * self.mean.norm()) ** 2:
             raise SaesubError("the activations are constant: they have no rank to speak of")
 
 

@@ -1,9 +1,11 @@
-"""A count of the faults that the tests tried, by kind.
+r"""A count of the faults that the tests tried, by kind.
 
-With `SAESUB_FAULTS` set to a file, the counts of the modules that ran are written there:
+With `SAESUB_FAULTS` set to a file, the counts of the modules that ran, and of no failing one, are
+written there, for `notebooks/publish.py` to put into the README:
 
     SAESUB_FAULTS=data/results/faults.json pytest tests/test_kill.py tests/test_faults.py \
-        tests/test_interrupt.py tests/test_bad_data.py tests/test_safety.py
+        tests/test_interrupt.py tests/test_bad_data.py tests/test_safety.py \
+        tests/test_distributed.py
 """
 
 from __future__ import annotations
@@ -31,9 +33,10 @@ class Faults:
 @pytest.fixture(name="faults", scope="module")
 def count_faults(request: pytest.FixtureRequest) -> Iterator[Faults]:
     """Counts of this module, added to the file that `SAESUB_FAULTS` names."""
-    found = Faults()
+    found, failed = Faults(), request.session.testsfailed
     yield found
-    if path := os.environ.get("SAESUB_FAULTS"):
+    path = os.environ.get("SAESUB_FAULTS")
+    if path and request.session.testsfailed == failed:
         file = Path(path)
         kept = json.loads(file.read_text()) if file.is_file() else {}
         kept[request.module.__name__] = dict(found.counts)
