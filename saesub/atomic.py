@@ -19,7 +19,7 @@ def write_atomically(path: Path, data: bytes | str) -> None:
     done = False
     while not done:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f".{escape(path.name)}.*.tmp"):
+        for left in path.parent.glob(f".{escape(path.name)}.{'?' * 8}.tmp"):
             with suppress(OSError):  # gone by now, or on Windows still open
                 left.unlink()
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")

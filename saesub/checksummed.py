@@ -1,4 +1,4 @@
-"""Tensors and a line of text in one safetensors file, with a checksum over both.
+"""Tensors and a line of text in one safetensors file, with a checksum over the bytes of both.
 
 safetensors finds a truncated file but not a flipped bit; here either is an error of one sentence.
 """

@@ -100,21 +100,25 @@ def reading_directions(
 ) -> Float[Tensor, "n d_in"]:
     """For each direction that is written, the unit direction of what is read that predicts it best.
 
-    Least squares on the top `rank` principal directions of what is read. Of an autoencoder, which
-    reads what it writes, it is the row itself, so this is what a tie is between two spaces. Raises
-    SaesubError for no more tokens than directions.
+    Least squares over the pairs, on the top `rank` principal directions of what is read. Of an
+    autoencoder, which reads what it writes, it is the row itself, so this is what a tie is between
+    two spaces. Raises SaesubError for no more tokens than directions.
     """
     if len(read) <= rank:
         raise SaesubError(
             f"{len(read)} pairs of activations cannot tie an encoder within {rank} directions: "
             f"pass more than {rank}, better {10 * rank}, or a smaller d_init."
         )
-    basis, variance = input_spectrum.basis(rank), input_spectrum.eigenvalues[:rank].float()
-    coordinates = (read.float().to(basis) - input_spectrum.mean.float()) @ basis
-    written = written.float().to(basis)
-    together = coordinates.T @ (written - written.mean(0))
-    variance = variance.clamp(min=_LEAST_VARIANCE * float(variance[0]))
-    return normalize(rows @ together.T / variance, dim=-1) @ basis.T
+    basis = input_spectrum.basis(rank).double()
+    read_mean, written_mean = (x.mean(0, dtype=torch.float64).to(basis) for x in (read, written))
+    gram, together = basis.new_zeros(rank, rank), basis.new_zeros(rank, written.shape[1])
+    for x, y in zip(read.split(_ROWS), written.split(_ROWS), strict=True):
+        seen = (x.to(basis) - read_mean) @ basis
+        gram += seen.T @ seen
+        together += seen.T @ (y.to(basis) - written_mean)
+    gram.diagonal().add_(_LEAST_VARIANCE * gram.diagonal().max())
+    predicts = torch.linalg.solve(gram, together)
+    return normalize(rows.to(basis) @ predicts.T @ basis.T, dim=-1).float()
 
 
 def equal_variance(

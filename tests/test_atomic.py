@@ -25,8 +25,8 @@ def test_it_replaces_and_makes_the_folder(tmp_path: Path) -> None:
 
 
 def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
-    kept = [".a.tmp", ".ab.1.tmp", "a.1.tmp", ".[a].tmp"]
-    for name in [".a.1.tmp", ".a.deadbeef.tmp", *kept]:
+    kept = [".a.tmp", ".ab.00000001.tmp", "a.00000001.tmp", ".[a].tmp", ".a.json.00000001.tmp"]
+    for name in [".a.00000001.tmp", ".a.deadbeef.tmp", *kept]:
         (tmp_path / name).touch()
     write_atomically(tmp_path / "a", "whole")
     assert names(tmp_path) == sorted(["a", *kept])

@@ -114,6 +114,21 @@ def test_an_oversized_member_is_not_unpacked_to_the_end(wheels: Path, tmp_path: 
         fetch("toy", progress=False, registry=small)
 
 
+@pytest.mark.parametrize("at", [10, 40, 100])
+def test_a_member_that_does_not_unpack_is_named(wheels: Path, at: int) -> None:
+    """Its compressed bytes damaged: zlib finds it before the archive's own checksum does."""
+    path = build_wheel(wheels, "toy_squeezed", {})
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("toy/squeezed", bytes(range(256)) * 40)
+        start = archive.getinfo("toy/squeezed").header_offset + 30 + len("toy/squeezed")
+    damaged = bytearray(path.read_bytes())
+    damaged[start + at] ^= 0xFF
+    path.write_bytes(damaged)
+    entry = one_entry(SECOND, Part("toy-squeezed==1.0", "toy/squeezed"))
+    with pytest.raises(SaesubError, match=r"cannot be read for toy/squeezed|not the file that was"):
+        fetch("toy", progress=False, registry=entry)
+
+
 def test_a_missing_member_is_named(wheels: Path) -> None:
     lost = one_entry(SECOND, Part("toy-part2==1.0", "toy/other"))
     with pytest.raises(SaesubError, match=r"toy-part2==1\.0 cannot be read for toy/other"):

@@ -86,8 +86,11 @@ def test_pairs_tie_a_transcoder_by_what_predicts_each_row(architecture):
     read, spectrum = Spectrum.from_activations(x + 1.0), Spectrum.from_activations(y)
     transcoder = _transcoder(architecture)
     norms = transcoder.W_enc.norm(dim=0).clone()
-    settings = {"input_spectrum": read, "activations": y, "input_activations": x + 1.0}
-    report = initialize_in_subspace(transcoder, spectrum, d_init=10, **settings)
+    # Few pairs, which are not the spectra's own sample.
+    settings = {"activations": y[:40], "input_activations": x[:40] + 1.0}
+    report = initialize_in_subspace(
+        transcoder, spectrum, d_init=10, input_spectrum=read, **settings
+    )
     _assert_in_span(transcoder.W_dec.detach(), spectrum.basis(10))
     _assert_in_span(transcoder.W_enc.detach().T, read.basis(report.input_d_init))
     torch.testing.assert_close(transcoder.W_enc.norm(dim=0), norms)

@@ -112,10 +112,12 @@ def test_settings_out_of_a_table_are_saved_and_resumed(store, tmp_path):
     """Their numbers are NumPy's."""
     cfg = _cfg(4)
     cfg.lr, cfg.lr_end, cfg.lr_warm_up_steps = np.float64(1e-3), np.float64(1e-4), np.int64(5)
-    trainer = SubspaceSAETrainer(cfg, _topk(), _batches(store))
+    window = np.int64(2 * BATCH)
+    trainer = SubspaceSAETrainer(cfg, _topk(), _batches(store), dead_window_tokens=window)
     trainer.step(next(_batches(store)))
     trainer.save_trainer_state(tmp_path)
-    SubspaceSAETrainer(_cfg(4), _topk(), _batches(store)).load_trainer_state(tmp_path)
+    again = SubspaceSAETrainer(_cfg(4), _topk(), _batches(store), dead_window_tokens=2 * BATCH)
+    again.load_trainer_state(tmp_path)
 
 
 def test_other_architectures_take_saelens_own_step(store, spectrum):
