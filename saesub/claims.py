@@ -188,7 +188,8 @@ class ClaimsTable:
 
     def markdown(self) -> str:
         """The same as a Markdown table, one line a claim, for a README."""
-        lines = ["| " + " | ".join(_HEAD) + " |", "|---" * len(_HEAD) + "|"]
+        head = (*_HEAD, "Notebook")
+        lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
         for row in self.rows:
             symbol, _ = _LOOK[row["verdict"]]
             cells = (
@@ -196,6 +197,7 @@ class ClaimsTable:
                 row["paper"] or "none given",
                 _here(row),
                 f"{symbol} {row['verdict']}",
+                row["notebook"],
             )
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         return "\n".join(lines)

@@ -136,6 +136,7 @@ def _kernel(folder: Path, quiet: bool) -> Iterator[Path]:
         spec.mkdir(parents=True)
         argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
         argv.append(f"--IPKernelApp.exec_files={Path(__file__).with_name('kernel_memory.py')}")
+        argv.append("--IPKernelApp.log_level=ERROR")  # it warns of its own socket on loopback
         peak_file = Path(temporary) / "peak_memory.json"
         text = {"argv": argv, "display_name": "Python 3 (ipykernel)", "language": "python"}
         (spec / "kernel.json").write_text(json.dumps(text), encoding="utf-8")

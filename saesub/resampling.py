@@ -92,8 +92,8 @@ class Resampling(Remedy):
         ):
             raise SaesubError(
                 f"{self} would never resample: no feature counts as dead before {window:,} tokens, "
-                f"and the run ends at {cfg.total_training_samples:,}. Resample later, pass a "
-                "smaller dead_window_tokens, or train longer."
+                f"and the run ends at {cfg.total_training_samples:,}. Resample between the two, "
+                "pass a smaller dead_window_tokens, or train longer."
             )
         if spread > window:
             raise SaesubError(

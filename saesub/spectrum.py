@@ -144,6 +144,10 @@ class Spectrum:
             accumulator.update(block)
         return accumulator.finish(metadata)
 
+    def __repr__(self) -> str:
+        where = self.metadata.get("hook_name", "unnamed activations")
+        return f"Spectrum({where}, {self.n_tokens:,} tokens, d {self.d})"
+
     @property
     def d(self) -> int:
         """Width of the activations."""

@@ -68,6 +68,9 @@ class ActivationStore:
         rows = np.memmap(data, dtype, mode="r", shape=shape)
         return cls(hook_name, record["settings"], record["epochs"], rows)
 
+    def __repr__(self) -> str:
+        return f"ActivationStore({self.hook_name}, {self.n_tokens:,} tokens, d_in {self.d_in})"
+
     @property
     def n_tokens(self) -> int:
         """Number of rows."""

@@ -96,9 +96,9 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
         remedy_state: tensors that remedies keep from step to step, saved with the rest.
 
     Raises:
-        SaesubError: unknown optimizer or backend, a remedy that does not apply, k outside 1..d_sae,
-            weights in float16, a batch of the wrong shape, NaN or Inf in a batch (before any weight
-            is touched), or more features than the GPU's memory holds.
+        SaesubError: no iterator of batches, unknown optimizer or backend, a remedy that does not
+            apply, k outside 1..d_sae, weights in float16, a batch of the wrong shape, NaN or Inf in
+            a batch (before any weight is touched), or more features than the GPU's memory holds.
     """
 
     def __init__(
@@ -121,6 +121,12 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
         if cfg.lr_end is None:
             cfg = replace(cfg, lr_end=cfg.lr / 10)  # as SAELens' runner does
         check_sae(sae)
+        if not isinstance(data_provider, Iterator):
+            given = type(data_provider).__name__
+            raise SaesubError(
+                f"data_provider must be an iterator of batches, and {given} is none: of a store "
+                "pass store.batches(batch_size, seed=0), of a list iter(...)."
+            )
         if backend not in get_args(Backend):
             raise SaesubError(
                 f"Unknown backend {backend!r}: {near_names(backend, get_args(Backend))}"

@@ -108,6 +108,11 @@ def test_fit_learns_and_saves_a_plain_saelens_sae(store, spectrum, tmp_path, opt
     )
 
 
+def test_a_store_is_no_iterator_of_batches(store):
+    with pytest.raises(SaesubError, match=r"store\.batches\(batch_size, seed=0\)"):
+        SubspaceSAETrainer(_cfg(3), _topk(), store)
+
+
 def test_settings_out_of_a_table_are_saved_and_resumed(store, tmp_path):
     """Their numbers are NumPy's."""
     cfg = _cfg(4)
