@@ -82,17 +82,17 @@ class DataParallelSAETrainer(RanksTrainer):
         n = int(self.ranks.sum_(torch.tensor(len(batch))))
         self._require_rows(n)
         self._n_in_batch = n
-        elsewhere = n - len(batch)
-        self.n_training_samples += elsewhere
-        self.tokens_since_fired += elsewhere
+        self.n_training_samples += n - len(batch)
         return super().step(batch)
 
     def _train_step(self, sae: Any, sae_in: Tensor) -> TrainStepOutput:
         sae.train()
-        weight = len(sae_in) / self._n_in_batch
-        if len(sae_in) == 0:  # a row of weight 0: without rows there is no mean to differentiate
+        n_here, weight = len(sae_in), len(sae_in) / self._n_in_batch
+        if n_here == 0:  # a row of weight 0: without rows there is no mean to differentiate
             sae_in = sae_in.new_zeros(1, sae_in.shape[1])
         found = autograd_pass(sae, sae_in, self._dead_for_auxk(sae))
+        # Only now, AuxK having taken the features dead before the step; `step` adds the rows here.
+        self.tokens_since_fired += self._n_in_batch - n_here
         output, fired = found.output, times_selected(found.selected)
         (output.loss * weight).backward()
         self._sum_over_ranks(sae, output, weight)

@@ -136,22 +136,30 @@ class Ranks:
             raise SaesubError(self.report_loss() or f"The ranks lost touch: {error}") from error
 
     def report_loss(self) -> str:
-        """Which ranks are gone and what to do, "" if none is; this rank's last word to the job."""
+        """Which ranks are gone and what to do, "" if none is; this rank's last word to the job.
+
+        Without torchrun the store lives in rank 0, which stays twice as long, for those that are
+        late; one that is later still can name nobody.
+        """
+        stay = _GRACE_S if self.rank else 2 * _GRACE_S
         with _deaf_to_sigterm():
             try:
                 self.store.set(f"here/{self.rank}", "")
                 if dist.is_initialized():
                     dist.destroy_process_group()  # those who still wait for this rank wake up
-                time.sleep(_GRACE_S)
+                time.sleep(stay)
                 lost = [r for r in range(self.world) if not self.store.check([f"here/{r}"])]
-            except RuntimeError:  # without torchrun the store lives in rank 0
-                lost = [0]
-        if not lost:
+            except RuntimeError:
+                lost = None
+        if lost == []:
             return ""
-        names = " and ".join(f"rank {r}" for r in lost)
+        if lost is None:
+            what = f"One of {self.world} ranks, and rank 0 with the list of those that live,"
+        else:
+            what = f"{' and '.join(f'rank {r}' for r in lost)} of {self.world}"
         return (
-            f"{names} of {self.world} died or stopped answering (seen by rank {self.rank}): the "
-            "job ends; run the same command again, and it goes on from its last checkpoint."
+            f"{what} did not answer (seen by rank {self.rank}): the job ends; run the same command "
+            "again, and it goes on from its last checkpoint."
         )
 
 
@@ -167,18 +175,24 @@ def join(timeout_s: float = 600.0) -> Iterator[Ranks]:
         timeout_s: how long a rank is waited for before the job ends.
 
     Raises:
-        SaesubError: the process has joined a job before, or the other ranks did not come.
+        SaesubError: the process has joined a job before, the other ranks did not come, there is
+            no GPU for this one, or torchrun's environment variables are incomplete.
     """
     if dist.is_initialized():
         raise SaesubError("This process has already joined a job: use the ranks it was given.")
     timeout = timedelta(seconds=timeout_s)
     backend = "gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        _take_gpu(os.environ.get("LOCAL_RANK", "0"))
         backend = "cpu:gloo,cuda:nccl"
     try:
         store, rank, world = _meeting_point(timeout)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    except ValueError as error:  # rendezvous's for a variable that is missing or no number
+        raise SaesubError(
+            f"RANK is set, but not all that torchrun sets with it ({error}): start with torchrun, "
+            "or unset RANK to be a job of one process."
+        ) from error
     except RuntimeError as error:
         raise SaesubError(
             f"The ranks did not all come together within {timeout_s:.0f} s ({error}): start them "
@@ -197,6 +211,16 @@ def join(timeout_s: float = 600.0) -> Iterator[Ranks]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _take_gpu(local_rank: str) -> None:
+    try:
+        torch.cuda.set_device(int(local_rank))
+    except (RuntimeError, ValueError) as error:
+        raise SaesubError(
+            f"There is no GPU for local rank {local_rank} ({error}): start no more ranks on a "
+            "machine than it has GPUs."
+        ) from error
 
 
 def _meeting_point(timeout: timedelta) -> tuple[Store, int, int]:

@@ -10,19 +10,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import (
-    HuggingFaceStorageReader,
-    HuggingFaceStorageWriter,
-)
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -31,6 +29,17 @@ from saesub.checksummed import Form, damaged, file_sha256, read_checksummed, wri
 from saesub.distributed import Ranks
 from saesub.errors import SaesubError
 
+if torch.__version__ < "2.9":
+    raise SaesubError(
+        f"Training on several processes needs torch 2.9 or newer, not {torch.__version__}: pip "
+        'install "torch>=2.9", or train in one process.'
+    )
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+
+_STATE = re.compile(r"state-(\d+)(\.partial)?")
 _FORM = Form(
     format="saesub-ranks-1",
     key="record",
@@ -79,16 +88,16 @@ def write_state(
             write_checksummed(partial / STATE_FILENAME, _FORM, {}, json.dumps(record))
             os.replace(partial, target)
             for other in folder.glob("state-*"):
-                if other != target:
+                if other != target and _STATE.fullmatch(other.name):
                     shutil.rmtree(other)
     ranks.barrier()
 
 
 def newest_state(ranks: Ranks, folder: Path) -> Path | None:
     """The whole state of most tokens there, as rank 0 sees it; collective."""
-    found = [path for path in folder.glob("state-*") if path.suffix != ".partial"]
-    newest = max(found, key=lambda p: int(p.name.removeprefix("state-")), default=None)
-    return ranks.objects(newest)[0]
+    names = [_STATE.fullmatch(path.name) for path in folder.glob("state-*")]
+    tokens = [int(name[1]) for name in names if name and not name[2]]
+    return ranks.objects(folder / f"state-{max(tokens)}" if tokens else None)[0]
 
 
 def read_state(

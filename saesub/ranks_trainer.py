@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from sae_lens import TopKTrainingSAE
 from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.sae import TrainStepOutput
 from torch import Tensor, nn
 
 from saesub.distributed import Ranks
@@ -91,6 +92,16 @@ class RanksTrainer(SubspaceSAETrainer):
         """
         super().dead_fraction()
         return self._total(int(self.dead_neurons.sum())) / self.n_features
+
+    def _update_pbar(
+        self, step_output: TrainStepOutput, pbar: Any, update_interval: int = 10
+    ) -> None:
+        """Rank 0's bar alone: SAELens opens one in every rank, the others' go with a step."""
+        if self.ranks.rank:
+            pbar.leave = False
+            pbar.close()
+        else:
+            super()._update_pbar(step_output, pbar, update_interval)
 
     def set_final_sae_metadata(self) -> None:
         """As `SubspaceSAETrainer`'s, over the features of all ranks; collective."""

@@ -41,6 +41,16 @@ from saesub.topk_step import (
 )
 from saesub.training import Backend, OptimizerName, times_selected
 
+_ROWS_PER_NORM = 1024
+
+
+def _squared_norm(gradient: Tensor) -> Tensor:
+    """Summed in float64, which torch would copy the whole of a gradient to."""
+    rows = gradient.split(_ROWS_PER_NORM)
+    return (
+        torch.stack([torch.linalg.vector_norm(r, dtype=torch.float64) for r in rows]).square().sum()
+    )
+
 
 def take_features(sae: TopKTrainingSAE, features: range) -> TopKTrainingSAE:
     """An SAE of some features of `sae`, copied; `features` is contiguous.
@@ -190,9 +200,8 @@ class ShardedSAETrainer(RanksTrainer):
         gradients = None if rows is None else entries.row_gradients(rows)
         if gradients is None:
             entries.set_gradients(sae)
-            own = [torch.as_tensor(p.grad) for p in (sae.W_enc, sae.W_dec, sae.b_enc)]
-            norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in own]
-            squared_norm = torch.stack(norms).square().sum()
+            own = (sae.W_enc.grad.T, sae.W_dec.grad, sae.b_enc.grad)
+            squared_norm = torch.stack([_squared_norm(g) for g in own]).sum()
             through_encoder = sae.W_enc @ sae.b_enc.grad
         else:
             squared_norm, through_encoder = gradients.norms(sae.W_enc)

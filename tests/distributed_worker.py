@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -41,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from ranks import bytes_sent
 
 D_SAE, BATCH = 515, 64  # two and four ranks get slices of different sizes
-DEAD_WINDOW = 20 * BATCH
+DEAD_WINDOW = 20 * BATCH - 10  # ends within a batch, of which ranks have unlike parts
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ WEIGHED = [
 ]
 PASS = {"context_size": 32, "batch_size": 2, "progress": False}
 HOOKS = ("blocks.0.hook_attn_out", "blocks.1.hook_mlp_out")
+KILLED = (3, 1)  # of three ranks the second
 TOKENS = {"many": 1000, "few": 100}  # few: two batches, so that some of four ranks have none
 
 
@@ -297,8 +299,10 @@ def lose_a_rank(ranks: Ranks, x: Tensor, folder: Path) -> None:
     """Rank 1 kills itself in the middle; what the others say, in files."""
 
     def die(step: int) -> None:
-        if ranks.rank == 1 and step == 5:
+        if (ranks.world, ranks.rank) == KILLED and step == 5:
             os.kill(os.getpid(), signal.SIGKILL)
+        if ranks.rank == 2 and step == 5:  # so that it misses rank 1 later than rank 0 does
+            time.sleep(1)
 
     try:
         make_trainer(ranks, MOVED[0], x, None, die).fit()
@@ -351,10 +355,16 @@ def fork_ranks(world: int, folder: Path) -> list[int]:
 
 
 def fork_all(folder: Path) -> None:
+    failed = []
     for worlds in ([3, 1], [4], [2]):
-        pids = [pid for world in worlds for pid in fork_ranks(world, folder)]
-        for pid in pids:
-            os.waitpid(pid, 0)
+        started = {
+            (world, r): pid for world in worlds for r, pid in enumerate(fork_ranks(world, folder))
+        }
+        for rank, pid in started.items():
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            failed += [(rank, code)] * (code != (-signal.SIGKILL if rank == KILLED else 0))
+    if failed:
+        sys.exit(f"World, rank and exit code of those that failed: {failed}")
 
 
 def train_and_save(folder: Path) -> None:

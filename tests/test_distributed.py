@@ -7,6 +7,7 @@ by much more; so the compiled step, which has no float64, is held to 40 steps.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -19,11 +20,13 @@ from distributed_worker import BATCH, CASES, D_SAE, HOOKS, MOVED, PASS, TOKENS, 
 from faults import Faults, count_faults  # noqa: F401
 from sae_lens import SAE
 from safetensors.torch import load_file, save_file
-from torch.distributed import HashStore
+from torch.distributed import HashStore, TCPStore
+from torch.profiler import ProfilerActivity, profile
 
-from saesub import measure_spectra, ranks_plan
+from saesub import measure_spectra, ranks_plan, sharded
 from saesub.distributed import Ranks, join
 from saesub.errors import SaesubError
+from saesub.ranks_checkpoint import newest_state, write_state
 from saesub.spectrum import Spectrum
 
 pytestmark = [
@@ -32,6 +35,7 @@ pytestmark = [
 ]
 ROOT = Path(__file__).resolve().parent.parent
 WORKER = str(Path(__file__).with_name("distributed_worker.py"))
+LIMIT_S = 1800  # many times what is needed; a rank that is stuck fails the tests
 RUNS = [(world, case) for world, cases in CASES.items() for case in cases]
 
 
@@ -41,14 +45,21 @@ def _environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, **quiet, **more}
 
 
+def _run(command: list[str], **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, env=_environment(**more), capture_output=True, text=True, timeout=LIMIT_S
+    )
+
+
 @pytest.fixture(scope="module")
 def ran(activations: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which one, two, three and four ranks have done their work."""
     folder = tmp_path_factory.mktemp("ranks")
     save_file({"x": activations.float().contiguous()}, folder / "x.safetensors")
-    subprocess.run([sys.executable, WORKER, "cases", folder], env=_environment(), check=True)
+    done = _run([sys.executable, WORKER, "cases", str(folder)], TQDM_DISABLE="")
     for output in folder.glob("output-*"):
         assert "Traceback" not in output.read_text(), output.read_text()[-3000:]
+    assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
 
@@ -156,9 +167,24 @@ def test_the_plan_counts_what_is_held_and_sent(ran: Path, world: int, case: Case
 def test_a_killed_rank_is_named_by_the_others(ran: Path, faults: Faults):
     for rank in (0, 2):
         said = (ran / f"lost-{rank}").read_text()
-        assert said.startswith(f"rank 1 of 3 died or stopped answering (seen by rank {rank})")
+        assert said.startswith(f"rank 1 of 3 did not answer (seen by rank {rank})")
         assert "run the same command again" in said
     faults.survived("killed (SIGKILL) one of several ranks")
+
+
+def test_a_rank_that_is_too_late_for_the_list_of_the_living_names_nobody():
+    first = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    late = Ranks(1, 3, TCPStore("127.0.0.1", first.port, is_master=False))
+    del first  # its server with it
+    said = late.report_loss()
+    assert said.startswith("One of 3 ranks, and rank 0 with the list of those that live, did not")
+
+
+@pytest.mark.parametrize("world", CASES)
+def test_only_the_first_rank_shows_a_bar(ran: Path, world: int):
+    shown = [(ran / f"output-{world}-{r}").read_text().count("| mse_loss") for r in range(world)]
+    assert shown[0] > 0
+    assert shown[1:] == [0] * (world - 1)
 
 
 def test_a_killed_rank_ends_the_job_which_goes_on_when_run_again(ran: Path, faults: Faults):
@@ -167,16 +193,12 @@ def test_a_killed_rank_ends_the_job_which_goes_on_when_run_again(ran: Path, faul
     (folder / "x.safetensors").symlink_to(ran / "x.safetensors")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", WORKER, "train", str(folder)]
-
-    def run(**more: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(command, env=_environment(**more), capture_output=True, text=True)
-
-    killed = run(DIE_AT="0:25")
+    killed = _run(command, DIE_AT="0:25")
     assert killed.returncode != 0
-    assert "rank 0 of 2 died or stopped answering (seen by rank 1)" in killed.stderr
+    assert "rank 0 of 2 did not answer (seen by rank 1)" in killed.stderr
     assert "run the same command again, and it goes on from its last checkpoint" in killed.stderr
     assert not (folder / "sae").exists()
-    again = run()
+    again = _run(command)
     assert again.returncode == 0, again.stderr[-3000:]
     assert "rank 0 starts at step 21" in again.stdout
     uninterrupted = load_file(ran / "whole" / "sae_weights.safetensors")
@@ -192,6 +214,52 @@ def test_a_process_started_alone_is_a_job_of_its_own(activations: torch.Tensor):
         assert torch.equal(ranks.gather_rows(activations[:5]), activations[:5])
         with pytest.raises(SaesubError, match="already joined"), join():
             pass
+
+
+@pytest.mark.parametrize("more", [{}, {"WORLD_SIZE": "two", "MASTER_ADDR": "127.0.0.1"}])
+def test_a_rank_without_the_rest_of_the_environment_is_told(
+    monkeypatch: pytest.MonkeyPatch, more: dict[str, str]
+):
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"RANK": "0", **more}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SaesubError, match="RANK is set, but not all that torchrun sets"), join():
+        pass
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU to have too few of them")
+def test_a_rank_without_a_gpu_is_told(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("LOCAL_RANK", str(torch.cuda.device_count()))
+    with pytest.raises(SaesubError, match="no GPU for local rank"), join():
+        pass
+
+
+def test_folders_of_other_names_are_no_states(tmp_path: Path):
+    with join() as ranks:
+        for name in ("state-foo", "state-7.partial", "state-"):
+            (tmp_path / name).mkdir()
+        assert newest_state(ranks, tmp_path) is None
+        for tokens in (20, 100):
+            write_state(ranks, tmp_path, tokens, {"x": torch.ones(2)}, {}, {})
+        assert newest_state(ranks, tmp_path) == tmp_path / "state-100"
+    assert {path.name for path in tmp_path.iterdir()} == {"state-foo", "state-", "state-100"}
+
+
+def test_an_older_torch_is_told_which_is_needed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.8.0+cpu"))
+    monkeypatch.delitem(sys.modules, "saesub.ranks_checkpoint")
+    with pytest.raises(SaesubError, match=r"needs torch 2\.9 or newer, not 2\.8\.0"):
+        importlib.import_module("saesub.ranks_checkpoint")
+
+
+def test_a_gradients_norm_makes_no_copy_of_it():
+    gradient = torch.randn(40_000, 100)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        squared = sharded._squared_norm(gradient)
+    largest = max(event.self_cpu_memory_usage for event in profiled.events())
+    assert 0 < largest < gradient.nbytes / 10
+    assert squared.item() == pytest.approx(gradient.double().square().sum().item(), rel=1e-12)
 
 
 @pytest.mark.parametrize(("n", "world"), [(10, 4), (5, 4), (2, 4), (0, 3), (515, 2)])
