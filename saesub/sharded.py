@@ -45,7 +45,7 @@ _ROWS_PER_NORM = 1024
 
 
 def _squared_norm(gradient: Tensor) -> Tensor:
-    """Summed in float64, which torch would copy the whole of a gradient to."""
+    """Summed in float64 by blocks, since torch copies to float64 what it is given."""
     rows = gradient.split(_ROWS_PER_NORM)
     return (
         torch.stack([torch.linalg.vector_norm(r, dtype=torch.float64) for r in rows]).square().sum()

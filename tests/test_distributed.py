@@ -35,7 +35,7 @@ pytestmark = [
 ]
 ROOT = Path(__file__).resolve().parent.parent
 WORKER = str(Path(__file__).with_name("distributed_worker.py"))
-LIMIT_S = 1800  # many times what is needed; a rank that is stuck fails the tests
+LIMIT_S = 900  # many times what is needed; a rank that is stuck fails the tests
 RUNS = [(world, case) for world, cases in CASES.items() for case in cases]
 
 
