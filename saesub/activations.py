@@ -19,7 +19,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from saesub.contexts import pack_contexts
-from saesub.corpora import Corpus, load_corpus
+from saesub.corpora import Corpus
 from saesub.errors import SaesubError
 from saesub.finite import require_finite
 from saesub.model_pass import KeepClock, ModelPass, hook_points, make_pass
@@ -103,7 +103,7 @@ def measure_spectra(
     described = {**run.describe(), "corpus": _corpus_name(corpus)}
     state = SpectraState(None if checkpoint is None else Path(checkpoint))
     if checkpoint is not None:
-        state.load({**described, **_identity(run, corpus), "batch_size": str(batch_size)})
+        state.load({**described, **_identity(run), "batch_size": str(batch_size)})
     clock, first = KeepClock(), state.n_batches
     for batch, _ in enumerate(run.batches(state.receive, first)):
         state.n_batches = max(batch + 1, first)
@@ -172,7 +172,7 @@ def harvest(
         "corpus": _corpus_name(corpus),
         "n_tokens": str(n_tokens),
         "dtype": str(dtype).removeprefix("torch."),
-        "content": _content(run.model, load_corpus(corpus)),
+        "content": _content(run.model, run.contexts.corpus),
     }
     names, place = list(run.points), Path(folder)
     if any(open_or_none(place, name, settings) is None for name in names):
@@ -220,13 +220,13 @@ def _corpus_name(corpus: Corpus) -> str:
     return str(corpus) if isinstance(corpus, (str, Path)) else f"{len(corpus)} live documents"
 
 
-def _identity(run: ModelPass, corpus: Corpus) -> dict[str, str]:
+def _identity(run: ModelPass) -> dict[str, str]:
     """What else decides the rows of a pass and their order."""
     return {
         "hook_names": ", ".join(run.points),
         "n_tokens": str(run.n_tokens),
         "share": f"{run.share[0]} of {run.share[1]}",
-        "content": _content(run.model, load_corpus(corpus)),
+        "content": _content(run.model, run.contexts.corpus),
     }
 
 

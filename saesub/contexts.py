@@ -30,14 +30,14 @@ class ContextStream:
         self.context_size = context_size
         self._specials = context_tokens(model)
         self._tokenizer = model.tokenizer
-        self._corpus = corpus
+        self.corpus = corpus
         self._next = self._read = self._tokens = 0
         self._buffer: list[int] = []
 
     @property
     def epochs(self) -> float:
         """Passes over the corpus's documents so far."""
-        return self._read / len(self._corpus)
+        return self._read / len(self.corpus)
 
     def take(self, n: int) -> Int[Tensor, "n context_size"]:
         """The next `n` contexts, int64."""
@@ -50,14 +50,14 @@ class ContextStream:
         return torch.cat([torch.tensor(bos, dtype=torch.int64).expand(n, -1), text], dim=1)
 
     def _read_documents(self, body: int) -> None:
-        if self._next >= len(self._corpus):
+        if self._next >= len(self.corpus):
             if self._tokens < body:
                 raise SaesubError(
                     f"the corpus holds {self._tokens} tokens, fewer than one context needs "
                     f"({body}): give a larger corpus or a smaller context_size"
                 )
             self._next = 0
-        texts = self._corpus[self._next : self._next + _DOCUMENTS_AT_ONCE]["text"]
+        texts = self.corpus[self._next : self._next + _DOCUMENTS_AT_ONCE]["text"]
         self._next, self._read = self._next + len(texts), self._read + len(texts)
         separator = self._specials.separator_id
         tail = [] if separator is None else [separator]

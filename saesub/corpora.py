@@ -25,6 +25,7 @@ from saesub.resources import cache_dir, made_once
 Corpus: TypeAlias = str | Path | list[str] | Dataset
 
 _MIN_CHARS = 300
+_AT_ONCE = 1000  # documents; one by one a dataset takes 30 microseconds for each
 _PARSED = "v1"  # raise where a parser changes what it gives
 _TABLES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _CONTROL = dict.fromkeys([*(c for c in range(32) if chr(c) not in "\t\n\r"), 127])
@@ -98,7 +99,8 @@ def _without_empty(dataset: Dataset) -> Dataset:
     dtype = getattr(dataset.features["text"], "dtype", "a nested type")
     if len(dataset) and dtype not in ("string", "large_string"):
         raise SaesubError(f'the column "text" must hold strings, not {dtype}.')
-    kept = [i for i, text in enumerate(dataset["text"]) if text and text.strip()]
+    texts = (text for batch in dataset.iter(_AT_ONCE) for text in batch["text"])
+    kept = [i for i, text in enumerate(texts) if text and text.strip()]
     if not kept:
         raise SaesubError("the corpus holds no text: every document is empty.")
     return dataset if len(kept) == len(dataset) else dataset.select(kept, keep_in_memory=True)

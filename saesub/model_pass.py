@@ -94,6 +94,8 @@ class ModelPass:
                 index = kept.flatten().nonzero().squeeze(1)[: self.n_tokens - done]
                 if len(index) == 0:
                     raise SaesubError("every position is left out: raise context_size")
+                # What the last batch has beyond the rows asked for is not run.
+                tokens = tokens[: int(index[-1]) // tokens.shape[1] + 1]
                 if batch >= first and batch % self.share[1] == self.share[0]:
                     self._run(batch, tokens, index, receive)
                 done, batch = done + len(index), batch + 1
