@@ -122,9 +122,9 @@ def with_run_time(text: str, recorded: dict) -> str:
     What a T4 takes is an estimate, and called one: the same float32 tensors lie on the GPU instead
     of in the machine's memory, and a GPU is no slower at the same products than two CPU cores.
     """
-    cores = re.search(r"\d+ cores", " ".join(recorded["run"]))
-    assert cores, "run_facts() names them"
-    took = f"{_time(recorded['seconds'])} on {cores[0].replace(' ', ' CPU ')}"
+    used = re.findall(r"\d+ (?:cores|threads?)\b", " ".join(recorded["run"]))
+    assert used, "run_facts() names the cores, and the threads last"
+    took = f"{_time(recorded['seconds'])} on {used[-1].replace(' ', ' CPU ')}"
     if memory := _memory(recorded):
         took += f", peak memory {memory}"
         on_gpu = "gpu" in recorded.get("peak_memory", {})

@@ -81,10 +81,14 @@ def run_facts() -> list[str]:
     return [
         datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         f"Python {platform.python_version()}, {platform.system()} {platform.machine()}",
-        f"{_processor()}, {os.cpu_count()} cores",
+        f"{_processor()}, {os.cpu_count()} cores, {_counted(torch.get_num_threads(), 'thread')}",
         *([torch.cuda.get_device_name()] if torch.cuda.is_available() else []),
         ", ".join(f"{name} {_version(name)}" for name in _PACKAGES),
     ]
+
+
+def _counted(n: int, what: str) -> str:
+    return f"{n} {what}{'s' * (n != 1)}"
 
 
 def _version(package: str) -> str:

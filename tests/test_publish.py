@@ -63,7 +63,7 @@ def test_cleaning_drops_what_papermill_added_and_progress_bars():
     assert "papermill" not in cleaned.metadata
 
 
-RECORDED = {"run": ["a processor, 2 cores"], "seconds": 720}
+RECORDED = {"run": ["a processor, 8 cores, 2 threads"], "seconds": 720}
 NOTEBOOK_MARKS = "<!-- notebooks -->\n<!-- /notebooks -->"
 MEASURED = RECORDED | {"peak_memory": {"cpu": 3_140_000_000}}
 
@@ -71,12 +71,12 @@ MEASURED = RECORDED | {"peak_memory": {"cpu": 3_140_000_000}}
 def test_the_first_cell_tells_what_the_recorded_run_took():
     end = "; a GPU is used if there is one. More."
     before = f"# T\n\nRun time at `quick`: 9 s on 2 CPU cores, 4 GB of memory{end}"
-    assert f"12 min on 2 CPU cores, 4 GB of memory{end}" in publish["with_run_time"](
+    assert f"12 min on 2 CPU threads, 4 GB of memory{end}" in publish["with_run_time"](
         before, RECORDED
     )
     told = publish["with_run_time"](before, MEASURED)
     assert (
-        "`quick`: 12 min on 2 CPU cores, peak memory 3.1 GB "
+        "`quick`: 12 min on 2 CPU threads, peak memory 3.1 GB "
         f"(on a T4 of 16 GB, by estimate, no more of either){end}"
     ) in told
     assert publish["with_run_time"](told, MEASURED) == told

@@ -103,11 +103,11 @@ def untrained(trial: Trial, start: Start) -> TopKTrainingSAE:
     return sae
 
 
-def outcome(trial: Trial, start: Start = package_start) -> dict:
-    """Train the trial; its settings, how often it saw each activation, and the dead share and FVU
-    on held-out tokens."""
+def trained(trial: Trial, start: Start, window: int = WINDOW) -> saesub.SubspaceSAETrainer:
+    """The trainer of a trial at its end, on one thread; a feature silent for a `window` of training
+    tokens counts as dead in its history."""
     torch.set_num_threads(1)
-    train, held_out, _, _ = site(trial.model, trial.hook_name)
+    train = site(trial.model, trial.hook_name)[0]
     cfg = SAETrainerConfig(
         total_training_samples=trial.n_train,
         train_batch_size_samples=trial.batch_size,
@@ -122,7 +122,7 @@ def outcome(trial: Trial, start: Start = package_start) -> dict:
         untrained(trial, start),
         iter(()),
         optimizer=trial.optimizer,  # pyright: ignore[reportArgumentType]
-        dead_window_tokens=WINDOW,
+        dead_window_tokens=window,
     )
     saesub.train_arms(
         {"trial": trainer},
@@ -130,6 +130,14 @@ def outcome(trial: Trial, start: Start = package_start) -> dict:
             {trial.hook_name: train}, trial.batch_size, seed=trial.seed, start_step=step
         ),
     )
+    return trainer
+
+
+def outcome(trial: Trial, start: Start = package_start) -> dict:
+    """Train the trial; its settings, how often it saw each activation, and the dead share and FVU
+    on held-out tokens."""
+    trainer = trained(trial, start)
+    train, held_out, _, _ = site(trial.model, trial.hook_name)
     x = held_out.rows(0, WINDOW)
     dead = saesub.dead_features(trainer.sae, x, n_tokens=WINDOW).float().mean().item()
     fvu = saesub.reconstruction(trainer.sae, x[:N_JUDGED].split(1024)).fvu
@@ -138,9 +146,12 @@ def outcome(trial: Trial, start: Start = package_start) -> dict:
 
 
 def run(
-    name: str, trials: list[Trial], start: Start = package_start, n_workers: int | None = None
+    name: str,
+    trials: list[Trial],
+    judged: Callable[[Trial], dict] = outcome,
+    n_workers: int | None = None,
 ) -> None:
-    """Run the trials that the record `name` lacks, on one thread each."""
+    """Add to the record `name` the `judged` outcomes of the trials that it lacks."""
     os.environ["OMP_NUM_THREADS"] = "1"
     path = RESULTS / f"{name}.json"
     record = json.loads(path.read_text()) if path.is_file() else {"runs": [], "rows": []}
@@ -156,7 +167,7 @@ def run(
     record = this | {"runs": [*record["runs"], this], "rows": record["rows"]}
     quiet = {"initializer": _quiet, "mp_context": get_context("spawn")}
     with ProcessPoolExecutor(n_workers or os.cpu_count(), **quiet) as pool:
-        jobs = [pool.submit(outcome, trial, start) for trial in left]
+        jobs = [pool.submit(judged, trial) for trial in left]
         for job in tqdm(as_completed(jobs), total=len(jobs), unit="SAE"):
             record["rows"].append(job.result() | {"run": place})
             write_atomically(path, json.dumps(record, indent=1))

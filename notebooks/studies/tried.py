@@ -27,7 +27,7 @@ from sae_lens import TopKTrainingSAE
 from starts import SITES
 from torch import Tensor
 from torch.nn.functional import normalize
-from trials import Trial, package_start, run, site
+from trials import Trial, outcome, package_start, run, site
 
 import saesub
 from saesub.directions import directions_at, draw_tokens, equal_variance, random_directions
@@ -123,4 +123,4 @@ TRIALS = [
 ]
 
 if __name__ == "__main__":
-    run("tried", TRIALS, start)
+    run("tried", TRIALS, partial(outcome, start=start))

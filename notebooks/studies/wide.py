@@ -1,0 +1,53 @@
+"""Dictionaries as wide as two CPU cores allow: starts and optimizers at 2^13 to 2^17 features.
+
+    python notebooks/studies/wide.py
+
+Writes data/results/studies/wide.json, an hour of two cores. Every arm of every width gets the same
+614,400 tokens, 300 steps and rate, so that the width alone differs. Dead is told over two windows:
+`dead_share` over all held-out tokens, as elsewhere in these studies, and `dead_in_training` over
+the last 245,760 tokens of training, in which a feature of the widest dictionary would fire sixty
+times if all fired equally often.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from trials import Trial, package_start, run, site, trained
+
+import saesub
+
+HOOK = "blocks.12.hook_attn_out"
+BATCH, STEPS = 2048, 300
+WINDOW_IN_TRAINING = 120 * BATCH
+WIDTHS = [2**13, 2**15, 2**17]
+ARMS = [
+    (start, optimizer)
+    for optimizer in ("adam", "sparse_adam")
+    for start in ("random", "flat", "whitened_data")
+]
+TRIALS = [
+    Trial(HOOK, start, "auto", optimizer, d_sae=d_sae, n_train=STEPS * BATCH, batch_size=BATCH)
+    for d_sae in WIDTHS
+    for start, optimizer in ARMS
+]
+
+
+def judged(trial: Trial) -> dict:
+    """Both dead shares of a trained trial, its FVU, and its dead share in training by tokens."""
+    trainer = trained(trial, package_start, WINDOW_IN_TRAINING)
+    train, held_out, _, _ = site(trial.model, trial.hook_name)
+    x = held_out.rows(0, held_out.n_tokens)
+    silent = trainer.tokens_since_fired >= WINDOW_IN_TRAINING
+    return asdict(trial) | {
+        "epochs": trial.n_train / train.n_tokens,
+        "window": held_out.n_tokens,
+        "dead_share": saesub.dead_features(trainer.sae, x, n_tokens=len(x)).float().mean().item(),
+        "dead_in_training": silent.float().mean().item(),
+        "fvu": saesub.reconstruction(trainer.sae, x.split(1024)).fvu,
+        "history": trainer.history,
+    }
+
+
+if __name__ == "__main__":
+    run("wide", TRIALS, judged, n_workers=1)
