@@ -309,14 +309,16 @@ def _is_row(row: object) -> bool:
     return all(isinstance(t, str) for t in texts) and all(type(n) in (int, float) for n in numbers)
 
 
-def scorecard(rows: Iterable[dict]) -> ClaimsTable:
+def scorecard(rows: Iterable[dict], *, whole: bool = True) -> ClaimsTable:
     """All the paper's claims in order; those nobody measured are `not testable here`.
 
-    Where two notebooks measured one claim, each has its row. Raises `SaesubError` for an
-    unknown id.
+    If not `whole`, as when some notebooks have yet to run, the unmeasured are left out. Where two
+    notebooks measured one claim, each has its row. Raises `SaesubError` for an unknown id.
     """
     by_id: dict[str, list[dict]] = {}
     for row in rows:
         by_id.setdefault(find(row["id"]).id, []).append(row)
-    unmeasured = {i: [_row(Measurement(i, None)) | {"notebook": ""}] for i in load_claims()}
-    return ClaimsTable([row for i, blank in unmeasured.items() for row in by_id.get(i, blank)])
+    blank = {
+        i: [_row(Measurement(i, None)) | {"notebook": ""}] if whole else [] for i in load_claims()
+    }
+    return ClaimsTable([row for i, none in blank.items() for row in by_id.get(i, none)])

@@ -99,7 +99,7 @@ def _without_empty(dataset: Dataset) -> Dataset:
     dtype = getattr(dataset.features["text"], "dtype", "a nested type")
     if len(dataset) and dtype not in ("string", "large_string"):
         raise SaesubError(f'the column "text" must hold strings, not {dtype}.')
-    texts = (text for batch in dataset.iter(_AT_ONCE) for text in batch["text"])
+    texts = (text for batch in dataset.iter(_AT_ONCE) for text in batch["text"])  # pyright: ignore
     kept = [i for i, text in enumerate(texts) if text and text.strip()]
     if not kept:
         raise SaesubError("the corpus holds no text: every document is empty.")

@@ -58,6 +58,16 @@ class Outcome:
     peak_memory: dict[str, int] = field(default_factory=dict)
 
 
+def caveat(profile: str) -> str:
+    """What a run's verdicts are worth, where that has to be said; else empty."""
+    if profile != "smoke":
+        return ""
+    return (
+        "A smoke run shows that every cell runs. It sees too few tokens to measure anything: its "
+        "verdicts speak neither for a claim nor against it."
+    )
+
+
 def report_page(notebooks: Path, profile: str, table: ClaimsTable, runs: Sequence[Outcome]) -> str:
     """The report, one self-contained HTML page."""
     bodies = [
@@ -69,8 +79,9 @@ def report_page(notebooks: Path, profile: str, table: ClaimsTable, runs: Sequenc
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width,initial-scale=1'>"
         f"<title>saesub: {profile} report</title><style>{_CSS}</style></head><body>"
-        f"<h1>saesub: {profile} report</h1><h2>Scorecard</h2>{table._repr_html_()}"
-        f"<h2>This run</h2>{_run_info()}{_times(runs)}{''.join(bodies)}</body></html>"
+        f"<h1>saesub: {profile} report</h1><h2>Scorecard</h2><p><b>{caveat(profile)}</b></p>"
+        f"{table._repr_html_()}<h2>This run</h2>{_run_info()}{_times(runs)}{''.join(bodies)}"
+        "</body></html>"
     )
 
 

@@ -17,7 +17,7 @@ from . import claims
 from .atomic import write_atomically
 from .errors import SaesubError, near_names
 from .progress import QUIET
-from .report import Outcome, report_page, run_facts
+from .report import Outcome, caveat, report_page, run_facts
 from .resources import notebooks_dir, source_digest
 
 PROFILES = ("smoke", "quick", "paper")
@@ -184,11 +184,13 @@ def _outcomes(folder: Path) -> list[Outcome]:
 def _summarise(folder: Path, profile: str, outcomes: list[Outcome]) -> None:
     rows = claims.collect(folder)
     write_atomically(folder / "claims.json", json.dumps(rows, indent=1, ensure_ascii=False))
-    table = claims.scorecard(rows)
+    finished = {o.name for o in outcomes if not o.error}
+    table = claims.scorecard(rows, whole=all(p.stem in finished for p in find_notebooks()))
     write_atomically(
         folder / "report.html", report_page(folder / "notebooks", profile, table, outcomes)
     )
-    print(f"\n{table}\n\nreport: {folder / 'report.html'}")
+    told = [str(table), caveat(profile), f"report: {folder / 'report.html'}"]
+    print("\n" + "\n\n".join(filter(None, told)))
 
 
 def _say(line: str) -> None:

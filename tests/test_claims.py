@@ -113,6 +113,7 @@ def test_scorecard_lists_every_claim_measured_or_not():
     assert [r["id"] for r in table.rows] == list(claims.load_claims())
     assert table.counts()["holds"] == 1
     assert table.counts()["not testable here"] == len(table.rows) - 1
+    assert claims.scorecard(rows, whole=False).rows == rows
 
 
 def test_damaged_and_missing_results_are_explained(tmp_path):

@@ -48,10 +48,13 @@ def test_reproduce_goes_on_after_a_failure_and_resumes(notebooks, tmp_path, caps
     assert "00_breaks failed in cell 4: ValueError: on purpose" in err
     assert "01_works: done" in err
     assert "✔ 1 holds" in out
+    assert "not testable here" not in out  # a claim of a notebook that has yet to run
+    assert "neither for a claim nor against" in out
 
     results = tmp_path / "results" / "smoke"
     assert json.loads((results / "claims.json").read_text())[0]["id"] == "F1.attn_rank"
     page = (results / "report.html").read_text(encoding="utf-8")
+    assert "neither for a claim nor against" in page
     assert page.index("Scorecard") < page.index("the profile is smoke")
     assert "data:image/png;base64" in page
     assert "plt.plot" not in page
