@@ -88,12 +88,15 @@ def markdown_table(results: str | Path) -> str:
     parts = []
     for batch in sorted(runs["batch"].unique()):
         parts += [_times(results, batch), _costs(results, batch)]
-    return "\n\n".join([*parts, *_failures(runs), _conditions(results)]) + "\n"
+    beside = [_conditions(results), _one_thread(results), _passes(results)]
+    return "\n\n".join(filter(None, [*parts, *_failures(runs), *beside])) + "\n"
 
 
 def readme_block(results: str | Path) -> str:
-    """The times at the smallest batch, and what they were taken on."""
-    return f"{_times(results, load(results)['batch'].min())}\n\n{_conditions(results)}"
+    """The times at the smallest batch, what they were taken on, and what else was timed."""
+    times = _times(results, load(results)["batch"].min())
+    beside = [_conditions(results), _one_thread(results), _passes(results)]
+    return "\n\n".join(filter(None, [times, *beside]))
 
 
 def _times(results: str | Path, batch: int) -> str:
@@ -160,6 +163,39 @@ def _conditions(results: str | Path) -> str:
     steps = max(r["settings"]["steps"] for r in records)
     runs = f"medians of {' or '.join(map(str, sorted(rounds)))} rounds of {steps} steps"
     return "; ".join([*sorted(machines), *sorted(threads), *sorted(torches), runs]) + "."
+
+
+def _one_thread(results: str | Path) -> str:
+    """How much longer a step takes on one thread, from the records in `one-thread/`, if any."""
+    folder = Path(results) / "one-thread"
+    if not folder.is_dir():
+        return ""
+    alone, usual = summary(folder)["seconds"], summary(results)["seconds"]
+    ratios = (alone / usual).dropna()
+    batch, width, _ = ratios.index[0]
+    each = [f"{name} {ratio:.2f}×" for (_, _, name), ratio in ratios.items()]
+    return (
+        f"On one thread a step of {batch:,} tokens at d_sae {width:,} takes longer by: "
+        f"{', '.join(each)}."
+    )
+
+
+def _passes(results: str | Path) -> str:
+    """What a harvest and a pass for spectra cost, from the record of `passes.py`, if any."""
+    path = Path(results) / "passes.json"
+    if not path.is_file():
+        return ""
+    record = json.loads(path.read_text())
+    hooks = " and at ".join(row["hooks"] for row in record["rows"])
+    harvest, spectra = (
+        " and ".join(f"{row['ratios'][kind]:.2f}" for row in record["rows"])
+        for kind in ("harvest", "spectra")
+    )
+    return (
+        f"At the {hooks} of layer {record['settings']['layer']} of SmolLM2-135M a harvest takes "
+        f"{harvest} times as long as the model's bare forward pass to there, a pass for spectra "
+        f"{spectra} times (medians of {record['settings']['rounds']} rounds)."
+    )
 
 
 def _ordered(names: pd.Index) -> list[str]:
