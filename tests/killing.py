@@ -35,6 +35,7 @@ from saesub.store import ActivationStore
 from saesub.training import SubspaceSAETrainer
 
 HOOKS = ("blocks.0.hook_attn_out", "blocks.1.hook_mlp_out")
+LIMIT = 600  # seconds, after which a job hangs
 PASS = {"n_tokens": 1200, "context_size": 32, "batch_size": 2, "progress": False}
 BATCH, STEPS = 64, 60
 CORPUS = load_corpus("wiki-en").select(range(200))
@@ -207,6 +208,7 @@ def start(job: str, folder: Path, kill_at_event: int | None) -> tuple[int, int]:
     pid = os.fork()
     if pid == 0:
         code = 1
+        signal.alarm(LIMIT)
         try:
             with (folder / "output").open("a") as output:
                 os.dup2(output.fileno(), 1)
@@ -231,6 +233,9 @@ def end(folder: Path, pid: int, read: int, seconds: float | None) -> dict[str, A
             os.kill(pid, signal.SIGKILL)
         answer += answers.read()
     _, status = os.waitpid(pid, 0)
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) != signal.SIGKILL:
+        text = (folder / "output").read_text()[-2000:]
+        return {"failed": f"{signal.Signals(os.WTERMSIG(status)).name}: {text}"}
     if os.WIFSIGNALED(status):
         return {"killed": True}
     if os.WEXITSTATUS(status):
