@@ -196,11 +196,16 @@ class ClaimsTable:
                 f"**{row['id']}** {row['claim']}",
                 row["paper"] or "none given",
                 _here(row),
-                f"{symbol} {row['verdict']}",
+                " ".join(filter(None, [symbol, row["verdict"], _in_brackets(row)])),
                 row["notebook"],
             )
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         return "\n".join(lines)
+
+
+def _in_brackets(row: dict) -> str:
+    doubt = _doubt(find(row["id"]), row)
+    return f"({doubt})" if doubt else ""
 
 
 def _text_row(row: dict) -> str:

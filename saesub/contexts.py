@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from datasets import Dataset
 from jaxtyping import Bool, Int
@@ -19,8 +21,9 @@ class ContextStream:
     """Contexts of `context_size` tokens, cut from the corpus's documents joined by the separator.
 
     Each context starts with BOS if the model was trained with one. Documents are tokenised only as
-    they are needed; when the corpus runs out it starts over, and `epochs` says how often it was
-    read. Raises SaesubError for a context longer than the model's, or a corpus shorter than one.
+    they are needed; when the corpus runs out it starts over, with a warning, and `epochs` says how
+    often it was read. Raises SaesubError for a context longer than the model's, or a corpus shorter
+    than one.
     """
 
     def __init__(self, model: TransformerBridge, corpus: Dataset, context_size: int) -> None:
@@ -55,6 +58,12 @@ class ContextStream:
                 raise SaesubError(
                     f"the corpus holds {self._tokens} tokens, fewer than one context needs "
                     f"({body}): give a larger corpus or a smaller context_size"
+                )
+            if self._read == len(self.corpus):
+                warnings.warn(
+                    f"the corpus ends after {self._tokens:,} tokens and is read again: rows repeat "
+                    "from there on; give a larger corpus, or ask for fewer tokens",
+                    stacklevel=2,
                 )
             self._next = 0
         texts = self.corpus[self._next : self._next + _DOCUMENTS_AT_ONCE]["text"]

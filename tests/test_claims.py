@@ -87,6 +87,16 @@ def test_the_table_shows_figures_verdict_and_symbol_and_escapes_html():
     assert "51.5 % [49.0 %, 54.0 %]" in str(table)
 
 
+def test_markdown_says_where_an_interval_reaches_into_another_verdict():
+    certain, doubtful = (
+        Measurement("F6.fvu", -0.1, (-0.2, -0.05)),
+        Measurement("F10.better_dead", 0.0, (-1, 1)),
+    )
+    lines = claims.compare([certain, doubtful], "05").markdown().splitlines()
+    assert "reaches into" not in lines[2]
+    assert "✔ holds (interval reaches into “holds in direction / does not hold”)" in lines[3]
+
+
 def test_compare_writes_for_the_scorecard_and_collect_reads_it_back(tmp_path, monkeypatch):
     monkeypatch.setenv("SAESUB_RESULTS", str(tmp_path / "new"))
     claims.compare([Measurement("F1.attn_rank", 0.515, (0.49, 0.54))], "01_low/rank")
