@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from sae_lens import SAE
 from scipy.stats import mannwhitneyu
 from torch import Tensor
 
+from saesub.encode import encoder_of
 from saesub.errors import SaesubError
 from saesub.progress import bar
 
@@ -44,9 +45,10 @@ def dead_features(
     """
     fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool, device=sae.device)
     settings = {"total": n_tokens, "unit": "tok", "desc": "dead features", "delay": 1}
+    encode = encoder_of(sae)
     with flat_heads(sae), bar(progress=progress, **settings) as shown:
         for block in blocks_of(activations, n_tokens):
-            fired |= fires(sae.encode(block.to(sae.device)))
+            fired |= times_fired(encode(block.to(sae.device))) > 0
             shown.update(len(block))
     return ~fired
 
@@ -64,14 +66,13 @@ def flat_heads(sae: SAE[Any]) -> Iterator[None]:
             sae.turn_on_forward_pass_hook_z_reshaping()
 
 
-def fires(feature_acts: Float[Tensor, "n d_sae"]) -> Bool[Tensor, " d_sae"]:
-    """Which features are active on at least one token; dense or sparse activations."""
+def times_fired(feature_acts: Float[Tensor, "n d_sae"]) -> Int[Tensor, " d_sae"]:
+    """On how many of the tokens each feature is active; dense or sparse activations."""
     if feature_acts.is_sparse:
         entries = feature_acts.coalesce()
-        fired = torch.zeros(feature_acts.shape[-1], dtype=torch.bool, device=entries.device)
-        fired[entries.indices()[-1][entries.values() != 0]] = True
-        return fired
-    return (feature_acts != 0).any(0)
+        active = entries.indices()[-1][entries.values() != 0]
+        return torch.bincount(active, minlength=feature_acts.shape[-1])
+    return (feature_acts != 0).sum(0)
 
 
 def blocks_of(activations: Tensor | Iterable[Tensor], n_tokens: int) -> Iterator[Tensor]:

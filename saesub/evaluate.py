@@ -21,7 +21,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from saesub.activations import hook_points
 from saesub.contexts import kept_positions
-from saesub.dead import flat_heads
+from saesub.dead import flat_heads, times_fired
+from saesub.encode import encoder_of
 from saesub.errors import SaesubError
 from saesub.models import Model, load_model
 from saesub.progress import bar
@@ -249,10 +250,11 @@ def reconstruction(sae: SAE[Any], activations: Iterable[Float[Tensor, "n d"]]) -
         )
 
     def judged() -> Iterator[Judged]:
+        encode = encoder_of(sae)
         for x in activations:
             x = x.to(sae.device, torch.float32)
             with flat_heads(sae):
-                features = sae.encode(x)
+                features = encode(x)
                 yield Judged(x, sae.decode(features), features)
 
     return unexplained(judged())
@@ -274,9 +276,7 @@ def unexplained(blocks: Iterable[Judged]) -> Reconstruction:
     """
     n, mean, total, error, active = 0, torch.zeros(()), 0.0, 0.0, 0
     for y, reconstructed, features in blocks:
-        active += int(
-            features.to_dense().count_nonzero() if features.is_sparse else (features != 0).sum()
-        )
+        active += int(times_fired(features).sum())
         error += (reconstructed - y).double().square().sum().item()
         block_mean = y.double().mean(0)
         total += (y - block_mean).square().sum().item()

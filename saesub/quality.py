@@ -22,7 +22,8 @@ from torch.nn.functional import normalize
 from transformer_lens.model_bridge import TransformerBridge
 
 from saesub.activations import hook_points
-from saesub.dead import blocks_of, flat_heads
+from saesub.dead import blocks_of, flat_heads, times_fired
+from saesub.encode import encoder_of
 from saesub.errors import SaesubError
 from saesub.models import Model, context_tokens, load_model
 
@@ -43,9 +44,10 @@ def feature_density(
         SaesubError: fewer than `n_tokens` rows came.
     """
     counts = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=sae.device)
+    encode = encoder_of(sae)
     with flat_heads(sae):
         for block in blocks_of(activations, n_tokens):
-            counts += (sae.encode(block.to(sae.device)).to_dense() != 0).sum(0)
+            counts += times_fired(encode(block.to(sae.device)))
     return counts / n_tokens
 
 

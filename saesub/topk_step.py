@@ -233,8 +233,6 @@ def entries_output(
 ) -> EntriesOutput:
     """The output of a pass, `feature_acts` and `hidden_pre` being sparse."""
     ranked = selected.pre if scale is None else selected.pre * scale[selected.features]
-    where = torch.stack([selected.tokens, selected.features])
-    shape = (len(x), selected.d_sae)
     metrics: dict[str, Any] = {}
     if isinstance(sae, BatchTopKTrainingSAE):
         sae.update_topk_threshold(ranked)
@@ -244,8 +242,8 @@ def entries_output(
     output = TrainStepOutput(
         sae_in=x,
         sae_out=sae_out,
-        feature_acts=_coo(where, ranked.relu(), shape),
-        hidden_pre=_coo(where, ranked, shape),
+        feature_acts=sparse_activations(selected, ranked.relu(), len(x)),
+        hidden_pre=sparse_activations(selected, ranked, len(x)),
         loss=loss,
         losses={"mse_loss": mse_loss, "auxiliary_reconstruction_loss": aux_loss},
         metrics=metrics,
@@ -253,6 +251,10 @@ def entries_output(
     return EntriesOutput(output, selected)
 
 
-def _coo(where: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+def sparse_activations(
+    selected: Selected, values: Float[Tensor, " m"], n: int
+) -> Float[Tensor, "n d_sae"]:
+    """The values at the selected entries of n tokens, as a sparse COO tensor."""
+    where, shape = torch.stack([selected.tokens, selected.features]), (n, selected.d_sae)
     # A token's features are distinct, so the tensor is coalesced but for the order in a row.
     return torch.sparse_coo_tensor(where, values, shape, is_coalesced=True, check_invariants=False)

@@ -15,7 +15,7 @@ from sae_lens import (
     TopKTrainingSAEConfig,
 )
 
-from saesub.dead import dead_features, diagnose, fires, overlap
+from saesub.dead import dead_features, diagnose, overlap, times_fired
 from saesub.errors import SaesubError
 
 
@@ -66,9 +66,9 @@ def test_too_few_tokens_are_refused():
         dead_features(_sae(), torch.randn(10, 24), n_tokens=20)
 
 
-def test_fires_ignores_stored_zeros_of_sparse_activations():
+def test_times_fired_ignores_stored_zeros_of_sparse_activations():
     acts = torch.sparse_coo_tensor(torch.tensor([[0, 1], [2, 0]]), torch.tensor([0.0, 1.5]), (2, 4))
-    assert fires(acts).tolist() == [True, False, False, False]
+    assert times_fired(acts).tolist() == [1, 0, 0, 0]
 
 
 def test_overlap_of_known_directions():

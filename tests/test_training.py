@@ -18,7 +18,7 @@ from sae_lens import (
 from sae_lens.config import SAETrainerConfig
 
 from saesub.arms import joint_batches, train_arms
-from saesub.dead import fires
+from saesub.dead import times_fired
 from saesub.errors import SaesubError
 from saesub.spectrum import Spectrum
 from saesub.store import ActivationStore, StoreWriter
@@ -74,7 +74,7 @@ def test_the_dead_are_counted_by_tokens_as_brute_force_does(store, k):
     fired = []
     for step, x in zip(range(30), _batches(store), strict=False):
         with torch.no_grad():
-            fired.append(fires(sae.encode(x)))
+            fired.append(times_fired(sae.encode(x)) > 0)
         trainer.step(x)
         trainer.n_training_steps = step + 1
     expected = ~torch.stack(fired[-10:]).any(0)

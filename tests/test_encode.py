@@ -1,0 +1,91 @@
+"""Activations found by the search are SAELens' own, on real activations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sae_lens import (
+    BatchTopKTrainingSAE,
+    BatchTopKTrainingSAEConfig,
+    StandardTrainingSAE,
+    StandardTrainingSAEConfig,
+    TopKSAE,
+    TopKSAEConfig,
+    TopKTrainingSAE,
+    TopKTrainingSAEConfig,
+)
+
+from saesub import native
+from saesub.encode import encoder_of
+from saesub.evaluate import reconstruction
+
+SIZES = {"d_in": 576, "d_sae": 2048}
+
+
+def spread(sae):
+    """Weights as after some training: biases, and decoder rows of different lengths."""
+    generator = torch.Generator().manual_seed(1)
+    sae.W_dec.data *= 0.5 + torch.rand(len(sae.W_dec), 1, generator=generator)
+    sae.b_enc.data += 0.1 * torch.randn(len(sae.b_enc), generator=generator)
+    sae.b_dec.data += torch.randn(len(sae.b_dec), generator=generator)
+    return sae
+
+
+@pytest.mark.parametrize("rescaled", [False, True])
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("kind", ["training", "inference", "layer norm", "hook_z"])
+def test_the_search_finds_what_saelens_finds(activations, kind, centred, rescaled):
+    torch.manual_seed(0)
+    settings = SIZES | {"k": 16, "apply_b_dec_to_input": centred}
+    settings["rescale_acts_by_decoder_norm"] = rescaled
+    if kind == "training":
+        sae = spread(TopKTrainingSAE(TopKTrainingSAEConfig(**settings)))
+    else:
+        more = {"layer norm": {"normalize_activations": "layer_norm"}}.get(kind, {})
+        sae = spread(TopKSAE(TopKSAEConfig(**settings, **more)))
+    x = activations[:700]
+    if kind == "hook_z":
+        sae.turn_on_forward_pass_hook_z_reshaping()
+        x = x.unflatten(1, (9, 64))
+    with torch.no_grad():
+        expected = sae.encode(x)
+    found = encoder_of(sae)(x)
+    assert found.is_sparse == (native.library() is not None)
+    assert not found.requires_grad
+    dense = found.to_dense()
+    assert ((dense != 0).sum(1) <= 16).all()
+    torch.testing.assert_close(dense, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "sae",
+    [
+        StandardTrainingSAE(StandardTrainingSAEConfig(**SIZES)),
+        BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**SIZES, k=16)),
+        TopKTrainingSAE(TopKTrainingSAEConfig(**SIZES, k=16, dtype="float64")),
+    ],
+    ids=["relu", "batch topk", "float64"],
+)
+def test_other_saes_are_asked_themselves(activations, sae):
+    x = activations[:100].to(sae.W_enc.dtype)
+    found = encoder_of(sae)(x)
+    assert torch.equal(found, sae.encode(x))
+    assert not found.requires_grad
+
+
+def test_a_listener_gets_all_pre_activations(activations):
+    sae, shapes = TopKSAE(TopKSAEConfig(**SIZES, k=16)), []
+    sae.hook_sae_acts_pre.add_hook(lambda tensor, hook: shapes.append(tensor.shape))
+    encoder_of(sae)(activations[:10])
+    assert shapes == [(10, 2048)]
+
+
+def test_a_reconstruction_by_the_search_is_that_without_it(activations, monkeypatch):
+    torch.manual_seed(0)
+    sae = spread(TopKTrainingSAE(TopKTrainingSAEConfig(**SIZES, k=16)))
+    blocks = activations.split(600)
+    found = reconstruction(sae, blocks)
+    monkeypatch.setattr("saesub.encode.row_backend", lambda device: None)
+    plain = reconstruction(sae, blocks)
+    assert found.l0 == plain.l0 > 10
+    assert found.fvu == pytest.approx(plain.fvu, rel=1e-6)
