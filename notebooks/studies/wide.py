@@ -3,10 +3,10 @@
     python notebooks/studies/wide.py
 
 Writes data/results/studies/wide.json, an hour of two cores. Every arm of every width gets the same
-614,400 tokens, 300 steps and rate, so that the width alone differs. Dead is told over two windows:
-`dead_share` over all held-out tokens, as elsewhere in these studies, and `dead_in_training` over
-the last 245,760 tokens of training, in which a feature of the widest dictionary would fire sixty
-times if all fired equally often.
+614,400 tokens, 300 steps and rate, so that the width alone differs. Two windows bracket the dead.
+`dead_share` is of the trained SAE over the 60,000 held-out tokens, on which a feature of the widest
+dictionary fires fifteen times on average: rare features count as dead. `dead_in_training` is over
+the last 245,760 tokens of training: features that died within them do not.
 """
 
 from __future__ import annotations
