@@ -188,14 +188,19 @@ def _passes(results: str | Path) -> str:
     record = json.loads(path.read_text())
     hooks = " and at ".join(row["hooks"] for row in record["rows"])
     harvest, spectra = (
-        " and ".join(f"{row['ratios'][kind]:.2f}" for row in record["rows"])
+        " and ".join(_ratios(row["seconds"], kind) for row in record["rows"])
         for kind in ("harvest", "spectra")
     )
     return (
-        f"At the {hooks} of layer {record['settings']['layer']} of SmolLM2-135M a harvest takes "
-        f"{harvest} times as long as the model's bare forward pass to there, a pass for spectra "
-        f"{spectra} times (medians of {record['settings']['rounds']} rounds)."
+        f"Times of the model's bare forward pass (1 = as long), at the {hooks} of layer "
+        f"{record['settings']['layer']} of SmolLM2-135M: a harvest {harvest}; a pass for spectra "
+        f"{spectra}. Medians of {record['settings']['rounds']} rounds, and their range."
     )
+
+
+def _ratios(seconds: dict[str, list[float]], kind: str) -> str:
+    each = np.array(seconds[kind]) / np.array(seconds["bare"])
+    return f"{np.median(each):.2f} [{each.min():.2f}, {each.max():.2f}]"
 
 
 def _ordered(names: pd.Index) -> list[str]:

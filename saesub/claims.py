@@ -196,14 +196,14 @@ class ClaimsTable:
                 f"**{row['id']}** {row['claim']}",
                 row["paper"] or "none given",
                 _here(row),
-                " ".join(filter(None, [symbol, row["verdict"], _in_brackets(row)])),
+                " ".join(filter(None, [symbol, row["verdict"], _bracketed_doubt(row)])),
                 row["notebook"],
             )
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         return "\n".join(lines)
 
 
-def _in_brackets(row: dict) -> str:
+def _bracketed_doubt(row: dict) -> str:
     doubt = _doubt(find(row["id"]), row)
     return f"({doubt})" if doubt else ""
 
@@ -323,7 +323,6 @@ def scorecard(rows: Iterable[dict], *, whole: bool = True) -> ClaimsTable:
     by_id: dict[str, list[dict]] = {}
     for row in rows:
         by_id.setdefault(find(row["id"]).id, []).append(row)
-    blank = {
-        i: [_row(Measurement(i, None)) | {"notebook": ""}] if whole else [] for i in load_claims()
-    }
-    return ClaimsTable([row for i, none in blank.items() for row in by_id.get(i, none)])
+    for claim in load_claims() if whole else ():
+        by_id.setdefault(claim, [_row(Measurement(claim, None)) | {"notebook": ""}])
+    return ClaimsTable([row for claim in load_claims() for row in by_id.get(claim, [])])

@@ -25,7 +25,7 @@ from saesub.resources import cache_dir, made_once
 Corpus: TypeAlias = str | Path | list[str] | Dataset
 
 _MIN_CHARS = 300
-_AT_ONCE = 1000  # documents; one by one a dataset takes 30 microseconds for each
+_AT_ONCE = 1000  # documents; a dataset is slow to give them one by one
 _PARSED = "v1"  # raise where a parser changes what it gives
 _TABLES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _CONTROL = dict.fromkeys([*(c for c in range(32) if chr(c) not in "\t\n\r"), 127])

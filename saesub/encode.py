@@ -11,6 +11,7 @@ from sae_lens import TopKSAE, TopKTrainingSAE
 from torch import Tensor
 
 from saesub.sparse_ops import select_topk
+from saesub.step_needs import is_hooked
 from saesub.topk_step import feature_scale, row_backend, sparse_activations
 
 Encode = Callable[[Float[Tensor, "n d_in"]], Float[Tensor, "n d_sae"]]
@@ -20,14 +21,12 @@ Encode = Callable[[Float[Tensor, "n d_in"]], Float[Tensor, "n d_sae"]]
 def encoder_of(sae: Any) -> Encode:
     """What gives an SAE's `encode(x)`, without gradients, for as long as its weights stay the same.
 
-    Of a TopK SAE on a CPU with a C++ compiler the activations are sparse COO tensors, found by the
-    8-bit search without the product of all tokens and features; ties may fall otherwise. The search
-    is left where someone listens to a hook point of the SAE, to whom all pre-activations belong.
+    Of a TopK SAE on a CPU with a C++ compiler the activations are sparse COO tensors, found by
+    `saesub.native.search`: of features within rounding of one another it may take another, and the
+    bounds that it searches by are statistical.
     """
-    backend = row_backend(sae.W_enc.device)
-    hooked = any(hook.fwd_hooks for hook in sae.hook_dict.values())
-    topk = type(sae) in (TopKSAE, TopKTrainingSAE)
-    if backend is None or hooked or not topk or sae.W_enc.dtype != torch.float32:
+    backend = row_backend(sae.W_enc.device) if _suits_search(sae) else None
+    if backend is None:
         return torch.no_grad()(sae.encode)
     W_enc, scale = sae.W_enc.detach().T.contiguous().T, feature_scale(sae)
     k, b_enc, search = int(sae.cfg.k), sae.b_enc.detach(), backend.search
@@ -40,3 +39,11 @@ def encoder_of(sae: Any) -> Encode:
         return sparse_activations(selected, ranked.relu(), len(x))
 
     return encode
+
+
+def _suits_search(sae: Any) -> bool:
+    if type(sae) not in (TopKSAE, TopKTrainingSAE) or is_hooked(sae):
+        return False
+    scale = feature_scale(sae)  # the search divides by it
+    whole = scale is None or bool((scale > 0).all())
+    return whole and sae.W_enc.dtype == torch.float32 and 0 < sae.cfg.k <= sae.cfg.d_sae

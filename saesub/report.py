@@ -79,10 +79,14 @@ def report_page(notebooks: Path, profile: str, table: ClaimsTable, runs: Sequenc
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width,initial-scale=1'>"
         f"<title>saesub: {profile} report</title><style>{_CSS}</style></head><body>"
-        f"<h1>saesub: {profile} report</h1><h2>Scorecard</h2><p><b>{caveat(profile)}</b></p>"
+        f"<h1>saesub: {profile} report</h1><h2>Scorecard</h2>{_marked(caveat(profile))}"
         f"{table._repr_html_()}<h2>This run</h2>{_run_info()}{_times(runs)}{''.join(bodies)}"
         "</body></html>"
     )
+
+
+def _marked(text: str) -> str:
+    return f"<p><b>{text}</b></p>" if text else ""
 
 
 def run_facts() -> list[str]:

@@ -16,9 +16,13 @@ def takes_sparse_step(sae: Any, cfg: SAETrainerConfig) -> bool:
     if not is_topk(sae) or cfg.autocast or sae.W_enc.device.type == "mps":
         return False
     plain_input = sae.cfg.normalize_activations in ("none", "expected_average_only_in")
-    hooked = any(hook.fwd_hooks or hook.bwd_hooks for hook in sae.hook_dict.values())
     exact_dtype = sae.W_enc.dtype in (torch.float32, torch.float64)
-    return plain_input and exact_dtype and not hooked
+    return plain_input and exact_dtype and not is_hooked(sae)
+
+
+def is_hooked(sae: Any) -> bool:
+    """Whether someone listens at a hook point of the SAE, to whom all pre-activations belong."""
+    return any(hook.fwd_hooks or hook.bwd_hooks for hook in sae.hook_dict.values())
 
 
 def is_topk(sae: Any) -> bool:

@@ -108,6 +108,19 @@ def test_the_model_stops_at_the_last_hook_point(model: TransformerBridge, corpus
     assert later == []
 
 
+def test_the_model_runs_on_no_context_beyond_the_rows_asked_for(
+    model: TransformerBridge, corpus: Dataset
+) -> None:
+    sizes: list[int] = []
+    model.hook_dict[ATTN].add_hook(lambda x, hook: sizes.append(len(x)), level=77)
+    try:
+        stream = stream_activations(model, corpus, [ATTN], n_tokens=10, **SMALL)
+        assert len(next(stream)[ATTN]) == 10
+    finally:
+        model.hook_dict[ATTN].remove_hooks("fwd", level=77)
+    assert sizes == [1]
+
+
 def test_spectra_equal_those_of_the_stream(model: TransformerBridge, corpus: Dataset) -> None:
     spectra = measure_spectra(model, corpus, SITES, n_tokens=700, **SMALL)
     batches = list(stream_activations(model, corpus, SITES, n_tokens=700, **SMALL))

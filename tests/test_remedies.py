@@ -27,7 +27,7 @@ from sae_lens.saes.sae import TrainStepInput
 
 from saesub import native, remedies
 from saesub.arms import joint_batches, train_arms
-from saesub.dead import fires
+from saesub.dead import times_fired
 from saesub.errors import SaesubError
 from saesub.remedies import GhostGradients, KAnnealing, Resampling
 from saesub.remedy import Remedy
@@ -128,17 +128,17 @@ def test_resampled_features_fire_again(store, activations, backend, optimizer):
     trainer = _trainer(sae, 50, remedy, **settings)
     _take(trainer, store, 29)
     dead = trainer.dead_neurons
-    never = ~fires(sae.encode(activations))
+    never = times_fired(sae.encode(activations)) == 0
     dead_for_good = dead & never
     assert dead_for_good.sum() > 50
-    times_fired = trainer.act_freq_scores.clone()
+    before = trainer.act_freq_scores.clone()
     _take(trainer, store, 10)  # all of one resampling
     assert not (trainer.tokens_since_fired > 29 * BATCH).any()
-    fire = fires(sae.encode(activations))
+    fire = times_fired(sae.encode(activations)) > 0
     assert fire[dead_for_good].float().mean() > 0.9
     _take(trainer, store, 6)
     # Within a few hundred tokens of training, too, where the rest of the dictionary competes.
-    fired = trainer.act_freq_scores > times_fired
+    fired = trainer.act_freq_scores > before
     assert fired[dead_for_good].float().mean() > 0.4
 
 
@@ -234,7 +234,7 @@ def test_resampling_takes_other_architectures(store, activations, make):
     rows = (trainer.tokens_since_fired[:100] == 0).nonzero().squeeze(1)
     assert len(rows) >= 1
     with torch.no_grad():
-        assert fires(sae.encode(activations))[rows].float().mean() > 0.9
+        assert (times_fired(sae.encode(activations))[rows] > 0).float().mean() > 0.9
 
 
 def test_resampling_falls_where_it_was_asked_for():
@@ -336,7 +336,7 @@ def test_ghost_gradients_save_features(store, activations):
     for name, given in {"none": (), "ghost": (GhostGradients(),)}.items():
         trainer = _trainer(_topk(), 60, *given)
         _take(trainer, store, 60)
-        dead[name] = (~fires(trainer.sae.encode(activations))).float().mean().item()
+        dead[name] = (times_fired(trainer.sae.encode(activations)) == 0).float().mean().item()
     assert dead["ghost"] < dead["none"] - 0.1, dead
 
 

@@ -23,7 +23,7 @@ from sae_lens.saes.sae import TrainStepInput
 
 from saesub.activations import harvest
 from saesub.arms import train_arms
-from saesub.dead import fires
+from saesub.dead import times_fired
 from saesub.errors import SaesubError
 from saesub.evaluate import reconstruction
 from saesub.spectrum import Spectrum
@@ -147,7 +147,7 @@ def test_the_dead_are_counted_in_tokens(stores):
     fired = []
     for step, batch in zip(range(30), _batches(stores), strict=False):
         with torch.no_grad():
-            fired.append(fires(transcoder.encode(batch[:, :D])))
+            fired.append(times_fired(transcoder.encode(batch[:, :D])) > 0)
         trainer.step(batch)
         trainer.n_training_steps = step + 1
     expected = ~torch.stack(fired[-5:]).any(0)

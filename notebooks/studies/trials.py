@@ -153,6 +153,7 @@ def run(
 ) -> None:
     """Add to the record `name` the `judged` outcomes of the trials that it lacks."""
     os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)  # as the workers do, for the record
     path = RESULTS / f"{name}.json"
     record = json.loads(path.read_text()) if path.is_file() else {"runs": [], "rows": []}
     done = [{f: row[f] for f in Trial.__dataclass_fields__} for row in record["rows"]]

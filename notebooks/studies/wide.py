@@ -2,8 +2,8 @@
 
     python notebooks/studies/wide.py
 
-Writes data/results/studies/wide.json, an hour of two cores. Every arm of every width gets the same
-614,400 tokens, 300 steps and rate, so that the width alone differs. Two windows bracket the dead.
+Writes data/results/studies/wide.json, one SAE after another on one core. Every arm of every width
+gets the same 614,400 tokens, 300 steps and rate, so that the width alone differs. Two windows:
 `dead_share` is of the trained SAE over the 60,000 held-out tokens, on which a feature of the widest
 dictionary fires fifteen times on average: rare features count as dead. `dead_in_training` is over
 the last 245,760 tokens of training: features that died within them do not.
@@ -34,7 +34,7 @@ TRIALS = [
 
 
 def judged(trial: Trial) -> dict:
-    """Both dead shares of a trained trial, its FVU, and its dead share in training by tokens."""
+    """The trial's two dead shares, its FVU and its history."""
     trainer = trained(trial, package_start, WINDOW_IN_TRAINING)
     train, held_out, _, _ = site(trial.model, trial.hook_name)
     x = held_out.rows(0, held_out.n_tokens)
