@@ -34,7 +34,7 @@ README_FIGURE = "05_active_subspace_init"
 _RUN_TIME = re.compile(
     r"(?P<head>Run time at `quick`: )[^.;,]*"
     r"(?P<memory>,(?: with)? \d+ GB of memory"
-    r"|, peak memory (?:[\d.]+ GB(?: of GPU memory)?(?:, )?)+(?: by estimate)?"
+    r"|, peak memory (?:[\d.]+ GB(?: of GPU memory)?(?:, )?)+"
     r"(?: \(on a T4[^)]*\))?)?"
 )
 
@@ -125,21 +125,12 @@ def with_run_time(text: str, recorded: dict) -> str:
     used = re.findall(r"\d+ (?:cores|threads?)\b", " ".join(recorded["run"]))
     assert used, "run_facts() names the cores, and the threads last"
     took = f"{_time(recorded['seconds'])} on {used[-1].replace(' ', ' CPU ')}"
-    if memory := _memory(recorded):
-        took += f", peak memory {memory}"
-        on_gpu = "gpu" in recorded.get("peak_memory", {})
-        took += "" if on_gpu else " (on a T4 of 16 GB, by estimate, no more of either)"
+    if peak := recorded.get("peak_memory"):
+        took += f", peak memory {memory_text(peak)}"
+        took += "" if "gpu" in peak else " (on a T4 of 16 GB, by estimate, no more of either)"
     elif kept := _RUN_TIME.search(text):
         took += kept["memory"] or ""
     return _RUN_TIME.sub(lambda found: found["head"] + took, text)
-
-
-def _memory(recorded: dict) -> str:
-    """Peak memory in words: measured, else estimated (by memory.py) and called so, else empty."""
-    if peak := recorded.get("peak_memory"):
-        return memory_text(peak)
-    estimated = recorded.get("estimated_memory")
-    return f"{memory_text(estimated)} by estimate" if estimated else ""
 
 
 def cleaned(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
@@ -213,7 +204,7 @@ def faults_table(counts: dict[str, dict[str, int]]) -> str:
 
 
 def _notebook_table(record: dict) -> str:
-    peaks = {name: _memory(recorded) for name, recorded in record.items()}
+    peaks = {name: memory_text(recorded["peak_memory"]) for name, recorded in record.items()}
     columns = ["Notebook", "Claim", "Time at `quick`"]
     columns += ["Peak memory"] if any(peaks.values()) else []
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]

@@ -101,8 +101,7 @@ def test_every_first_cell_takes_a_measured_run(path):
 
 def test_the_table_of_notebooks_has_peak_memory_once_a_run_recorded_it():
     record = json.loads(RECORD.read_text())
-    none = {"peak_memory": {}, "estimated_memory": {}}
-    bare = {name: r | none for name, r in record.items()}
+    bare = {name: r | {"peak_memory": {}} for name, r in record.items()}
     assert "Peak memory" not in publish["with_tables"](NOTEBOOK_MARKS, bare)
     bare["00_tour"]["peak_memory"] = {"cpu": 3_140_000_000}
     head, _, first, second, *_ = publish["with_tables"](NOTEBOOK_MARKS, bare).splitlines()[1:]
