@@ -170,14 +170,12 @@ def _one_thread(results: str | Path) -> str:
     folder = Path(results) / "one-thread"
     if not folder.is_dir():
         return ""
-    alone, usual = summary(folder)["seconds"], summary(results)["seconds"]
-    ratios = (alone / usual).dropna()
-    batch, width, _ = ratios.index[0]
-    each = [f"{name} {ratio:.2f}×" for (_, _, name), ratio in ratios.items()]
-    return (
-        f"On one thread a step of {batch:,} tokens at d_sae {width:,} takes longer by: "
-        f"{', '.join(each)}."
-    )
+    ratios = (summary(folder)["seconds"] / summary(results)["seconds"]).dropna()
+    cells = []
+    for (batch, width), of_cell in ratios.groupby(level=["batch", "d_sae"]):
+        each = [f"{name} {ratio:.2f}" for (_, _, name), ratio in of_cell.items()]
+        cells.append(f"{batch:,} tokens at d_sae {width:,}: {', '.join(each)}")
+    return f"Times as long on one thread as on all, a step of {'; of '.join(cells)}."
 
 
 def _passes(results: str | Path) -> str:
