@@ -40,3 +40,23 @@ def test_the_recorded_recall_is_what_the_benchmarks_readme_says():
         "resid_post",
     }
     assert all(row["entries"] > 100_000 and row["lost"] == 0 for row in record["rows"])
+
+
+def test_a_passes_ratios_are_those_within_each_round():
+    seconds = {"bare": [1.0, 2.0, 4.0], "harvest": [2.0, 2.0, 6.0]}
+    assert report["_ratios"](seconds, "harvest") == "1.50 [1.00, 2.00]"
+
+
+def test_one_thread_is_compared_with_all_at_the_same_cell(tmp_path):
+    def record(folder, d_sae, seconds):
+        runs = [{"contender": "saesub-torch-adam", "round": 0, "seconds": seconds}]
+        settings = {"batch": 2048, "d_sae": d_sae}
+        folder.mkdir(exist_ok=True)
+        path = folder / f"b2048-d{d_sae}.json"
+        path.write_text(json.dumps({"settings": settings, "runs": runs}))
+
+    record(tmp_path, 4608, [9.0])
+    record(tmp_path, 36_864, [1.0, 2.0, 9.0])
+    record(tmp_path / "one-thread", 36_864, [3.0])
+    told = "2,048 tokens at d_sae 36,864: saesub-torch-adam 1.50."
+    assert report["_one_thread"](tmp_path).endswith(told)
