@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -30,7 +30,8 @@ from saesub.report import run_facts
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "data" / "results" / "studies"
 STORES = Path("runs") / "studies-activations"
-CORPUS, N_TOKENS, WINDOW, N_JUDGED = "wiki-en", 400_000, 40_000, 16_384
+TOKENS = {"wiki-en": (400_000, 60_000), "english-mix": (3_072_000, 1_024_000)}  # all, held out
+WINDOW, N_JUDGED = 40_000, 16_384
 N_SPECTRUM = 200_000  # tokens behind a spectrum, and to draw data points from
 
 
@@ -49,20 +50,25 @@ class Trial:
     n_train: int = 240_000
     batch_size: int = 1024
     k: int = 32
+    corpus: str = "wiki-en"
 
 
 def harvest(trials: list[Trial]) -> None:
-    """Write the activations that the trials ask for, one pass for each model."""
-    for model in sorted({t.model for t in trials}):
-        hooks = sorted({t.hook_name for t in trials if t.model == model})
-        saesub.harvest(model, CORPUS, hooks, STORES / model, n_tokens=N_TOKENS)
+    """Write the activations that the trials ask for, one pass for each corpus and model."""
+    for corpus, model in sorted({(t.corpus, t.model) for t in trials}):
+        hooks = sorted({t.hook_name for t in trials if (t.corpus, t.model) == (corpus, model)})
+        saesub.harvest(model, corpus, hooks, _folder(corpus, model), n_tokens=TOKENS[corpus][0])
+
+
+def _folder(corpus: str, model: str) -> Path:
+    return STORES / corpus / model
 
 
 @cache
-def site(model: str, hook_name: str) -> tuple:
+def site(model: str, hook_name: str, corpus: str = "wiki-en") -> tuple:
     """(training store, held-out store, spectrum, first activations) of a hook point."""
-    store = saesub.ActivationStore.open(STORES / model, hook_name)
-    train, held_out = store.split(60_000)
+    store = saesub.ActivationStore.open(_folder(corpus, model), hook_name)
+    train, held_out = store.split(TOKENS[corpus][1])
     x = train.rows(0, N_SPECTRUM)
     return train, held_out, saesub.Spectrum.from_activations(x), x
 
@@ -72,7 +78,7 @@ Start = Callable[[TopKTrainingSAE, Trial], None]  # sets an SAE's directions, it
 
 def package_start(sae: TopKTrainingSAE, trial: Trial) -> None:
     """What `initialize_in_subspace` does by the rule that the trial names."""
-    _, _, spectrum, x = site(trial.model, trial.hook_name)
+    _, _, spectrum, x = site(trial.model, trial.hook_name, trial.corpus)
     saesub.initialize_in_subspace(
         sae,
         spectrum,
@@ -85,7 +91,7 @@ def package_start(sae: TopKTrainingSAE, trial: Trial) -> None:
 
 def untrained(trial: Trial, start: Start) -> TopKTrainingSAE:
     """The SAE of a trial at step 0, with its start."""
-    spectrum = site(trial.model, trial.hook_name)[2]
+    spectrum = site(trial.model, trial.hook_name, trial.corpus)[2]
     torch.manual_seed(trial.seed)
     sae = TopKTrainingSAE(
         TopKTrainingSAEConfig(
@@ -107,7 +113,7 @@ def trained(trial: Trial, start: Start, window: int = WINDOW) -> saesub.Subspace
     """The trainer of a trial at its end, on one thread; a feature silent for a `window` of training
     tokens counts as dead in its history."""
     torch.set_num_threads(1)
-    train = site(trial.model, trial.hook_name)[0]
+    train = site(trial.model, trial.hook_name, trial.corpus)[0]
     cfg = SAETrainerConfig(
         total_training_samples=trial.n_train,
         train_batch_size_samples=trial.batch_size,
@@ -137,7 +143,7 @@ def outcome(trial: Trial, start: Start = package_start) -> dict:
     """Train the trial; its settings, how often it saw each activation, and the dead share and FVU
     on held-out tokens."""
     trainer = trained(trial, start)
-    train, held_out, _, _ = site(trial.model, trial.hook_name)
+    train, held_out, _, _ = site(trial.model, trial.hook_name, trial.corpus)
     x = held_out.rows(0, WINDOW)
     dead = saesub.dead_features(trainer.sae, x, n_tokens=WINDOW).float().mean().item()
     fvu = saesub.reconstruction(trainer.sae, x[:N_JUDGED].split(1024)).fvu
@@ -156,8 +162,12 @@ def run(
     torch.set_num_threads(1)  # as the workers do, for the record
     path = RESULTS / f"{name}.json"
     record = json.loads(path.read_text()) if path.is_file() else {"runs": [], "rows": []}
-    done = [{f: row[f] for f in Trial.__dataclass_fields__} for row in record["rows"]]
-    left = [t for t in trials if asdict(t) not in done]
+    # Rows from before a setting was there have its default.
+    done = {
+        Trial(**{f.name: row[f.name] for f in fields(Trial) if f.name in row})
+        for row in record["rows"]
+    }
+    left = [t for t in trials if t not in done]
     harvest(left)
     this = {
         "command": "python " + " ".join(sys.argv),

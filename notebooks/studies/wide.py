@@ -33,12 +33,12 @@ TRIALS = [
 ]
 
 
-def judged(trial: Trial) -> dict:
+def judged(trial: Trial, window_in_training: int = WINDOW_IN_TRAINING) -> dict:
     """The trial's two dead shares, its FVU and its history."""
-    trainer = trained(trial, package_start, WINDOW_IN_TRAINING)
-    train, held_out, _, _ = site(trial.model, trial.hook_name)
+    trainer = trained(trial, package_start, window_in_training)
+    train, held_out, _, _ = site(trial.model, trial.hook_name, trial.corpus)
     x = held_out.rows(0, held_out.n_tokens)
-    silent = trainer.tokens_since_fired >= WINDOW_IN_TRAINING
+    silent = trainer.tokens_since_fired >= window_in_training
     return asdict(trial) | {
         "epochs": trial.n_train / train.n_tokens,
         "window": held_out.n_tokens,

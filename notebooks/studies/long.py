@@ -1,0 +1,45 @@
+"""A dictionary as wide, beside its site, as the paper's, over as many tokens as two cores allow.
+
+    python notebooks/studies/long.py
+
+Writes data/results/studies/long.json. The paper's widest dictionaries have 2^20 features for 4,096
+dimensions, 256 a dimension; 2^17 for SmolLM2's 576 are 228. Every arm gets the same 2,048,000
+training tokens, each once, and is judged over 1,024,000 held-out ones, on which a feature fires 250
+times on average: `dead_share`. `dead_in_training` is over the last 1,024,000 training tokens.
+The paper's arms come first, then the same ones under Adam at a quarter of the rate.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from trials import Trial, run
+from wide import HOOK, judged
+
+D_SAE, BATCH, STEPS = 2**17, 2048, 1000
+WINDOW_IN_TRAINING = 500 * BATCH
+ARMS = [
+    ("random", "adam", 2e-3),
+    ("flat", "adam", 2e-3),
+    ("random", "sparse_adam", 2e-3),
+    ("flat", "sparse_adam", 2e-3),
+    ("random", "adam", 5e-4),
+    ("flat", "adam", 5e-4),
+]
+TRIALS = [
+    Trial(
+        HOOK,
+        start,
+        "auto",
+        optimizer,
+        lr,
+        d_sae=D_SAE,
+        n_train=STEPS * BATCH,
+        batch_size=BATCH,
+        corpus="english-mix",
+    )
+    for start, optimizer, lr in ARMS
+]
+
+if __name__ == "__main__":
+    run("long", TRIALS, partial(judged, window_in_training=WINDOW_IN_TRAINING))
