@@ -4,7 +4,7 @@
 
 Writes data/results/studies/long.json. The paper's widest dictionaries have 2^20 features for 4,096
 dimensions, 256 a dimension; 2^17 for SmolLM2's 576 are 228. Every arm gets the same 2,048,000
-training tokens, each once, and is judged over 1,024,000 held-out ones, on which a feature fires 250
+training tokens, each twice, and is judged over 512,000 held-out ones, on which a feature fires 125
 times on average: `dead_share`. `dead_in_training` is over the last 1,024,000 training tokens.
 The paper's arms come first, then the same ones under Adam at a quarter of the rate.
 """

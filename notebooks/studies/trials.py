@@ -30,7 +30,7 @@ from saesub.report import run_facts
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "data" / "results" / "studies"
 STORES = Path("runs") / "studies-activations"
-TOKENS = {"wiki-en": (400_000, 60_000), "english-mix": (3_072_000, 1_024_000)}  # all, held out
+TOKENS = {"wiki-en": (400_000, 60_000), "english-mix": (1_536_000, 512_000)}  # all, held out
 WINDOW, N_JUDGED = 40_000, 16_384
 N_SPECTRUM = 200_000  # tokens behind a spectrum, and to draw data points from
 
@@ -158,8 +158,6 @@ def run(
     n_workers: int | None = None,
 ) -> None:
     """Add to the record `name` the `judged` outcomes of the trials that it lacks."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)  # as the workers do, for the record
     path = RESULTS / f"{name}.json"
     record = json.loads(path.read_text()) if path.is_file() else {"runs": [], "rows": []}
     # Rows from before a setting was there have its default.
@@ -169,6 +167,8 @@ def run(
     }
     left = [t for t in trials if t not in done]
     harvest(left)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)  # as the workers do, for the record
     this = {
         "command": "python " + " ".join(sys.argv),
         "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], text=True).strip(),
