@@ -1,8 +1,8 @@
-"""Does the 8-bit search lose features? Its top k beside the float64 ranking, on real activations.
+"""Do the 8-bit searches lose features? Their top k beside the float64 one, on real activations.
 
     python benchmarks/recall.py            # writes results/recall.json, a minute or two
 
-A lost feature is one of the float64 top k that the search does not return although its score is
+A lost feature is one of the float64 top k that a search does not return although its score is
 more than float32's rounding above the k-th. The dictionaries are a random one and one of tied
 features drawn from the activations themselves, whose scores lie closer together.
 """
@@ -17,12 +17,13 @@ from environments import FOLDER
 from run import commit, machine
 
 import saesub
-from saesub import native
+from saesub import int8_search, native
 from saesub.sparse_ops import dense_search
 
 LAYER, N_TOKENS, D_SAE, K = 12, 8192, 36_864, 32
 BLOCK = 1024  # tokens whose float64 scores are held at a time: 300 MB
 ROUNDING = 1e-6  # of the largest score a token could have
+SEARCHES = {"native": native.search, "torch": int8_search.search}
 
 
 def main() -> None:
@@ -34,8 +35,9 @@ def main() -> None:
     for hook in hooks:
         x = torch.cat([block[hook] for block in blocks])
         for name, W_enc in dictionaries(x).items():
-            rows.append({"hook": hook, "dictionary": name, **lost(x, W_enc)})
-            print(rows[-1], flush=True)
+            for search, counts in lost(x, W_enc).items():
+                rows.append({"hook": hook, "dictionary": name, "search": search, **counts})
+                print(rows[-1], flush=True)
     record = {
         "settings": {"n_tokens": N_TOKENS, "d_sae": D_SAE, "k": K},
         "machine": machine(),
@@ -57,18 +59,22 @@ def dictionaries(x: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: torch.nn.functional.normalize(rows, dim=1).T for name, rows in made.items()}
 
 
-def lost(x: torch.Tensor, W_enc: torch.Tensor) -> dict[str, int]:
-    """How many of the n * k entries the search loses, and in how many tokens."""
+def lost(x: torch.Tensor, W_enc: torch.Tensor) -> dict[str, dict[str, int]]:
+    """How many of the n * k entries each search loses, and in how many tokens."""
     b_enc = torch.zeros(D_SAE)
-    counts = torch.zeros(len(x), dtype=torch.int64)
+    counts = {name: torch.zeros(len(x), dtype=torch.int64) for name in SEARCHES}
     for start in range(0, len(x), BLOCK):
         rows = x[start : start + BLOCK]
-        found, _ = native.search(rows, W_enc, b_enc, K)
         features, scores = dense_search(rows.double(), W_enc.double(), b_enc.double(), K)
-        missed = ~(features[:, :, None] == found[:, None, :]).any(2)
         above = scores - scores.amin(1, keepdim=True) > ROUNDING * rows.norm(dim=1, keepdim=True)
-        counts[start : start + BLOCK] = (missed & above).sum(1)
-    return {"entries": len(x) * K, "lost": int(counts.sum()), "tokens": int((counts > 0).sum())}
+        for name, search in SEARCHES.items():
+            found, _ = search(rows, W_enc, b_enc, K)
+            missed = ~(features[:, :, None] == found[:, None, :]).any(2)
+            counts[name][start : start + BLOCK] = (missed & above).sum(1)
+    return {
+        name: {"entries": len(x) * K, "lost": int(c.sum()), "tokens": int((c > 0).sum())}
+        for name, c in counts.items()
+    }
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from saesub.topk_step import (
     entries_output,
     feature_scale,
     input_bias,
+    search_of,
     update_rows,
 )
 from saesub.training import Backend, OptimizerName, times_selected
@@ -157,9 +158,8 @@ class ShardedSAETrainer(RanksTrainer):
     @torch.no_grad()
     def _train_step(self, sae: Any, sae_in: Tensor) -> TrainStepOutput:
         sae.train()
-        rows, search = self._row_backend(sae), None
-        if rows is not None:
-            search = rows.exact_search if self.backend == "exact_search" else rows.search
+        rows = self._row_backend(sae)
+        search = search_of(rows, self.backend == "exact_search")
         x = sae_in.to(sae.dtype).contiguous()
         b_in, scale = input_bias(sae), feature_scale(sae)
         centred = x if b_in is None else x - b_in

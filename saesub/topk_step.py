@@ -16,13 +16,14 @@ from sae_lens import BatchTopKTrainingSAE, TopKTrainingSAE
 from sae_lens.saes.sae import TrainStepOutput
 from torch import Tensor
 
-from saesub import native, triton_rows
+from saesub import int8_search, native, triton_rows
 from saesub.optim import SparseAdam, moments
 from saesub.rows import AdamSettings, RowBackend, RowGradients
 from saesub.sparse_ops import (
     Search,
     Selected,
     decode_at,
+    dense_search,
     encode_at,
     select_batch_topk,
     select_topk,
@@ -40,16 +41,22 @@ class EntriesOutput:
 
 
 def autograd_pass(
-    sae: TopKTrainingSAE, sae_in: Float[Tensor, "n d_in"], dead: Bool[Tensor, " d_sae"] | None
+    sae: TopKTrainingSAE,
+    sae_in: Float[Tensor, "n d_in"],
+    dead: Bool[Tensor, " d_sae"] | None,
+    *,
+    exact_search: bool = False,
 ) -> EntriesOutput:
     """`training_forward_pass` of a TopK or BatchTopK SAE through its active entries.
 
     The output's `feature_acts` and `hidden_pre` are sparse COO tensors that hold only these.
-    `dead` features, if any, add SAELens' AuxK loss.
+    `dead` features, if any, add SAELens' AuxK loss. `exact_search` finds the entries by the whole
+    product also where `saesub.int8_search` could.
     """
+    search = search_of(None, exact_search)
     x = sae_in.to(sae.dtype)
     b_in, scale = input_bias(sae), feature_scale(sae)
-    selected = _select(sae, x, scale)
+    selected = _select(sae, x, scale, search)
     pre = encode_at(selected, x, b_in, sae.W_enc, sae.b_enc)
     sae_out = decode_at(selected, pre.relu(), sae.W_dec, sae.b_dec)
     mse_loss = (sae_out - x).square().sum(-1).mean()
@@ -58,7 +65,7 @@ def autograd_pass(
         aux = AuxK.of(sae, int(dead.sum()))
         rows = dead.nonzero().squeeze(1)
         W_enc, b_enc = sae.W_enc.index_select(1, rows), sae.b_enc.index_select(0, rows)
-        chosen = _select_aux(sae, x, aux, rows, scale)
+        chosen = _select_aux(sae, x, aux, rows, scale, search)
         aux_pre = encode_at(chosen, x, b_in, W_enc, b_enc)
         recons = decode_at(chosen, aux_pre, sae.W_dec.index_select(0, rows))
         residual = (x - sae_out).detach()
@@ -73,6 +80,13 @@ def row_backend(device: torch.device, *, triton: bool = False) -> RowBackend | N
     if device.type == "cuda" and triton and triton_rows.available():
         return triton_rows
     return None
+
+
+def search_of(backend: RowBackend | None, exact: bool) -> Search:
+    """How a step finds its entries: by a backend's search, or by torch operators alone."""
+    if backend is None:
+        return dense_search if exact else int8_search.search
+    return backend.exact_search if exact else backend.search
 
 
 @torch.no_grad()
@@ -90,7 +104,7 @@ def row_step(
     The optimizer is torch's Adam or `SparseAdam`; its state is used and advanced in place. The
     SAE's `W_enc` must lie feature-major in memory.
     """
-    search = backend.exact_search if exact_search else backend.search
+    search = search_of(backend, exact_search)
     x = sae_in.to(sae.dtype).contiguous()
     b_in, scale = input_bias(sae), feature_scale(sae)
     centred = x if b_in is None else x - b_in
@@ -184,9 +198,7 @@ class AuxK:
         return cls(min(most, n_dead), sae.cfg.aux_loss_coefficient * min(n_dead / most, 1.0))
 
 
-def _select(
-    sae: TopKTrainingSAE, x: Tensor, scale: Tensor | None, search: Search | None = None
-) -> Selected:
+def _select(sae: TopKTrainingSAE, x: Tensor, scale: Tensor | None, search: Search) -> Selected:
     b_in = input_bias(sae)
     centred = x if b_in is None else x - b_in
     if isinstance(sae, BatchTopKTrainingSAE):
@@ -201,7 +213,7 @@ def _select_aux(
     aux: AuxK,
     rows: Tensor,
     scale: Tensor | None,
-    search: Search | None = None,
+    search: Search,
 ) -> Selected:
     """The `aux.k` best of the features `rows` for every token, numbered within `rows`."""
     b_in = input_bias(sae)

@@ -79,10 +79,11 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
             `data_provider` is any iterator of float tensors (batch, d_in).
         optimizer: "sparse_adam" (`saesub.optim.SparseAdam`) or "adam" (torch's).
         backend: how a TopK step is computed. "auto": on the CPU the compiled step with its 8-bit
-            candidate search, where a C++ compiler can be had, else torch operators.
-            "exact_search": the same with the whole float32 product for the search. "torch":
-            torch operators alone. "triton": Triton kernels on CUDA; asked for by name until they
-            have been run on a GPU. "dense": SAELens' own step.
+            candidate search, where a C++ compiler can be had, else torch operators. "torch": torch
+            operators alone, which on a CPU with AVX-512 VNNI search in 8 bits too.
+            "exact_search": as "auto" with the whole float32 product for the search. "triton":
+            Triton kernels on CUDA; asked for by name until they have been run on a GPU. "dense":
+            SAELens' own step.
         dead_window_tokens: a feature silent for this many tokens is dead. By default 10M, or a
             fifth of the run where that is less.
         remedies: at most one of each kind, applied in this order. AuxK and whitening are settings
@@ -278,7 +279,8 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
     def _forward(self, sae: Any, sae_in: Tensor, sparse: bool) -> tuple[TrainStepOutput, Tensor]:
         """A pass of the SAE, and how often each feature fired in it."""
         if sparse:
-            found = autograd_pass(sae, sae_in, self._dead_for_auxk(sae))
+            exact, dead = self.backend == "exact_search", self._dead_for_auxk(sae)
+            found = autograd_pass(sae, sae_in, dead, exact_search=exact)
             return found.output, times_selected(found.selected)
         step = TrainStepInput(
             sae_in=sae_in,

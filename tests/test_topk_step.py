@@ -20,7 +20,7 @@ from sae_lens import (
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import TrainStepInput
 
-from saesub import native, training, triton_rows
+from saesub import int8_search, native, training, triton_rows
 from saesub.errors import SaesubError
 from saesub.spectrum import Spectrum
 from saesub.subspace import initialize_in_subspace
@@ -40,10 +40,10 @@ DEVICES = [pytest.param("cpu", marks=needs_native), pytest.param("cuda", marks=n
 
 def _sae(kind: str, seed: int = 0, **settings) -> TopKTrainingSAE:
     torch.manual_seed(seed)
+    settings = {"d_in": 576, "d_sae": D_SAE, "k": K} | settings
     if kind == "batchtopk":
-        cfg = BatchTopKTrainingSAEConfig(d_in=576, d_sae=D_SAE, **{"k": K, **settings})
-        return BatchTopKTrainingSAE(cfg)
-    return TopKTrainingSAE(TopKTrainingSAEConfig(d_in=576, d_sae=D_SAE, **{"k": K, **settings}))
+        return BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**settings))
+    return TopKTrainingSAE(TopKTrainingSAEConfig(**settings))
 
 
 def _cfg(steps: int) -> SAETrainerConfig:
@@ -63,7 +63,7 @@ def _batches(activations):
 
 def _unequal_norms(sae: TopKTrainingSAE, spectrum: Spectrum) -> None:
     initialize_in_subspace(sae, spectrum, d_init=200)
-    sae.W_dec.data *= torch.linspace(0.5, 2, D_SAE, dtype=sae.dtype)[:, None]
+    sae.W_dec.data *= torch.linspace(0.5, 2, sae.cfg.d_sae, dtype=sae.dtype)[:, None]
 
 
 @pytest.fixture(scope="module")
@@ -309,6 +309,45 @@ def test_auxk_through_the_8_bit_search_equals_saelens_own(activations, spectrum,
     for (name, a), b in zip(sae.named_parameters(), double.parameters(), strict=True):
         gradient = optimizer.state[a]["exp_avg"].double()
         assert (gradient - b.grad).norm() / b.grad.norm() < 1e-5, name
+
+
+@pytest.mark.skipif(not int8_search.available(), reason="no AVX-512 VNNI here")
+@pytest.mark.parametrize("kind", ["topk", "batchtopk"])
+def test_gradients_through_torchs_8_bit_product_are_within_1e_5_of_float64(
+    activations, spectrum, monkeypatch, kind
+):
+    """The step's search and that of AuxK, which would take the whole product at this width."""
+    monkeypatch.setattr(int8_search, "LEAST_FEATURES_PER_CANDIDATE", 4)
+    rounded, of = [], int8_search.Rounded.of
+    monkeypatch.setattr(int8_search.Rounded, "of", lambda rows: rounded.append(1) or of(rows))
+    sae = _sae(kind, d_sae=4096)
+    _unequal_norms(sae, spectrum)
+    double = copy.deepcopy(sae).double()
+    double.dtype = torch.float64
+    lay_out_by_feature(sae)
+    x, dead = activations[:200], torch.arange(4096) % 4 > 0
+    ours = autograd_pass(sae, x, dead).output
+    assert len(rounded) >= 4  # tokens and features, for the step and for AuxK
+    expected = autograd_pass(double, x.double(), dead).output
+    for name, value in expected.losses.items():
+        torch.testing.assert_close(ours.losses[name].double(), value, rtol=1e-5, atol=1e-9)
+    mine = torch.autograd.grad(ours.loss, list(sae.parameters()))
+    reference = torch.autograd.grad(expected.loss, list(double.parameters()))
+    for a, b in zip(mine, reference, strict=True):
+        assert (a.double() - b).norm() / b.norm() < 1e-5
+
+
+@pytest.mark.skipif(not int8_search.available(), reason="no AVX-512 VNNI here")
+@pytest.mark.parametrize(("backend", "searches"), [("auto", 3), ("torch", 3), ("exact_search", 0)])
+def test_without_a_compiler_the_search_is_in_8_bits_unless_it_is_to_be_exact(
+    activations, monkeypatch, backend, searches
+):
+    monkeypatch.setattr(native, "library", lambda: None)
+    searched, find = [], int8_search.search
+    monkeypatch.setattr(int8_search, "search", lambda *given: searched.append(1) or find(*given))
+    sae = _sae("topk", aux_loss_coefficient=0.0)
+    SubspaceSAETrainer(_cfg(3), sae, _batches(activations), backend=backend).fit()
+    assert len(searched) == searches
 
 
 @needs_native
