@@ -90,8 +90,7 @@ class DataParallelSAETrainer(RanksTrainer):
         n_here, weight = len(sae_in), len(sae_in) / self._n_in_batch
         if n_here == 0:  # a row of weight 0: without rows there is no mean to differentiate
             sae_in = sae_in.new_zeros(1, sae_in.shape[1])
-        exact, dead = self.backend == "exact_search", self._dead_for_auxk(sae)
-        found = autograd_pass(sae, sae_in, dead, exact_search=exact)
+        found = autograd_pass(sae, sae_in, self._dead_for_auxk(sae))
         # Only now, AuxK having taken the features dead before the step; `step` adds the rows here.
         self.tokens_since_fired += self._n_in_batch - n_here
         output, fired = found.output, times_selected(found.selected)

@@ -7,6 +7,7 @@ parameters and never holds a gradient of the weights. Both equal SAELens' dense 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,13 +125,18 @@ def row_step(
         # The auxiliary entries join the others as those of a second copy of the batch.
         parts.append((in_full.features, in_full.tokens + len(x), chosen.pre, back.g_pre))
         inputs, outputs = [centred, centred], [decoded.g_out, back.g_out]
-    features, tokens, weights, g_pre = (torch.cat(part) for part in zip(*parts, strict=True))
-    x_rows, g_rows = torch.cat(inputs), torch.cat(outputs)
+    features, tokens, weights, g_pre = (_joined(part) for part in zip(*parts, strict=True))
+    x_rows, g_rows = _joined(inputs), _joined(outputs)
     gradients = backend.row_gradients(
         features, tokens, weights, g_pre, x_rows, g_rows, selected.d_sae
     )
     _update(sae, optimizer, gradients, decoded.g_bias)
     return entries_output(sae, x, decoded.x_hat, selected, scale, mse_loss, aux_loss)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """`torch.cat`, which would copy a single part too."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _update(
