@@ -136,7 +136,7 @@ def row_step(
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     """`torch.cat`, which would copy a single part too."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts))
 
 
 def _update(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import pytest
@@ -13,26 +14,39 @@ from saesub import int8_search, native
 from saesub.sparse_ops import dense_search
 
 
+def _exact_int_mm(a, b, out):
+    """What torch's 8-bit product gives where there is one: all sums here are exact in float32."""
+    return out.copy_(a.float() @ b.float())
+
+
+@contextmanager
+def _whatever_the_size_and_the_cpu():
+    """So that what is tested is no other search."""
+    with ExitStack() as stack:
+        for name, value in {
+            "LEAST_FEATURES_PER_CANDIDATE": 1,
+            "LEAST_TOKENS": 0,
+            "available": lambda: True,
+            "_int_mm": int8_search._int_mm if int8_search.available() else _exact_int_mm,
+        }.items():
+            stack.enter_context(mock.patch.object(int8_search, name, value))
+        yield
+
+
 def _in_torch(*arguments):
-    """For narrow dictionaries too, so that what is tested is no other search."""
-    with mock.patch.object(int8_search, "LEAST_FEATURES_PER_CANDIDATE", 1):
+    with _whatever_the_size_and_the_cpu():
         return int8_search.search(*arguments)
 
 
-_no_vnni = {"reason": "no AVX-512 VNNI, or no compiler"}
 SEARCHES = pytest.mark.parametrize(
     "search",
     [
         pytest.param(
             native.search,
-            marks=pytest.mark.skipif(not native.has_int8_search(), **_no_vnni),
+            marks=pytest.mark.skipif(not native.has_int8_search(), reason="no compiler or VNNI"),
             id="native",
         ),
-        pytest.param(
-            _in_torch,
-            marks=pytest.mark.skipif(not int8_search.available(), **_no_vnni),
-            id="torch",
-        ),
+        pytest.param(_in_torch, id="torch"),
     ],
 )
 
@@ -87,15 +101,6 @@ def test_search_ranks_ties_and_empty_rows_by_the_whole_product(search):
     b_enc[:] = 0
     found, expected = (find(x, W_enc, b_enc, 8) for find in (search, dense_search))
     _same_sets(x, W_enc, b_enc, None, found, expected)
-
-
-@SEARCHES
-def test_more_features_than_8_bits_tell_apart_are_ranked_right(search):
-    """The k best and the last candidates lie some roundings from one another."""
-    x, W_enc, _ = _problem(200, 64, 4096, 0)
-    W_enc = (W_enc.T * 0.03 + x.mean(0)).T
-    bias = torch.zeros(4096)
-    _same_sets(x, W_enc, bias, None, search(x, W_enc, bias, 8), dense_search(x, W_enc, bias, 8))
 
 
 @SEARCHES
@@ -170,36 +175,86 @@ def test_search_keeps_the_top_k_on_real_activations(search, model, corpus):
         assert hit.float().mean() > 0.9999
 
 
-@pytest.mark.parametrize("massive", [1, 30])
-def test_no_score_is_further_off_than_its_bound(massive):
-    x, W_enc, _ = _problem(300, 256, 4096, 0)
+@pytest.mark.parametrize("massive", [1, 100, 305, 2000])
+@pytest.mark.parametrize("cosine", [0.0, 0.5, 0.85, 1.0])
+def test_no_score_exceeds_its_bound(massive, cosine):
+    """Of features along what a massive coordinate leaves too little range for, as of any other."""
+    n, d, d_sae = 50, 2048, 500
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, d, generator=generator)
+    unit = torch.nn.functional.normalize
+    rows = unit(torch.randn(d_sae, d, generator=generator), dim=1) * (1 - cosine**2) ** 0.5
+    rows += cosine * unit(x, dim=1)[torch.arange(d_sae) % n]
     x[:, 0] *= massive
-    tokens, table = int8_search.Rounded.of(x), int8_search.Rounded.of(W_enc.T)
-    rounded = [(r.whole * r.step[:, None]).double() for r in (tokens, table)]
-    off = (rounded[0] @ rounded[1].T - x.double() @ W_enc.double()).abs().amax(1)
-    bound = int8_search._largest_error(tokens, table, torch.ones(4096))
-    within = tokens.aligned < int8_search._ALIGNED_ERROR
-    assert within.all() or massive > 1
-    assert (off < bound)[within].all()
-    assert (off > bound / 4).all()  # nor is the bound so wide that it says nothing
+    bias, scale = torch.randn(2, d_sae, generator=generator)
+    scale = scale.abs() + 0.1
+    tokens, table = int8_search.Rounded.of(x), int8_search.Rounded.of(rows)
+    with _whatever_the_size_and_the_cpu():
+        features, bounds = int8_search._candidates(tokens, table, bias, scale, d_sae)
+    exact = ((x.double() @ rows.double().T + bias) * scale).gather(1, features)
+    room = bounds * tokens.step[:, None] - exact
+    assert (room > 0).all()
+    # Nor are the bounds so wide that they say nothing.
+    half = _half_width(tokens, table, scale).gather(1, features)
+    assert (room <= 2 * half).float().mean() > 0.999
+    assert (room < 0.7 * half).any()
 
 
-@pytest.mark.skipif(not int8_search.available(), **_no_vnni)
+def _half_width(tokens, table, scale):
+    of_token = tokens.width * tokens.step
+    return of_token[:, None] * table.norm * scale + tokens.norm[:, None] * (
+        table.width * table.step * scale
+    )
+
+
+def test_one_odd_feature_sends_no_token_to_the_whole_product(monkeypatch):
+    x, W_enc, b_enc = _problem(64, 64, 4096, 0)
+    expected = dense_search(x, W_enc, b_enc, 8)
+    for column, scaled in ((W_enc[:, 3] * 10, 1.0), (torch.eye(64)[7], 1.0), (W_enc[:, 3], 4.0)):
+        odd, scale = W_enc.clone(), torch.ones(4096)
+        odd[:, 5], scale[5] = column, scaled
+        expected = dense_search(x, odd, b_enc, 8, scale)
+        with monkeypatch.context() as patch:
+            patch.setattr(int8_search, "dense_search", _ranked_wholly([]))
+            found = _in_torch(x, odd, b_enc, 8, scale)
+        _same_sets(x, odd, b_enc, scale, found, expected)
+
+
+def _ranked_wholly(counts, limit=3):
+    """`dense_search`, of at most so many tokens in all."""
+
+    def search(x, *arguments):
+        counts.append(len(x))
+        assert sum(counts) <= limit
+        return dense_search(x, *arguments)
+
+    return search
+
+
+def test_biases_that_overflow_in_steps_of_a_zero_token_are_ranked_by_the_whole_product():
+    _, W_enc, _ = _problem(1, 64, 4608, 0)
+    x, b_enc = torch.zeros(4, 64), -1e9 * (1 + torch.rand(4608))
+    _same_sets(
+        x, W_enc, b_enc, None, _in_torch(x, W_enc, b_enc, 2), dense_search(x, W_enc, b_enc, 2)
+    )
+
+
+@pytest.mark.parametrize("d_sae", [4096, 4099])
+def test_row_major_weights_odd_widths_and_no_tokens_are_searched_too(d_sae):
+    x, W_enc, b_enc = _problem(40, 33, d_sae, 0)
+    found = _in_torch(x, W_enc.contiguous(), b_enc, 8)
+    _same_sets(x, W_enc, b_enc, None, found, dense_search(x, W_enc, b_enc, 8))
+    assert _in_torch(x[:0], W_enc, b_enc, 8)[0].shape == (0, 8)
+
+
 def test_few_real_tokens_need_the_whole_product(model, corpus, monkeypatch):
     """A search that fell back always would be right, and slower than the product."""
     from saesub.activations import stream_activations
 
-    ranked = []
-
-    def product(x, *arguments):
-        ranked.append(len(x))
-        return dense_search(x, *arguments)
-
-    monkeypatch.setattr(int8_search, "dense_search", product)
     hook = "blocks.12.hook_attn_out"
     blocks = stream_activations(model, corpus, [hook], n_tokens=1024, progress=False)
     x = torch.cat([block[hook] for block in blocks])
     W_enc = torch.nn.functional.normalize(x[torch.arange(16_384) % len(x)], dim=1)
     W_enc = W_enc + 0.02 * torch.randn(W_enc.shape, generator=torch.Generator().manual_seed(0))
-    int8_search.search(x, W_enc.T, torch.zeros(16_384), 32)
-    assert sum(ranked) < 0.1 * len(x)
+    monkeypatch.setattr(int8_search, "dense_search", _ranked_wholly([], limit=len(x) // 10))
+    _in_torch(x, W_enc.T, torch.zeros(16_384), 32)
