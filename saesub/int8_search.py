@@ -18,7 +18,7 @@ from saesub.sparse_ops import Selected, dense_search, row_products, top_k
 
 # Below these, rounding the dictionary and selecting candidates take what the product saves.
 LEAST_FEATURES_PER_CANDIDATE = 128  # where `top_k` works in two stages
-LEAST_TOKENS = 1024
+LEAST_TOKENS = 512
 _STEPS = 127  # of the 8-bit range, either side of zero
 _LEAST_STEP = 1e-30  # a row of zeros has steps too
 _SCORES_AT_A_TIME = 2**22  # 16 MB in int32 and as much in float32, for the caches' sake
