@@ -152,13 +152,17 @@ def dense_search(
     """Features and pre-activations of each token's k best, by the whole product, block by block."""
     pre = x.new_empty(len(x), k)
     features = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
-    # Folding the scale into the weights costs d_in × d_sae once, not a pass over n × d_sae.
-    scaled_W = W_enc if feature_scale is None else W_enc * feature_scale
-    scaled_b = b_enc if feature_scale is None else b_enc * feature_scale
+    # The scale goes into the weights or into the scores, whichever are fewer.
+    few_tokens = len(x) < len(W_enc)
+    weights, bias = W_enc, b_enc
+    if feature_scale is not None and not few_tokens:
+        weights, bias = W_enc * feature_scale, b_enc * feature_scale
     buffer = x.new_empty(min(len(x), TOKENS_PER_BLOCK), W_enc.shape[1])
     for start in range(0, len(x), TOKENS_PER_BLOCK):
         rows = slice(start, start + TOKENS_PER_BLOCK)
-        scores = torch.addmm(scaled_b, x[rows], scaled_W, out=buffer[: len(x[rows])])
+        scores = torch.addmm(bias, x[rows], weights, out=buffer[: len(x[rows])])
+        if feature_scale is not None and few_tokens:
+            scores *= feature_scale
         features[rows] = top_k(scores, k)
         torch.gather(scores, 1, features[rows], out=pre[rows])
     if feature_scale is not None:
