@@ -39,6 +39,7 @@ def test_the_recorded_recall_is_what_the_benchmarks_readme_says():
         "mlp_out",
         "resid_post",
     }
+    assert {row["search"] for row in record["rows"]} == {"native", "torch"}
     assert all(row["entries"] > 100_000 and row["lost"] == 0 for row in record["rows"])
 
 
