@@ -27,7 +27,7 @@ from saesub.errors import SaesubError
 from saesub.report import is_progress, memory_text
 
 ROOT = Path(__file__).resolve().parent.parent
-STARTS_FILE = ROOT / "data" / "results" / "studies" / "d_init.json"
+STUDIES = ROOT / "data" / "results" / "studies"
 RECORD_FILE = ROOT / "data" / "results" / "quick" / "run.json"
 FAULTS_FILE = ROOT / "data" / "results" / "faults.json"
 README_FIGURE = "05_active_subspace_init"
@@ -169,7 +169,8 @@ def with_tables(readme: str, record: dict) -> str:
     tables = {
         "findings": claims.scorecard(rows).markdown(),
         "notebooks": _notebook_table(record),
-        "starts": starts_table(json.loads(STARTS_FILE.read_text())),
+        "starts": starts_table(json.loads((STUDIES / "d_init.json").read_text())),
+        "long": long_table(json.loads((STUDIES / "long.json").read_text())),
         "faults": faults_table(json.loads(FAULTS_FILE.read_text())),
     }
     for name, table in tables.items():
@@ -188,10 +189,24 @@ def starts_table(study: dict) -> str:
         for start in ("random", "flat", "whitened_data"):
             runs = of_place[of_place["start"] == start]
             seeds = len(runs)
-            dead, fvu = runs["dead_share"].mean(), runs["fvu"].mean()
-            cells.append(f"{100 * dead:.2f} % dead, FVU {fvu:.4f}")
+            cells.append(_dead_and_fvu(runs))
         lines.append(f"| {model} | `{hook_name}` | {' | '.join(cells)} | {seeds} |")
     return "\n".join(lines)
+
+
+def long_table(study: dict) -> str:
+    """Dead features and FVU of either start, by optimizer and learning rate."""
+    rows = pd.DataFrame(study["rows"])
+    lines = ["| Optimizer | Learning rate | Random | ASI |", "|---|---:|---|---|"]
+    for (optimizer, lr), arms in rows.groupby(["optimizer", "lr"]):
+        cells = [_dead_and_fvu(arms[arms["start"] == start]) for start in ("random", "flat")]
+        name = {"adam": "Adam", "sparse_adam": "SparseAdam"}[optimizer]
+        lines.append(f"| {name} | {lr:g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _dead_and_fvu(runs: pd.DataFrame) -> str:
+    return f"{100 * runs['dead_share'].mean():.2f} % dead, FVU {runs['fvu'].mean():.4f}"
 
 
 def faults_table(counts: dict[str, dict[str, int]]) -> str:

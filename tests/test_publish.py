@@ -124,3 +124,14 @@ def test_a_run_with_another_install_cell_is_taken_and_one_with_other_code_is_not
     assert [c.source for c in taken.cells] == ["%pip install new", "1 + 1"]
     with pytest.raises(SaesubError, match="other code"):
         publish["_executed"](ran, written("kept.ipynb", *code("%pip install new", "1 + 2")))
+
+
+def test_a_long_runs_arms_stand_under_their_start_and_beside_their_rate():
+    arms = [("random", "adam", 2e-3, 0.8), ("flat", "adam", 2e-3, 0.4), ("flat", "adam", 5e-4, 0.1)]
+    arms.append(("random", "adam", 5e-4, 0.2))
+    names = ("start", "optimizer", "lr", "dead_share")
+    rows = [dict(zip(names, arm, strict=True)) | {"fvu": arm[-1] / 2} for arm in arms]
+    assert publish["long_table"]({"rows": rows}).splitlines()[2:] == [
+        "| Adam | 0.0005 | 20.00 % dead, FVU 0.1000 | 10.00 % dead, FVU 0.0500 |",
+        "| Adam | 0.002 | 80.00 % dead, FVU 0.4000 | 40.00 % dead, FVU 0.2000 |",
+    ]

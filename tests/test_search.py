@@ -15,8 +15,8 @@ from saesub.sparse_ops import dense_search
 
 
 def _exact_int_mm(a, b, out):
-    """What torch's 8-bit product gives where there is one: all sums here are exact in float32."""
-    return out.copy_(a.float() @ b.float())
+    """What torch's 8-bit product gives where there is one."""
+    return out.copy_(a.double() @ b.double())
 
 
 @contextmanager
