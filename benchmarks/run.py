@@ -166,11 +166,14 @@ def machine() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The processor's model name, where the system tells it."""
+    """The processor's name, with the numbers of its generation where a cloud hides the name's."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    pairs = (line.split(":", 1) for line in reversed(lines) if ":" in line)
+    about = {key.strip(): value.strip() for key, value in pairs}  # of the first core
+    if not {"model name", "cpu family", "model"} <= about.keys():
+        return about.get("model name", platform.processor())
+    return f"{about['model name']} (family {about['cpu family']}, model {about['model']})"
 
 
 def commit() -> str:
