@@ -6,7 +6,7 @@ Writes data/results/studies/long.json. The paper's widest dictionaries have 2^20
 dimensions, 256 a dimension; 2^17 for SmolLM2's 576 are 228. Every arm gets the same 2,048,000
 training tokens, each twice, and is judged over 512,000 held-out ones, on which a feature fires 125
 times on average: `dead_share`. `dead_in_training` is over the last 1,024,000 training tokens.
-The paper's arms come first, then the same ones under Adam at a quarter of the rate.
+The paper's four arms come first, then both starts under Adam at lower rates.
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ ARMS = [
     ("flat", "sparse_adam", 2e-3),
     ("random", "adam", 5e-4),
     ("flat", "adam", 5e-4),
+    ("random", "adam", 1e-3),
+    ("flat", "adam", 1e-3),
+    ("random", "adam", 2e-4),
+    ("flat", "adam", 2e-4),
 ]
 TRIALS = [
     Trial(
