@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -140,9 +141,15 @@ def _process(command: list[str], threads: int) -> dict[str, Any]:
     if done.returncode < 0:
         return {"error": f"ended by signal {-done.returncode}"}
     if done.returncode > 0:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        return {"error": last.replace(f"{FOLDER.parent}{os.sep}", "")}
+        return {"error": _last_word(done.stderr).replace(f"{FOLDER.parent}{os.sep}", "")}
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def _last_word(stderr: str) -> str:
+    """The exception's line, or the last: a progress bar may close after the traceback."""
+    lines = stderr.strip().splitlines() or ["no message"]
+    raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    return (raised or lines)[-1]
 
 
 def _shown(path: Path) -> str:
