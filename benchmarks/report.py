@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, NullLocator
 from PIL import Image
 
@@ -74,12 +75,16 @@ def _row(settings: dict, run: dict) -> dict:
 
 def summary(results: str | Path) -> pd.DataFrame:
     """Medians over rounds by (batch, d_sae, contender): seconds (per step), speedup, peak_bytes,
-    tokens_per_second; NaN where every round failed."""
-    runs = load(results)
-    cells = runs.groupby(["batch", "d_sae", "contender"])[["seconds", "speedup", "peak_bytes"]]
-    medians = cells.median()
+    tokens_per_second; NaN where every round failed, by the `fault`."""
+    cells = load(results).groupby(["batch", "d_sae", "contender"])
+    medians = cells[["seconds", "speedup", "peak_bytes"]].median()
     batch = medians.index.get_level_values("batch")
-    return medians.assign(tokens_per_second=batch / medians["seconds"])
+    faults = cells["error"].first().map(_fault, na_action="ignore")
+    return medians.assign(tokens_per_second=batch / medians["seconds"], fault=faults)
+
+
+def _fault(error: str) -> str:
+    return "no memory" if "memory" in error else "failed"
 
 
 def markdown_table(results: str | Path) -> str:
@@ -88,15 +93,18 @@ def markdown_table(results: str | Path) -> str:
     parts = []
     for batch in sorted(runs["batch"].unique()):
         parts += [_times(results, batch), _costs(results, batch)]
-    beside = [_conditions(results), _one_thread(results), _passes(results)]
-    return "\n\n".join(filter(None, [*parts, *_failures(runs), *beside])) + "\n"
+    return "\n\n".join([*parts, *_failures(runs), *_beside(results)]) + "\n"
 
 
 def readme_block(results: str | Path) -> str:
     """The times at the smallest batch, what they were taken on, and what else was timed."""
-    times = _times(results, load(results)["batch"].min())
-    beside = [_conditions(results), _one_thread(results), _passes(results)]
-    return "\n\n".join(filter(None, [times, *beside]))
+    return "\n\n".join([_times(results, load(results)["batch"].min()), *_beside(results)])
+
+
+def _beside(results: str | Path) -> list[str]:
+    """What the tables do not say, a paragraph each."""
+    parts = (_conditions, _widest, _one_thread, _passes)
+    return [text for text in (part(results) for part in parts) if text]
 
 
 def _times(results: str | Path, batch: int) -> str:
@@ -113,14 +121,14 @@ def _costs(results: str | Path, batch: int) -> str:
 
 def _speed_cell(row: pd.Series) -> str:
     if np.isnan(row["seconds"]):
-        return "failed"
+        return row["fault"]
     ratio = "" if np.isnan(row["speedup"]) else f" ({row['speedup']:.2g}×)"
     return f"{_three_digits(row['seconds'])} s{ratio}"
 
 
 def _cost_cell(row: pd.Series) -> str:
     if np.isnan(row["seconds"]):
-        return "failed"
+        return row["fault"]
     return f"{row['tokens_per_second']:,.0f} · {row['peak_bytes'] / 1e9:.1f} GB"
 
 
@@ -162,7 +170,27 @@ def _conditions(results: str | Path) -> str:
     rounds = {1 + max(run["round"] for run in r["runs"]) for r in records}
     steps = max(r["settings"]["steps"] for r in records)
     runs = f"medians of {' or '.join(map(str, sorted(rounds)))} rounds of {steps} steps"
-    return "; ".join([*sorted(machines), *sorted(threads), *sorted(torches), runs]) + "."
+    told = "; ".join([*sorted(machines), *sorted(threads), *sorted(torches), runs]) + "."
+    short = (summary(results)["fault"] == "no memory").any()
+    return told + (" *No memory*: more than 90 % of the machine's was asked for." if short else "")
+
+
+def _widest(results: str | Path) -> str:
+    """Throughput and memory at the widest dictionary, beside the least that Adam can do with."""
+    cells = summary(results).dropna(subset="seconds")
+    batch, width = max(cells.index.droplevel("contender"), key=lambda cell: (cell[1], -cell[0]))
+    at = cells.loc[batch, width].drop(FLOOR, errors="ignore")
+    told = [
+        f"{name} {row['tokens_per_second']:,.0f} tokens a second, {row['peak_bytes'] / 1e9:.1f} GB"
+        for name, row in at.loc[_ordered(at.index)].iterrows()
+    ]
+    record = json.loads((Path(results) / f"b{batch}-d{width}.json").read_text())
+    d_in = next(run["d_in"] for run in record["runs"] if "d_in" in run)
+    least = 3 * 4 * width * (2 * d_in + 1) / 1e9  # weights and two averages, float32
+    return (
+        f"At d_sae {width:,}, {batch:,} tokens a step: {'; '.join(told)}. The weights and Adam's "
+        f"two averages of them are {least:.1f} GB of that."
+    )
 
 
 def _one_thread(results: str | Path) -> str:
@@ -235,7 +263,8 @@ def _panel(axes: Axes, seconds: pd.DataFrame) -> None:
             markersize=3.5,
         )
     axes.set(xscale="log", yscale="log", xlabel="d_sae")
-    axes.set_xticks(seconds.index, [f"{width:,}" for width in seconds.index])
+    widths = [f"{width:,}" for width in seconds.index]
+    axes.set_xticks(seconds.index, widths, rotation=30, ha="right", rotation_mode="anchor")
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     axes.grid(alpha=0.25)
@@ -245,20 +274,24 @@ def _panel(axes: Axes, seconds: pd.DataFrame) -> None:
 
 def _label_ends(axes: Axes, seconds: pd.DataFrame) -> None:
     """Name each line at its end, the names moved apart where the ends lie close."""
-    ends = {name: seconds[name].dropna().iloc[-1] for name in _ordered(seconds.columns)}
     axes.autoscale_view()
     low, high = np.log(axes.get_ylim())
-    names = sorted(ends, key=ends.__getitem__)
-    heights = _apart([(np.log(ends[name]) - low) / (high - low) for name in names], _LABEL_GAP)
-    for name, height in zip(names, heights, strict=True):
-        axes.annotate(
-            name,
-            (1.01, height),
-            xycoords="axes fraction",
-            color=COLOURS[name],
-            fontsize=8.5,
-            va="center",
-        )
+    last = seconds.apply(pd.Series.last_valid_index)
+    for width, of_width in last.groupby(last):
+        ends = seconds.loc[width, of_width.index].sort_values()
+        heights = _apart(((np.log(ends) - low) / (high - low)).tolist(), _LABEL_GAP)
+        for name, height in zip(ends.index, heights, strict=True):
+            axes.annotate(
+                name,
+                (width, height),
+                xycoords=axes.get_xaxis_transform(),
+                xytext=(8, 0),
+                textcoords="offset points",
+                color=COLOURS[name],
+                fontsize=8.5,
+                va="center",
+                path_effects=[withStroke(linewidth=3, foreground="white")],
+            )
 
 
 def _apart(heights: list[float], gap: float) -> list[float]:

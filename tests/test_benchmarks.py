@@ -48,6 +48,25 @@ def test_a_passes_ratios_are_those_within_each_round():
     assert report["_ratios"](seconds, "harvest") == "1.50 [1.00, 2.00]"
 
 
+def test_what_did_not_fit_is_told_from_what_failed_otherwise(tmp_path):
+    errors = {
+        "sparsify": "RuntimeError: [...] can't allocate memory: 8",
+        "llamascopium": "KeyError",
+    }
+    runs = [{"contender": name, "round": 0, "error": error} for name, error in errors.items()]
+    runs.append(
+        {"contender": "sae-lens", "round": 0, "seconds": [1.0], "peak_bytes": {"absolute": 1}}
+    )
+    record = {"settings": {"batch": 2048, "d_sae": 4608}, "runs": runs}
+    (tmp_path / "b2048-d4608.json").write_text(json.dumps(record))
+    lines = report["_times"](tmp_path, 2048).splitlines()
+    assert lines[-3:] == [
+        "| sae-lens | ? | 1.00 s (1×) |",
+        "| llamascopium | ? | failed |",
+        "| sparsify | ? | no memory |",
+    ]
+
+
 def test_one_thread_is_compared_with_all_at_the_same_cell(tmp_path):
     def record(folder, d_sae, seconds):
         runs = [{"contender": "saesub-torch-adam", "round": 0, "seconds": seconds}]
