@@ -29,6 +29,7 @@ from saesub.plots_training import (
     dead_against_rank,
     dead_and_fvu,
     dead_over_tokens,
+    learning_rate,
     overlap_by_fate,
     width,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "dead_over_tokens",
     "density_histogram",
     "forecast_and_outcome",
+    "learning_rate",
     "loss_recovered",
     "overlap_by_fate",
     "pareto",

@@ -31,6 +31,8 @@ from saesub.plot_style import (
     site_looks,
 )
 
+OUTCOMES = {"dead_share": "dead features", "fvu": "fraction of variance unexplained"}
+
 
 def _grouped(frame: pd.DataFrame, x: str, y: str) -> tuple[np.ndarray, list[np.ndarray]]:
     """The distinct values of `x`, rising, and the values of `y` at each."""
@@ -77,12 +79,31 @@ def width(frame: pd.DataFrame, measure: str = "dead_share") -> Figure:
         axes.set_xticks(widths[:: -(-len(widths) // 6)])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-        label = {"dead_share": "dead features", "fvu": "fraction of variance unexplained"}[measure]
-        axes.set(xlabel="width of the dictionary (features)", ylabel=label)
+        axes.set(xlabel="width of the dictionary (features)", ylabel=OUTCOMES[measure])
         if measure == "dead_share":
             from_zero(axes.yaxis)
             percent(axes.yaxis)
         legend_above(figure, axes)
+    return figure
+
+
+def learning_rate(frame: pd.DataFrame) -> Figure:
+    """Dead features and FVU by learning rate, one line per arm.
+
+    `frame`: lr, arm, dead_share, fvu.
+    """
+    checked(frame, "lr", "arm", "dead_share", "fvu")
+    rates = sorted(frame["lr"].unique())
+    with closed_figure(2, height=3.7) as (figure, panels):
+        for axes, (column, label) in zip(panels, OUTCOMES.items(), strict=True):
+            _arm_lines(axes, frame, "lr", column)
+            axes.set_xscale("log")
+            axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.set(xlabel="learning rate", title=label)
+        from_zero(panels[0].yaxis)
+        percent(panels[0].yaxis)
+        legend_above(figure, panels[0])
     return figure
 
 
@@ -181,8 +202,8 @@ def dead_and_fvu(frame: pd.DataFrame) -> Figure:
             axes.margins(x=0.1)
             axes.xaxis.set_major_locator(MaxNLocator(4))
         from_zero(panels[0].xaxis)
-        panels[0].set_xlabel("dead features")
-        panels[1].set_xlabel("fraction of variance unexplained")
+        for axes, label in zip(panels, OUTCOMES.values(), strict=True):
+            axes.set_xlabel(label)
         percent(panels[0].xaxis)
     return figure
 
@@ -194,8 +215,7 @@ def d_init_sweep(frame: pd.DataFrame, baseline: Mapping[str, float] | None = Non
     """
     checked(frame, "d_init_share", "dead_share", "fvu")
     with closed_figure(2, height=3.5) as (figure, panels):
-        names = {"dead_share": "dead features", "fvu": "fraction of variance unexplained"}
-        for axes, (column, label) in zip(panels, names.items(), strict=True):
+        for axes, (column, label) in zip(panels, OUTCOMES.items(), strict=True):
             color, (shares, runs) = ARMS["asi"], _grouped(frame, "d_init_share", column)
             axes.plot(frame["d_init_share"], frame[column], "o", ms=5, alpha=0.6, color=color)
             axes.plot(shares, [np.mean(v) for v in runs], color=color)

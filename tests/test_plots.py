@@ -45,6 +45,20 @@ def _arms() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["arm", "d_sae", "dead_share", "fvu", "seed"])
 
 
+def _rates() -> pd.DataFrame:
+    rates, dead = (
+        (2e-4, 5e-4, 1e-3, 2e-3),
+        {"random": (0.01, 0.05, 0.4, 0.8), "asi": (0, 0, 0.2, 0.7)},
+    )
+    rows = [
+        (lr, arm, share, 0.18 - share / 100)
+        for arm, shares in dead.items()
+        for lr, share in zip(rates, shares, strict=True)
+    ]
+    rows.append((2e-3, "asi + SparseAdam", 0.04, 0.179))
+    return pd.DataFrame(rows, columns=["lr", "arm", "dead_share", "fvu"])
+
+
 def _kept() -> pd.DataFrame:
     x = np.linspace(0.05, 1, 12)
     parts = [
@@ -122,6 +136,7 @@ FIGURES = {
     "overlap_by_fate": lambda: plots.overlap_by_fate(_fates()),
     "dead_and_fvu": lambda: plots.dead_and_fvu(_arms()),
     "d_init_sweep": lambda: plots.d_init_sweep(_sweep(), {"dead_share": 0.26, "fvu": 0.29}),
+    "learning_rate": lambda: plots.learning_rate(_rates()),
     "width": lambda: plots.width(_widths()),
 }
 
@@ -271,6 +286,16 @@ def test_sweep_width_and_spectra_hold_their_data():
     )
     cloud = plots.predicted_variance(_variances()).axes[0].collections[0]
     np.testing.assert_allclose(cloud.get_offsets(), _variances())
+
+
+def test_rates_rise_to_the_right_and_each_panel_holds_its_measure():
+    frame = _rates().sample(frac=1, random_state=0)
+    figure = plots.learning_rate(frame)
+    for axes, column in zip(figure.axes, ("dead_share", "fvu"), strict=True):
+        at_rate = axes.get_lines()[0].get_xydata()
+        arm = axes.get_lines()[0].get_label()
+        rows = frame[frame["arm"] == arm].sort_values("lr")
+        np.testing.assert_allclose(at_rate, rows[["lr", column]])
 
 
 @pytest.mark.parametrize(
