@@ -29,7 +29,7 @@ COLOURS = {
     "llamascopium": "#CC6677",
     "sparsify": "#882255",
     "dictionary-learning": "#B8860B",
-    "saesub-torch-adam": "#88CCEE",
+    "saesub-torch-adam": "#56B4E9",
     "saesub-torch-sparse_adam": "#44AA99",
     "saesub-native-adam": "#0072B2",
     "saesub-native-sparse_adam": "#332288",
@@ -40,7 +40,8 @@ _LABEL_GAP = 0.055  # of the axes' height, between two labels
 
 def load(results: str | Path) -> pd.DataFrame:
     """One row a process: batch, d_sae, round, contender, version, seconds (the median of its timed
-    steps), speedup (over SAELens in the same round), peak_bytes, error (None if it went well).
+    steps), speedup (over SAELens in the same round), peak_bytes, d_in, error (None if it went
+    well).
 
     Raises:
         FileNotFoundError: no record in the folder.
@@ -69,22 +70,27 @@ def _row(settings: dict, run: dict) -> dict:
         "version": run.get("version"),
         "seconds": float(np.median(run["seconds"])) if "seconds" in run else np.nan,
         "peak_bytes": run["peak_bytes"]["absolute"] if "peak_bytes" in run else np.nan,
+        "d_in": run.get("d_in", np.nan),
         "error": run.get("error"),
     }
 
 
 def summary(results: str | Path) -> pd.DataFrame:
     """Medians over rounds by (batch, d_sae, contender): seconds (per step), speedup, peak_bytes,
-    tokens_per_second; NaN where every round failed, by the `fault`."""
+    d_in, tokens_per_second; NaN, and a `fault`, where every round failed."""
     cells = load(results).groupby(["batch", "d_sae", "contender"])
-    medians = cells[["seconds", "speedup", "peak_bytes"]].median()
+    medians = cells[["seconds", "speedup", "peak_bytes", "d_in"]].median()
     batch = medians.index.get_level_values("batch")
-    faults = cells["error"].first().map(_fault, na_action="ignore")
-    return medians.assign(tokens_per_second=batch / medians["seconds"], fault=faults)
+    faults = cells["error"].first().where(medians["seconds"].isna())
+    return medians.assign(
+        tokens_per_second=batch / medians["seconds"],
+        fault=faults.map(_fault, na_action="ignore"),
+    )
 
 
 def _fault(error: str) -> str:
-    return "no memory" if "memory" in error else "failed"
+    short = re.search(r"MemoryError|bad_alloc|(can't|cannot|unable to) allocate", error, re.I)
+    return "no memory" if short else "failed"
 
 
 def markdown_table(results: str | Path) -> str:
@@ -98,12 +104,13 @@ def markdown_table(results: str | Path) -> str:
 
 def readme_block(results: str | Path) -> str:
     """The times at the smallest batch, what they were taken on, and what else was timed."""
-    return "\n\n".join([_times(results, load(results)["batch"].min()), *_beside(results)])
+    times = _times(results, load(results)["batch"].min())
+    return "\n\n".join(filter(None, [times, _widest(results), *_beside(results)]))
 
 
 def _beside(results: str | Path) -> list[str]:
     """What the tables do not say, a paragraph each."""
-    parts = (_conditions, _widest, _one_thread, _passes)
+    parts = (_conditions, _one_thread, _passes)
     return [text for text in (part(results) for part in parts) if text]
 
 
@@ -167,29 +174,38 @@ def _conditions(results: str | Path) -> str:
     }
     threads = {f"{r['settings']['threads']} threads" for r in records}
     torches = {f"torch {run['torch']}" for r in records for run in r["runs"] if "torch" in run}
-    rounds = {1 + max(run["round"] for run in r["runs"]) for r in records}
     steps = max(r["settings"]["steps"] for r in records)
-    runs = f"medians of {' or '.join(map(str, sorted(rounds)))} rounds of {steps} steps"
+    runs = f"medians of {steps} steps in each of {_rounds(results)}"
     told = "; ".join([*sorted(machines), *sorted(threads), *sorted(torches), runs]) + "."
     short = (summary(results)["fault"] == "no memory").any()
+    # MEMORY_SHARE of run.py
     return told + (" *No memory*: more than 90 % of the machine's was asked for." if short else "")
 
 
+def _rounds(results: str | Path) -> str:
+    """How many rounds there are of each cell: of most, and of which fewer."""
+    rounds = load(results).groupby(["batch", "d_sae"])["round"].max() + 1
+    most, fewer = rounds.max(), rounds[rounds < rounds.max()]
+    cells = ", ".join(f"{batch:,} × {d_sae:,}" for batch, d_sae in fewer.index)
+    few = " to ".join(str(n) for n in sorted({fewer.min(), fewer.max()})) if cells else ""
+    return f"{most} rounds" + (f" ({few} at {cells})" if cells else "")
+
+
 def _widest(results: str | Path) -> str:
-    """Throughput and memory at the widest dictionary, beside the least that Adam can do with."""
-    cells = summary(results).dropna(subset="seconds")
+    """Throughput and memory of the trainers at the widest dictionary that any could train."""
+    cells = summary(results).drop(FLOOR, level="contender", errors="ignore").dropna(subset="d_in")
+    if cells.empty:
+        return ""
     batch, width = max(cells.index.droplevel("contender"), key=lambda cell: (cell[1], -cell[0]))
-    at = cells.loc[batch, width].drop(FLOOR, errors="ignore")
+    at = cells.loc[batch, width]
     told = [
-        f"{name} {row['tokens_per_second']:,.0f} tokens a second, {row['peak_bytes'] / 1e9:.1f} GB"
+        f"{name} {row.tokens_per_second:,.0f} tokens per second, {row.peak_bytes / 1e9:.1f} GB"
         for name, row in at.loc[_ordered(at.index)].iterrows()
     ]
-    record = json.loads((Path(results) / f"b{batch}-d{width}.json").read_text())
-    d_in = next(run["d_in"] for run in record["runs"] if "d_in" in run)
-    least = 3 * 4 * width * (2 * d_in + 1) / 1e9  # weights and two averages, float32
+    state = 3 * 4 * width * (2 * at["d_in"].iloc[0] + 1) / 1e9  # in float32
     return (
-        f"At d_sae {width:,}, {batch:,} tokens a step: {'; '.join(told)}. The weights and Adam's "
-        f"two averages of them are {least:.1f} GB of that."
+        f"At d_sae {width:,}, {batch:,} tokens per step: {'; '.join(told)}. "
+        f"Of each, {state:.1f} GB are the weights and Adam's two averages of them."
     )
 
 
@@ -220,7 +236,8 @@ def _passes(results: str | Path) -> str:
     return (
         f"Times of the model's bare forward pass (1 = as long), at the {hooks} of layer "
         f"{record['settings']['layer']} of SmolLM2-135M: a harvest {harvest}; a pass for spectra "
-        f"{spectra}. Medians of {record['settings']['rounds']} rounds, and their range."
+        f"{spectra}. Medians of {record['settings']['rounds']} rounds, and their range; "
+        f"{record['machine']['processor']}, {record['settings']['threads']} threads."
     )
 
 
@@ -235,7 +252,7 @@ def _ordered(names: pd.Index) -> list[str]:
 
 def figure(results: str | Path) -> Figure:
     """Seconds per step over d_sae, both logarithmic, a panel for each batch; the dashed line is the
-    encoder's product alone."""
+    encoder's product alone. A line ends where the next width found no memory."""
     medians = summary(results)["seconds"].dropna()
     batches = sorted(medians.index.unique("batch"))
     made, panels = plt.subplots(
@@ -281,17 +298,21 @@ def _label_ends(axes: Axes, seconds: pd.DataFrame) -> None:
         ends = seconds.loc[width, of_width.index].sort_values()
         heights = _apart(((np.log(ends) - low) / (high - low)).tolist(), _LABEL_GAP)
         for name, height in zip(ends.index, heights, strict=True):
-            axes.annotate(
-                name,
-                (width, height),
-                xycoords=axes.get_xaxis_transform(),
-                xytext=(8, 0),
-                textcoords="offset points",
-                color=COLOURS[name],
-                fontsize=8.5,
-                va="center",
-                path_effects=[withStroke(linewidth=3, foreground="white")],
-            )
+            _label(axes, name, COLOURS[name], (width, height))
+
+
+def _label(axes: Axes, text: str, colour: str, at: tuple[float, float]) -> None:
+    axes.annotate(
+        text,
+        at,  # a width, and a share of the axes' height
+        xycoords=axes.get_xaxis_transform(),
+        xytext=(8, 0),
+        textcoords="offset points",
+        color=colour,
+        fontsize=8.5,
+        va="center",
+        path_effects=[withStroke(linewidth=3, foreground="white")],
+    )
 
 
 def _apart(heights: list[float], gap: float) -> list[float]:

@@ -23,6 +23,8 @@ from typing import Any
 
 from environments import CONTENDERS, FOLDER, Contender, python
 
+from saesub.report import processor
+
 ACTIVATIONS = FOLDER / ".cache" / "activations.npy"
 TIMEOUT = 3600  # seconds for one process
 MEMORY_SHARE = 0.9  # of the machine's, beyond which a contender fails
@@ -148,7 +150,7 @@ def _process(command: list[str], threads: int) -> dict[str, Any]:
 def _last_word(stderr: str) -> str:
     """The exception's line, or the last: a progress bar may close after the traceback."""
     lines = stderr.strip().splitlines() or ["no message"]
-    raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception)(:|$)", line)]
     return (raised or lines)[-1]
 
 
@@ -170,17 +172,6 @@ def machine() -> dict[str, Any]:
         "memory_gb": round(memory_bytes() / 1e9),
         "system": f"{platform.system()} {platform.machine()}",
     }
-
-
-def processor() -> str:
-    """The processor's name, with the numbers of its generation where a cloud hides the name's."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    pairs = (line.split(":", 1) for line in reversed(lines) if ":" in line)
-    about = {key.strip(): value.strip() for key, value in pairs}  # of the first core
-    if not {"model name", "cpu family", "model"} <= about.keys():
-        return about.get("model name", platform.processor())
-    return f"{about['model name']} (family {about['cpu family']}, model {about['model']})"
 
 
 def commit() -> str:

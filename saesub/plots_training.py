@@ -31,7 +31,7 @@ from saesub.plot_style import (
     site_looks,
 )
 
-OUTCOMES = {"dead_share": "dead features", "fvu": "fraction of variance unexplained"}
+_OUTCOMES = {"dead_share": "dead features", "fvu": "fraction of variance unexplained"}
 
 
 def _grouped(frame: pd.DataFrame, x: str, y: str) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -79,7 +79,7 @@ def width(frame: pd.DataFrame, measure: str = "dead_share") -> Figure:
         axes.set_xticks(widths[:: -(-len(widths) // 6)])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-        axes.set(xlabel="width of the dictionary (features)", ylabel=OUTCOMES[measure])
+        axes.set(xlabel="width of the dictionary (features)", ylabel=_OUTCOMES[measure])
         if measure == "dead_share":
             from_zero(axes.yaxis)
             percent(axes.yaxis)
@@ -88,14 +88,14 @@ def width(frame: pd.DataFrame, measure: str = "dead_share") -> Figure:
 
 
 def learning_rate(frame: pd.DataFrame) -> Figure:
-    """Dead features and FVU by learning rate, one line per arm.
+    """Dead features and FVU by learning rate, a line per arm: mean over seeds, band least to most.
 
     `frame`: lr, arm, dead_share, fvu.
     """
     checked(frame, "lr", "arm", "dead_share", "fvu")
     rates = sorted(frame["lr"].unique())
     with closed_figure(2, height=3.7) as (figure, panels):
-        for axes, (column, label) in zip(panels, OUTCOMES.items(), strict=True):
+        for axes, (column, label) in zip(panels, _OUTCOMES.items(), strict=True):
             _arm_lines(axes, frame, "lr", column)
             axes.set_xscale("log")
             axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
@@ -191,7 +191,7 @@ def dead_and_fvu(frame: pd.DataFrame) -> Figure:
     ]
     names = [arm if len(widths) == 1 else f"{arm}\n{d:,} features" for arm, d in rows]
     with closed_figure(2, height=1.3 + 0.42 * len(rows)) as (figure, panels):
-        for axes, column in zip(panels, ("dead_share", "fvu"), strict=True):
+        for axes, (column, label) in zip(panels, _OUTCOMES.items(), strict=True):
             for place, (arm, d) in enumerate(rows):
                 values = frame[column][(frame["arm"] == arm) & (frame["d_sae"] == d)]
                 color, mark = looks[arm]["color"], MARKERS[widths.index(d) % len(MARKERS)]
@@ -200,10 +200,9 @@ def dead_and_fvu(frame: pd.DataFrame) -> Figure:
             axes.set_yticks(range(len(rows)), names if column == "dead_share" else [])
             axes.set_ylim(len(rows) - 0.5, -0.5)
             axes.margins(x=0.1)
+            axes.set_xlabel(label)
             axes.xaxis.set_major_locator(MaxNLocator(4))
         from_zero(panels[0].xaxis)
-        for axes, label in zip(panels, OUTCOMES.values(), strict=True):
-            axes.set_xlabel(label)
         percent(panels[0].xaxis)
     return figure
 
@@ -215,7 +214,7 @@ def d_init_sweep(frame: pd.DataFrame, baseline: Mapping[str, float] | None = Non
     """
     checked(frame, "d_init_share", "dead_share", "fvu")
     with closed_figure(2, height=3.5) as (figure, panels):
-        for axes, (column, label) in zip(panels, OUTCOMES.items(), strict=True):
+        for axes, (column, label) in zip(panels, _OUTCOMES.items(), strict=True):
             color, (shares, runs) = ARMS["asi"], _grouped(frame, "d_init_share", column)
             axes.plot(frame["d_init_share"], frame[column], "o", ms=5, alpha=0.6, color=color)
             axes.plot(shares, [np.mean(v) for v in runs], color=color)

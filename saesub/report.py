@@ -96,7 +96,7 @@ def run_facts() -> list[str]:
     return [
         datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         f"Python {platform.python_version()}, {platform.system()} {platform.machine()}",
-        f"{_processor()}, {os.cpu_count()} cores, {_counted(torch.get_num_threads(), 'thread')}",
+        f"{processor()}, {os.cpu_count()} cores, {_counted(torch.get_num_threads(), 'thread')}",
         *([torch.cuda.get_device_name()] if torch.cuda.is_available() else []),
         ", ".join(f"{name} {_version(name)}" for name in _PACKAGES),
     ]
@@ -117,11 +117,16 @@ def _run_info() -> str:
     return "<ul>" + "".join(f"<li>{html.escape(fact)}</li>" for fact in run_facts()) + "</ul>"
 
 
-def _processor() -> str:
+def processor() -> str:
+    """This processor's name, with its family and model: a cloud's name may not tell which it is."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    models = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(models, "") or platform.processor() or "unknown processor"
+    pairs = (line.split(":", 1) for line in reversed(lines) if ":" in line)
+    about = {key.strip(): value.strip() for key, value in pairs}  # the first core's come last
+    name = about.get("model name") or platform.processor() or "unknown processor"
+    if not {"cpu family", "model"} <= about.keys():
+        return name
+    return f"{name} (family {about['cpu family']}, model {about['model']})"
 
 
 def _times(runs: Sequence[Outcome]) -> str:

@@ -48,35 +48,79 @@ def test_a_passes_ratios_are_those_within_each_round():
     assert report["_ratios"](seconds, "harvest") == "1.50 [1.00, 2.00]"
 
 
-def test_what_did_not_fit_is_told_from_what_failed_otherwise(tmp_path):
-    errors = {
-        "sparsify": "RuntimeError: [...] can't allocate memory: 8",
-        "llamascopium": "KeyError",
+def _write(folder, d_sae, *runs):
+    record = {
+        "settings": {"batch": 2048, "d_sae": d_sae, "steps": 1, "threads": 2},
+        "machine": {"processor": "EPYC", "cores": 2, "memory_gb": 25, "system": "Linux"},
+        "runs": [{"round": 0} | run for run in runs],
     }
-    runs = [{"contender": name, "round": 0, "error": error} for name, error in errors.items()]
-    runs.append(
-        {"contender": "sae-lens", "round": 0, "seconds": [1.0], "peak_bytes": {"absolute": 1}}
-    )
-    record = {"settings": {"batch": 2048, "d_sae": 4608}, "runs": runs}
-    (tmp_path / "b2048-d4608.json").write_text(json.dumps(record))
-    lines = report["_times"](tmp_path, 2048).splitlines()
-    assert lines[-3:] == [
+    folder.mkdir(exist_ok=True)
+    (folder / f"b2048-d{d_sae}.json").write_text(json.dumps(record))
+
+
+def _timed(contender, seconds, gigabytes=1, **more):
+    measured = {"seconds": [seconds], "peak_bytes": {"absolute": gigabytes * 1e9}, "d_in": 100}
+    return {"contender": contender} | measured | more
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        ("RuntimeError: [...] DefaultCPUAllocator: can't allocate memory: 8", "no memory"),
+        ("numpy._core._exceptions._ArrayMemoryError: Unable to allocate 8 GiB", "no memory"),
+        ("MemoryError", "no memory"),
+        ("KeyError: 'memory_bytes'", "failed"),
+    ],
+)
+def test_what_did_not_fit_is_told_from_what_failed_otherwise(tmp_path, error, told):
+    """In the table, of a contender whose every round failed."""
+    fallen = [{"contender": name, "error": error} for name in ("sparsify", "llamascopium")]
+    well = [_timed("sae-lens", 1.0), _timed("llamascopium", 2.0, round=1)]
+    _write(tmp_path, 4608, *fallen, *well)
+    assert report["_times"](tmp_path, 2048).splitlines()[-3:] == [
         "| sae-lens | ? | 1.00 s (1×) |",
-        "| llamascopium | ? | failed |",
-        "| sparsify | ? | no memory |",
+        "| llamascopium | ? | 2.00 s |",
+        f"| sparsify | ? | {told} |",
     ]
+    assert ("*No memory*" in report["_conditions"](tmp_path)) == (told == "no memory")
+
+
+def test_the_widest_is_one_that_was_trained(tmp_path):
+    _write(tmp_path / "none", 10, {"contender": "sparsify", "error": "x"})
+    assert report["_widest"](tmp_path / "none") == ""
+    _write(tmp_path, 1_000_000, _timed("sparsify", 4.0, 3), _timed("sae-lens", 2.0, 4))
+    _write(tmp_path, 2_000_000, _timed("encoder-product", 1.0))
+    assert report["_widest"](tmp_path) == (
+        "At d_sae 1,000,000, 2,048 tokens per step: sae-lens 1,024 tokens per second, 4.0 GB; "
+        "sparsify 512 tokens per second, 3.0 GB. "
+        "Of each, 2.4 GB are the weights and Adam's two averages of them."
+    )
+
+
+def test_cells_of_fewer_rounds_are_named(tmp_path):
+    _write(tmp_path, 10, _timed("sparsify", 1.0), _timed("sparsify", 1.0, round=1))
+    assert report["_rounds"](tmp_path) == "2 rounds"
+    _write(tmp_path, 20, _timed("sparsify", 1.0))
+    assert report["_rounds"](tmp_path) == "2 rounds (1 at 2,048 × 20)"
+
+
+def test_a_failure_is_told_by_its_exception_and_not_by_what_closed_after_it(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    last_word = runpy.run_path(str(ROOT / "benchmarks" / "run.py"))["_last_word"]
+    lines = [
+        "Traceback (most recent call last):",
+        "torch.OutOfMemoryError: no room",
+        "  0%|          | 1/9 [00:28<1155:52:14, 28.41s/it]",
+        "Exception ignored in: <function tqdm.__del__ at 0x7f>",
+    ]
+    assert last_word("\n".join(lines)) == lines[1]
+    assert last_word("one\nSegmentation fault\n") == "Segmentation fault"
+    assert last_word("") == "no message"
 
 
 def test_one_thread_is_compared_with_all_at_the_same_cell(tmp_path):
-    def record(folder, d_sae, seconds):
-        runs = [{"contender": "saesub-torch-adam", "round": 0, "seconds": seconds}]
-        settings = {"batch": 2048, "d_sae": d_sae}
-        folder.mkdir(exist_ok=True)
-        path = folder / f"b2048-d{d_sae}.json"
-        path.write_text(json.dumps({"settings": settings, "runs": runs}))
-
-    record(tmp_path, 4608, [9.0])
-    record(tmp_path, 36_864, [1.0, 2.0, 9.0])
-    record(tmp_path / "one-thread", 36_864, [3.0])
+    _write(tmp_path, 4608, _timed("saesub-torch-adam", 9.0))
+    _write(tmp_path, 36_864, _timed("saesub-torch-adam", 2.0))
+    _write(tmp_path / "one-thread", 36_864, _timed("saesub-torch-adam", 3.0))
     told = "2,048 tokens at d_sae 36,864: saesub-torch-adam 1.50."
     assert report["_one_thread"](tmp_path).endswith(told)

@@ -46,10 +46,8 @@ def _arms() -> pd.DataFrame:
 
 
 def _rates() -> pd.DataFrame:
-    rates, dead = (
-        (2e-4, 5e-4, 1e-3, 2e-3),
-        {"random": (0.01, 0.05, 0.4, 0.8), "asi": (0, 0, 0.2, 0.7)},
-    )
+    rates = (2e-4, 5e-4, 1e-3, 2e-3)
+    dead = {"random": (0.01, 0.05, 0.4, 0.8), "asi": (0, 0, 0.2, 0.7)}
     rows = [
         (lr, arm, share, 0.18 - share / 100)
         for arm, shares in dead.items()
@@ -292,10 +290,11 @@ def test_rates_rise_to_the_right_and_each_panel_holds_its_measure():
     frame = _rates().sample(frac=1, random_state=0)
     figure = plots.learning_rate(frame)
     for axes, column in zip(figure.axes, ("dead_share", "fvu"), strict=True):
-        at_rate = axes.get_lines()[0].get_xydata()
-        arm = axes.get_lines()[0].get_label()
-        rows = frame[frame["arm"] == arm].sort_values("lr")
-        np.testing.assert_allclose(at_rate, rows[["lr", column]])
+        lines = {line.get_label(): line.get_xydata() for line in axes.get_lines()}
+        assert lines.keys() == set(frame["arm"])
+        for arm, at_rate in lines.items():
+            rows = frame[frame["arm"] == arm].sort_values("lr")
+            np.testing.assert_allclose(at_rate, rows[["lr", column]])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Not a trainer: the encoder's float32 product alone, a floor under every exact TopK step."""
+"""No trainer: the encoder's float32 product alone, a floor under every step that makes it whole."""
 
 from __future__ import annotations
 
