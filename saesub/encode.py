@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saesub.sparse_ops import select_topk
 from saesub.step_needs import is_hooked
-from saesub.topk_step import feature_scale, row_backend, sparse_activations
+from saesub.topk_step import feature_scale, row_backend, search_of, sparse_activations
 
 Encode = Callable[[Float[Tensor, "n d_in"]], Float[Tensor, "n d_sae"]]
 
@@ -21,15 +21,15 @@ Encode = Callable[[Float[Tensor, "n d_in"]], Float[Tensor, "n d_sae"]]
 def encoder_of(sae: Any) -> Encode:
     """What gives an SAE's `encode(x)`, without gradients, for as long as its weights stay the same.
 
-    Of a TopK SAE on a CPU with a C++ compiler the activations are sparse COO tensors, found by
-    `saesub.native.search`: of features within rounding of one another it may take another, and the
-    bounds that it searches by are statistical.
+    Of a TopK SAE on a CPU the activations are sparse COO tensors, found by `saesub.native.search`
+    or, without a C++ compiler, `saesub.int8_search.search`: of features within rounding of one
+    another these may take another, and the bounds that they search by are statistical.
     """
-    backend = row_backend(sae.W_enc.device) if _suits_search(sae) else None
-    if backend is None:
+    if not _suits_search(sae):
         return torch.no_grad()(sae.encode)
+    search = search_of(row_backend(sae.W_enc.device), exact=False)
     W_enc, scale = sae.W_enc.detach().T.contiguous().T, feature_scale(sae)
-    k, b_enc, search = int(sae.cfg.k), sae.b_enc.detach(), backend.search
+    k, b_enc = int(sae.cfg.k), sae.b_enc.detach()
 
     @torch.no_grad()
     def encode(x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
@@ -43,6 +43,8 @@ def encoder_of(sae: Any) -> Encode:
 
 def _suits_search(sae: Any) -> bool:
     if type(sae) not in (TopKSAE, TopKTrainingSAE) or is_hooked(sae):
+        return False
+    if sae.W_enc.device.type != "cpu":
         return False
     scale = feature_scale(sae)  # the search divides by it
     whole = scale is None or bool((scale > 0).all())
