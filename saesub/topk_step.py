@@ -46,16 +46,14 @@ def autograd_pass(
     sae_in: Float[Tensor, "n d_in"],
     dead: Bool[Tensor, " d_sae"] | None,
     *,
-    exact_search: bool = False,
+    search: Search = int8_search.search,
 ) -> EntriesOutput:
     """`training_forward_pass` of a TopK or BatchTopK SAE through its active entries.
 
     The output's `feature_acts` and `hidden_pre` are sparse COO tensors that hold only these.
-    `dead` features, if any, add SAELens' AuxK loss. `exact_search` finds the entries by the whole
-    product also where `saesub.int8_search` could.
+    `dead` features, if any, add SAELens' AuxK loss. `search` finds the entries; see `search_of`.
     """
-    search = search_of(None, exact_search)
-    x = sae_in.to(sae.dtype)
+    x = sae_in.to(sae.dtype).contiguous()
     b_in, scale = input_bias(sae), feature_scale(sae)
     selected = _select(sae, x, scale, search)
     pre = encode_at(selected, x, b_in, sae.W_enc, sae.b_enc)

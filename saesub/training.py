@@ -41,7 +41,7 @@ from saesub.step_needs import (
     memory_advice,
     takes_sparse_step,
 )
-from saesub.topk_step import MAX_NORM, autograd_pass, row_backend, row_step
+from saesub.topk_step import MAX_NORM, autograd_pass, row_backend, row_step, search_of
 
 OptimizerName = Literal["adam", "sparse_adam"]
 Backend = Literal["auto", "exact_search", "torch", "triton", "dense"]
@@ -79,7 +79,8 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
             `data_provider` is any iterator of float tensors (batch, d_in).
         optimizer: "sparse_adam" (`saesub.optim.SparseAdam`) or "adam" (torch's).
         backend: how a TopK step is computed. "auto": on the CPU the compiled step with its 8-bit
-            candidate search, where a C++ compiler can be had, else torch operators. "torch": torch
+            candidate search, where a C++ compiler can be had, else torch operators; the search
+            alone is compiled where a remedy adds to the loss or weights are frozen. "torch": torch
             operators alone, which on a CPU with AVX-512 VNNI search in 8 bits too.
             "exact_search": as "auto" with the whole float32 product for the search. "triton":
             Triton kernels on CUDA; asked for by name until they have been run on a GPU. "dense":
@@ -237,11 +238,12 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
         if not (sparse or adds_loss):
             return super()._train_step(sae, sae_in)
         sae.train()
+        if sparse:
+            lay_out_by_feature(sae)  # the weights may have been replaced since the last step
         rows = self._row_backend(sae) if sparse and not adds_loss else None
         if rows is None:
             output = self._autograd_step(sae, sae_in, sparse)
         else:
-            lay_out_by_feature(sae)  # the weights may have been replaced since the last step
             exact = self.backend == "exact_search"
             dead = self._dead_for_auxk(sae)
             found = row_step(rows, sae, self.optimizer, sae_in, dead, exact_search=exact)
@@ -255,8 +257,11 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
     def _row_backend(self, sae: Any) -> RowBackend | None:
         if not all(parameter.requires_grad for parameter in sae.parameters()):
             self._parameters_in_step = False  # the frozen ones' step count stays behind
-        plain = sae.W_enc.dtype == torch.float32 and self._parameters_in_step
-        if self.backend == "torch" or not plain:
+        return self._compiled(sae) if self._parameters_in_step else None
+
+    def _compiled(self, sae: Any) -> RowBackend | None:
+        """The backend of the search: of the whole step too, if no remedy adds to the loss."""
+        if self.backend == "torch" or sae.W_enc.dtype != torch.float32:
             return None
         return row_backend(sae.W_enc.device, triton=self.backend == "triton")
 
@@ -279,8 +284,8 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
     def _forward(self, sae: Any, sae_in: Tensor, sparse: bool) -> tuple[TrainStepOutput, Tensor]:
         """A pass of the SAE, and how often each feature fired in it."""
         if sparse:
-            exact, dead = self.backend == "exact_search", self._dead_for_auxk(sae)
-            found = autograd_pass(sae, sae_in, dead, exact_search=exact)
+            search = search_of(self._compiled(sae), self.backend == "exact_search")
+            found = autograd_pass(sae, sae_in, self._dead_for_auxk(sae), search=search)
             return found.output, times_selected(found.selected)
         step = TrainStepInput(
             sae_in=sae_in,

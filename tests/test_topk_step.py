@@ -22,6 +22,7 @@ from sae_lens.saes.sae import TrainStepInput
 
 from saesub import int8_search, native, training, triton_rows
 from saesub.errors import SaesubError
+from saesub.remedies import GhostGradients
 from saesub.spectrum import Spectrum
 from saesub.subspace import initialize_in_subspace
 from saesub.topk_step import autograd_pass, row_step
@@ -284,6 +285,22 @@ def test_each_backend_takes_the_step_it_is_named_for(
     sae = _sae("topk", aux_loss_coefficient=0.0)
     SubspaceSAETrainer(_cfg(3), sae, _batches(activations), backend=backend).fit()
     assert (len(taken), len(searched)) == (row_steps, searches)
+
+
+@needs_native
+@pytest.mark.parametrize(("backend", "searches"), [("auto", 3), ("exact_search", 0), ("torch", 0)])
+@pytest.mark.parametrize("why", ["a loss is added", "frozen"])
+def test_a_step_that_autograd_takes_still_searches_by_the_backend(
+    activations, monkeypatch, backend, searches, why
+):
+    searched, find = [], native.search
+    monkeypatch.setattr(native, "search", lambda *given: searched.append(1) or find(*given))
+    sae = _sae("topk", aux_loss_coefficient=0.0)
+    sae.W_dec.requires_grad_(why != "frozen")
+    remedies = [GhostGradients()] if why == "a loss is added" else []
+    given = {"backend": backend, "remedies": remedies}
+    SubspaceSAETrainer(_cfg(3), sae, _batches(activations), **given).fit()
+    assert len(searched) == searches
 
 
 @needs_native
