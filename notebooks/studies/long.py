@@ -23,12 +23,10 @@ ARMS = [
     ("flat", "adam", 2e-3),
     ("random", "sparse_adam", 2e-3),
     ("flat", "sparse_adam", 2e-3),
-    ("random", "adam", 5e-4),
-    ("flat", "adam", 5e-4),
     ("random", "adam", 1e-3),
     ("flat", "adam", 1e-3),
-    ("random", "adam", 2e-4),
-    ("flat", "adam", 2e-4),
+    ("random", "adam", 5e-4),
+    ("flat", "adam", 5e-4),
 ]
 TRIALS = [
     Trial(
