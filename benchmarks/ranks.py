@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from activations import CORPUS, HOOK, MODEL
-from run import processor
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
 from torch import Tensor
@@ -27,6 +26,7 @@ from torch import Tensor
 from saesub import stream_activations
 from saesub.data_parallel import DataParallelSAETrainer
 from saesub.distributed import Ranks, join
+from saesub.report import processor
 from saesub.sharded import ShardedSAETrainer, take_features
 
 RESULTS = Path(__file__).parent / "results"

@@ -178,7 +178,7 @@ def _conditions(results: str | Path) -> str:
     runs = f"medians of {steps} steps in each of {_rounds(results)}"
     told = "; ".join([*sorted(machines), *sorted(threads), *sorted(torches), runs]) + "."
     short = (summary(results)["fault"] == "no memory").any()
-    # MEMORY_SHARE of run.py
+    # The share is run.py's MEMORY_SHARE.
     return told + (" *No memory*: more than 90 % of the machine's was asked for." if short else "")
 
 

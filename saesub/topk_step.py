@@ -51,7 +51,8 @@ def autograd_pass(
     """`training_forward_pass` of a TopK or BatchTopK SAE through its active entries.
 
     The output's `feature_acts` and `hidden_pre` are sparse COO tensors that hold only these.
-    `dead` features, if any, add SAELens' AuxK loss. `search` finds the entries; see `search_of`.
+    `dead` features, if any, add SAELens' AuxK loss. `search` finds the entries; that of a
+    backend (`search_of`) wants `W_enc` feature-major in memory, and float32.
     """
     x = sae_in.to(sae.dtype).contiguous()
     b_in, scale = input_bias(sae), feature_scale(sae)
@@ -73,7 +74,8 @@ def autograd_pass(
 
 
 def row_backend(device: torch.device, *, triton: bool = False) -> RowBackend | None:
-    """What `row_step` runs on there: on the CPU that takes a C++ compiler, on CUDA `triton`."""
+    """What searches there and runs `row_step`: on the CPU that takes a C++ compiler, on CUDA
+    `triton`."""
     if device.type == "cpu" and not triton and native.library() is not None:
         return native
     if device.type == "cuda" and triton and triton_rows.available():

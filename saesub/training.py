@@ -80,8 +80,8 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
         optimizer: "sparse_adam" (`saesub.optim.SparseAdam`) or "adam" (torch's).
         backend: how a TopK step is computed. "auto": on the CPU the compiled step with its 8-bit
             candidate search, where a C++ compiler can be had, else torch operators; the search
-            alone is compiled where a remedy adds to the loss or weights are frozen. "torch": torch
-            operators alone, which on a CPU with AVX-512 VNNI search in 8 bits too.
+            alone is compiled where a remedy adds to the loss or weights are, or were, frozen.
+            "torch": torch operators alone, which on a CPU with AVX-512 VNNI search in 8 bits too.
             "exact_search": as "auto" with the whole float32 product for the search. "triton":
             Triton kernels on CUDA; asked for by name until they have been run on a GPU. "dense":
             SAELens' own step.
@@ -260,7 +260,7 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
         return self._compiled(sae) if self._parameters_in_step else None
 
     def _compiled(self, sae: Any) -> RowBackend | None:
-        """The backend of the search: of the whole step too, if no remedy adds to the loss."""
+        """Whose search a step takes; the whole step is its too, unless autograd is needed."""
         if self.backend == "torch" or sae.W_enc.dtype != torch.float32:
             return None
         return row_backend(sae.W_enc.device, triton=self.backend == "triton")
@@ -284,7 +284,9 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
     def _forward(self, sae: Any, sae_in: Tensor, sparse: bool) -> tuple[TrainStepOutput, Tensor]:
         """A pass of the SAE, and how often each feature fired in it."""
         if sparse:
-            search = search_of(self._compiled(sae), self.backend == "exact_search")
+            # On CUDA the whole product: what a search misses there has not been measured.
+            rows = self._compiled(sae) if sae.W_enc.device.type == "cpu" else None
+            search = search_of(rows, self.backend == "exact_search")
             found = autograd_pass(sae, sae_in, self._dead_for_auxk(sae), search=search)
             return found.output, times_selected(found.selected)
         step = TrainStepInput(

@@ -15,7 +15,7 @@ from sae_lens import (
     TopKTrainingSAEConfig,
 )
 
-from saesub import native
+from saesub import int8_search, native
 from saesub.encode import encoder_of
 from saesub.evaluate import reconstruction
 
@@ -95,12 +95,16 @@ def test_a_reconstruction_by_the_search_is_that_without_it(activations, monkeypa
     if compiled and native.library() is None:
         pytest.skip("needs a C++ compiler")
     torch.manual_seed(0)
-    sizes = SIZES | {"d_sae": 8192}  # wide enough for an 8-bit search
+    sizes = SIZES | {"d_sae": 16_384}  # wide enough for an 8-bit search
     sae = spread(TopKTrainingSAE(TopKTrainingSAEConfig(**sizes, k=16)))
     blocks = activations.split(600)
     if not compiled:
         monkeypatch.setattr(native, "library", lambda: None)
+    searched, module = [], native if compiled else int8_search
+    find = module.search
+    monkeypatch.setattr(module, "search", lambda *given: searched.append(1) or find(*given))
     found = reconstruction(sae, blocks)
+    assert searched
     monkeypatch.setattr("saesub.encode._suits_search", lambda sae: False)
     plain = reconstruction(sae, blocks)
     assert found.l0 == plain.l0 > 10
