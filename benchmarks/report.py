@@ -183,12 +183,11 @@ def _conditions(results: str | Path) -> str:
 
 
 def _rounds(results: str | Path) -> str:
-    """How many rounds there are of each cell: of most, and of which fewer."""
+    """The most rounds of any cell, and which cells have fewer."""
     rounds = load(results).groupby(["batch", "d_sae"])["round"].max() + 1
-    most, fewer = rounds.max(), rounds[rounds < rounds.max()]
-    cells = ", ".join(f"{batch:,} × {d_sae:,}" for batch, d_sae in fewer.index)
-    few = " to ".join(str(n) for n in sorted({fewer.min(), fewer.max()})) if cells else ""
-    return f"{most} rounds" + (f" ({few} at {cells})" if cells else "")
+    fewer = rounds[rounds < rounds.max()]
+    cells = [f"{n} at {batch:,} × {d_sae:,}" for (batch, d_sae), n in fewer.items()]
+    return f"{rounds.max()} rounds" + (f" ({', '.join(cells)})" if cells else "")
 
 
 def _widest(results: str | Path) -> str:

@@ -58,7 +58,7 @@ def library() -> ctypes.CDLL | None:
     except (OSError, SaesubError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or str(error)
         warnings.warn(
-            f"saesub trains on torch operators alone, at half the speed it could or less: its C++ "
+            f"saesub trains on torch operators alone, at about half the speed it could: its C++ "
             f"functions were not built ({reason.strip()[-300:]}). Install a C++ compiler (g++ or "
             "clang++), or set SAESUB_NATIVE=0 to be rid of this message.",
             stacklevel=2,

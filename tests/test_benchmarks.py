@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from saesub.report import processor
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 report = runpy.run_path(str(ROOT / "benchmarks" / "report.py"))
@@ -116,6 +118,25 @@ def test_a_failure_is_told_by_its_exception_and_not_by_what_closed_after_it(monk
     assert last_word("\n".join(lines)) == lines[1]
     assert last_word("one\nSegmentation fault\n") == "Segmentation fault"
     assert last_word("") == "no message"
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "told"),
+    [
+        (
+            "model name\t: EPYC\ncpu family\t: 25\nmodel\t\t: 17\n\n"
+            "model name\t: other\ncpu family\t: 1\nmodel\t\t: 2\n",
+            "EPYC (family 25, model 17)",
+        ),
+        ("processor\t: 0\nmodel name\t: Cortex: A76\n", "Cortex: A76"),
+        ("processor\t: 0\n", "unknown processor"),
+    ],
+)
+def test_records_tell_a_processors_generation(monkeypatch, cpuinfo, told):
+    monkeypatch.setattr(Path, "is_file", lambda path: True)
+    monkeypatch.setattr(Path, "read_text", lambda path: cpuinfo)
+    monkeypatch.setattr("platform.processor", lambda: "")
+    assert processor() == told
 
 
 def test_one_thread_is_compared_with_all_at_the_same_cell(tmp_path):
