@@ -110,9 +110,8 @@ def untrained(trial: Trial, start: Start) -> TopKTrainingSAE:
 
 
 def trained(trial: Trial, start: Start, window: int = WINDOW) -> saesub.SubspaceSAETrainer:
-    """The trainer of a trial at its end, on one thread; a feature silent for a `window` of training
-    tokens counts as dead in its history."""
-    torch.set_num_threads(1)
+    """The trainer of a trial at its end; a feature silent for a `window` of training tokens counts
+    as dead in its history."""
     train = site(trial.model, trial.hook_name, trial.corpus)[0]
     cfg = SAETrainerConfig(
         total_training_samples=trial.n_train,
@@ -156,8 +155,10 @@ def run(
     trials: list[Trial],
     judged: Callable[[Trial], dict] = outcome,
     n_workers: int | None = None,
+    n_threads: int = 1,
 ) -> None:
-    """Add to the record `name` the `judged` outcomes of the trials that it lacks."""
+    """Add to the record `name` the `judged` outcomes of the trials that it lacks, by workers of
+    `n_threads` threads each."""
     path = RESULTS / f"{name}.json"
     record = json.loads(path.read_text()) if path.is_file() else {"runs": [], "rows": []}
     # Rows from before a setting was there have its default.
@@ -167,8 +168,8 @@ def run(
     }
     left = [t for t in trials if t not in done]
     harvest(left)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)  # as the workers do, for the record
+    os.environ["OMP_NUM_THREADS"] = str(n_threads)
+    torch.set_num_threads(n_threads)  # as the workers do, for the record
     this = {
         "command": "python " + " ".join(sys.argv),
         "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], text=True).strip(),
@@ -176,14 +177,16 @@ def run(
     }
     place = len(record["runs"])
     record = this | {"runs": [*record["runs"], this], "rows": record["rows"]}
-    quiet = {"initializer": _quiet, "mp_context": get_context("spawn")}
-    with ProcessPoolExecutor(n_workers or os.cpu_count(), **quiet) as pool:
+    context = get_context("spawn")
+    with ProcessPoolExecutor(n_workers or os.cpu_count(), context, _begin, (n_threads,)) as pool:
         jobs = [pool.submit(judged, trial) for trial in left]
         for job in tqdm(as_completed(jobs), total=len(jobs), unit="SAE"):
             record["rows"].append(job.result() | {"run": place})
             write_atomically(path, json.dumps(record, indent=1))
 
 
-def _quiet() -> None:
+def _begin(n_threads: int) -> None:
+    """A worker's first act."""
+    torch.set_num_threads(n_threads)
     os.environ["TQDM_DISABLE"] = "1"
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115

@@ -11,11 +11,16 @@ the last 245,760 tokens of training: features that died within them do not.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 
+import torch
+from sae_lens import TopKTrainingSAE
 from trials import Trial, package_start, run, site, trained
 
-import saesub
+from saesub.dead import times_fired
+from saesub.encode import encoder_of
+from saesub.evaluate import Judged, unexplained
 
 HOOK = "blocks.12.hook_attn_out"
 BATCH, STEPS = 2048, 300
@@ -37,16 +42,31 @@ def judged(trial: Trial, window_in_training: int = WINDOW_IN_TRAINING) -> dict:
     """The trial's two dead shares, its FVU and its history."""
     trainer = trained(trial, package_start, window_in_training)
     train, held_out, _, _ = site(trial.model, trial.hook_name, trial.corpus)
-    x = held_out.rows(0, held_out.n_tokens)
     silent = trainer.tokens_since_fired >= window_in_training
+    dead_share, fvu = dead_share_and_fvu(trainer.sae, held_out.rows(0, held_out.n_tokens))
     return asdict(trial) | {
         "epochs": trial.n_train / train.n_tokens,
         "window": held_out.n_tokens,
-        "dead_share": saesub.dead_features(trainer.sae, x, n_tokens=len(x)).float().mean().item(),
+        "dead_share": dead_share,
         "dead_in_training": silent.float().mean().item(),
-        "fvu": saesub.reconstruction(trainer.sae, x.split(1024)).fvu,
+        "fvu": fvu,
         "history": trainer.history,
     }
+
+
+def dead_share_and_fvu(sae: TopKTrainingSAE, x: torch.Tensor) -> tuple[float, float]:
+    """Both over the same tokens (n, d_in), each encoded once."""
+    fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool)
+    encode = encoder_of(sae)
+
+    def blocks() -> Iterator[Judged]:
+        for block in x.split(4096):
+            features = encode(block)
+            fired.logical_or_(times_fired(features) > 0)
+            yield Judged(block, sae.decode(features), features)
+
+    fvu = unexplained(blocks()).fvu
+    return 1 - fired.float().mean().item(), fvu
 
 
 if __name__ == "__main__":

@@ -1,0 +1,49 @@
+"""The paper's headline width, 2^20 features, at SmolLM2's 576 dimensions, on two cores.
+
+    python notebooks/studies/million.py
+
+Writes data/results/studies/million.json: the paper's four arms, random and active-subspace start
+under Adam and SparseAdam, one after another on both cores, in 16 GB. Every arm gets the same
+1,024,000 training tokens once, at the rate at which either start fits best at 2^17 (long.py), and
+is judged over 512,000 held-out tokens, on which a feature fires 16 times on average.
+`dead_in_training` is over the last 512,000 training tokens.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from trials import Trial, run
+from wide import HOOK, judged
+
+D_SAE, BATCH, STEPS, LR = 2**20, 2048, 500, 1e-3
+WINDOW_IN_TRAINING = 250 * BATCH
+ARMS = [
+    ("random", "adam"),
+    ("flat", "adam"),
+    ("flat", "sparse_adam"),
+    ("random", "sparse_adam"),
+]
+TRIALS = [
+    Trial(
+        HOOK,
+        start,
+        "auto",
+        optimizer,
+        LR,
+        d_sae=D_SAE,
+        n_train=STEPS * BATCH,
+        batch_size=BATCH,
+        corpus="english-mix",
+    )
+    for start, optimizer in ARMS
+]
+
+if __name__ == "__main__":
+    run(
+        "million",
+        TRIALS,
+        partial(judged, window_in_training=WINDOW_IN_TRAINING),
+        n_workers=1,
+        n_threads=2,
+    )
