@@ -103,6 +103,21 @@ def test_search_ranks_ties_and_empty_rows_by_the_whole_product(search):
     _same_sets(x, W_enc, b_enc, None, found, expected)
 
 
+@pytest.mark.skipif(not native.has_int8_search(), reason="no compiler or VNNI")
+def test_features_that_crowd_near_the_top_do_not_send_a_token_to_the_whole_product():
+    """As training makes them: hundreds within rounding of one another, on many tokens."""
+    x, W_enc, b_enc = _problem(200, 64, 8192, 0)
+    near = torch.randn(64, 1100, generator=torch.Generator().manual_seed(1))
+    W_enc[:, 4000:5100], b_enc[:] = W_enc[:, :1] + 1e-3 * near, 0
+    x += 5 * W_enc[:, 0]
+    expected = dense_search(x, W_enc, b_enc, 32)
+    with mock.patch.object(native, "dense_search", side_effect=AssertionError("not needed")):
+        found = native.search(x, W_enc, b_enc, 32)
+    crowded = (expected[0] >= 4000) & (expected[0] < 5100)
+    assert crowded.any(1).float().mean() > 0.9
+    _same_sets(x, W_enc, b_enc, None, found, expected)
+
+
 @SEARCHES
 def test_a_massive_coordinate_hides_no_feature(search):
     """The others round towards zero: the error then lies along what aligned features read."""
