@@ -110,7 +110,7 @@ def readme_block(results: str | Path) -> str:
 
 def _beside(results: str | Path) -> list[str]:
     """What the tables do not say, a paragraph each."""
-    parts = (_conditions, _one_thread, _passes)
+    parts = (_conditions, _trained, _one_thread, _passes)
     return [text for text in (part(results) for part in parts) if text]
 
 
@@ -210,15 +210,30 @@ def _widest(results: str | Path) -> str:
 
 def _one_thread(results: str | Path) -> str:
     """How much longer a step takes on one thread, from the records in `one-thread/`, if any."""
-    folder = Path(results) / "one-thread"
-    if not folder.is_dir():
+    told = _compared(results, "one-thread")
+    return f"Times as long on one thread as on all, a step of {told}." if told else ""
+
+
+def _trained(results: str | Path) -> str:
+    """How much longer a step takes once trained, from the records in `trained/`, if any."""
+    told = _compared(results, "trained")
+    if not told:
         return ""
-    ratios = (summary(folder)["seconds"] / summary(results)["seconds"]).dropna()
+    records = _records(Path(results) / "trained")
+    (steps,) = {json.loads(path.read_text())["settings"]["warm_up"] for path in records}
+    return f"Times as long after {steps} steps of training as at the start, a step of {told}."
+
+
+def _compared(results: str | Path, folder: str) -> str:
+    """Times of a step in the records of a `folder` of `results`, in those of `results` itself."""
+    if not (Path(results) / folder).is_dir():
+        return ""
+    ratios = (summary(Path(results) / folder)["seconds"] / summary(results)["seconds"]).dropna()
     cells = []
     for (batch, width), of_cell in ratios.groupby(level=["batch", "d_sae"]):
         each = [f"{name} {ratio:.2f}" for (_, _, name), ratio in of_cell.items()]
         cells.append(f"{batch:,} tokens at d_sae {width:,}: {', '.join(each)}")
-    return f"Times as long on one thread as on all, a step of {'; of '.join(cells)}."
+    return "; of ".join(cells)
 
 
 def _passes(results: str | Path) -> str:

@@ -52,6 +52,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batches", type=int, nargs="+", default=[2048, 4096], help="tokens")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each contender a cell")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each process")
+    parser.add_argument("--warm-up", type=int, default=2, help="steps before the timed ones")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME")
     parser.add_argument("--results", type=Path, default=FOLDER / "results")
@@ -65,6 +66,7 @@ class Cell:
         self.batch, self.d_sae, self.rounds = batch, d_sae, args.rounds
         self.path = args.results / f"b{batch}-d{d_sae}.json"
         settings = {"batch": batch, "d_sae": d_sae, "steps": args.steps, "threads": args.threads}
+        settings["warm_up"] = args.warm_up
         self.record: dict[str, Any] = {"settings": settings, "machine": machine(), "runs": []}
         if self.path.exists():
             found = json.loads(self.path.read_text())
@@ -95,7 +97,7 @@ class Cell:
         settings = self.record["settings"]
         arguments = [_shown(FOLDER / "contenders" / contender.script), *contender.arguments]
         arguments += ["--activations", _shown(ACTIVATIONS)]
-        for option in ("d_sae", "batch", "steps", "threads"):
+        for option in ("d_sae", "batch", "warm_up", "steps", "threads"):
             arguments += [f"--{option.replace('_', '-')}", str(settings[option])]
         arguments += ["--memory-bytes", str(int(MEMORY_SHARE * memory_bytes()))]
         provenance = {

@@ -50,9 +50,10 @@ def test_a_passes_ratios_are_those_within_each_round():
     assert report["_ratios"](seconds, "harvest") == "1.50 [1.00, 2.00]"
 
 
-def _write(folder, d_sae, *runs):
+def _write(folder, d_sae, *runs, warm_up=2):
+    settings = {"batch": 2048, "d_sae": d_sae, "steps": 1, "threads": 2, "warm_up": warm_up}
     record = {
-        "settings": {"batch": 2048, "d_sae": d_sae, "steps": 1, "threads": 2},
+        "settings": settings,
         "machine": {"processor": "EPYC", "cores": 2, "memory_gb": 25, "system": "Linux"},
         "runs": [{"round": 0} | run for run in runs],
     }
@@ -145,3 +146,13 @@ def test_one_thread_is_compared_with_all_at_the_same_cell(tmp_path):
     _write(tmp_path / "one-thread", 36_864, _timed("saesub-torch-adam", 3.0))
     told = "2,048 tokens at d_sae 36,864: saesub-torch-adam 1.50."
     assert report["_one_thread"](tmp_path).endswith(told)
+
+
+def test_a_trained_step_is_compared_with_one_at_the_start(tmp_path):
+    _write(tmp_path, 36_864, _timed("saesub-torch-adam", 2.0))
+    assert report["_trained"](tmp_path) == ""
+    _write(tmp_path / "trained", 36_864, _timed("saesub-torch-adam", 2.5), warm_up=300)
+    assert report["_trained"](tmp_path) == (
+        "Times as long after 300 steps of training as at the start, a step of 2,048 tokens at "
+        "d_sae 36,864: saesub-torch-adam 1.25."
+    )

@@ -19,7 +19,6 @@ from torch import Tensor
 
 Step = Callable[[Tensor], object]
 Make = Callable[[int, int, int, int, int], Step]
-WARM_UP_STEPS = 2
 
 
 def main(name: str, make: Make, package: str = "torch") -> None:
@@ -39,7 +38,7 @@ def main(name: str, make: Make, package: str = "torch") -> None:
     torch.manual_seed(args.seed)
     activations = np.load(args.activations, mmap_mode="r")
     step = make(activations.shape[1], args.d_sae, args.k, args.batch, args.seed)
-    seconds = _time(step, batches(activations, args.batch), args.steps)
+    seconds = _time(step, batches(activations, args.batch), args.warm_up, args.steps)
     peak = _peak_bytes()
     record = {
         "name": name,
@@ -63,6 +62,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--d-sae", type=int, required=True)
     parser.add_argument("--batch", type=int, required=True, help="tokens per step")
     parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--warm-up", type=int, default=2, help="steps before the timed ones")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
@@ -80,9 +80,9 @@ def batches(activations: np.ndarray, batch: int) -> Iterator[Tensor]:
             yield torch.from_numpy(np.array(activations[i * batch : (i + 1) * batch]))
 
 
-def _time(step: Step, source: Iterator[Tensor], n_steps: int) -> list[float]:
-    """Seconds of each of `n_steps` steps, after the warm-up; reading the batch is not counted."""
-    for _ in range(WARM_UP_STEPS):
+def _time(step: Step, source: Iterator[Tensor], warm_up: int, n_steps: int) -> list[float]:
+    """Seconds of each of `n_steps` steps, after `warm_up` others, without reading the batches."""
+    for _ in range(warm_up):
         step(next(source))
     seconds = []
     for _ in range(n_steps):
