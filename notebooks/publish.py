@@ -29,6 +29,7 @@ from saesub.report import is_progress, memory_text
 ROOT = Path(__file__).resolve().parent.parent
 STUDIES = ROOT / "data" / "results" / "studies"
 RECORD_FILE = ROOT / "data" / "results" / "quick" / "run.json"
+WIDE = ("long",)  # the studies of the README's table of wide dictionaries
 FAULTS_FILE = ROOT / "data" / "results" / "faults.json"
 README_FIGURE = "05_active_subspace_init"
 _RUN_TIME = re.compile(
@@ -170,7 +171,7 @@ def with_tables(readme: str, record: dict) -> str:
         "findings": claims.scorecard(rows).markdown(),
         "notebooks": _notebook_table(record),
         "starts": starts_table(json.loads((STUDIES / "d_init.json").read_text())),
-        "long": long_table(json.loads((STUDIES / "long.json").read_text())),
+        "wide": wide_table(*(json.loads((STUDIES / f"{n}.json").read_text()) for n in WIDE)),
         "faults": faults_table(json.loads(FAULTS_FILE.read_text())),
     }
     for name, table in tables.items():
@@ -194,18 +195,23 @@ def starts_table(study: dict) -> str:
     return "\n".join(lines)
 
 
-def long_table(study: dict) -> str:
-    """Dead features and FVU of either start, by optimizer and learning rate."""
-    rows = pd.DataFrame(study["rows"])
-    lines = ["| Optimizer | Learning rate | Random | ASI |", "|---|---:|---|---|"]
-    for (optimizer, lr), arms in rows.groupby(["optimizer", "lr"]):
+def wide_table(*studies: dict) -> str:
+    """Dead features and FVU of either start, by width, tokens, optimizer and learning rate."""
+    rows = pd.DataFrame([row for study in studies for row in study["rows"]])
+    columns = ["Features", "Training tokens", "Optimizer", "Learning rate", "Random", "ASI"]
+    lines = [f"| {' | '.join(columns)} |", "|---:|---:|---|---:|---|---|"]
+    for (d_sae, tokens, optimizer, lr), arms in rows.groupby(
+        ["d_sae", "n_train", "optimizer", "lr"]
+    ):
         cells = [_dead_and_fvu(arms[arms["start"] == start]) for start in ("random", "flat")]
         name = {"adam": "Adam", "sparse_adam": "SparseAdam"}[optimizer]
-        lines.append(f"| {name} | {lr:g} | {' | '.join(cells)} |")
+        lines.append(f"| {d_sae:,} | {tokens:,} | {name} | {lr:g} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def _dead_and_fvu(runs: pd.DataFrame) -> str:
+    if runs.empty:
+        return "not run"
     return f"{100 * runs['dead_share'].mean():.2f} % dead, FVU {runs['fvu'].mean():.4f}"
 
 

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import errno
 import json
+import pickle
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from sae_lens.config import SAETrainerConfig
+from sae_lens.constants import SAE_CFG_FILENAME
+from safetensors import SafetensorError
 from torch import Tensor
 
 from saesub.checksummed import Form, damaged, file_sha256, read_checksummed, write_checksummed
@@ -21,6 +28,24 @@ _FORM = Form(
     missing="the checkpoint is damaged or incomplete; resume from an earlier one, or start anew",
     damaged="resume from an earlier checkpoint, or start anew",
 )
+# What reading a file that is not as it was written raises.
+UNREADABLE = (
+    OSError,
+    SafetensorError,
+    RuntimeError,
+    KeyError,
+    ValueError,
+    EOFError,
+    pickle.UnpicklingError,
+)
+# Where a run is done and what is kept of it; and what the folding at its end changes in the SAE.
+_FOLDED = ("normalize_activations", "rescale_acts_by_decoder_norm")
+_FREE_TO_CHANGE = {
+    *("device", "logger", "metadata", "sae_lens_training_version"),
+    *("checkpoint_path", "n_checkpoints", "save_final_checkpoint"),
+    *_FOLDED,
+}
+_HISTORY = ("tokens", "mse", "dead_share")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO)
 
 
@@ -56,6 +81,14 @@ def read_checkpoint_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, An
     return state, settings
 
 
+def settings_of(cfg: SAETrainerConfig, sae: Any, own: dict[str, Any]) -> dict[str, Any]:
+    """What a run that is gone on with must have in common with its first part."""
+    trainer = {k: v for k, v in asdict(cfg).items() if k not in _FREE_TO_CHANGE}
+    of_sae = {k: v for k, v in sae.cfg.to_dict().items() if k not in _FREE_TO_CHANGE}
+    # As JSON gives them back, so that they compare equal with kept ones.
+    return json.loads(json.dumps(own | trainer | of_sae, default=str))
+
+
 def check_same_settings(folder: Path, kept: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Raises SaesubError, naming what differs, where a checkpoint is of other settings."""
     differing = [
@@ -68,6 +101,55 @@ def check_same_settings(folder: Path, kept: dict[str, Any], wanted: dict[str, An
             f"The checkpoint {folder} was made with other settings: {', '.join(differing)}. Resume "
             "with those, or start anew."
         )
+
+
+def check_same_shapes(
+    folder: Path, state: dict[str, Tensor], optimizer: torch.optim.Optimizer, d_sae: int
+) -> None:
+    """Raises SaesubError where a checkpoint's counts or loaded moments are of another SAE."""
+    if len(state["tokens_since_fired"]) != d_sae:
+        raise SaesubError(
+            f"The checkpoint {folder} holds {len(state['tokens_since_fired'])} features, "
+            f"this SAE has {d_sae}: resume with the SAE it was made from."
+        )
+    for parameter, kept in optimizer.state.items():
+        if kept["exp_avg"].shape != parameter.shape:
+            raise SaesubError(
+                f"The checkpoint {folder} holds optimizer moments of shape "
+                f"{tuple(kept['exp_avg'].shape)} for a parameter of shape "
+                f"{tuple(parameter.shape)}: resume with the SAE it was made from."
+            )
+
+
+def follow_folding(sae: Any, folder: Path) -> None:
+    """The weights of a finished run have their input scaling folded in: say so in the config.
+
+    SAELens saves the config with the weights but loads the weights alone.
+    """
+    path = folder / SAE_CFG_FILENAME
+    saved = json.loads(path.read_text()) if path.exists() else {}
+    for name in _FOLDED:
+        if name in saved:
+            setattr(sae.cfg, name, saved[name])
+
+
+def history_tensors(
+    history: Sequence[dict[str, float]], mse_since: Sequence[Float[Tensor, ""]]
+) -> dict[str, Tensor]:
+    """A trainer's history by column, and the losses since its last point, in float64."""
+    columns = {f"history.{name}": [point[name] for point in history] for name in _HISTORY}
+    columns["mse_since_record"] = [mse.item() for mse in mse_since]
+    return {name: torch.tensor(kept, dtype=torch.float64) for name, kept in columns.items()}
+
+
+def history_of(
+    state: dict[str, Tensor],
+) -> tuple[list[dict[str, float]], Float[Tensor, " steps"]]:
+    """What `history_tensors` was given."""
+    columns = {name: state[f"history.{name}"].tolist() for name in _HISTORY}
+    columns["tokens"] = [int(tokens) for tokens in columns["tokens"]]
+    points = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return points, state["mse_since_record"]
 
 
 def random_state(device: str) -> dict[str, Tensor]:

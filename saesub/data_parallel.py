@@ -18,7 +18,7 @@ from torch import Tensor
 from saesub.distributed import Ranks
 from saesub.ranks_trainer import Batches, RanksTrainer, whole_sae
 from saesub.topk_step import MAX_NORM, autograd_pass
-from saesub.training import OptimizerName, times_selected
+from saesub.training import OptimizerName
 
 
 class DataParallelSAETrainer(RanksTrainer):
@@ -93,7 +93,7 @@ class DataParallelSAETrainer(RanksTrainer):
         found = autograd_pass(sae, sae_in, self._dead_for_auxk(sae))
         # Only now, AuxK having taken the features dead before the step; `step` adds the rows here.
         self.tokens_since_fired += self._n_in_batch - n_here
-        output, fired = found.output, times_selected(found.selected)
+        output, fired = found.output, found.selected.times_fired()
         (output.loss * weight).backward()
         self._sum_over_ranks(sae, output, weight)
         self._count_firing(self.ranks.sum_(fired * (weight > 0)), self._n_in_batch)

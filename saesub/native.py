@@ -58,7 +58,7 @@ def library() -> ctypes.CDLL | None:
     except (OSError, SaesubError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or str(error)
         warnings.warn(
-            f"saesub trains on torch operators alone, at about half the speed it could: its C++ "
+            f"saesub trains on torch operators alone, at half the speed it could or less: its C++ "
             f"functions were not built ({reason.strip()[-300:]}). Install a C++ compiler (g++ or "
             "clang++), or set SAESUB_NATIVE=0 to be rid of this message.",
             stacklevel=2,
@@ -80,7 +80,7 @@ def search(
     k: int,
     feature_scale: Float[Tensor, " d_sae"] | None = None,
 ) -> tuple[Int[Tensor, "n k"], Float[Tensor, "n k"]]:
-    """`dense_search` at three times its speed, for a `W_enc` that lies feature-major in memory.
+    """`dense_search` at a few times its speed, for a `W_enc` that lies feature-major in memory.
 
     Products in 8 bits with bounds on their rounding error leave some tens of candidates a token,
     which are then ranked in float32. The bounds are four standard deviations wide on either side,

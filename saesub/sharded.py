@@ -40,7 +40,7 @@ from saesub.topk_step import (
     search_of,
     update_rows,
 )
-from saesub.training import Backend, OptimizerName, times_selected
+from saesub.training import Backend, OptimizerName
 
 _ROWS_PER_NORM = 1024
 
@@ -178,7 +178,7 @@ class ShardedSAETrainer(RanksTrainer):
         self._descend(sae, parts, centred, rows)
         self.lr_scheduler.step()
         main, losses = parts[0], [part.loss for part in parts] + [x.new_zeros(())]
-        self._count_firing(times_selected(main.selected), len(x))
+        self._count_firing(main.selected.times_fired(), len(x))
         return entries_output(sae, x, main.x_hat, main.selected, scale, *losses[:2]).output
 
     def _aux(self, sae: Any, dead: Bool[Tensor, " d_here"]) -> AuxK | None:

@@ -81,6 +81,11 @@ class Selected:
         offsets = torch.arange(0, n * k + 1, k, device=features.device)
         return cls(features.flatten(), offsets, pre.flatten(), d_sae)
 
+    def times_fired(self) -> Int[Tensor, " d_sae"]:
+        """On how many of the tokens each feature is active."""
+        fired = (self.pre > 0).long()
+        return fired.new_zeros(self.d_sae).index_add_(0, self.features, fired)
+
 
 @torch.no_grad()
 def select_topk(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -14,7 +12,6 @@ import numpy as np
 import torch
 from sae_lens import SAETrainer
 from sae_lens.config import SAETrainerConfig
-from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.training.optim import get_lr_scheduler
 from sae_lens.training.sae_trainer import Evaluator, SaveCheckpointFn
@@ -22,18 +19,23 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from saesub.checkpoint import (
+    UNREADABLE,
     check_same_settings,
+    check_same_shapes,
+    follow_folding,
+    history_of,
+    history_tensors,
     is_write_failure,
     random_state,
     read_checkpoint_state,
     restore_random_state,
+    settings_of,
     write_checkpoint_state,
 )
 from saesub.errors import SaesubError, near_names
 from saesub.optim import SparseAdam, parameter_groups
 from saesub.remedy import Remedy, one_of_each
 from saesub.rows import RowBackend
-from saesub.sparse_ops import Selected
 from saesub.step_needs import (
     check_sae,
     is_topk,
@@ -47,21 +49,6 @@ OptimizerName = Literal["adam", "sparse_adam"]
 Backend = Literal["auto", "exact_search", "torch", "triton", "dense"]
 
 _HISTORY_POINTS = 40
-_UNREADABLE = (
-    OSError,
-    SafetensorError,
-    RuntimeError,
-    KeyError,
-    ValueError,
-    EOFError,
-    pickle.UnpicklingError,
-)
-# Where a run is done and what is kept of it; and what the folding at its end changes in the SAE.
-_FREE_TO_CHANGE = {
-    *("device", "logger", "metadata", "sae_lens_training_version"),
-    *("checkpoint_path", "n_checkpoints", "save_final_checkpoint"),
-    *("normalize_activations", "rescale_acts_by_decoder_norm"),
-}
 _FIELD_WINDOW = 10_000_000  # tokens; what papers on SAEs use
 
 
@@ -247,7 +234,7 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
             exact = self.backend == "exact_search"
             dead = self._dead_for_auxk(sae)
             found = row_step(rows, sae, self.optimizer, sae_in, dead, exact_search=exact)
-            self._count_firing(times_selected(found.selected), len(sae_in))
+            self._count_firing(found.selected.times_fired(), len(sae_in))
             output = found.output
         self.lr_scheduler.step()
         for scheduler in self.coefficient_schedulers.values():
@@ -288,7 +275,7 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
             rows = self._compiled(sae) if sae.W_enc.device.type == "cpu" else None
             search = search_of(rows, self.backend == "exact_search")
             found = autograd_pass(sae, sae_in, self._dead_for_auxk(sae), search=search)
-            return found.output, times_selected(found.selected)
+            return found.output, found.selected.times_fired()
         step = TrainStepInput(
             sae_in=sae_in,
             dead_neuron_mask=self.dead_neurons,
@@ -358,13 +345,7 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
 
     def _own_state(self) -> dict[str, Tensor]:
         state = {"tokens_since_fired": self.tokens_since_fired} | random_state(self.cfg.device)
-        state |= {
-            f"history.{name}": torch.tensor([h[name] for h in self.history], dtype=torch.float64)
-            for name in ("tokens", "mse", "dead_share")
-        }
-        state["mse_since_record"] = torch.tensor(
-            [m.item() for m in self._mse_since_record], dtype=torch.float64
-        )
+        state |= history_tensors(self.history, self._mse_since_record)
         return state | {f"remedy.{name}": kept for name, kept in self.remedy_state.items()}
 
     def _settings(self) -> dict[str, Any]:
@@ -374,21 +355,7 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
             "dead_window_tokens": self.dead_window_tokens,
             "remedies": [repr(remedy) for remedy in self.remedies],
         }
-        trainer = {k: v for k, v in asdict(self.cfg).items() if k not in _FREE_TO_CHANGE}
-        sae = {k: v for k, v in self.sae.cfg.to_dict().items() if k not in _FREE_TO_CHANGE}
-        # As JSON gives them back, so that they compare equal with kept ones.
-        return json.loads(json.dumps(own | trainer | sae, default=str))
-
-    def _follow_folding(self, path: Path) -> None:
-        """The weights of a finished run have their input scaling folded in: say so in the config.
-
-        SAELens saves the config with the weights but loads the weights alone.
-        """
-        if (path / SAE_CFG_FILENAME).exists():
-            saved = json.loads((path / SAE_CFG_FILENAME).read_text())
-            for name in ("normalize_activations", "rescale_acts_by_decoder_norm"):
-                if name in saved:
-                    setattr(self.sae.cfg, name, saved[name])
+        return settings_of(self.cfg, self.sae, own)
 
     def load_trainer_state(self, checkpoint_path: Path | str) -> None:
         """Restore a state written by `save_trainer_state`.
@@ -401,23 +368,12 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
         check_same_settings(path, kept_settings, self._settings())
         try:
             super().load_trainer_state(path)
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             raise SaesubError(
                 f"The checkpoint {path} is damaged or incomplete, or another optimizer's "
                 f"({type(error).__name__}): resume from an earlier one, or start anew."
             ) from error
-        if len(state["tokens_since_fired"]) != self.sae.cfg.d_sae:
-            raise SaesubError(
-                f"The checkpoint {path} holds {len(state['tokens_since_fired'])} features, "
-                f"this SAE has {self.sae.cfg.d_sae}: resume with the SAE it was made from."
-            )
-        for parameter, kept in self.optimizer.state.items():
-            if kept["exp_avg"].shape != parameter.shape:
-                raise SaesubError(
-                    f"The checkpoint {path} holds optimizer moments of shape "
-                    f"{tuple(kept['exp_avg'].shape)} for a parameter of shape "
-                    f"{tuple(parameter.shape)}: resume with the SAE it was made from."
-                )
+        check_same_shapes(path, state, self.optimizer, self.sae.cfg.d_sae)
         steps = {float(kept["step"]) for kept in self.optimizer.state.values()}
         self._parameters_in_step = len(steps) <= 1
         restore_random_state(state, self.cfg.device)
@@ -427,21 +383,11 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
             name.removeprefix("remedy."): state[name].to(self.cfg.device)
             for name in kept_by_remedies
         }
-        self._follow_folding(path)
+        follow_folding(self.sae, path)
         # SAELens saves in the middle of a step: its step counter lags the steps taken by one.
         self.n_training_steps = self.n_training_samples // self.cfg.train_batch_size_samples
-        columns = {n: state[f"history.{n}"].tolist() for n in ("tokens", "mse", "dead_share")}
-        columns["tokens"] = [int(tokens) for tokens in columns["tokens"]]
-        self.history = [
-            dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
-        ]
-        self._mse_since_record = list(state["mse_since_record"].float().to(self.cfg.device))
-
-
-def times_selected(selected: Selected) -> Tensor:
-    """(d_sae,) how many tokens each feature fired on."""
-    fired = (selected.pre > 0).long()
-    return fired.new_zeros(selected.d_sae).index_add_(0, selected.features, fired)
+        self.history, mse_since_record = history_of(state)
+        self._mse_since_record = list(mse_since_record.float().to(self.cfg.device))
 
 
 def _make_optimizer(name: str, sae: Any, cfg: SAETrainerConfig) -> torch.optim.Adam:

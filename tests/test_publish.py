@@ -126,12 +126,17 @@ def test_a_run_with_another_install_cell_is_taken_and_one_with_other_code_is_not
         publish["_executed"](ran, written("kept.ipynb", *code("%pip install new", "1 + 2")))
 
 
-def test_a_long_runs_arms_stand_under_their_start_and_beside_their_rate():
-    arms = [("random", "adam", 2e-3, 0.8), ("flat", "adam", 2e-3, 0.4), ("flat", "adam", 5e-4, 0.1)]
-    arms.append(("random", "adam", 5e-4, 0.2))
-    names = ("start", "optimizer", "lr", "dead_share")
-    rows = [dict(zip(names, arm, strict=True)) | {"fvu": arm[-1] / 2} for arm in arms]
-    assert publish["long_table"]({"rows": rows}).splitlines()[2:] == [
-        "| Adam | 0.0005 | 20.00 % dead, FVU 0.1000 | 10.00 % dead, FVU 0.0500 |",
-        "| Adam | 0.002 | 80.00 % dead, FVU 0.4000 | 40.00 % dead, FVU 0.2000 |",
+def test_a_wide_runs_arms_stand_under_their_start_and_beside_their_rate():
+    arms = [("random", 2e-3, 8), ("flat", 2e-3, 8), ("flat", 5e-4, 8), ("random", 5e-4, 8)]
+    arms += [("flat", 5e-4, 4096)]
+    rows = [
+        {"start": start, "optimizer": "adam", "lr": lr, "d_sae": d_sae, "n_train": 1000}
+        | {"dead_share": 0.1 * place, "fvu": 0.01 * place}
+        for place, (start, lr, d_sae) in enumerate(arms)
+    ]
+    table = publish["wide_table"]({"rows": rows[4:]}, {"rows": rows[:4]})
+    assert table.splitlines()[2:] == [
+        "| 8 | 1,000 | Adam | 0.0005 | 30.00 % dead, FVU 0.0300 | 20.00 % dead, FVU 0.0200 |",
+        "| 8 | 1,000 | Adam | 0.002 | 0.00 % dead, FVU 0.0000 | 10.00 % dead, FVU 0.0100 |",
+        "| 4,096 | 1,000 | Adam | 0.0005 | not run | 40.00 % dead, FVU 0.0400 |",
     ]

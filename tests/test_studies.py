@@ -11,7 +11,7 @@ STUDIES = Path(__file__).resolve().parent.parent / "data" / "results" / "studies
 OUTCOME = ("epochs", "dead_share", "fvu", "run", "window", "dead_in_training", "history")
 
 
-@pytest.mark.parametrize("name", ["starts", "d_init", "tried", "wide", "long"])
+@pytest.mark.parametrize("name", ["starts", "d_init", "tried", "wide", "long", "million"])
 def test_a_record_is_whole(name):
     record = json.loads((STUDIES / f"{name}.json").read_text())
     assert {row["run"] for row in record["rows"]} == set(range(len(record["runs"])))
