@@ -69,7 +69,7 @@ def _row(settings: dict, run: dict) -> dict:
         "contender": run["contender"],
         "version": run.get("version"),
         "seconds": float(np.median(run["seconds"])) if "seconds" in run else np.nan,
-        "peak_bytes": run["peak_bytes"]["absolute"] if "peak_bytes" in run else np.nan,
+        "peak_bytes": run.get("peak_bytes", np.nan),
         "d_in": run.get("d_in", np.nan),
         "error": run.get("error"),
     }

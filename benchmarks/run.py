@@ -119,7 +119,7 @@ class Cell:
             what = f"FAILED: {outcome['error']}"
         else:
             steps = " ".join(f"{s:.3f}" for s in outcome["seconds"])
-            what = f"{steps} s/step  peak {outcome['peak_bytes']['absolute'] / 1e9:.2f} GB"
+            what = f"{steps} s/step  peak {outcome['peak_bytes'] / 1e9:.2f} GB"
         print(f"{where}  {name:25} {what}  ({wall:.0f} s)", flush=True)
 
 

@@ -38,8 +38,8 @@ UNREADABLE = (
     EOFError,
     pickle.UnpicklingError,
 )
-# Where a run is done and what is kept of it; and what the folding at its end changes in the SAE.
 _FOLDED = ("normalize_activations", "rescale_acts_by_decoder_norm")
+# Where a run is done and what is kept of it; and what the folding at its end changes in the SAE.
 _FREE_TO_CHANGE = {
     *("device", "logger", "metadata", "sae_lens_training_version"),
     *("checkpoint_path", "n_checkpoints", "save_final_checkpoint"),

@@ -10,7 +10,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <functional>
 #include <memory>
 #include <new>
 #include <system_error>
@@ -186,8 +185,9 @@ Token quantise_token(const float* x, int64_t d, int8_t* out) {
 }
 
 // A number that at least k of the n > k values reach, and hardly more than k: found by bisection,
-// which takes a tenth of the time of a selection. `values` has room for 15 more.
-float reached_by(float* values, int n, int64_t k) {
+// which takes a tenth of the time of a selection. `start` is one that at least k reach, or the
+// least float; `values` has room for 15 more.
+float reached_by(float* values, int n, int64_t k, float start) {
   __m512 least = _mm512_set1_ps(FLT_MAX), most = _mm512_set1_ps(-FLT_MAX);
   for (int i = 0; i < n; i += 16) {
     __mmask16 inside = n - i >= 16 ? 0xFFFF : (1 << (n - i)) - 1;
@@ -196,7 +196,7 @@ float reached_by(float* values, int n, int64_t k) {
     most = _mm512_max_ps(most, v);
     _mm512_storeu_ps(values + i, v);
   }
-  float low = _mm512_reduce_min_ps(least), high = _mm512_reduce_max_ps(most);
+  float low = std::max(_mm512_reduce_min_ps(least), start), high = _mm512_reduce_max_ps(most);
   for (int round = 0; round < kBisections; ++round) {
     float middle = 0.5f * low + 0.5f * high;
     int64_t reached = 0;
@@ -222,7 +222,7 @@ void prune(const Searcher& s, const Token& token, Candidates& c, float* upper, i
     __m512 bound = _mm512_maskz_loadu_ps(inside, upper + i);
     _mm512_storeu_ps(lower.data() + i, _mm512_fnmadd_ps(_mm512_set1_ps(2.0f), width, bound));
   }
-  c.threshold = std::max(c.threshold, reached_by(lower.data(), c.size, s.k));
+  c.threshold = reached_by(lower.data(), c.size, s.k, c.threshold);
   int kept = 0;
   for (int i = 0; i < c.size; i += 16) {
     __mmask16 inside = c.size - i >= 16 ? 0xFFFF : (1 << (c.size - i)) - 1;
@@ -463,7 +463,8 @@ int saesub_search(const float* x, const float* W, const float* bias, const float
   int64_t padded = blocks_of(d_sae, kFeaturesPerTile) * kFeaturesPerTile;
   Packed packed{weights, table, table + padded, table + 2 * padded, table + 3 * padded};
   int64_t often = std::max<int64_t>(4 * k, 2 * k + 2 * kFeaturesPerTile);
-  int64_t capacity = 16 * often + 16;  // not a power of two: tokens' rooms would share cache sets
+  // Not a power of two, for then tokens' rooms would share cache sets; and no more than can come.
+  int64_t capacity = std::min(16 * often, often + 2 * padded) + 16;
   Searcher s{x, W, bias, rank_scale, d, d_sae, k, often, capacity, packed, features, values, failed};
   return parallel(blocks_of(n, kTokensPerTask), threads, [&](int64_t task) {
     search_tokens(s, task * kTokensPerTask, std::min(n, (task + 1) * kTokensPerTask));
