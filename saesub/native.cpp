@@ -185,7 +185,7 @@ Token quantise_token(const float* x, int64_t d, int8_t* out) {
 }
 
 // A number that at least k of the n > k values reach, and hardly more than k: found by bisection,
-// which takes a tenth of the time of a selection. `start` is one that at least k reach, or the
+// which takes a fraction of the time of a selection. `start` is one that at least k reach, or the
 // least float; `values` has room for 15 more.
 float reached_by(float* values, int n, int64_t k, float start) {
   __m512 least = _mm512_set1_ps(FLT_MAX), most = _mm512_set1_ps(-FLT_MAX);
@@ -280,7 +280,7 @@ void search_tile(const Searcher& s, int64_t block, int64_t groups, const int8_t*
       __mmask16 hit =
           _mm512_cmp_ps_mask(bound, _mm512_set1_ps(found[t].threshold), _CMP_GE_OQ);
       if (!hit) continue;
-      // Compressed in a register first: a compressing store takes 100 cycles and more on Zen 4.
+      // Compressed in a register first: a compressing store is slow on Zen 4.
       _mm512_storeu_ps(upper[t] + found[t].size, _mm512_maskz_compress_ps(hit, bound));
       _mm512_storeu_si512(index[t] + found[t].size, _mm512_maskz_compress_epi32(hit, ids));
       found[t].size += __builtin_popcount(hit);
