@@ -65,8 +65,8 @@ class Cell:
     def __init__(self, args: argparse.Namespace, batch: int, d_sae: int) -> None:
         self.batch, self.d_sae, self.rounds = batch, d_sae, args.rounds
         self.path = args.results / f"b{batch}-d{d_sae}.json"
-        settings = {"batch": batch, "d_sae": d_sae, "steps": args.steps, "threads": args.threads}
-        settings["warm_up"] = args.warm_up
+        settings = {"batch": batch, "d_sae": d_sae}
+        settings |= {name: getattr(args, name) for name in ("warm_up", "steps", "threads")}
         self.record: dict[str, Any] = {"settings": settings, "machine": machine(), "runs": []}
         if self.path.exists():
             found = json.loads(self.path.read_text())

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -159,3 +162,17 @@ def test_a_trained_step_is_compared_with_one_at_the_start(tmp_path):
         "Times as long after 300 steps of training as at the start, a step of 2,048 tokens at "
         "d_sae 36,864: saesub-torch-adam 1.25."
     )
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="getrusage says no better here")
+def test_a_contenders_peak_memory_is_not_its_parents():
+    held = bytearray(2 * 10**9)
+    held[::4096] = b"x" * len(held[::4096])  # resident
+    said = subprocess.run(
+        [sys.executable, "-c", "import harness; print(harness._peak_bytes())"],
+        env=os.environ | {"PYTHONPATH": str(ROOT / "benchmarks" / "contenders")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert 10**7 < int(said.stdout) < len(held) / 2

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from functools import partial
 
-from trials import Trial, run
-from wide import HOOK, judged
+from trials import run
+from wide import BATCH, judged, long_trial
 
-D_SAE, BATCH, STEPS = 2**17, 2048, 1000
+D_SAE, STEPS = 2**17, 1000
 WINDOW_IN_TRAINING = 500 * BATCH
 ARMS = [
     ("random", "adam", 2e-3),
@@ -28,20 +28,7 @@ ARMS = [
     ("random", "adam", 5e-4),
     ("flat", "adam", 5e-4),
 ]
-TRIALS = [
-    Trial(
-        HOOK,
-        start,
-        "auto",
-        optimizer,
-        lr,
-        d_sae=D_SAE,
-        n_train=STEPS * BATCH,
-        batch_size=BATCH,
-        corpus="english-mix",
-    )
-    for start, optimizer, lr in ARMS
-]
+TRIALS = [long_trial(*arm, D_SAE, STEPS) for arm in ARMS]
 
 if __name__ == "__main__":
     run("long", TRIALS, partial(judged, window_in_training=WINDOW_IN_TRAINING))

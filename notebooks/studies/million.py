@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from functools import partial
 
-from trials import Trial, run
-from wide import HOOK, judged
+from trials import run
+from wide import BATCH, judged, long_trial
 
-D_SAE, BATCH, STEPS, LR = 2**20, 2048, 500, 1e-3
+D_SAE, STEPS, LR = 2**20, 500, 1e-3
 WINDOW_IN_TRAINING = 250 * BATCH
 ARMS = [
     ("random", "adam"),
@@ -24,20 +24,7 @@ ARMS = [
     ("flat", "sparse_adam"),
     ("random", "sparse_adam"),
 ]
-TRIALS = [
-    Trial(
-        HOOK,
-        start,
-        "auto",
-        optimizer,
-        LR,
-        d_sae=D_SAE,
-        n_train=STEPS * BATCH,
-        batch_size=BATCH,
-        corpus="english-mix",
-    )
-    for start, optimizer in ARMS
-]
+TRIALS = [long_trial(*arm, LR, D_SAE, STEPS) for arm in ARMS]
 
 if __name__ == "__main__":
     run(

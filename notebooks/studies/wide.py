@@ -38,6 +38,12 @@ TRIALS = [
 ]
 
 
+def long_trial(start: str, optimizer: str, lr: float, d_sae: int, steps: int) -> Trial:
+    """A trial at the same site on a mixture of English texts, which has more tokens."""
+    sizes = {"d_sae": d_sae, "n_train": steps * BATCH, "batch_size": BATCH}
+    return Trial(HOOK, start, "auto", optimizer, lr, corpus="english-mix", **sizes)
+
+
 def judged(trial: Trial, window_in_training: int = WINDOW_IN_TRAINING) -> dict:
     """The trial's two dead shares, its FVU and its history."""
     trainer = trained(trial, package_start, window_in_training)
