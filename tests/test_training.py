@@ -18,6 +18,7 @@ from sae_lens import (
 from sae_lens.config import SAETrainerConfig
 
 from saesub.arms import joint_batches, train_arms
+from saesub.checkpoint import check_same_shapes
 from saesub.dead import times_fired
 from saesub.errors import SaesubError
 from saesub.spectrum import Spectrum
@@ -266,3 +267,17 @@ def test_arms_that_were_trained_before_are_refused(store, spectrum, tmp_path):
     arms["random"].step(next(_batches(store)))
     with pytest.raises(SaesubError, match=r"\['random'\] were trained before"):
         train_arms(arms, lambda start: iter(()), folder=tmp_path)
+
+
+def test_a_state_of_other_shapes_is_refused(tmp_path):
+    weights = torch.nn.Parameter(torch.ones(4, 3))
+    optimizer = torch.optim.Adam([weights])
+    weights.grad = torch.ones_like(weights)
+    optimizer.step()
+    state = {"tokens_since_fired": torch.zeros(4)}
+    check_same_shapes(tmp_path, state, optimizer, 4)
+    with pytest.raises(SaesubError, match="holds 4 features, this SAE has 5"):
+        check_same_shapes(tmp_path, state, optimizer, 5)
+    optimizer.state[weights]["exp_avg"] = torch.ones(3, 4)
+    with pytest.raises(SaesubError, match=r"moments of shape \(3, 4\) .* of shape \(4, 3\)"):
+        check_same_shapes(tmp_path, state, optimizer, 4)
