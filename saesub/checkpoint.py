@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from sae_lens.config import SAETrainerConfig
 from sae_lens.constants import SAE_CFG_FILENAME
 from safetensors import SafetensorError
@@ -22,7 +21,7 @@ from saesub.errors import SaesubError
 
 STATE_FILENAME = "saesub_state.safetensors"
 _FORM = Form(
-    format="saesub-trainer-1",
+    format="saesub-trainer-2",
     key="record",
     what="trainer state",
     missing="the checkpoint is damaged or incomplete; resume from an earlier one, or start anew",
@@ -133,23 +132,17 @@ def follow_folding(sae: Any, folder: Path) -> None:
             setattr(sae.cfg, name, saved[name])
 
 
-def history_tensors(
-    history: Sequence[dict[str, float]], mse_since: Sequence[Float[Tensor, ""]]
-) -> dict[str, Tensor]:
-    """A trainer's history by column, and the losses since its last point, in float64."""
+def history_tensors(history: Sequence[dict[str, float]]) -> dict[str, Tensor]:
+    """A trainer's history by column, in float64."""
     columns = {f"history.{name}": [point[name] for point in history] for name in _HISTORY}
-    columns["mse_since_record"] = [mse.item() for mse in mse_since]
     return {name: torch.tensor(kept, dtype=torch.float64) for name, kept in columns.items()}
 
 
-def history_of(
-    state: dict[str, Tensor],
-) -> tuple[list[dict[str, float]], Float[Tensor, " steps"]]:
+def history_of(state: dict[str, Tensor]) -> list[dict[str, float]]:
     """What `history_tensors` was given."""
     columns = {name: state[f"history.{name}"].tolist() for name in _HISTORY}
     columns["tokens"] = [int(tokens) for tokens in columns["tokens"]]
-    points = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    return points, state["mse_since_record"]
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def random_state(device: str) -> dict[str, Tensor]:

@@ -100,7 +100,7 @@ def train_lorsa(
         num_cycles=1,
     )
     history: list[dict[str, float]] = []
-    since, tokens = [], 0
+    since, tokens = torch.zeros((), device=lorsa.W_V.device), 0
     record_every = max(1, len(steps) // _HISTORY_POINTS)
     for step, rows in enumerate(bar(steps, unit="step", desc="Lorsa", progress=progress), 1):
         x, y, kept = (t[rows].to(lorsa.W_V.device) for t in (data.x, data.y, data.kept))
@@ -112,11 +112,11 @@ def train_lorsa(
         adam.step()
         adam.zero_grad()
         schedule.step()
-        since.append(loss.detach())
+        since += loss.detach()
         tokens += int(kept.sum())
         if step % record_every == 0:
-            history.append({"tokens": tokens, "fvu": torch.stack(since).mean().item()})
-            since = []
+            history.append({"tokens": tokens, "fvu": since.item() / record_every})
+            since.zero_()
     return history
 
 

@@ -41,7 +41,7 @@ from torch.distributed.checkpoint.hf_storage import (
 
 _STATE = re.compile(r"state-(\d+)(\.partial)?")
 _FORM = Form(
-    format="saesub-ranks-1",
+    format="saesub-ranks-2",
     key="record",
     what="state of a run on several processes",
     missing="the state is damaged or incomplete; delete it and start anew",

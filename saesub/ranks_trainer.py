@@ -125,7 +125,7 @@ class RanksTrainer(SubspaceSAETrainer):
             "steps": self.lr_scheduler.last_epoch,  # SAELens saves before it counts the step
             "lr": [group["lr"] for group in self.optimizer.param_groups],
             "lr_scheduler": self.lr_scheduler.state_dict(),
-            "mse_since_record": [mse.item() for mse in self._mse_since_record],
+            "since_record": self._since_record.tolist(),
         }
         tokens = self.n_training_samples
         settings = self._settings()
@@ -141,10 +141,7 @@ class RanksTrainer(SubspaceSAETrainer):
         for group, lr in zip(self.optimizer.param_groups, progress["lr"], strict=True):
             group["lr"] = lr
         self.lr_scheduler.load_state_dict(progress["lr_scheduler"])
-        self._mse_since_record = [
-            torch.tensor(mse, dtype=self.sae.dtype, device=self.sae.device)
-            for mse in progress["mse_since_record"]
-        ]
+        self._since_record.copy_(torch.tensor(progress["since_record"]))
         self.checkpoint_thresholds = [
             t for t in self.checkpoint_thresholds if t >= self.n_training_samples
         ]

@@ -151,7 +151,9 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
         self.tokens_since_fired = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=cfg.device)
         self.history: list[dict[str, float]] = []
         self._record_every = max(1, cfg.total_training_steps // _HISTORY_POINTS)
-        self._mse_since_record: list[Tensor] = []
+        # (2,) sum of losses, and steps, since the last point of the history. A tensor kept from
+        # every step instead would lie amid the memory that the step frees, and split it.
+        self._since_record = torch.zeros(2, device=cfg.device)
         self.remedies = one_of_each(remedies)
         self.remedy_state: dict[str, Tensor] = {}
         for remedy in self.remedies:
@@ -189,7 +191,8 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
         self.tokens_since_fired += len(batch)
         # SAELens has just set its own per-step counter to zero where a feature fired.
         self.tokens_since_fired[self.n_forward_passes_since_fired == 0] = 0
-        self._mse_since_record.append(output.losses["mse_loss"].detach())
+        self._since_record[0] += output.losses["mse_loss"].detach()
+        self._since_record[1] += 1
         if (self.n_training_steps + 1) % self._record_every == 0:
             self._record()
         for remedy in self.remedies:
@@ -198,14 +201,15 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
 
     def _record(self) -> None:
         seen_window = self.n_training_samples >= self.dead_window_tokens
+        mse_sum, steps = self._since_record.tolist()
         self.history.append(
             {
                 "tokens": self.n_training_samples,
-                "mse": torch.stack(self._mse_since_record).mean().item(),
+                "mse": mse_sum / steps,
                 "dead_share": self.dead_fraction() if seen_window else float("nan"),
             }
         )
-        self._mse_since_record.clear()
+        self._since_record.zero_()
 
     def _check_batch(self, batch: Tensor) -> None:
         if batch.ndim != 2 or batch.shape[1] != self.sae.cfg.d_in:
@@ -345,7 +349,7 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
 
     def _own_state(self) -> dict[str, Tensor]:
         state = {"tokens_since_fired": self.tokens_since_fired} | random_state(self.cfg.device)
-        state |= history_tensors(self.history, self._mse_since_record)
+        state |= {"since_record": self._since_record} | history_tensors(self.history)
         return state | {f"remedy.{name}": kept for name, kept in self.remedy_state.items()}
 
     def _settings(self) -> dict[str, Any]:
@@ -386,8 +390,8 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
         follow_folding(self.sae, path)
         # SAELens saves in the middle of a step: its step counter lags the steps taken by one.
         self.n_training_steps = self.n_training_samples // self.cfg.train_batch_size_samples
-        self.history, mse_since_record = history_of(state)
-        self._mse_since_record = list(mse_since_record.float().to(self.cfg.device))
+        self.history = history_of(state)
+        self._since_record = state["since_record"].to(self.cfg.device)
 
 
 def _make_optimizer(name: str, sae: Any, cfg: SAETrainerConfig) -> torch.optim.Adam:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 
 import numpy as np
@@ -82,6 +83,20 @@ def test_the_dead_are_counted_by_tokens_as_brute_force_does(store, k):
     assert torch.equal(trainer.dead_neurons, expected)
     assert trainer.dead_fraction() == pytest.approx(expected.float().mean().item())
     assert 0 < expected.sum() < D_SAE
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_the_history_averages_its_steps_and_no_step_leaves_a_tensor_behind(store, backend):
+    trainer = SubspaceSAETrainer(_cfg(400), _topk(), iter(()), backend=backend)
+    losses, left = [], []
+    for step, x in zip(range(20), _batches(store), strict=False):
+        losses.append(trainer.step(x).losses["mse_loss"].item())
+        trainer.n_training_steps = step + 1
+        gc.collect()
+        left.append(sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()))
+    means = torch.tensor(losses).view(2, 10).mean(1).tolist()
+    assert [point["mse"] for point in trainer.history] == pytest.approx(means)
+    assert left[5] == left[8]
 
 
 def test_a_window_longer_than_the_run_gives_no_answer(store):
