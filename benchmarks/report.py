@@ -209,9 +209,17 @@ def _widest(results: str | Path) -> str:
 
 
 def _one_thread(results: str | Path) -> str:
-    """How much longer a step takes on one thread, from the records in `one-thread/`, if any."""
+    """How much longer a step takes on one thread, from the records in `one-thread/`, if any, and
+    once trained, from those in `trained/one-thread/`."""
     told = _compared(results, "one-thread")
-    return f"Times as long on one thread as on all, a step of {told}." if told else ""
+    if not told:
+        return ""
+    trained = Path(results) / "trained"
+    later = _compared(trained, "one-thread")
+    once_trained = (
+        f" After {_warm_up(trained)} steps of training, a step of {later}." if later else ""
+    )
+    return f"Times as long on one thread as on all, a step of {told}.{once_trained}"
 
 
 def _trained(results: str | Path) -> str:
@@ -219,9 +227,14 @@ def _trained(results: str | Path) -> str:
     told = _compared(results, "trained")
     if not told:
         return ""
-    records = _records(Path(results) / "trained")
-    (steps,) = {json.loads(path.read_text())["settings"]["warm_up"] for path in records}
+    steps = _warm_up(Path(results) / "trained")
     return f"Times as long after {steps} steps of training as at the start, a step of {told}."
+
+
+def _warm_up(results: Path) -> int:
+    """Steps before the timed ones, the same in all records."""
+    (steps,) = {json.loads(path.read_text())["settings"]["warm_up"] for path in _records(results)}
+    return steps
 
 
 def _compared(results: str | Path, folder: str) -> str:

@@ -153,6 +153,12 @@ def test_one_thread_is_compared_with_all_at_the_same_cell(tmp_path):
     told = "2,048 tokens at d_sae 36,864: saesub-torch-adam 1.50."
     assert report["_one_thread"](tmp_path).endswith(told)
 
+    trained = tmp_path / "trained"
+    _write(trained, 36_864, _timed("saesub-torch-adam", 2.0), warm_up=300)
+    _write(trained / "one-thread", 36_864, _timed("saesub-torch-adam", 3.5), warm_up=300)
+    later = "After 300 steps of training, a step of 2,048 tokens at d_sae 36,864: saesub-torch-adam"
+    assert report["_one_thread"](tmp_path).endswith(f"{told} {later} 1.75.")
+
 
 def test_a_trained_step_is_compared_with_one_at_the_start(tmp_path):
     _write(tmp_path, 36_864, _timed("saesub-torch-adam", 2.0))
