@@ -76,7 +76,12 @@ def read_checksummed(path: str | os.PathLike[str], form: Form) -> tuple[dict[str
         text, expected, found = header[form.key], header["sha256"], header.get("format")
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise damaged(path, form, error) from error
-    if found != form.format or expected != _digest(tensors, text, form.named):
+    if found != form.format:
+        raise SaesubError(
+            f"{path} says that it is of the format {found!r}, not {form.format!r}: another version "
+            f"of saesub wrote it, or it is damaged; {form.damaged}"
+        )
+    if expected != _digest(tensors, text, form.named):
         raise SaesubError(f"{path} is damaged: its checksum does not match; {form.damaged}")
     return tensors, text
 

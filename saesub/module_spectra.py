@@ -120,8 +120,10 @@ def measure_module_spectra(
                 value = args if output is None else output
                 x = value[0] if isinstance(value, (tuple, list)) else value
                 rows = _kept_rows(name, x, current[0])
+                if name not in totals:
+                    totals[name] = SpectrumAccumulator(rows.shape[1])
                 try:
-                    totals.setdefault(name, SpectrumAccumulator(rows.shape[1])).update(rows)
+                    totals[name].update(rows)
                 except SaesubError as error:
                     raise SaesubError(f"{name}: {error}") from error
 

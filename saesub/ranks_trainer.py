@@ -141,7 +141,7 @@ class RanksTrainer(SubspaceSAETrainer):
         for group, lr in zip(self.optimizer.param_groups, progress["lr"], strict=True):
             group["lr"] = lr
         self.lr_scheduler.load_state_dict(progress["lr_scheduler"])
-        self._since_record.copy_(torch.tensor(progress["since_record"]))
+        self._since_record.copy_(torch.tensor(progress["since_record"], dtype=torch.float64))
         self.checkpoint_thresholds = [
             t for t in self.checkpoint_thresholds if t >= self.n_training_samples
         ]

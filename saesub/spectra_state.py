@@ -36,7 +36,9 @@ class SpectraState:
 
     def receive(self, name: str, x: Float[Tensor, "n d"]) -> None:
         """Add rows of one hook point; raises as `SpectrumAccumulator.update` does."""
-        self.totals.setdefault(name, SpectrumAccumulator(x.shape[1])).update(x)
+        if name not in self.totals:
+            self.totals[name] = SpectrumAccumulator(x.shape[1])
+        self.totals[name].update(x)
 
     def save(self) -> None:
         """Keep the state, if it has a path. Raises SaesubError where it cannot be written."""

@@ -153,7 +153,8 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
         self._record_every = max(1, cfg.total_training_steps // _HISTORY_POINTS)
         # (2,) sum of losses, and steps, since the last point of the history. A tensor kept from
         # every step instead would lie amid the memory that the step frees, and split it.
-        self._since_record = torch.zeros(2, device=cfg.device)
+        exact = torch.promote_types(sae.dtype, torch.float32)
+        self._since_record = torch.zeros(2, dtype=exact, device=cfg.device)
         self.remedies = one_of_each(remedies)
         self.remedy_state: dict[str, Tensor] = {}
         for remedy in self.remedies:

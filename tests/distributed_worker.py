@@ -27,7 +27,7 @@ from sae_lens.config import SAETrainerConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from saesub import distributed
+from saesub import distributed, training
 from saesub.corpora import load_corpus
 from saesub.data_parallel import DataParallelSAETrainer
 from saesub.distributed import Ranks
@@ -40,6 +40,8 @@ from saesub.training import SubspaceSAETrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from ranks import bytes_sent
+
+training._HISTORY_POINTS = 8  # so that checkpoints lie between two points
 
 D_SAE, BATCH = 515, 64  # two and four ranks get slices of different sizes
 DEAD_WINDOW = 20 * BATCH - 10  # ends within a batch, of which ranks have unlike parts

@@ -18,6 +18,10 @@ RESULTS = ROOT / "benchmarks" / "results"
 report = runpy.run_path(str(ROOT / "benchmarks" / "report.py"))
 
 
+def _name(record: Path) -> str:
+    return record.relative_to(RESULTS).as_posix()
+
+
 def test_the_readme_shows_the_committed_records():
     readme = (ROOT / "README.md").read_text()
     block = report["readme_block"](RESULTS)
@@ -26,9 +30,7 @@ def test_the_readme_shows_the_committed_records():
     assert (RESULTS / "README.md").read_text().endswith(report["markdown_table"](RESULTS))
 
 
-@pytest.mark.parametrize(
-    "path", sorted(RESULTS.rglob("b*-d*.json")), ids=lambda p: f"{p.parent.name}-{p.stem}"
-)
+@pytest.mark.parametrize("path", sorted(RESULTS.rglob("b*-d*.json")), ids=_name)
 def test_every_record_says_how_it_was_made(path):
     record = json.loads(path.read_text())
     assert set(record["settings"]) == {"batch", "d_sae", "warm_up", "steps", "threads"}
@@ -38,6 +40,13 @@ def test_every_record_says_how_it_was_made(path):
         assert run["commit"]
         assert run["date"]
         assert ("error" in run) != (len(run.get("seconds", [])) > 0)
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.rglob("one-thread/b*.json")), ids=_name)
+def test_a_record_of_one_thread_has_its_match_of_two(path):
+    one, two = (json.loads(p.read_text()) for p in (path, path.parent.parent / path.name))
+    assert one["machine"] == two["machine"]
+    assert one["settings"] == two["settings"] | {"threads": 1}
 
 
 def test_the_recorded_recall_is_what_the_benchmarks_readme_says():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,10 +19,12 @@ from sae_lens import (
 )
 from sae_lens.config import SAETrainerConfig
 
+from saesub import checkpoint, training
 from saesub.arms import joint_batches, train_arms
 from saesub.checkpoint import check_same_shapes
 from saesub.dead import times_fired
 from saesub.errors import SaesubError
+from saesub.remedies import GhostGradients
 from saesub.spectrum import Spectrum
 from saesub.store import ActivationStore, StoreWriter
 from saesub.subspace import center_biases, initialize_in_subspace
@@ -85,9 +88,9 @@ def test_the_dead_are_counted_by_tokens_as_brute_force_does(store, k):
     assert 0 < expected.sum() < D_SAE
 
 
-@pytest.mark.parametrize("backend", ["auto", "torch"])
-def test_the_history_averages_its_steps_and_no_step_leaves_a_tensor_behind(store, backend):
-    trainer = SubspaceSAETrainer(_cfg(400), _topk(), iter(()), backend=backend)
+@pytest.mark.parametrize("settings", [{}, {"backend": "torch"}, {"remedies": [GhostGradients()]}])
+def test_the_history_averages_its_steps_and_no_step_leaves_a_tensor_behind(store, settings):
+    trainer = SubspaceSAETrainer(_cfg(400), _topk(), iter(()), **settings)
     losses, left = [], []
     for step, x in zip(range(20), _batches(store), strict=False):
         losses.append(trainer.step(x).losses["mse_loss"].item())
@@ -174,7 +177,9 @@ class _StopError(Exception):
     pass
 
 
-def test_an_interrupted_run_of_arms_ends_with_the_same_weights(store, spectrum, tmp_path):
+def test_an_interrupted_run_of_arms_ends_with_the_same_weights(
+    store, spectrum, tmp_path, monkeypatch
+):
     def batches(start, stop_at=None):
         stream = joint_batches({HOOK: store}, BATCH, seed=3, start_step=start)
         for step, batch in enumerate(stream, start=start):
@@ -182,6 +187,7 @@ def test_an_interrupted_run_of_arms_ends_with_the_same_weights(store, spectrum, 
                 raise _StopError
             yield batch
 
+    monkeypatch.setattr(training, "_HISTORY_POINTS", 6)  # one every four steps
     whole = _arms(store, spectrum)
     history = train_arms(whole, batches)
     with pytest.raises(_StopError):
@@ -190,6 +196,7 @@ def test_an_interrupted_run_of_arms_ends_with_the_same_weights(store, spectrum, 
     resumed = _arms(store, spectrum)
     again = train_arms(resumed, lambda s: (starts.append(s), batches(s))[1], folder=tmp_path)
     assert starts[-1] > 0
+    assert starts[-1] % 4  # the losses since the last point of the history were restored too
     for name in whole:
         for a, b in zip(whole[name].sae.parameters(), resumed[name].sae.parameters(), strict=True):
             assert torch.equal(a, b)
@@ -264,6 +271,14 @@ def test_a_damaged_checkpoint_is_named(store, tmp_path):
     path.unlink()
     with pytest.raises(SaesubError, match="damaged or incomplete"):
         fresh.load_trainer_state(tmp_path)
+
+
+def test_a_checkpoint_of_another_version_says_so(store, tmp_path, monkeypatch):
+    trainer = SubspaceSAETrainer(_cfg(5), _topk(), _batches(store))
+    trainer.save_trainer_state(tmp_path)
+    monkeypatch.setattr(checkpoint, "_FORM", replace(checkpoint._FORM, format="saesub-trainer-0"))
+    with pytest.raises(SaesubError, match="another version of saesub wrote it"):
+        trainer.load_trainer_state(tmp_path)
 
 
 def test_a_checkpoint_of_other_settings_is_refused(store, tmp_path):
