@@ -29,7 +29,7 @@ from saesub.report import is_progress, memory_text
 ROOT = Path(__file__).resolve().parent.parent
 STUDIES = ROOT / "data" / "results" / "studies"
 RECORD_FILE = ROOT / "data" / "results" / "quick" / "run.json"
-WIDE = ("long",)  # the studies of the README's table of wide dictionaries
+WIDE = ("long", "million")  # the studies of the README's table of wide dictionaries
 FAULTS_FILE = ROOT / "data" / "results" / "faults.json"
 README_FIGURE = "05_active_subspace_init"
 _RUN_TIME = re.compile(

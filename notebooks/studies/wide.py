@@ -16,7 +16,7 @@ from dataclasses import asdict
 
 import torch
 from sae_lens import TopKTrainingSAE
-from trials import Trial, package_start, run, site, trained
+from trials import Start, Trial, package_start, run, site, trained
 
 from saesub.dead import times_fired
 from saesub.encode import encoder_of
@@ -44,9 +44,13 @@ def long_trial(start: str, optimizer: str, lr: float, d_sae: int, steps: int) ->
     return Trial(HOOK, start, "auto", optimizer, lr, corpus="english-mix", **sizes)
 
 
-def judged(trial: Trial, window_in_training: int = WINDOW_IN_TRAINING) -> dict:
+def judged(
+    trial: Trial,
+    window_in_training: int = WINDOW_IN_TRAINING,
+    start: Start = package_start,
+) -> dict:
     """The trial's two dead shares, its FVU and its history."""
-    trainer = trained(trial, package_start, window_in_training)
+    trainer = trained(trial, start, window_in_training)
     train, held_out, _, _ = site(trial.model, trial.hook_name, trial.corpus)
     silent = trainer.tokens_since_fired >= window_in_training
     dead_share, fvu = dead_share_and_fvu(trainer.sae, held_out.rows(0, held_out.n_tokens))
