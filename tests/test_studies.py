@@ -12,7 +12,7 @@ OUTCOME = ("epochs", "dead_share", "fvu", "run", "window", "dead_in_training", "
 OUTCOME += ("factor", "fvu_at_start", "fvu_scaled")
 
 
-@pytest.mark.parametrize("name", ["starts", "d_init", "tried", "wide", "long", "million"])
+@pytest.mark.parametrize("name", ["starts", "d_init", "tried", "wide", "long", "million", "scaled"])
 def test_a_record_is_whole(name):
     record = json.loads((STUDIES / f"{name}.json").read_text())
     assert {row["run"] for row in record["rows"]} == set(range(len(record["runs"])))
