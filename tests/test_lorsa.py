@@ -20,6 +20,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from saesub import lorsa_training
 from saesub.activations import measure_spectra
 from saesub.contexts import kept_positions, pack_contexts
 from saesub.errors import SaesubError
@@ -265,6 +266,22 @@ def test_training_lowers_the_error_and_repeats_bit_for_bit(model, data, spectra)
     assert history[-1]["fvu"] < history[0]["fvu"]
     assert torch.equal(results[0][0], results[1][0])
     assert results[0][1] == results[1][1]
+
+
+def test_a_point_of_the_history_averages_the_steps_since_the_last(
+    model, data, spectra, monkeypatch
+):
+    histories = []
+    for points in (40, 1):  # a point for every step, and one for all
+        monkeypatch.setattr(lorsa_training, "_HISTORY_POINTS", points)
+        lorsa = Lorsa.from_attention(model, LAYER, n_heads=36, k=8)
+        initialize_lorsa(lorsa, model, spectra[Z])
+        calibrate_lorsa(lorsa, data)
+        histories.append(train_lorsa(lorsa, data, epochs=3, lr=3e-3, progress=False))
+    steps, (whole,) = histories
+    assert len(steps) > 1
+    assert whole["fvu"] == pytest.approx(sum(point["fvu"] for point in steps) / len(steps))
+    assert whole["tokens"] == steps[-1]["tokens"]
 
 
 @pytest.mark.parametrize(("optimizer", "stays"), [("sparse_adam", True), ("adam", False)])
