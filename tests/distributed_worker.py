@@ -41,8 +41,6 @@ from saesub.training import SubspaceSAETrainer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from ranks import bytes_sent
 
-training._HISTORY_POINTS = 8  # so that checkpoints lie between two points
-
 D_SAE, BATCH = 515, 64  # two and four ranks get slices of different sizes
 DEAD_WINDOW = 20 * BATCH - 10  # ends within a batch, of which ranks have unlike parts
 
@@ -388,6 +386,7 @@ def train_and_save(folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # a fork inherits no other threads
+    training._HISTORY_POINTS = 8  # so that checkpoints lie between two points
     if sys.argv[1] == "cases":
         MODEL = load_model("smollm2-135m", device="cpu")
         CORPUS = load_corpus("wiki-en").select(range(200))
