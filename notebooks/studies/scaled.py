@@ -6,8 +6,10 @@ Writes data/results/studies/scaled.json. Among many features in few directions a
 each answer almost in full, and their sum overshoots. A "scaled" arm multiplies the encoder by the
 one number that makes the untrained SAE reconstruct best (`factor`, least squares over 4,096 tokens;
 `fvu_at_start` is before, `fvu_scaled` after), and is like its twin in all else. Every arm gets the
-same 409,600 training tokens once, at the rate at which the unscaled starts fit best over five times
-as many (long.py), and is judged over 512,000 held-out tokens.
+same 409,600 training tokens once and is judged over 512,000 held-out tokens. The rate is the one at
+which the unscaled starts fit best under Adam over five times as many tokens (long.py); random and
+flat starts are also tried at half and at twice that, alike, since a longer encoder makes the same
+rate larger or smaller beside the weights.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from wide import BATCH, judged, long_trial
 import saesub
 from saesub.encode import encoder_of
 
-D_SAE, STEPS, LR = 2**17, 200, 1e-3
+D_SAE, STEPS = 2**17, 200
+LR, OTHER_RATES = 1e-3, (2e-3, 5e-4)
 WINDOW_IN_TRAINING = 100 * BATCH
 SCALED = " scaled"
 ARMS = [
@@ -31,7 +34,10 @@ ARMS = [
     for start in ("flat", "random", "whitened_data")
     for scaled in ("", SCALED)
 ]
-TRIALS = [long_trial(*arm, LR, D_SAE, STEPS) for arm in ARMS]
+TRIED = [arm for arm in ARMS if not arm[0].startswith("whitened_data")]
+TRIALS = [long_trial(*arm, LR, D_SAE, STEPS) for arm in ARMS] + [
+    long_trial(*arm, lr, D_SAE, STEPS) for lr in OTHER_RATES for arm in TRIED
+]
 
 
 def scaled_or_not(trial: Trial) -> dict:
