@@ -16,7 +16,7 @@ from saesub.quality import loss_with_sae
 from saesub.remedies import GhostGradients, KAnnealing, Resampling
 from saesub.resources import cache_dir, data_file
 from saesub.spectrum import Spectrum, SpectrumAccumulator
-from saesub.starts import center_at, geometric_median, scale_encoder
+from saesub.starts import center_at, fit_encoder_scale, geometric_median, scale_encoder
 from saesub.store import ActivationStore
 from saesub.subspace import SubspaceInit, center_biases, choose_d_init, initialize_in_subspace
 from saesub.training import SubspaceSAETrainer
@@ -45,6 +45,7 @@ __all__ = [
     "dead_features",
     "diagnose",
     "fetch",
+    "fit_encoder_scale",
     "forecast_dead",
     "geometric_median",
     "harvest",

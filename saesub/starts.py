@@ -1,4 +1,4 @@
-"""What else can be done before training: another centre for the decoder bias, a longer encoder.
+"""What else can be done before training: another centre for the decoder bias, a scaled encoder.
 
 Both combine with every way to draw directions, which are in `saesub.subspace`.
 """
@@ -12,6 +12,8 @@ from jaxtyping import Float
 from sae_lens import SAE
 from torch import Tensor
 
+from saesub.dead import blocks_of
+from saesub.encode import encoder_of
 from saesub.errors import SaesubError
 
 _ENCODER_BIASES = ("b_enc", "b_gate", "b_mag")
@@ -91,7 +93,8 @@ def center_at(
         SaesubError: a centre of another width or not finite, a transcoder, an SAE that whitens its
             input (which centres it), or a missing `mean_norm`.
     """
-    _check_start(sae, center, "center_at")
+    _check_autoencoder(sae, "center_at")
+    _check_activations(sae, center, "center_at")
     scaled = sae.cfg.normalize_activations != "none"
     if scaled and mean_norm is None:
         raise SaesubError(
@@ -116,17 +119,69 @@ def scale_encoder(sae: SAE[Any], factor: float) -> None:
     """
     if not 0 < factor < float("inf"):
         raise SaesubError(f"factor={factor} must be above 0 and finite.")
-    parameters = dict(sae.named_parameters())
-    if "W_enc" not in parameters:
+    _check_encoder(sae)
+    for name, parameter in sae.named_parameters():
+        if name in ("W_enc", *_ENCODER_BIASES):
+            parameter.mul_(factor)
+
+
+@torch.no_grad()
+def fit_encoder_scale(sae: SAE[Any], activations: Float[Tensor, "n d_in"]) -> float:
+    """Scale the encoder so that the SAE as it is reconstructs best; returns the factor.
+
+    In a wide dictionary, the more so inside a subspace, many features lie near any one token, and
+    each of those that fire answers almost in full: the untrained sum overshoots. One number, by
+    least squares, sets that right. Call it last, after directions and biases are set; a baseline
+    that a scaled start is compared with gets it as well.
+
+    Args:
+        sae: a SAELens training SAE whose activations grow with its encoder.
+        activations: a few thousand tokens at the SAE's hook point, unscaled. Where the trainer
+            scales its input (`expected_average_only_in`) they are scaled alike, √d_in / mean norm.
+
+    Raises:
+        SaesubError: activations of another width, none, or not finite; a transcoder, an SAE that
+            whitens its input, has fixed thresholds (JumpReLU) or no encoder of its own; or features
+            that reconstruct nothing of these activations.
+    """
+    _check_autoencoder(sae, "fit_encoder_scale")
+    _check_activations(sae, activations, "fit_encoder_scale")
+    _check_encoder(sae)
+    if hasattr(sae, "threshold"):
+        raise SaesubError(
+            "fit_encoder_scale needs activations that grow with the encoder, and a JumpReLU's "
+            "thresholds stay where they are: use scale_encoder with a factor of your own."
+        )
+    scale = 1.0
+    if sae.cfg.normalize_activations == "expected_average_only_in":
+        scale = sae.cfg.d_in**0.5 / activations.norm(dim=-1).mean().item()
+    encode = encoder_of(sae)
+    overlap = energy = 0.0
+    for block in blocks_of(activations, len(activations)):
+        x = block.to(sae.W_dec) * scale
+        # Encoded anew for each decoding, which uses up what was noted of a token's own scale.
+        silent = sae.decode(torch.zeros_like(encode(x)))
+        written = sae.decode(encode(x)) - silent
+        overlap += ((x - silent) * written).sum(dtype=torch.float64).item()
+        energy += written.square().sum(dtype=torch.float64).item()
+    if not overlap > 0:
+        raise SaesubError(
+            "The SAE's features reconstruct nothing of these activations, so no factor fits: set "
+            "its directions first, with initialize_in_subspace."
+        )
+    factor = overlap / energy
+    scale_encoder(sae, factor)
+    return factor
+
+
+def _check_encoder(sae: SAE[Any]) -> None:
+    if "W_enc" not in dict(sae.named_parameters()):
         raise SaesubError(
             f"An SAE of architecture {sae.cfg.architecture()!r} has no encoder to scale."
         )
-    for name in ("W_enc", *_ENCODER_BIASES):
-        if name in parameters:
-            parameters[name].mul_(factor)
 
 
-def _check_start(sae: SAE[Any], center: Tensor, name: str) -> None:
+def _check_autoencoder(sae: SAE[Any], name: str) -> None:
     if hasattr(sae.cfg, "d_out"):
         raise SaesubError(
             f"{name} is for autoencoders, and a transcoder reads one space and writes another: "
@@ -137,10 +192,13 @@ def _check_start(sae: SAE[Any], center: Tensor, name: str) -> None:
             f"{name} contradicts normalize_activations='covariance_whitening': the whitening is "
             "estimated when training starts, and centres its input. Use one of the two."
         )
-    if center.shape != (sae.cfg.d_in,):
+
+
+def _check_activations(sae: SAE[Any], given: Float[Tensor, "*n d_in"], name: str) -> None:
+    if not given.numel() or given.shape[-1] != sae.cfg.d_in:
         raise SaesubError(
-            f"{name} needs activations {sae.cfg.d_in} wide, not {center.numel()}: measure them at "
-            "the hook point that the SAE is trained on."
+            f"{name} needs activations {sae.cfg.d_in} wide, not {tuple(given.shape)}: measure them "
+            "at the hook point that the SAE is trained on."
         )
-    if not center.isfinite().all():
+    if not given.isfinite().all():
         raise SaesubError("activations hold NaN or infinite values")

@@ -7,6 +7,8 @@ import torch
 from sae_lens import (
     GatedTrainingSAE,
     GatedTrainingSAEConfig,
+    JumpReLUTrainingSAE,
+    JumpReLUTrainingSAEConfig,
     MatchingPursuitTrainingSAE,
     MatchingPursuitTrainingSAEConfig,
     TopKTrainingSAE,
@@ -14,11 +16,13 @@ from sae_lens import (
     Transcoder,
     TranscoderConfig,
 )
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from scipy.optimize import minimize
 
 from saesub.errors import SaesubError
+from saesub.evaluate import reconstruction
 from saesub.spectrum import Spectrum
-from saesub.starts import center_at, geometric_median, scale_encoder
+from saesub.starts import center_at, fit_encoder_scale, geometric_median, scale_encoder
 from saesub.subspace import center_biases, initialize_in_subspace
 
 D_SAE = 700
@@ -30,8 +34,18 @@ def _topk(**settings) -> TopKTrainingSAE:
     return TopKTrainingSAE(TopKTrainingSAEConfig(d_in=576, d_sae=D_SAE, k=8, **settings))
 
 
+def _silent() -> TopKTrainingSAE:
+    sae = _topk()
+    sae.b_enc.data.fill_(-1e6)
+    return sae
+
+
 def _pursuit() -> MatchingPursuitTrainingSAE:
     return MatchingPursuitTrainingSAE(MatchingPursuitTrainingSAEConfig(d_in=576, d_sae=D_SAE))
+
+
+def _jumprelu() -> JumpReLUTrainingSAE:
+    return JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(d_in=576, d_sae=D_SAE))
 
 
 def _transcoder() -> Transcoder:
@@ -156,6 +170,44 @@ def test_scale_encoder_scales_pre_activations(activations):
     assert torch.equal(sae.W_dec, twin.W_dec)
 
 
+FITTED = {
+    "standard": {},
+    "gated": {},
+    "topk": {"k": 8},
+    "abstopk": {"k": 8},
+    "batchtopk": {"k": 8},
+    "matryoshka_batchtopk": {"k": 8, "matryoshka_widths": [100, D_SAE]},
+}
+
+
+@pytest.mark.parametrize(
+    "scaling", ["none", "expected_average_only_in", "constant_norm_rescale", "layer_norm"]
+)
+@pytest.mark.parametrize("architecture", FITTED)
+def test_the_fitted_scale_reconstructs_best(activations, architecture, scaling):
+    sae_class, cfg_class = SAE_TRAINING_CLASS_REGISTRY[architecture]
+    torch.manual_seed(0)
+    settings = FITTED[architecture] | {"decoder_init_norm": 1.0, "normalize_activations": scaling}
+    sae = sae_class(cfg_class(d_in=576, d_sae=D_SAE, **settings))
+    spectrum = Spectrum.from_activations(activations)
+    initialize_in_subspace(sae, spectrum)
+    x = activations[:2000]
+    in_training = x * 24 / x.norm(dim=-1).mean() if scaling == "expected_average_only_in" else x
+
+    def fvu() -> float:
+        return reconstruction(sae, in_training.split(500)).fvu
+
+    before = sae.W_enc.detach().clone()
+    factor = fit_encoder_scale(sae, x)
+    torch.testing.assert_close(sae.W_enc.detach(), factor * before)
+    best = fvu()
+    for by in (0.9, 1.1 / 0.9):
+        scale_encoder(sae, by)
+        assert fvu() > best
+    scale_encoder(sae, 1 / 1.1)
+    assert fit_encoder_scale(sae, x) == pytest.approx(1.0, abs=1e-4)
+
+
 WHITENED = {"normalize_activations": "covariance_whitening"}
 SCALED = {"normalize_activations": "expected_average_only_in"}
 
@@ -170,12 +222,20 @@ SCALED = {"normalize_activations": "expected_average_only_in"}
             "covariance_whitening",
         ),
         (lambda: _topk(**SCALED), lambda s, x: center_at(s, x[0]), "pass the activations' mean"),
-        (_topk, lambda s, x: center_at(s, x[0, :-1]), "576 wide, not 575"),
+        (_topk, lambda s, x: center_at(s, x[0, :-1]), "576 wide, not \\(575"),
         (_topk, lambda s, x: center_at(s, x[0] * float("nan")), "NaN or infinite"),
         (_transcoder, lambda s, x: center_at(s, x[0]), "a transcoder reads one space"),
         (_pursuit, lambda s, x: scale_encoder(s, 2.0), "no encoder to scale"),
         (_topk, lambda s, x: scale_encoder(s, 0.0), "above 0"),
         (_topk, lambda s, x: scale_encoder(s, float("inf")), "above 0"),
+        (_topk, lambda s, x: fit_encoder_scale(s, x[:0]), "576 wide, not"),
+        (_topk, lambda s, x: fit_encoder_scale(s, x[:, 1:]), "576 wide, not"),
+        (_topk, lambda s, x: fit_encoder_scale(s, x / 0), "NaN or infinite"),
+        (_transcoder, fit_encoder_scale, "a transcoder reads one space"),
+        (_pursuit, fit_encoder_scale, "no encoder to scale"),
+        (_jumprelu, fit_encoder_scale, "JumpReLU's thresholds"),
+        (lambda: _topk(**WHITENED), fit_encoder_scale, "covariance_whitening"),
+        (_silent, fit_encoder_scale, "reconstruct nothing"),
     ],
 )
 def test_what_contradicts_or_cannot_be_is_refused(activations, make, act, message):
