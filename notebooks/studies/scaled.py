@@ -25,19 +25,22 @@ import saesub
 from saesub.encode import encoder_of
 
 D_SAE, STEPS = 2**17, 200
-LR, OTHER_RATES = 1e-3, (2e-3, 5e-4)
+LR, OTHER_RATES = 1e-3, (5e-4, 2e-3)
 WINDOW_IN_TRAINING = 100 * BATCH
 SCALED = " scaled"
-ARMS = [
-    (start + scaled, optimizer)
-    for optimizer in ("sparse_adam", "adam")
-    for start in ("flat", "random", "whitened_data")
-    for scaled in ("", SCALED)
-]
-TRIED = [arm for arm in ARMS if not arm[0].startswith("whitened_data")]
-TRIALS = [long_trial(*arm, LR, D_SAE, STEPS) for arm in ARMS] + [
-    long_trial(*arm, lr, D_SAE, STEPS) for lr in OTHER_RATES for arm in TRIED
-]
+
+
+def _trials(starts: tuple[str, ...], lr: float) -> list[Trial]:
+    return [
+        long_trial(start + scaled, optimizer, lr, D_SAE, STEPS)
+        for optimizer in ("sparse_adam", "adam")
+        for start in starts
+        for scaled in ("", SCALED)
+    ]
+
+
+TRIALS = [trial for lr in (LR, *OTHER_RATES) for trial in _trials(("flat", "random"), lr)]
+TRIALS += _trials(("whitened_data",), LR)
 
 
 def scaled_or_not(trial: Trial) -> dict:
