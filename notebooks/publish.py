@@ -29,7 +29,7 @@ from saesub.report import is_progress, memory_text
 ROOT = Path(__file__).resolve().parent.parent
 STUDIES = ROOT / "data" / "results" / "studies"
 RECORD_FILE = ROOT / "data" / "results" / "quick" / "run.json"
-WIDE = ("long", "million")  # the studies of the README's table of wide dictionaries
+WIDE = ("long", "million", "scaled")  # the studies of the README's table of wide dictionaries
 FAULTS_FILE = ROOT / "data" / "results" / "faults.json"
 README_FIGURE = "05_active_subspace_init"
 _RUN_TIME = re.compile(
@@ -196,14 +196,22 @@ def starts_table(study: dict) -> str:
 
 
 def wide_table(*studies: dict) -> str:
-    """Dead features and FVU of either start, by width, tokens, optimizer and learning rate."""
+    """Dead features and FVU of either start, as it is and with its encoder scaled, by width,
+    tokens, optimizer and learning rate."""
     rows = pd.DataFrame([row for study in studies for row in study["rows"]])
-    columns = ["Features", "Training tokens", "Optimizer", "Learning rate", "Random", "ASI"]
-    lines = [f"| {' | '.join(columns)} |", "|---:|---:|---|---:|---|---|"]
+    starts = {
+        "random": "Random",
+        "flat": "ASI",
+        "random scaled": "Random, scaled",
+        "flat scaled": "ASI, scaled",
+    }
+    rows = rows[rows["start"].isin(starts)]
+    columns = ["Features", "Training tokens", "Optimizer", "Learning rate", *starts.values()]
+    lines = [f"| {' | '.join(columns)} |", "|---:|---:|---|---:|---|---|---|---|"]
     for (d_sae, tokens, optimizer, lr), arms in rows.groupby(
         ["d_sae", "n_train", "optimizer", "lr"]
     ):
-        cells = [_dead_and_fvu(arms[arms["start"] == start]) for start in ("random", "flat")]
+        cells = [_dead_and_fvu(arms[arms["start"] == start]) for start in starts]
         name = {"adam": "Adam", "sparse_adam": "SparseAdam"}[optimizer]
         lines.append(f"| {d_sae:,} | {tokens:,} | {name} | {lr:g} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -154,7 +154,8 @@ def fit_encoder_scale(sae: SAE[Any], activations: Float[Tensor, "n d_in"]) -> fl
         )
     scale = 1.0
     if sae.cfg.normalize_activations == "expected_average_only_in":
-        scale = sae.cfg.d_in**0.5 / activations.norm(dim=-1).mean().item()
+        norms = activations.norm(dim=-1, dtype=torch.float32)  # a float16 norm would overflow
+        scale = sae.cfg.d_in**0.5 / norms.mean().item()
     encode = encoder_of(sae)
     overlap = energy = 0.0
     for block in blocks_of(activations, len(activations)):

@@ -128,15 +128,17 @@ def test_a_run_with_another_install_cell_is_taken_and_one_with_other_code_is_not
 
 def test_a_wide_runs_arms_stand_under_their_start_and_beside_their_rate():
     arms = [("random", 2e-3, 8), ("flat", 2e-3, 8), ("flat", 5e-4, 8), ("random", 5e-4, 8)]
-    arms += [("flat", 5e-4, 4096)]
+    arms += [("flat", 5e-4, 4096), ("flat scaled", 5e-4, 4096), ("whitened_data", 5e-4, 64)]
     rows = [
         {"start": start, "optimizer": "adam", "lr": lr, "d_sae": d_sae, "n_train": 1000}
         | {"dead_share": 0.1 * place, "fvu": 0.01 * place}
         for place, (start, lr, d_sae) in enumerate(arms)
     ]
+    none = " | not run | not run |"
     table = publish["wide_table"]({"rows": rows[4:]}, {"rows": rows[:4]})
     assert table.splitlines()[2:] == [
-        "| 8 | 1,000 | Adam | 0.0005 | 30.00 % dead, FVU 0.0300 | 20.00 % dead, FVU 0.0200 |",
-        "| 8 | 1,000 | Adam | 0.002 | 0.00 % dead, FVU 0.0000 | 10.00 % dead, FVU 0.0100 |",
-        "| 4,096 | 1,000 | Adam | 0.0005 | not run | 40.00 % dead, FVU 0.0400 |",
+        "| 8 | 1,000 | Adam | 0.0005 | 30.00 % dead, FVU 0.0300 | 20.00 % dead, FVU 0.0200" + none,
+        "| 8 | 1,000 | Adam | 0.002 | 0.00 % dead, FVU 0.0000 | 10.00 % dead, FVU 0.0100" + none,
+        "| 4,096 | 1,000 | Adam | 0.0005 | not run | 40.00 % dead, FVU 0.0400 | not run "
+        "| 50.00 % dead, FVU 0.0500 |",
     ]

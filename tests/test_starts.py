@@ -208,6 +208,16 @@ def test_the_fitted_scale_reconstructs_best(activations, architecture, scaling):
     assert fit_encoder_scale(sae, x) == pytest.approx(1.0, abs=1e-4)
 
 
+def test_the_scale_is_fitted_to_large_half_precision_activations_too(activations):
+    """Their norms are beyond float16."""
+    factors = []
+    for x in (activations, (1e3 * activations).half()):
+        sae = _topk(**SCALED)
+        initialize_in_subspace(sae, Spectrum.from_activations(x.float()))
+        factors.append(fit_encoder_scale(sae, x[:500]))
+    assert factors[1] == pytest.approx(factors[0], rel=1e-3)
+
+
 WHITENED = {"normalize_activations": "covariance_whitening"}
 SCALED = {"normalize_activations": "expected_average_only_in"}
 

@@ -3,7 +3,8 @@
     python notebooks/studies/million.py
 
 Writes data/results/studies/million.json: the paper's four arms, random and active-subspace start
-under Adam and SparseAdam, one after another on both cores. Every arm gets the same 1,024,000
+under Adam and SparseAdam, and starts whose encoder is scaled as in scaled.py under the optimizer
+that does best with them there, one after another on both cores. Every arm gets the same 1,024,000
 training tokens once, at the rate at which either start fits best at 2^17 under Adam (long.py), and
 is judged over 512,000 held-out tokens, on which a feature fires 16 times on average.
 `dead_in_training` is over the last 512,000 training tokens.
@@ -13,8 +14,9 @@ from __future__ import annotations
 
 from functools import partial
 
+from scaled import scaled_or_not
 from trials import run
-from wide import BATCH, judged, long_trial
+from wide import BATCH, long_trial
 
 D_SAE, STEPS, LR = 2**20, 500, 1e-3
 WINDOW_IN_TRAINING = 250 * BATCH
@@ -22,6 +24,8 @@ ARMS = [
     ("random", "adam"),
     ("flat", "adam"),
     ("flat", "sparse_adam"),
+    ("flat scaled", "sparse_adam"),
+    ("random scaled", "sparse_adam"),
     ("random", "sparse_adam"),
 ]
 TRIALS = [long_trial(*arm, LR, D_SAE, STEPS) for arm in ARMS]
@@ -30,7 +34,7 @@ if __name__ == "__main__":
     run(
         "million",
         TRIALS,
-        partial(judged, window_in_training=WINDOW_IN_TRAINING),
+        partial(scaled_or_not, window_in_training=WINDOW_IN_TRAINING),
         n_workers=1,
         n_threads=2,
     )
