@@ -5,6 +5,7 @@ Both combine with every way to draw directions, which are in `saesub.subspace`.
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ def center_at(
             input (which centres it), or a missing `mean_norm`.
     """
     _check_autoencoder(sae, "center_at")
-    _check_activations(sae, center, "center_at")
+    _check_activations(sae, center, "center_at", ndim=1)
     scaled = sae.cfg.normalize_activations != "none"
     if scaled and mean_norm is None:
         raise SaesubError(
@@ -131,8 +132,8 @@ def fit_encoder_scale(sae: SAE[Any], activations: Float[Tensor, "n d_in"]) -> fl
 
     In a wide dictionary, the more so inside a subspace, many features lie near any one token, and
     each of those that fire answers almost in full: the untrained sum overshoots. One number, by
-    least squares, sets that right. Call it last, after directions and biases are set; a baseline
-    that a scaled start is compared with gets it as well.
+    least squares over the whole dictionary, sets that right. Call it last, after directions and
+    biases are set; a baseline that a scaled start is compared with gets it as well.
 
     Args:
         sae: a SAELens training SAE whose activations grow with its encoder.
@@ -140,39 +141,48 @@ def fit_encoder_scale(sae: SAE[Any], activations: Float[Tensor, "n d_in"]) -> fl
             scales its input (`expected_average_only_in`) they are scaled alike, √d_in / mean norm.
 
     Raises:
-        SaesubError: activations of another width, none, or not finite; a transcoder, an SAE that
-            whitens its input, has fixed thresholds (JumpReLU) or no encoder of its own; or features
-            that reconstruct nothing of these activations.
+        SaesubError: activations of another shape, none, all zero or not finite; a transcoder, an
+            SAE that whitens its input, has fixed thresholds (JumpReLU) or no encoder of its own; or
+            reconstructions that are not finite, or have nothing of these activations.
     """
     _check_autoencoder(sae, "fit_encoder_scale")
-    _check_activations(sae, activations, "fit_encoder_scale")
+    _check_activations(sae, activations, "fit_encoder_scale", ndim=2)
     _check_encoder(sae)
     if hasattr(sae, "threshold"):
         raise SaesubError(
             "fit_encoder_scale needs activations that grow with the encoder, and a JumpReLU's "
             "thresholds stay where they are: use scale_encoder with a factor of your own."
         )
+    if not activations.any():
+        raise SaesubError("Activations that are all zero have no scale to fit.")
+    factor = _least_squares_factor(sae, activations)
+    scale_encoder(sae, factor)
+    return factor
+
+
+def _least_squares_factor(sae: SAE[Any], activations: Float[Tensor, "n d_in"]) -> float:
     scale = 1.0
     if sae.cfg.normalize_activations == "expected_average_only_in":
-        norms = activations.norm(dim=-1, dtype=torch.float32)  # a float16 norm would overflow
-        scale = sae.cfg.d_in**0.5 / norms.mean().item()
+        dtype = torch.promote_types(activations.dtype, torch.float32)  # float16 norms may overflow
+        scale = sae.cfg.d_in**0.5 / activations.norm(dim=-1, dtype=dtype).mean().item()
     encode = encoder_of(sae)
     overlap = energy = 0.0
     for block in blocks_of(activations, len(activations)):
-        x = block.to(sae.W_dec) * scale
-        # Encoded anew for each decoding, which uses up what was noted of a token's own scale.
-        silent = sae.decode(torch.zeros_like(encode(x)))
-        written = sae.decode(encode(x)) - silent
-        overlap += ((x - silent) * written).sum(dtype=torch.float64).item()
-        energy += written.square().sum(dtype=torch.float64).item()
+        x = (block * scale).to(sae.W_dec)
+        reconstructed = sae.decode(encode(x))
+        sae.process_sae_in(x)  # notes each token's own scale again, which decoding has used up
+        silent = sae.run_time_activation_norm_fn_out(sae.b_dec.expand_as(x)).double()
+        written = reconstructed.double() - silent
+        overlap += ((x - silent) * written).sum().item()
+        energy += written.square().sum().item()
+    if not isfinite(energy):
+        raise SaesubError("The SAE's reconstructions of these activations are not finite.")
     if not overlap > 0:
         raise SaesubError(
             "The SAE's features reconstruct nothing of these activations, so no factor fits: set "
             "its directions first, with initialize_in_subspace."
         )
-    factor = overlap / energy
-    scale_encoder(sae, factor)
-    return factor
+    return overlap / energy
 
 
 def _check_encoder(sae: SAE[Any]) -> None:
@@ -195,11 +205,13 @@ def _check_autoencoder(sae: SAE[Any], name: str) -> None:
         )
 
 
-def _check_activations(sae: SAE[Any], given: Float[Tensor, "*n d_in"], name: str) -> None:
-    if not given.numel() or given.shape[-1] != sae.cfg.d_in:
+def _check_activations(sae: SAE[Any], given: Tensor, name: str, ndim: int) -> None:
+    """Finite, at least one, as wide as the SAE."""
+    if given.ndim != ndim or not given.numel() or given.shape[-1] != sae.cfg.d_in:
+        rows = "(n, d_in), n at least 1," if ndim == 2 else "(d_in,)"
         raise SaesubError(
-            f"{name} needs activations {sae.cfg.d_in} wide, not {tuple(given.shape)}: measure them "
-            "at the hook point that the SAE is trained on."
+            f"{name} needs activations {rows} {sae.cfg.d_in} wide, not of shape "
+            f"{tuple(given.shape)}: measure them at the hook point that the SAE is trained on."
         )
     if not given.isfinite().all():
         raise SaesubError("activations hold NaN or infinite values")
