@@ -9,7 +9,7 @@ tokens: `factor`; `fvu_at_start` is before, `fvu_scaled` after), and is like its
 Every arm gets the same 409,600 training tokens once and is judged over 512,000 held-out tokens. The
 rate is the one at which the unscaled starts fit best under Adam over five times as many tokens
 (long.py); random and flat starts are also tried at half and at twice that, alike, since a shorter
-encoder makes the same rate larger beside its weights.
+encoder makes the same rate larger beside its weights. SparseAdam comes first.
 """
 
 from __future__ import annotations
@@ -29,17 +29,22 @@ WINDOW_IN_TRAINING = 100 * BATCH
 SCALED = " scaled"
 
 
-def _trials(starts: tuple[str, ...], lr: float) -> list[Trial]:
+def _trials(starts: tuple[str, ...], optimizer: str, lr: float) -> list[Trial]:
     return [
         long_trial(start + scaled, optimizer, lr, D_SAE, STEPS)
-        for optimizer in ("sparse_adam", "adam")
         for start in starts
         for scaled in ("", SCALED)
     ]
 
 
-TRIALS = [trial for lr in (LR, *OTHER_RATES) for trial in _trials(("flat", "random"), lr)]
-TRIALS += _trials(("whitened_data",), LR)
+TRIALS = [
+    trial
+    for optimizer in ("sparse_adam", "adam")
+    for lr in (LR, *OTHER_RATES)
+    for trial in _trials(("flat", "random"), optimizer, lr)
+]
+for optimizer in ("sparse_adam", "adam"):
+    TRIALS += _trials(("whitened_data",), optimizer, LR)
 
 
 def scaled_or_not(trial: Trial, window_in_training: int = WINDOW_IN_TRAINING) -> dict:
