@@ -132,8 +132,10 @@ def fit_encoder_scale(sae: SAE[Any], activations: Float[Tensor, "n d_in"]) -> fl
 
     In a wide dictionary, the more so inside a subspace, many features lie near any one token, and
     each of those that fire answers almost in full: the untrained sum overshoots. One number, by
-    least squares over the whole dictionary, sets that right. Call it last, after directions and
-    biases are set; a baseline that a scaled start is compared with gets it as well.
+    least squares over the whole dictionary, sets that right. A head start where a feature sees few
+    tokens, and not a remedy for dead features, of which it can leave more (notebook 06). Call it
+    last, after directions and biases are set; a baseline that a scaled start is compared with gets
+    it as well.
 
     Args:
         sae: a SAELens training SAE whose activations grow with its encoder.
