@@ -2,6 +2,7 @@
 
 from saesub.activations import harvest, measure_spectra, measure_spectrum, stream_activations
 from saesub.arms import ArmsTrainer, joint_batches, train_arms
+from saesub.biases import center_at, center_biases, geometric_median
 from saesub.contexts import pack_contexts
 from saesub.corpora import load_corpus
 from saesub.dead import Diagnosis, dead_features, diagnose, overlap
@@ -11,14 +12,14 @@ from saesub.fetch import fetch
 from saesub.forecast import Forecast, forecast_dead
 from saesub.model_card import model_card
 from saesub.models import load_model
+from saesub.norm import fit_encoder_scale, fit_norm, scale_encoder
 from saesub.optim import SparseAdam, parameter_groups
 from saesub.quality import loss_with_sae
 from saesub.remedies import GhostGradients, KAnnealing, Resampling
 from saesub.resources import cache_dir, data_file
 from saesub.spectrum import Spectrum, SpectrumAccumulator
-from saesub.starts import center_at, fit_encoder_scale, geometric_median, scale_encoder
 from saesub.store import ActivationStore
-from saesub.subspace import SubspaceInit, center_biases, choose_d_init, initialize_in_subspace
+from saesub.subspace import SubspaceInit, choose_d_init, initialize_in_subspace
 from saesub.training import SubspaceSAETrainer
 
 __version__ = "0.1.0"
@@ -46,6 +47,7 @@ __all__ = [
     "diagnose",
     "fetch",
     "fit_encoder_scale",
+    "fit_norm",
     "forecast_dead",
     "geometric_median",
     "harvest",

@@ -133,22 +133,22 @@ def check_directions(
     directions: str, spectrum: Spectrum, n: int, activations: Tensor | None
 ) -> None:
     """Raise SaesubError for an unknown rule, or activations that are missing, too few, of another
-    width, not finite, or given to a rule that uses none."""
+    width, or not finite."""
     if directions not in get_args(Directions):
         known = get_args(Directions)
         raise SaesubError(f"Unknown directions {directions!r}: {near_names(directions, known)}")
-    if directions not in FROM_DATA:
-        if activations is not None:
-            raise SaesubError(f"directions={directions!r} are drawn from the spectrum alone.")
+    if activations is None and directions not in FROM_DATA:
         return
     if activations is None:
         raise SaesubError(
             f"directions={directions!r} start at tokens of the data: pass activations=(n, d) of "
             "the same hook point as the spectrum's."
         )
-    if activations.ndim != 2 or activations.shape[1] != spectrum.d or len(activations) < n:
+    least = n if directions in FROM_DATA else 1
+    if activations.ndim != 2 or activations.shape[1] != spectrum.d or len(activations) < least:
+        wanted = f"{n:,} features need as many" if least == n else "The norm is fitted to"
         raise SaesubError(
-            f"{n:,} features need as many activations of width {spectrum.d}, not a tensor of shape "
+            f"{wanted} activations of width {spectrum.d}, not a tensor of shape "
             f"{tuple(activations.shape)}: pass more tokens of the spectrum's hook point."
         )
     require_finite(activations)

@@ -1,22 +1,23 @@
-"""Dictionary features that start where the activations live.
+"""Active Subspace Initialization: dictionary features that start where the activations live.
 
-Active Subspace Initialization (arXiv 2508.16929, section on ASI): take the top `d_init` principal
-directions U of the centred activations, draw every decoder row at random inside span(U), and tie
-the encoder to the decoder. Architecture, loss and training stay as they are. Other ways to draw the
-rows are in `saesub.directions`.
+arXiv 2508.16929, section on ASI: take the top `d_init` principal directions U of the centred
+activations, draw every decoder row at random inside span(U), tie the encoder to the decoder, and
+give both the norm at which the untrained SAE reconstructs best. Architecture, loss and training
+stay as they are. Other ways to draw the rows are in `saesub.directions`, the norm in `saesub.norm`.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from numbers import Integral
-from typing import Any
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
 from sae_lens import SAE
 from torch import Tensor
 
+from saesub.biases import center_biases, check_fits
 from saesub.directions import (
     FROM_DATA,
     Directions,
@@ -27,10 +28,11 @@ from saesub.directions import (
     random_directions,
     reading_directions,
 )
-from saesub.errors import SaesubError
+from saesub.errors import SaesubError, near_names
+from saesub.norm import Pairs, sample_of, scale_in_training, set_best_norm, unchanged_on_error
 from saesub.spectrum import Spectrum
 
-_ENCODER_BIASES = ("b_enc", "b_gate", "b_mag")
+Norm = Literal["fit", "keep"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,9 @@ class SubspaceInit:
         input_d_init: the same as `d_init` for a transcoder's encoder, None for an autoencoder.
         seed: of the random draw.
         n_tokens: tokens behind the spectrum.
+        norm: of every decoder row, and of the encoder's columns (on average where directions are
+            whitened); None where SAELens' norms were kept.
+        norm_from: what the norm was fitted to: "activations", the "spectrum", or None.
     """
 
     d_init: int
@@ -54,6 +59,8 @@ class SubspaceInit:
     input_d_init: int | None
     seed: int
     n_tokens: int
+    norm: float | None
+    norm_from: str | None
 
 
 @torch.no_grad()
@@ -63,6 +70,7 @@ def initialize_in_subspace(
     d_init: int | float | str = "auto",
     *,
     directions: Directions = "flat",
+    norm: Norm = "fit",
     activations: Float[Tensor, "tokens d"] | None = None,
     input_spectrum: Spectrum | None = None,
     input_activations: Float[Tensor, "tokens d_in"] | None = None,
@@ -70,14 +78,14 @@ def initialize_in_subspace(
 ) -> SubspaceInit:
     """Re-draw a dictionary's features inside the active subspace, in place.
 
-    Row norms of the decoder stay what SAELens made them; the encoder becomes the decoder's
-    transpose, but for its columns' norms where directions are whitened; biases are centred as by
-    `center_biases`.
+    The encoder becomes the decoder's transpose, but for its columns' norms where directions are
+    whitened; rows and columns get the one norm at which the untrained SAE reconstructs best, as by
+    `fit_norm`; biases are centred as by `center_biases`.
 
-    A transcoder's encoder reads another space, and keeps its columns' norms. Its directions lie in
-    the active subspace of that space: given pairs of activations they are those that best predict,
-    by least squares, what is written along each decoder row, which is the tie of an autoencoder;
-    else they are drawn by themselves. Pairs are better: see notebook 08.
+    A transcoder's encoder reads another space. Its directions lie in the active subspace of that
+    space: given pairs of activations they are those that best predict, by least squares, what is
+    written along each decoder row, which is the tie of an autoencoder; else they are drawn by
+    themselves, and the norms stay what SAELens made them. Pairs are better: see notebook 08.
 
     Args:
         sae: any SAELens training SAE, or a transcoder of any kind.
@@ -87,95 +95,120 @@ def initialize_in_subspace(
             spectrum by themselves.
         directions: "flat" (the paper's), "spectrum", "data" or "whitened_data", see
             `saesub.directions`.
-        activations: (tokens, d) at the spectrum's hook point, at least d_sae tokens, for directions
-            from data; for a transcoder, what it writes, (tokens, d_out), for any directions.
+        norm: "fit", or "keep" for the norms that SAELens gave (`decoder_init_norm`, 0.1 by default,
+            at which most features of a TopK SAE die).
+        activations: (tokens, d) at the spectrum's hook point, unscaled. Directions from data start
+            at them and need at least d_sae; the norm is fitted to the first 4,096, and without them
+            to draws from the spectrum's Gaussian. For a transcoder, what it writes, (tokens,
+            d_out).
         input_spectrum: of the activations that a transcoder reads; refused for an autoencoder.
         input_activations: what a transcoder reads at the same tokens.
         seed: of the random directions.
 
     Raises:
-        SaesubError: the spectrum is of another width, `d_init` is out of range, the directions are
-            unknown or lack their activations, the SAE whitens its input, or a transcoder lacks its
-            input spectrum.
+        SaesubError: the spectrum or the activations are of another width, `d_init` is out of range,
+            directions or norm are unknown, activations are lacking or not finite, the SAE whitens
+            its input, or a transcoder lacks its input spectrum. The SAE is then left as it was.
 
     Example:
         >>> spectrum = saesub.measure_spectrum(model, "wiki-en", hook_name, n_tokens=200_000)
         >>> saesub.initialize_in_subspace(sae, spectrum)  # doctest: +SKIP
     """
-    is_transcoder = hasattr(sae.cfg, "d_out")
-    _check_fits(sae, spectrum, input_spectrum, is_transcoder)
-    rank = _rank(spectrum, d_init, directions)
-    input_rank = _rank(input_spectrum, d_init, directions) if input_spectrum else None
+    check_fits(sae, spectrum, input_spectrum)
+    if norm not in get_args(Norm):
+        raise SaesubError(f"Unknown norm {norm!r}: {near_names(str(norm), get_args(Norm))}")
     _check_pairs(directions, spectrum, input_spectrum, activations, input_activations)
-    pairs = None
-    if directions not in FROM_DATA and activations is not None and input_activations is not None:
-        pairs, activations = (input_activations, activations), None
     check_directions(directions, spectrum, sae.cfg.d_sae, activations)
+    written = _Space(spectrum, _rank(spectrum, d_init, directions), activations)
+    read = None
+    if input_spectrum is not None:
+        rank = _rank(input_spectrum, d_init, directions)
+        read = _Space(input_spectrum, rank, input_activations)
+    drawn = _draw(written, read, directions, sae.cfg.d_sae, seed)
+    fits = norm == "fit" and (read is None or read.activations is not None)
+    with unchanged_on_error(sae):
+        _set_directions(sae, drawn, keep_norms=not fits)
+        center_biases(sae, spectrum, input_spectrum=input_spectrum)
+        found = set_best_norm(sae, _pairs(sae, written, read, seed)) if fits else None
 
-    draw = _Draw(directions, sae.cfg.d_sae, seed)
-    tokens = draw.tokens(spectrum, rank, activations)
-    rows = draw.rows(spectrum, rank, activations, tokens)
-    read, decoder = spectrum, rows.to(sae.W_dec) * sae.W_dec.norm(dim=-1, keepdim=True)
-    encoder = decoder
-    if input_spectrum is not None and input_rank is not None:
-        read = input_spectrum
-        if pairs:
-            rows = reading_directions(rows, read, input_rank, *pairs)
-        else:
-            rows = draw.rows(read, input_rank, input_activations, tokens)
-        encoder = rows.to(sae.W_enc) * sae.W_enc.norm(dim=0).unsqueeze(-1)
-    if directions == "whitened_data":
-        encoder = encoder * equal_variance(rows, read.covariance).to(encoder)
-    sae.W_dec.copy_(decoder)
-    if "W_enc" in dict(sae.named_parameters()):  # matching pursuit has no encoder of its own
-        sae.W_enc.copy_(encoder.T)
-    center_biases(sae, spectrum, input_spectrum=input_spectrum)
-
+    source = "spectrum" if activations is None else "activations"
     report = SubspaceInit(
-        rank,
-        spectrum.d,
-        float(spectrum.variance_in(rank)),
-        directions,
-        input_rank,
-        seed,
-        spectrum.n_tokens,
+        d_init=written.rank,
+        d=spectrum.d,
+        variance_share=float(spectrum.variance_in(written.rank)),
+        directions=directions,
+        input_d_init=None if read is None else read.rank,
+        seed=seed,
+        n_tokens=spectrum.n_tokens,
+        norm=found,
+        norm_from=source if fits else None,
     )
     sae.cfg.metadata.subspace_init = asdict(report)
     return report
 
 
-@torch.no_grad()
-def center_biases(
-    sae: SAE[Any], spectrum: Spectrum, *, input_spectrum: Spectrum | None = None
-) -> None:
-    """Set the decoder bias to the mean activation, and let the encoder see centred inputs.
+class _Space(NamedTuple):
+    """What is known of the activations at one side of a dictionary."""
 
-    A baseline that is to be compared with `initialize_in_subspace` gets this and nothing else, so
-    that the two differ in their directions alone. Where the encoder does not subtract the decoder
-    bias itself (`apply_b_dec_to_input=False`, transcoders), its own bias takes the mean out.
-    An SAE that rescales its input gets the mean in that scale, √d / E‖x‖: exact for
-    `expected_average_only_in`, an approximation for `layer_norm` and `constant_norm_rescale`,
-    which scale each token by itself.
+    spectrum: Spectrum
+    rank: int
+    activations: Float[Tensor, "tokens d"] | None
 
-    The spectrum's hook point and model are noted in `sae.cfg.metadata`, where it names none yet.
 
-    Raises:
-        SaesubError: as `initialize_in_subspace`.
-    """
-    is_transcoder = hasattr(sae.cfg, "d_out")
-    _check_fits(sae, spectrum, input_spectrum, is_transcoder)
-    _note_source(sae, spectrum, input_spectrum)
-    scaled = sae.cfg.normalize_activations != "none"
-    sae.b_dec.copy_(_mean_in_scale(spectrum, scaled and not is_transcoder))
-    read = input_spectrum if is_transcoder else spectrum
-    assert read is not None  # _check_fits has seen to it
-    seen_by_encoder = _mean_in_scale(read, scaled).to(sae.W_enc)
-    subtracts_b_dec = sae.cfg.apply_b_dec_to_input and not is_transcoder
-    for name, bias in sae.named_parameters():
-        if name in _ENCODER_BIASES:
-            bias.copy_(
-                torch.zeros_like(bias) if subtracts_b_dec else -(seen_by_encoder @ sae.W_enc)
-            )
+class _Drawn(NamedTuple):
+    """Unit decoder rows, unit encoder columns as rows, what these are to be longer by, and whether
+    they are the same."""
+
+    rows: Float[Tensor, "d_sae d"]
+    columns: Float[Tensor, "d_sae d_in"]
+    longer: Float[Tensor, "d_sae 1"] | float
+    tied: bool
+
+
+def _draw(
+    written: _Space, read: _Space | None, directions: Directions, n: int, seed: int
+) -> _Drawn:
+    """The directions of `n` features, by a rule, for the one or two spaces of a dictionary."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = None
+    if directions in FROM_DATA and written.activations is not None:
+        tokens = draw_tokens(*written[:2], directions, n, generator, written.activations)
+
+    def draw(space: _Space) -> Float[Tensor, "n d"]:
+        if tokens is None or space.activations is None:
+            return random_directions(*space[:2], directions, n, generator)
+        chosen = space.activations[tokens.to(space.activations.device)]
+        return directions_at(*space[:2], directions, chosen)
+
+    rows = columns = draw(written)
+    if read is not None and tokens is None and read.activations is not None:
+        assert written.activations is not None  # they come in pairs
+        columns = reading_directions(rows, *read[:2], read.activations, written.activations)
+    elif read is not None:
+        columns = draw(read)
+    longer = 1.0
+    if directions == "whitened_data":
+        longer = equal_variance(columns, (read or written).spectrum.covariance)
+    return _Drawn(rows, columns, longer, tied=read is None)
+
+
+def _set_directions(sae: SAE[Any], drawn: _Drawn, *, keep_norms: bool) -> None:
+    decoder, encoder = drawn.rows.to(sae.W_dec), drawn.columns.to(sae.W_enc)
+    if keep_norms:
+        lengths = sae.W_dec.norm(dim=-1, keepdim=True)
+        encoder = encoder * (lengths if drawn.tied else sae.W_enc.norm(dim=0).unsqueeze(-1))
+        decoder = decoder * lengths
+    sae.W_dec.copy_(decoder)
+    if "W_enc" in dict(sae.named_parameters()):  # matching pursuit has no encoder of its own
+        sae.W_enc.copy_((encoder * drawn.longer).T)
+
+
+def _pairs(sae: SAE[Any], written: _Space, read: _Space | None, seed: int) -> Pairs:
+    """What the norm is fitted to, in the scale of training."""
+    y = sample_of(written.spectrum, written.activations, seed)
+    x = y if read is None else sample_of(read.spectrum, read.activations, seed)
+    scale = scale_in_training(sae, written.spectrum)
+    return Pairs(x * scale, y * scale)
 
 
 def choose_d_init(spectrum: Spectrum, d_init: int | float | str = "auto") -> int:
@@ -201,28 +234,6 @@ def choose_d_init(spectrum: Spectrum, d_init: int | float | str = "auto") -> int
         f"d_init={d_init!r} is out of range: pass a whole number from 1 to {spectrum.d}, "
         'a share of variance strictly between 0 and 1, or "auto".'
     )
-
-
-class _Draw:
-    """One seeded draw of directions, for the one or two spaces of a dictionary."""
-
-    def __init__(self, directions: Directions, n: int, seed: int) -> None:
-        self._directions: Directions = directions
-        self._n = n
-        self._generator = torch.Generator().manual_seed(seed)
-
-    def tokens(self, spectrum: Spectrum, rank: int, activations: Tensor | None) -> Tensor | None:
-        if activations is None:
-            return None
-        return draw_tokens(spectrum, rank, self._directions, self._n, self._generator, activations)
-
-    def rows(
-        self, spectrum: Spectrum, rank: int, activations: Tensor | None, tokens: Tensor | None
-    ) -> Float[Tensor, "d_sae d"]:
-        if activations is None or tokens is None:
-            return random_directions(spectrum, rank, self._directions, self._n, self._generator)
-        chosen = activations[tokens.to(activations.device)]
-        return directions_at(spectrum, rank, self._directions, chosen)
 
 
 def _rank(spectrum: Spectrum, d_init: int | float | str, directions: Directions) -> int:
@@ -254,46 +265,3 @@ def _check_pairs(
             f"writes, (n, {spectrum.d}), and input_activations, what it reads at the same tokens, "
             f"(n, {input_spectrum.d}), not tensors of shapes {shapes[0]} and {shapes[1]}."
         )
-
-
-def _note_source(sae: SAE[Any], spectrum: Spectrum, input_spectrum: Spectrum | None) -> None:
-    """SAELens splices an SAE in at `hook_name`; a transcoder writes at `hook_name_out`."""
-    read = (input_spectrum or spectrum).metadata
-    known = {"hook_name": read.get("hook_name"), "model_name": read.get("model")}
-    if input_spectrum is not None:
-        known["hook_name_out"] = spectrum.metadata.get("hook_name")
-    for name, value in known.items():
-        if value is not None and sae.cfg.metadata[name] is None:
-            sae.cfg.metadata[name] = value
-
-
-def _mean_in_scale(spectrum: Spectrum, scaled: bool) -> Float[Tensor, " d"]:
-    return spectrum.mean * (spectrum.d**0.5 / spectrum.mean_norm if scaled else 1.0)
-
-
-def _check_fits(
-    sae: SAE[Any], spectrum: Spectrum, input_spectrum: Spectrum | None, is_transcoder: bool
-) -> None:
-    if sae.cfg.normalize_activations == "covariance_whitening":
-        raise SaesubError(
-            "This SAE whitens its input (normalize_activations='covariance_whitening'), and the "
-            "whitening is estimated after initialisation: in whitened space every direction is "
-            "equally active, so a basis from raw activations would be wrong. "
-            "Use normalize_activations='none' or 'expected_average_only_in'."
-        )
-    if is_transcoder and input_spectrum is None:
-        raise SaesubError(
-            "A transcoder reads one space and writes another: pass the spectrum of what it reads "
-            "as input_spectrum=…."
-        )
-    if not is_transcoder and input_spectrum is not None:
-        raise SaesubError("input_spectrum is for transcoders; an autoencoder reads what it writes.")
-    pairs = [("spectrum", spectrum, sae.W_dec.shape[1])]
-    if input_spectrum is not None:
-        pairs.append(("input_spectrum", input_spectrum, sae.W_enc.shape[0]))
-    for name, given, width in pairs:
-        if given.d != width:
-            raise SaesubError(
-                f"{name} is {given.d} wide but the SAE needs {width}: "
-                "measure it at the hook point that the SAE is trained on."
-            )

@@ -21,6 +21,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from saesub import claims
 from saesub.activations import harvest, measure_spectra, measure_spectrum
+from saesub.biases import geometric_median
 from saesub.checkpoint import STATE_FILENAME, read_checkpoint_state
 from saesub.corpora import load_corpus
 from saesub.errors import SaesubError
@@ -28,7 +29,6 @@ from saesub.fetch import read_registry, tomllib
 from saesub.forecast import forecast_dead
 from saesub.resources import data_file
 from saesub.spectrum import Spectrum, SpectrumAccumulator
-from saesub.starts import geometric_median
 from saesub.store import ActivationStore, StoreWriter
 from saesub.subspace import choose_d_init, initialize_in_subspace
 from saesub.training import SubspaceSAETrainer

@@ -27,14 +27,15 @@ from sae_lens.saes.sae import TrainStepInput
 
 from saesub import native, remedies
 from saesub.arms import joint_batches, train_arms
+from saesub.biases import center_biases
 from saesub.dead import times_fired
 from saesub.errors import SaesubError
+from saesub.norm import scale_encoder
 from saesub.remedies import GhostGradients, KAnnealing, Resampling
 from saesub.remedy import Remedy
 from saesub.spectrum import Spectrum
-from saesub.starts import scale_encoder
 from saesub.store import ActivationStore, StoreWriter
-from saesub.subspace import center_biases, initialize_in_subspace
+from saesub.subspace import initialize_in_subspace
 from saesub.training import SubspaceSAETrainer
 
 HOOK = "blocks.4.hook_attn_out"

@@ -21,13 +21,14 @@ from sae_lens.config import SAETrainerConfig
 
 from saesub import checkpoint, training
 from saesub.arms import joint_batches, train_arms
+from saesub.biases import center_biases
 from saesub.checkpoint import check_same_shapes
 from saesub.dead import times_fired
 from saesub.errors import SaesubError
 from saesub.remedies import GhostGradients
 from saesub.spectrum import Spectrum
 from saesub.store import ActivationStore, StoreWriter
-from saesub.subspace import center_biases, initialize_in_subspace
+from saesub.subspace import initialize_in_subspace
 from saesub.training import SubspaceSAETrainer, takes_sparse_step
 
 HOOK = "blocks.4.hook_attn_out"

@@ -23,12 +23,13 @@ from sae_lens.saes.sae import TrainStepInput
 
 from saesub.activations import harvest
 from saesub.arms import train_arms
+from saesub.biases import center_biases
 from saesub.dead import times_fired
 from saesub.errors import SaesubError
 from saesub.evaluate import reconstruction
 from saesub.spectrum import Spectrum
 from saesub.store import ActivationStore
-from saesub.subspace import center_biases, initialize_in_subspace
+from saesub.subspace import initialize_in_subspace
 from saesub.transcoders import (
     TrainingSkipTranscoder,
     TrainingSkipTranscoderConfig,

@@ -19,10 +19,11 @@ from sae_lens import (
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from scipy.optimize import minimize
 
+from saesub.biases import center_at, center_biases, geometric_median
 from saesub.errors import SaesubError
+from saesub.norm import fit_encoder_scale, scale_encoder
 from saesub.spectrum import Spectrum
-from saesub.starts import center_at, fit_encoder_scale, geometric_median, scale_encoder
-from saesub.subspace import center_biases, initialize_in_subspace
+from saesub.subspace import initialize_in_subspace
 
 D_SAE = 700
 pytestmark = pytest.mark.model
