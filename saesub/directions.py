@@ -152,3 +152,5 @@ def check_directions(
             f"{tuple(activations.shape)}: pass more tokens of the spectrum's hook point."
         )
     require_finite(activations)
+    if not activations.any():
+        raise SaesubError("The activations are all zero: pass those of the spectrum's hook point.")

@@ -147,7 +147,9 @@ def test_the_report_says_what_was_done(spectrum, activations):
         ({"directions": "data"}, "pass activations="),
         ({"directions": "data", "activations": torch.zeros(10, 576)}, "64 features need"),
         ({"directions": "data", "activations": torch.zeros(100, 5)}, "width 576"),
-        ({"activations": torch.zeros(100, 576)}, "spectrum alone"),
+        ({"activations": torch.zeros(100, 5)}, "The norm is fitted to activations of width 576"),
+        ({"activations": torch.full((9, 576), torch.nan)}, "NaN or infinite"),
+        ({"activations": torch.zeros(100, 576)}, "all zero"),
         ({"input_activations": torch.zeros(100, 576)}, "for a transcoder"),
     ],
 )

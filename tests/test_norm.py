@@ -1,4 +1,5 @@
-"""The other starts against their definitions: medians that are minima, biases that centre, data."""
+"""The fitted norm and the biases against their definitions: norms at which the untrained SAE
+reconstructs best, medians that are minima, biases that centre."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from scipy.optimize import minimize
 
 from saesub.biases import center_at, center_biases, geometric_median
 from saesub.errors import SaesubError
-from saesub.norm import fit_encoder_scale, scale_encoder
+from saesub.norm import fit_encoder_scale, fit_norm, sample_of, scale_encoder
 from saesub.spectrum import Spectrum
 from saesub.subspace import initialize_in_subspace
 
@@ -38,6 +39,16 @@ def _silent() -> TopKTrainingSAE:
     sae = _topk()
     sae.b_enc.data.fill_(-1e6)
     return sae
+
+
+def _zero_row() -> TopKTrainingSAE:
+    sae = _topk()
+    sae.W_dec.data[3] = 0.0
+    return sae
+
+
+def _fit(sae, x: torch.Tensor) -> None:
+    fit_norm(sae, Spectrum.from_activations(torch.randn(800, 576)), activations=x)
 
 
 def _pursuit() -> MatchingPursuitTrainingSAE:
@@ -212,6 +223,83 @@ def test_the_fitted_scale_reconstructs_best(
         assert error() > best
 
 
+@pytest.mark.parametrize("apply_b_dec_to_input", [True, False])
+@pytest.mark.parametrize(
+    "scaling", ["none", "expected_average_only_in", "constant_norm_rescale", "layer_norm"]
+)
+@pytest.mark.parametrize(
+    "architecture", sorted(set(SAE_TRAINING_CLASS_REGISTRY) - {"matching_pursuit"})
+)
+def test_the_fitted_norm_reconstructs_best(
+    activations, architecture, scaling, apply_b_dec_to_input
+):
+    """At SAELens' default norm before, with SAELens' own forward pass, against norms around it; a
+    JumpReLU's error is flat near its least, where its thresholds hardly matter."""
+    sae_class, cfg_class = SAE_TRAINING_CLASS_REGISTRY[architecture]
+    torch.manual_seed(0)
+    settings = SETTINGS.get(architecture, {}) | {"apply_b_dec_to_input": apply_b_dec_to_input}
+    sae = sae_class(cfg_class(d_in=576, d_sae=D_SAE, normalize_activations=scaling, **settings))
+    x = activations[:1024] + 1.0
+    spectrum = Spectrum.from_activations(x)
+    report = initialize_in_subspace(sae, spectrum, activations=x)
+    in_training = x * 24 / x.norm(dim=-1).mean() if scaling == "expected_average_only_in" else x
+
+    def error(factor: float) -> float:
+        _scale_both(sae, factor)
+        found = (sae(in_training) - in_training).square().sum().item()
+        _scale_both(sae, 1 / factor)
+        return found
+
+    assert report.norm_from == "activations"
+    torch.testing.assert_close(sae.W_dec.norm(dim=-1), torch.full((D_SAE,), report.norm))
+    best = error(1.0)
+    assert all(error(factor) > best for factor in (0.1, 0.97, 1.03, 10.0))
+
+
+def _scale_both(sae, factor: float) -> None:
+    for name, parameter in sae.named_parameters():
+        if name in ("W_dec", "W_enc", "b_enc", "b_gate", "b_mag"):
+            parameter.data.mul_(factor)
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "standard", "jumprelu"])
+def test_the_spectrum_alone_gives_nearly_the_norm_of_the_activations(activations, architecture):
+    """Also for BatchTopK, whose long tokens take most of its active entries."""
+    sae_class, cfg_class = SAE_TRAINING_CLASS_REGISTRY[architecture]
+    spectrum, norms = Spectrum.from_activations(activations), []
+    for x in (activations, None):
+        settings = SETTINGS.get(architecture, {})
+        sae = sae_class(cfg_class(d_in=576, d_sae=D_SAE, **settings))
+        norms.append(initialize_in_subspace(sae, spectrum, activations=x).norm)
+    assert norms[1] == pytest.approx(norms[0], rel=0.1)
+
+
+def test_a_baseline_keeps_its_directions_and_its_tie(activations):
+    spectrum, sae = Spectrum.from_activations(activations), _topk(decoder_init_norm=None)
+    before = torch.nn.functional.normalize(sae.W_dec.detach(), dim=-1)
+    center_biases(sae, spectrum)
+    norm = fit_norm(sae, spectrum)
+    torch.testing.assert_close(sae.W_dec.detach(), norm * before)
+    torch.testing.assert_close(sae.W_enc.T, sae.W_dec)
+
+
+def test_the_drawn_sample_has_the_moments_of_the_spectrum(activations):
+    spectrum = Spectrum.from_activations(activations)
+    drawn = Spectrum.from_activations(sample_of(spectrum, None, seed=0))
+    assert drawn.mean_norm == pytest.approx(spectrum.mean_norm, rel=1e-3)
+    scale = spectrum.eigenvalues.sum().sqrt()
+    assert (drawn.mean - spectrum.mean).norm() < 0.05 * scale
+    assert drawn.eigenvalues.sum() == pytest.approx(spectrum.eigenvalues.sum().item(), rel=0.1)
+    assert drawn.rank_at(0.99) == pytest.approx(spectrum.rank_at(0.99), rel=0.1)
+
+
+def test_matching_pursuit_keeps_the_unit_norm_that_saelens_prescribes(activations):
+    sae = _pursuit()
+    report = initialize_in_subspace(sae, Spectrum.from_activations(activations))
+    assert report.norm == 1.0
+    torch.testing.assert_close(sae.W_dec.norm(dim=-1), torch.ones(D_SAE))
+
+
 def test_the_scale_is_fitted_in_any_precision(activations):
     """As in float32, in float16 even where the norms are beyond it."""
     half = (activations * (6e4 / activations.abs().max())).half()
@@ -239,13 +327,13 @@ SCALED = {"normalize_activations": "expected_average_only_in"}
             "covariance_whitening",
         ),
         (lambda: _topk(**SCALED), lambda s, x: center_at(s, x[0]), "pass the activations' mean"),
-        (_topk, lambda s, x: center_at(s, x[0, :-1]), "576 wide, not of shape \\(575"),
+        (_topk, lambda s, x: center_at(s, x[0, :-1]), "a centre \\(576,\\), not of shape \\(575"),
         (_topk, lambda s, x: center_at(s, x[0] * float("nan")), "NaN or infinite"),
         (_transcoder, lambda s, x: center_at(s, x[0]), "a transcoder reads one space"),
         (_pursuit, lambda s, x: scale_encoder(s, 2.0), "no encoder to scale"),
         (_topk, lambda s, x: scale_encoder(s, 0.0), "above 0"),
         (_topk, lambda s, x: scale_encoder(s, float("inf")), "above 0"),
-        (_topk, lambda s, x: center_at(s, x), "\\(d_in,\\) 576 wide, not of shape"),
+        (_topk, lambda s, x: center_at(s, x), "a centre \\(576,\\), not of shape"),
         (_topk, lambda s, x: fit_encoder_scale(s, x[:0]), "n at least 1, 576 wide, not"),
         (_topk, lambda s, x: fit_encoder_scale(s, x[0]), "n at least 1, 576 wide, not"),
         (_topk, lambda s, x: fit_encoder_scale(s, 0 * x), "all zero"),
@@ -261,6 +349,13 @@ SCALED = {"normalize_activations": "expected_average_only_in"}
         (_jumprelu, fit_encoder_scale, "JumpReLU's thresholds"),
         (lambda: _topk(**WHITENED), fit_encoder_scale, "covariance_whitening"),
         (_silent, fit_encoder_scale, "reconstruct nothing"),
+        (_silent, _fit, "reconstruct nothing"),
+        (_topk, lambda s, x: _fit(s, x[:0]), "n at least 1, 576 wide, not"),
+        (_topk, lambda s, x: _fit(s, 0 * x), "all zero"),
+        (_topk, lambda s, x: _fit(s, x / 0), "NaN or infinite"),
+        (_transcoder, _fit, "a transcoder reads one space"),
+        (lambda: _topk(**WHITENED), _fit, "covariance_whitening"),
+        (_zero_row, _fit, "1 decoder rows are zero"),
     ],
 )
 def test_what_contradicts_or_cannot_be_is_refused(activations, make, act, message):

@@ -54,15 +54,25 @@ def _assert_in_span(rows: torch.Tensor, basis: torch.Tensor) -> None:
 @pytest.mark.parametrize("architecture", sorted(SAE_TRAINING_CLASS_REGISTRY))
 def test_every_training_architecture_starts_in_the_span_and_tied(architecture):
     spectrum, sae = _spectrum(D_IN, 10), _training_sae(architecture)
-    norms = sae.W_dec.norm(dim=-1).clone()
     report = initialize_in_subspace(sae, spectrum, d_init=10)
     _assert_in_span(sae.W_dec.detach(), spectrum.basis(10))
     assert torch.equal(sae.W_enc, sae.W_dec.T)
-    torch.testing.assert_close(sae.W_dec.norm(dim=-1), norms)
+    assert report.norm_from == "spectrum"
+    torch.testing.assert_close(sae.W_dec.norm(dim=-1), torch.full((D_SAE,), report.norm))
     assert torch.linalg.matrix_rank(sae.W_dec.detach()) == 10
     torch.testing.assert_close(sae.b_dec.double(), spectrum.mean, rtol=1e-5, atol=1e-6)
     assert report.variance_share == pytest.approx(1.0)
     assert sae.cfg.metadata.subspace_init["d_init"] == 10
+
+
+def test_norms_can_be_kept():
+    sae = _training_sae("topk", decoder_init_norm=None)
+    norms = sae.W_dec.norm(dim=-1).clone()
+    report = initialize_in_subspace(sae, _spectrum(D_IN, 10), norm="keep")
+    assert (norms.max() / norms.min()) > 1.1
+    torch.testing.assert_close(sae.W_dec.norm(dim=-1), norms)
+    assert torch.equal(sae.W_enc, sae.W_dec.T)
+    assert report.norm is report.norm_from is None
 
 
 @pytest.mark.parametrize("architecture", TRANSCODERS)
@@ -86,7 +96,6 @@ def test_pairs_tie_a_transcoder_by_what_predicts_each_row(architecture):
     y = x @ through + 3.0
     read, spectrum = Spectrum.from_activations(x + 1.0), Spectrum.from_activations(y)
     transcoder = _transcoder(architecture)
-    norms = transcoder.W_enc.norm(dim=0).clone()
     # Few pairs, which are not the spectra's own sample.
     settings = {"activations": y[:40], "input_activations": x[:40] + 1.0}
     report = initialize_in_subspace(
@@ -94,7 +103,9 @@ def test_pairs_tie_a_transcoder_by_what_predicts_each_row(architecture):
     )
     _assert_in_span(transcoder.W_dec.detach(), spectrum.basis(10))
     _assert_in_span(transcoder.W_enc.detach().T, read.basis(report.input_d_init))
-    torch.testing.assert_close(transcoder.W_enc.norm(dim=0), norms)
+    assert report.norm_from == "activations"
+    for norms in (transcoder.W_enc.norm(dim=0), transcoder.W_dec.norm(dim=-1)):
+        torch.testing.assert_close(norms, torch.full((D_SAE,), report.norm))
     # The target is linear in the input, so a feature tells exactly what is along its row.
     seen = (x + 1.0) @ transcoder.W_enc.detach() + transcoder.b_enc.detach()
     along = (y - y.mean(0)) @ transcoder.W_dec.detach().T
@@ -188,6 +199,11 @@ def test_auto_is_not_fooled_by_one_massive_direction():
     spectrum = Spectrum.from_activations(x)
     assert spectrum.rank_at(0.99) == 1
     assert choose_d_init(spectrum, "auto") > 1
+
+
+def test_an_unknown_norm_is_refused():
+    with pytest.raises(SaesubError, match="did you mean 'keep'"):
+        initialize_in_subspace(_training_sae("topk"), _spectrum(D_IN, 10), norm="keeep")
 
 
 @pytest.mark.parametrize("bad", [0, -1, D_IN + 1, 0.0, 1.0, 1.5, True, "half", None])

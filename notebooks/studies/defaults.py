@@ -69,7 +69,11 @@ def outcome(architecture: str, condition: str, lr: float, seed: int, data: tuple
     train, held_out, spectrum = data
     sae, norm = initialised(architecture, condition, seed, spectrum)
     cfg = SAETrainerConfig(
-        total_training_samples=BATCH * STEPS, train_batch_size_samples=BATCH, lr=lr, device="cpu"
+        total_training_samples=BATCH * STEPS,
+        train_batch_size_samples=BATCH,
+        lr=lr,
+        lr_end=lr / 10,  # as SAELens' runner sets it
+        device="cpu",
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
