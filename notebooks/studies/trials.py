@@ -83,6 +83,7 @@ def package_start(sae: TopKTrainingSAE, trial: Trial) -> None:
         sae,
         spectrum,
         trial.d_init,
+        norm="keep",  # of the unit norm that `untrained` sets
         directions=trial.start,  # pyright: ignore[reportArgumentType]
         activations=x if "data" in trial.start else None,
         seed=trial.seed,
