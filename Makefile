@@ -46,7 +46,7 @@ lint: $(STAMP)
 # The reference of the public names and of the package's rooms, from their docstrings. Two modules
 # are no part of it, since they import only in a kernel and with Triton: pdoc's warnings are of them
 # and of the constructors that dataclasses make.
-UNDOCUMENTED := '!saesub.reproduce.notebook_memory' '!saesub.topk.triton_kernels'
+UNDOCUMENTED := '!.*notebook_memory' '!.*triton_kernels'
 docs: $(STAMP)
 	$(BIN)/python -W ignore -m pdoc saesub $(ROOMS) $(UNDOCUMENTED) --docformat google \
 	  --output-directory build/docs

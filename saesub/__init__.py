@@ -1,8 +1,7 @@
 """saesub: attention outputs are low-rank, that kills SAE features, and how to save them.
 
-The names below are those that a user needs. The rest is in rooms: `saesub.loading`, `saesub.topk`,
-`saesub.activations`, `saesub.init`, `saesub.evaluation`, `saesub.training`, `saesub.extras` and
-`saesub.reproduce`.
+The names below are those that a user needs. The rest is in rooms: `.loading`, `.topk`,
+`.activations`, `.init`, `.evaluation`, `.training`, `.extras` and `.reproduce`.
 """
 
 from saesub.activations import harvest, measure_spectra, measure_spectrum, stream_activations
