@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 STAMP := $(VENV)/.ready
+ROOMS := $(patsubst saesub/%/__init__.py,saesub.%,$(wildcard saesub/*/__init__.py))
 
-.PHONY: setup reproduce publish bench test lint lock clean
+.PHONY: setup reproduce publish bench test lint docs lock clean
 
 setup: $(STAMP)
 
@@ -21,15 +22,15 @@ $(STAMP): requirements.lock
 reproduce: $(STAMP)
 	$(BIN)/saesub reproduce --profile $(PROFILE)
 
-# Takes a `quick` run, of all notebooks or of some, over into notebooks/, data/results/ and the
-# README; the scorecard is run once more, with the recorded claims of those left out.
+# Takes a `quick` run, of all notebooks or of some, over into notebooks/, data/results/, the README
+# and docs/; the scorecard is run once more, with the recorded claims of those left out.
 publish: $(STAMP)
 	$(BIN)/python notebooks/publish.py --seed results/quick
 	$(BIN)/saesub reproduce --notebook 10 --again
 	$(BIN)/python notebooks/publish.py results/quick
 
 # Times a training step of saesub and of four other libraries, an hour or two: leave the machine
-# alone meanwhile. Writes benchmarks/results/ and the README's table.
+# alone meanwhile. Writes benchmarks/results/ and docs/speed.md.
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/report.py
@@ -41,6 +42,14 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python saesub
+
+# The reference of the public names and of the package's rooms, from their docstrings. Two modules
+# are no part of it, since they import only in a kernel and with Triton: pdoc's warnings are of them
+# and of the constructors that dataclasses make.
+UNDOCUMENTED := '!.*notebook_memory' '!.*triton_kernels'
+docs: $(STAMP)
+	$(BIN)/python -W ignore -m pdoc saesub $(ROOMS) $(UNDOCUMENTED) --docformat google \
+	  --output-directory build/docs
 
 # Pins what a fresh environment resolves to; the local part of torch's version (+cpu) is dropped.
 lock:

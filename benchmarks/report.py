@@ -1,4 +1,4 @@
-"""The tables and the figure of what `run.py` has recorded, beside the records and in the README.
+"""The tables and the figure of what `run.py` has recorded, beside the records and in docs/.
 
 python benchmarks/report.py --results benchmarks/results
 """
@@ -21,7 +21,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from PIL import Image
 
 RESULTS = Path(__file__).resolve().parent / "results"
-README = RESULTS.parent.parent / "README.md"
+PAGE = RESULTS.parent.parent / "docs" / "speed.md"
 BASELINE, FLOOR = "sae-lens", "encoder-product"
 COLOURS = {
     "sae-lens": "#444444",
@@ -102,7 +102,7 @@ def markdown_table(results: str | Path) -> str:
     return "\n\n".join([*parts, *_failures(runs), *_beside(results)]) + "\n"
 
 
-def readme_block(results: str | Path) -> str:
+def page_block(results: str | Path) -> str:
     """The times at the smallest batch, what they were taken on, and what else was timed."""
     times = _times(results, load(results)["batch"].min())
     return "\n\n".join(filter(None, [times, _widest(results), *_beside(results)]))
@@ -361,10 +361,10 @@ def save_png(made: Figure, path: str | Path) -> None:
     Image.open(drawn).convert("RGB").quantize(64).save(path, optimize=True)
 
 
-def with_block(readme: str, block: str) -> str:
-    """The README with the text between its speed marks made anew."""
+def with_block(page: str, block: str) -> str:
+    """A page with the text between its speed marks made anew."""
     mark = re.compile(r"(<!-- speed -->\n).*?(<!-- /speed -->)", re.DOTALL)
-    return mark.sub(lambda found: f"{found[1]}{block}\n{found[2]}", readme)
+    return mark.sub(lambda found: f"{found[1]}{block}\n{found[2]}", page)
 
 
 def main() -> None:
@@ -374,7 +374,7 @@ def main() -> None:
     (results / "README.md").write_text(f"# Time of a training step\n\n{markdown_table(results)}")
     save_png(figure(results), results / "speed.png")
     if results.resolve() == RESULTS:
-        README.write_text(with_block(README.read_text(), readme_block(results)))
+        PAGE.write_text(with_block(PAGE.read_text(), page_block(results)))
     print(markdown_table(results))
 
 

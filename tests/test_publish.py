@@ -1,4 +1,4 @@
-"""What is committed of a run agrees with itself: record, README and notebooks."""
+"""What is committed of a run agrees with itself: record, README, pages, figure and notebooks."""
 
 from __future__ import annotations
 
@@ -7,21 +7,47 @@ import runpy
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
+from PIL import Image
 
 from saesub import claims
 from saesub.errors import SaesubError
+from saesub.plots_readme import dead_by_hook_point
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "data" / "results" / "quick" / "run.json"
 publish = runpy.run_path(str(ROOT / "notebooks" / "publish.py"))
 
 
-def test_the_readme_shows_the_committed_record():
-    readme = (ROOT / "README.md").read_text()
-    assert publish["with_tables"](readme, json.loads(RECORD.read_text())) == readme
-    assert "F6.asi_dead" in readme
+D_INIT = ROOT / "data" / "results" / "studies" / "d_init.json"
+
+
+@pytest.mark.parametrize("page", publish["pages"](), ids=lambda page: page.name)
+def test_every_page_shows_the_committed_records(page):
+    text = page.read_text()
+    told = "run `python notebooks/publish.py --pages`"
+    assert publish["with_tables"](text, json.loads(RECORD.read_text())) == text, told
+
+
+@pytest.mark.parametrize(
+    ("page", "name"),
+    [
+        *[("README.md", name) for name in ("figure", "summary", "cost", "titles")],
+        *[("docs/findings.md", n) for n in ("findings", "wide", "sweep", "starts", "notebooks")],
+        ("docs/faults.md", "faults"),
+    ],
+)
+def test_every_table_stands_on_its_page(page, name):
+    text = (ROOT / page).read_text()
+    block = text.split(f"<!-- {name} -->\n")[1].split(f"<!-- /{name} -->")[0]
+    assert len(block.splitlines()) > (name != "figure")
+
+
+def test_the_readmes_figure_is_drawn_from_the_committed_record():
+    with Image.open(publish["FIGURE_FILE"]) as figure:
+        assert figure.info["Description"] == publish["digest"](D_INIT.read_bytes())
 
 
 ROWS = [row for recorded in json.loads(RECORD.read_text()).values() for row in recorded["claims"]]
@@ -61,6 +87,166 @@ def test_cleaning_drops_what_papermill_added_and_progress_bars():
     assert cleaned.cells[0].execution_count == 1
     assert cleaned.cells[0].outputs == [given[2]]
     assert "papermill" not in cleaned.metadata
+
+
+def _row(claim, verdict, value=0.5, notebook="05", n="here"):
+    found = claims.find(claim)
+    texts = {"finding": found.finding, "claim": found.claim, "unit": found.unit}
+    figures = {"paper": found.paper, "paper_value": found.paper_value, "value": value}
+    return {"id": claim, "verdict": verdict, "interval": None, "n": n, "note": ""} | (
+        texts | figures | {"notebook": notebook}
+    )
+
+
+def _line(rows, finding):
+    """The cells of a finding's line, the summary being made of these rows alone."""
+    lines = publish["summary_table"](rows).splitlines()
+    (line,) = (line for line in lines if line.startswith(f"| **{finding}**"))
+    return line.removeprefix("| ").removesuffix(" |").split(" | ")[1:]
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "whole", "counts"),
+    [
+        ([claims.HOLDS], "holds", "1 ✔, 3 –"),
+        ([claims.HOLDS, claims.HOLDS], "holds", "2 ✔, 2 –"),
+        ([claims.HOLDS, claims.DIRECTION], "mixed", "1 ✔, 1 ↗, 2 –"),
+        ([claims.HOLDS, claims.FAILS], "mixed", "1 ✔, 1 ✘, 2 –"),
+        ([claims.DIRECTION], "mixed", "1 ↗, 3 –"),
+        ([claims.FAILS, claims.FAILS], "does not hold", "2 ✘, 2 –"),
+        ([], "not testable here", "4 –"),
+    ],
+)
+def test_a_findings_verdict_is_that_of_its_recorded_claims(verdicts, whole, counts):
+    names = ["F4.z_rank_gap", "F4.identity"][: len(verdicts)]
+    rows = [_row(name, verdict) for name, verdict in zip(names, verdicts, strict=True)]
+    *_, verdict = _line(rows, "The output projection W_O lowers the rank")
+    assert verdict == f"**{whole}**<br>{counts}"
+
+
+def test_a_claim_that_holds_in_one_regime_and_fails_in_another_is_mixed_and_both_are_named():
+    rows = [
+        _row("F6.baseline_dead", claims.DIRECTION, 0.1, n="narrow"),
+        _row("F6.asi_dead", claims.HOLDS, 0.005, n="narrow"),
+        _row("F6.baseline_dead", claims.HOLDS, 0.5, "06", n="wide"),
+        _row("F6.asi_dead", claims.FAILS, 0.25, "06", n="wide"),
+    ]
+    paper, here, where, verdict = _line(rows, "ASI saves features")
+    assert paper == "87 % → < 1 %"
+    assert here == "10 % → 0.5 %; 50 % → 25 %"
+    holds, direction, fails, _ = where.split("<br>")
+    assert holds == "✔ narrow"
+    assert direction.endswith("(narrow)")
+    assert fails == "✘ Initialised in the active subspace, hardly any feature dies (wide)"
+    assert verdict.startswith("**mixed**<br>2 mixed, ")
+
+
+def test_what_goes_beyond_the_paper_is_no_verdict_on_the_papers_finding():
+    rows = [_row("F5.correlation", claims.HOLDS), _row("F5.forecast", claims.FAILS)]
+    *_, where, verdict = _line(rows, "Features die where the rank is low")
+    assert "✘" not in where + verdict
+
+
+def test_findings_are_counted_by_verdict_above_their_table():
+    rows = [_row(claim, claims.HOLDS) for claim in claims.load_claims() if claim.startswith("F4.")]
+    rows += [_row("F9.best", claims.FAILS), _row("F12.twins", claims.DIRECTION)]
+    told = publish["summary_table"](rows).splitlines()[0]
+    assert told == "Findings that hold in full: 1. Mixed: 1. Do not hold: 1."
+
+
+def test_the_figure_counts_the_hook_points_at_which_fewer_features_die():
+    frame = pd.DataFrame(
+        {"place": ["a", "b", "c"], "random": [0.5, 0.1, 0.2], "asi": [0.1, 0.3, 0.2]}
+    )
+    (axes,) = dead_by_hook_point(frame).axes
+    assert axes.get_title() == "ASI leaves fewer features dead at 1 of 3 hook points"
+    joins = [line for line in axes.lines if len(set(line.get_ydata())) == 1]
+    assert [line.get_linestyle() for line in joins] == ["-", ":", ":"]
+    random, asi = axes.lines[3:]
+    assert random.get_xdata().tolist() == [0.5, 0.1, 0.2]
+    assert asi.get_xdata().tolist() == [0.1, 0.3, 0.2]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b", "c"]
+    assert "10.00 % → 30.00 %" in [text.get_text() for text in axes.texts]
+    with pytest.raises(SaesubError, match="asi"):
+        dead_by_hook_point(frame.drop(columns="asi"))
+
+
+def test_a_hook_point_where_more_features_die_is_named_below_the_figure():
+    settings = {"d_sae": 8192, "n_train": 9, "lr": 1e-3, "k": 32, "d_init": "auto", "seed": 0}
+    rows = [
+        {"model": "smollm2-135m", "hook_name": f"blocks.{layer}.hook_{site}", "start": start}
+        | {"dead_share": dead, "fvu": fvu}
+        | settings
+        for layer, site, start, dead, fvu in [
+            (4, "resid_post", "random", 0.1, 0.2),
+            (4, "resid_post", "flat", 0.2, 0.1),
+            (12, "attn_out", "random", 0.2, 0.1),
+            (12, "attn_out", "flat", 0.1, 0.2),
+        ]
+    ]
+    frame = publish["by_hook_point"]({"rows": rows})
+    assert frame["place"].tolist() == [
+        "attention output, SmolLM2-135M layer 12",
+        "residual stream, SmolLM2-135M layer 4",
+    ]
+    assert frame["random"].tolist() == [0.2, 0.1]
+    caption = publish["figure_caption"]({"rows": rows})
+    assert "ASI leaves more dead at: residual stream, SmolLM2-135M layer 4." in caption
+    assert "lower reconstruction error at 1 of 2" in caption
+
+
+def test_the_cost_is_summed_over_the_recorded_runs():
+    registry = {kind: {name: {} for name in names} for kind, names in publish["FETCHED"].items()}
+    registry["models"]["gemma3-270m"] = {"files": [{"size": 10**9}, {"size": 2 * 10**9}]}
+    cores = "EPYC (family 25, model 17), 2 cores, 1 thread"
+    record = {
+        "00": {"seconds": 3000, "peak_memory": {"cpu": 10**9}, "run": ["Python", cores]},
+        "01": {"seconds": 1260, "peak_memory": {"cpu": 3 * 10**9}, "run": ["EPYC, 2 cores"]},
+    }
+    row = publish["cost_table"](record, registry).splitlines()[-1]
+    assert row == (
+        "| `make reproduce` | 1 h 11 min | 3.0 GB | 3.0 GB of models and texts | "
+        "EPYC, 2 cores, no GPU |"
+    )
+
+
+def test_the_download_counts_every_packaged_file_that_a_notebook_names():
+    registry = publish["tomllib"].loads(publish["REGISTRY"].read_text())
+    sources = [
+        cell.source
+        for path in (ROOT / "notebooks").glob("[0-9]*.ipynb")
+        for cell in nbformat.read(path, as_version=4).cells
+        if cell.cell_type == "code"
+    ]
+    named = {
+        (kind, name)
+        for kind, entries in registry.items()
+        for name, entry in entries.items()
+        if entry.get("files") and f'"{name}"' in "\n".join(sources)
+    }
+    counted = {(kind, name) for kind, names in publish["FETCHED"].items() for name in names}
+    assert named - counted == {("corpora", "legal")}  # at `paper` only
+    assert counted <= named
+
+
+def test_a_sweep_has_a_column_for_each_share_of_the_width():
+    rows = [
+        {"model": "smollm2-135m", "hook_name": "h", "start": start, "d_init": d_init}
+        | {"dead_share": dead, "seed": seed}
+        for start, d_init, dead, seed in [
+            ("random", "auto", 0.5, 0),
+            ("flat", "auto", 0.1, 0),
+            ("flat", 58, 0.2, 0),
+            ("flat", 58, 0.4, 1),
+            ("flat", 317, 0.25, 0),
+            ("whitened_data", "auto", 0.9, 0),
+        ]
+    ]
+    assert publish["sweep_table"]({"rows": rows}).splitlines() == [
+        '| Model | Hook point | 0.1 | 0.55 | 1 (random) | "auto" |',
+        "|---|---|---:|---:|---:|---:|",
+        "| smollm2-135m | `h` | 30.00 % | 25.00 % | 50.00 % | 10.00 % |",
+    ]
 
 
 RECORDED = {"run": ["a processor, 8 cores, 2 threads"], "seconds": 720}

@@ -1,0 +1,70 @@
+"""README and pages: their links, the names that they use, their code, and the README's length."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+import saesub
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+MOST_BYTES = 10_240
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def _anchor(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
+def _anchors(page: Path) -> set[str]:
+    return {_anchor(heading) for heading in re.findall(r"^#+ (.+)$", page.read_text(), re.M)}
+
+
+@each_page
+def test_every_relative_link_leads_to_a_file_and_its_heading(page):
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if target.startswith("https://"):
+            continue
+        name, _, anchor = target.partition("#")
+        path = page.parent / name if name else page
+        assert path.exists(), target
+        assert not anchor or anchor in _anchors(path), target
+
+
+def test_the_readme_is_short_and_leads_to_every_page():
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.encode()) <= MOST_BYTES
+    assert [p.name for p in PAGES[1:] if f"{p.relative_to(ROOT)})" not in readme] == []
+
+
+def _resolve(name: str) -> object:
+    """The module, or the attribute of one, that a dotted name means; an error if there is none."""
+    parts, found = name.split(".")[1:], saesub
+    for place, part in enumerate(parts, 1):
+        try:
+            found = getattr(found, part)
+        except AttributeError:
+            found = importlib.import_module(".".join(["saesub", *parts[:place]]))
+    return found
+
+
+@each_page
+def test_every_name_of_the_package_exists(page):
+    text = page.read_text()
+    names = re.findall(r"(?<![\w./-])saesub(?:\.[a-zA-Z_]\w*)+(?!\.md)", text)
+    for module, imported in re.findall(r"from (saesub[\w.]*) import ([\w, ]+)", text):
+        names += [f"{module}.{name.strip()}" for name in imported.split(",")]
+    for name in dict.fromkeys(names):
+        _resolve(name)
+
+
+@each_page
+def test_its_python_is_python(page):
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
+        compile(block, page.name, "exec")
