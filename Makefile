@@ -42,6 +42,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python saesub
+	$(BIN)/lint-imports
 
 # The reference of the public names and of the package's rooms, from their docstrings. Two modules
 # are no part of it, since they import only in a kernel and with Triton: pdoc's warnings are of them
@@ -62,5 +63,5 @@ lock:
 	mv build/requirements.lock requirements.lock
 
 clean:
-	rm -rf $(VENV) build dist results .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist results .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

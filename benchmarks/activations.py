@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from saesub.activations import stream_activations
+from saesub.activations.collect import stream_activations
 
 MODEL, CORPUS, HOOK = "smollm2-135m", "wiki-en", "blocks.12.hook_attn_out"
 

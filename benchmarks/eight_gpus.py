@@ -1,6 +1,6 @@
 """Writes the tables of docs/eight_gpus.md: `python benchmarks/eight_gpus.py`.
 
-Bytes and seconds are those of `saesub.ranks_plan`; what was measured on a CPU is what
+Bytes and seconds are those of `benchmarks/parallel_cost.py`; what was measured on a CPU is what
 `benchmarks/ranks.py` recorded.
 """
 
@@ -11,7 +11,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from saesub.ranks_plan import Job, Rates, memory, seconds, traffic
+from parallel_cost import Job, Rates, memory, seconds, traffic
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, RESULTS = ROOT / "docs" / "eight_gpus.md", ROOT / "benchmarks" / "results"

@@ -26,7 +26,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
 import saesub
-from saesub.contexts import kept_positions
+from saesub.activations.tokens import kept_positions
 
 LAYER, CONTEXT_SIZE, BATCH_SIZE, ROUNDS = 12, 256, 16, 7
 N_BATCHES = 3

@@ -24,10 +24,14 @@ from sae_lens.config import SAETrainerConfig
 from torch import Tensor
 
 from saesub import stream_activations
-from saesub.data_parallel import DataParallelSAETrainer
-from saesub.distributed import Ranks, join
-from saesub.report import processor
-from saesub.sharded import ShardedSAETrainer, take_features
+from saesub.reproduce.report import processor
+from saesub.training.distributed import (
+    DataParallelSAETrainer,
+    Ranks,
+    ShardedSAETrainer,
+    join,
+    take_features,
+)
 
 RESULTS = Path(__file__).parent / "results"
 D_IN, D_SAE, K, BATCH, STEPS = 576, 4608, 32, 2048, 3

@@ -17,13 +17,13 @@ from environments import FOLDER
 from run import commit, machine
 
 import saesub
-from saesub import int8_search, native
-from saesub.sparse_ops import dense_search
+from saesub.topk import cpu, int8_search
+from saesub.topk.ops import dense_search
 
 LAYER, N_TOKENS, D_SAE, K = 12, 8192, 36_864, 32
 BLOCK = 1024  # tokens whose float64 scores are held at a time: 300 MB
 ROUNDING = 1e-6  # of the largest score a token could have
-SEARCHES = {"native": native.search, "torch": int8_search.search}
+SEARCHES = {"native": cpu.search, "torch": int8_search.search}
 
 
 def main() -> None:

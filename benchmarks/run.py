@@ -23,7 +23,7 @@ from typing import Any
 
 from environments import CONTENDERS, FOLDER, Contender, python
 
-from saesub.report import processor
+from saesub.reproduce.report import processor
 
 ACTIVATIONS = FOLDER / ".cache" / "activations.npy"
 TIMEOUT = 3600  # seconds for one process

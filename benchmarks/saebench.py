@@ -34,8 +34,8 @@ from sae_lens import SAE, ActivationsStore, TopKTrainingSAE, TopKTrainingSAEConf
 from sae_lens.config import SAETrainerConfig
 
 import saesub
-from saesub.probing import mean_features, probe_tasks
-from saesub.reproduce import run_facts
+from saesub.evaluation.probing import mean_features, probe_tasks
+from saesub.reproduce.report import run_facts
 
 HOOK, CONTEXT, BATCH = "blocks.12.hook_attn_out", 128, 8
 N_TOKENS, N_TRAIN, D_SAE, K = 30_000, 90_000, 4096, 32

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import nbformat
 
-from saesub.atomic import write_atomically
+from saesub.files import write_atomically
 
 if sys.version_info >= (3, 11):
     import tomllib

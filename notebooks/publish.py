@@ -32,12 +32,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from saesub import claims
-from saesub.atomic import write_atomically
 from saesub.errors import SaesubError
-from saesub.plot_style import SITES
-from saesub.plots_readme import dead_by_hook_point
-from saesub.report import is_progress, memory_text
+from saesub.files import write_atomically
+from saesub.reproduce import claims
+from saesub.reproduce.plots.readme import dead_by_hook_point
+from saesub.reproduce.plots.style import SITES
+from saesub.reproduce.report import is_progress, memory_text
 
 if sys.version_info >= (3, 11):
     import tomllib

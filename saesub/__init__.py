@@ -4,27 +4,32 @@ The names below are those that a user needs. The rest is in rooms: `.loading`, `
 `.activations`, `.init`, `.evaluation`, `.training`, `.extras` and `.reproduce`.
 """
 
-from saesub.activations import harvest, measure_spectra, measure_spectrum, stream_activations
-from saesub.arms import ArmsTrainer, joint_batches, train_arms
-from saesub.biases import center_at, center_biases, geometric_median
-from saesub.contexts import pack_contexts
-from saesub.corpora import load_corpus
-from saesub.dead import Diagnosis, dead_features, diagnose, overlap
+from saesub.activations.collect import (
+    harvest,
+    measure_spectra,
+    measure_spectrum,
+    stream_activations,
+)
+from saesub.activations.spectrum import Spectrum, SpectrumAccumulator
+from saesub.activations.store import ActivationStore
+from saesub.activations.tokens import pack_contexts
 from saesub.errors import SaesubError
-from saesub.evaluate import loss_recovered, reconstruction
-from saesub.fetch import fetch
-from saesub.forecast import Forecast, forecast_dead
-from saesub.model_card import model_card
-from saesub.models import load_model
-from saesub.norm import fit_encoder_scale, fit_norm, scale_encoder
+from saesub.evaluation.dead_features import Diagnosis, dead_features, diagnose, overlap
+from saesub.evaluation.language_model_loss import sae_loss, subspace_loss_recovered
+from saesub.evaluation.reconstruction import reconstruction
+from saesub.init.biases import center_at, center_biases, geometric_median
+from saesub.init.norm import fit_encoder_scale, fit_norm, scale_encoder
+from saesub.init.subspace import SubspaceInit, choose_d_init, initialize_in_subspace
+from saesub.loading.corpora import load_corpus
+from saesub.loading.download import fetch
+from saesub.loading.models import load_model
 from saesub.optim import SparseAdam, parameter_groups
-from saesub.quality import loss_with_sae
-from saesub.remedies import GhostGradients, KAnnealing, Resampling
-from saesub.resources import cache_dir, data_file
-from saesub.spectrum import Spectrum, SpectrumAccumulator
-from saesub.store import ActivationStore
-from saesub.subspace import SubspaceInit, choose_d_init, initialize_in_subspace
-from saesub.training import SubspaceSAETrainer
+from saesub.paths import cache_dir, data_file
+from saesub.reproduce.dead_forecast import Forecast, forecast_dead
+from saesub.reproduce.model_card import model_card
+from saesub.training.comparison import ArmsTrainer, joint_batches, train_arms
+from saesub.training.mitigations import GhostGradients, KAnnealing, Resampling
+from saesub.training.trainer import SubspaceSAETrainer
 
 __version__ = "0.1.0"
 
@@ -59,8 +64,6 @@ __all__ = [
     "joint_batches",
     "load_corpus",
     "load_model",
-    "loss_recovered",
-    "loss_with_sae",
     "measure_spectra",
     "measure_spectrum",
     "model_card",
@@ -68,7 +71,9 @@ __all__ = [
     "pack_contexts",
     "parameter_groups",
     "reconstruction",
+    "sae_loss",
     "scale_encoder",
     "stream_activations",
+    "subspace_loss_recovered",
     "train_arms",
 ]

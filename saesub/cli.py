@@ -7,10 +7,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any, get_args
 
-from . import claims
-from .errors import SaesubError
-from .fetch import Kind, fetch, packaged, packaged_names
-from .reproduce import PROFILES, reproduce
+from saesub.errors import SaesubError
+from saesub.loading.download import fetch
+from saesub.loading.registry import Kind, packaged, packaged_names
+from saesub.reproduce import claims
+from saesub.reproduce.runner import PROFILES, reproduce
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -16,9 +16,9 @@ import pytest
 from datasets import Dataset
 from transformer_lens.model_bridge import TransformerBridge
 
-from saesub.activations import stream_activations
-from saesub.corpora import load_corpus
-from saesub.models import load_model
+from saesub.activations.collect import stream_activations
+from saesub.loading.corpora import load_corpus
+from saesub.loading.models import load_model
 
 
 @pytest.fixture(scope="session")

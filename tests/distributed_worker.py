@@ -27,16 +27,20 @@ from sae_lens.config import SAETrainerConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from saesub import distributed, training
-from saesub.corpora import load_corpus
-from saesub.data_parallel import DataParallelSAETrainer
-from saesub.distributed import Ranks
+from saesub.activations.spectrum import Spectrum
 from saesub.errors import SaesubError
-from saesub.models import load_model
-from saesub.ranks_trainer import RanksTrainer
-from saesub.sharded import ShardedSAETrainer, take_features
-from saesub.spectrum import Spectrum
-from saesub.training import SubspaceSAETrainer
+from saesub.loading.corpora import load_corpus
+from saesub.loading.models import load_model
+from saesub.training import distributed
+from saesub.training import trainer as trainer_module
+from saesub.training.distributed import (
+    DataParallelSAETrainer,
+    Ranks,
+    ShardedSAETrainer,
+    take_features,
+)
+from saesub.training.distributed.trainer import RanksTrainer
+from saesub.training.trainer import SubspaceSAETrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from ranks import bytes_sent
@@ -386,7 +390,7 @@ def train_and_save(folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # a fork inherits no other threads
-    training._HISTORY_POINTS = 8  # so that checkpoints lie between two points
+    trainer_module._HISTORY_POINTS = 8  # so that checkpoints lie between two points
     if sys.argv[1] == "cases":
         MODEL = load_model("smollm2-135m", device="cpu")
         CORPUS = load_corpus("wiki-en").select(range(200))

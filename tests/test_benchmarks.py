@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from saesub.report import processor
+from saesub.reproduce.report import processor
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

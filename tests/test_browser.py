@@ -17,8 +17,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from saesub import claims
-from saesub.report import Outcome, report_page
+from saesub.reproduce import claims
+from saesub.reproduce.report import Outcome, report_page
 
 pytestmark = [
     pytest.mark.notebook,

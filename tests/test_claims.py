@@ -6,9 +6,9 @@ import math
 
 import pytest
 
-from saesub import claims
-from saesub.claims import Measurement
 from saesub.errors import SaesubError
+from saesub.reproduce import claims
+from saesub.reproduce.claims import Measurement
 
 
 @pytest.mark.parametrize("claim", claims.load_claims().values(), ids=lambda c: c.id)

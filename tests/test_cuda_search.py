@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saesub import cuda_search
-from saesub.sparse_ops import dense_search
+from saesub.topk import cuda_search
+from saesub.topk.ops import dense_search
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

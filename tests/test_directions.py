@@ -7,11 +7,11 @@ import torch
 from sae_lens import SAE, TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.registry import SAE_CLASS_REGISTRY
 
-from saesub import directions
-from saesub.directions import directions_at, draw_tokens, random_directions
+from saesub.activations.spectrum import Spectrum
 from saesub.errors import SaesubError
-from saesub.spectrum import Spectrum
-from saesub.subspace import initialize_in_subspace
+from saesub.init import directions
+from saesub.init.directions import directions_at, draw_tokens, random_directions
+from saesub.init.subspace import initialize_in_subspace
 
 RULES = ("flat", "spectrum", "data", "whitened_data")
 

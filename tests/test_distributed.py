@@ -14,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import parallel_cost
 import pytest
 import torch
 from distributed_worker import BATCH, CASES, D_SAE, HOOKS, MOVED, PASS, TOKENS, WEIGHED, Case
@@ -23,11 +24,11 @@ from safetensors.torch import load_file, save_file
 from torch.distributed import HashStore, TCPStore
 from torch.profiler import ProfilerActivity, profile
 
-from saesub import measure_spectra, ranks_plan, sharded
-from saesub.distributed import Ranks, join
+from saesub import measure_spectra
+from saesub.activations.spectrum import Spectrum
 from saesub.errors import SaesubError
-from saesub.ranks_checkpoint import newest_state, write_state
-from saesub.spectrum import Spectrum
+from saesub.training.distributed import Ranks, feature_parallel, join
+from saesub.training.distributed.checkpoint import newest_state, write_state
 
 pytestmark = [
     pytest.mark.model,
@@ -152,14 +153,16 @@ def _same_spectrum(found: Spectrum, expected: Spectrum) -> None:
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("case", WEIGHED, ids=str)
 def test_the_plan_counts_what_is_held_and_sent(ran: Path, world: int, case: Case):
-    job = ranks_plan.Job(576, D_SAE, case.k, BATCH, world, optimizer=case.optimizer, mode=case.mode)
+    job = parallel_cost.Job(
+        576, D_SAE, case.k, BATCH, world, optimizer=case.optimizer, mode=case.mode
+    )
     records = [
         json.loads((ran / f"weighed-{case}-{world}-{rank}").read_text()) for rank in range(world)
     ]
-    held = {what: ranks_plan.memory(job)[what] for what in ("parameters", "moments", "counts")}
+    held = {what: parallel_cost.memory(job)[what] for what in ("parameters", "moments", "counts")}
     assert records[0]["held"] == held  # the first rank is the fullest
     sent = sum(record["sent"] for record in records) / world
-    planned = sum(ranks_plan.traffic(job).values())
+    planned = sum(parallel_cost.traffic(job).values())
     assert planned <= 1.001 * sent  # rounding of uneven rings
     assert sent < 1.05 * planned + 4000  # gloo's headers, and the number of rows
 
@@ -248,15 +251,15 @@ def test_folders_of_other_names_are_no_states(tmp_path: Path):
 
 def test_an_older_torch_is_told_which_is_needed(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.8.0+cpu"))
-    monkeypatch.delitem(sys.modules, "saesub.ranks_checkpoint")
+    monkeypatch.delitem(sys.modules, "saesub.training.distributed.checkpoint")
     with pytest.raises(SaesubError, match=r"needs torch 2\.9 or newer, not 2\.8\.0"):
-        importlib.import_module("saesub.ranks_checkpoint")
+        importlib.import_module("saesub.training.distributed.checkpoint")
 
 
 def test_a_gradients_norm_makes_no_copy_of_it():
     gradient = torch.randn(40_000, 100)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        squared = sharded._squared_norm(gradient)
+        squared = feature_parallel._squared_norm(gradient)
     largest = max(event.self_cpu_memory_usage for event in profiled.events())
     assert 0 < largest < gradient.nbytes / 10
     assert squared.item() == pytest.approx(gradient.double().square().sum().item(), rel=1e-12)

@@ -16,8 +16,8 @@ from sae_lens.config import SAETrainerConfig
 from transformer_lens.model_bridge import TransformerBridge
 
 import saesub
-from saesub.fetch import packaged
-from saesub.models import _converted
+from saesub.loading.models import _converted
+from saesub.loading.registry import packaged
 
 pytestmark = pytest.mark.model
 HOOK = "blocks.4.hook_attn_out"

@@ -15,9 +15,9 @@ from sae_lens import (
     TopKTrainingSAEConfig,
 )
 
-from saesub import int8_search, native
-from saesub.encode import encoder_of
-from saesub.evaluate import reconstruction
+from saesub.evaluation.reconstruction import reconstruction
+from saesub.topk import cpu, int8_search
+from saesub.topk.encode import encoder_of
 
 SIZES = {"d_in": 576, "d_sae": 2048}
 NORMS = ["layer_norm", "constant_norm_rescale"]
@@ -92,20 +92,20 @@ def test_a_listener_gets_all_pre_activations(activations):
 
 @pytest.mark.parametrize("compiled", [True, False])
 def test_a_reconstruction_by_the_search_is_that_without_it(activations, monkeypatch, compiled):
-    if compiled and native.library() is None:
+    if compiled and cpu.library() is None:
         pytest.skip("needs a C++ compiler")
     torch.manual_seed(0)
     sizes = SIZES | {"d_sae": 16_384}  # wide enough for an 8-bit search
     sae = spread(TopKTrainingSAE(TopKTrainingSAEConfig(**sizes, k=16)))
     blocks = activations.split(600)
     if not compiled:
-        monkeypatch.setattr(native, "library", lambda: None)
-    searched, module = [], native if compiled else int8_search
+        monkeypatch.setattr(cpu, "library", lambda: None)
+    searched, module = [], cpu if compiled else int8_search
     find = module.search
     monkeypatch.setattr(module, "search", lambda *given: searched.append(1) or find(*given))
     found = reconstruction(sae, blocks)
     assert searched
-    monkeypatch.setattr("saesub.encode._suits_search", lambda sae: False)
+    monkeypatch.setattr("saesub.topk.encode._suits_search", lambda sae: False)
     plain = reconstruction(sae, blocks)
     assert found.l0 == plain.l0 > 10
     assert found.fvu == pytest.approx(plain.fvu, rel=1e-6)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import re
@@ -22,21 +21,23 @@ from sae_lens.config import SAETrainerConfig
 from test_kill import prepare_notebooks, prepare_wheels
 from transformer_lens.model_bridge import TransformerBridge
 
-from saesub import model_pass
-from saesub.activations import harvest, measure_spectra
-from saesub.arms import joint_batches, train_arms
-from saesub.corpora import load_corpus
+from saesub.activations import forward_pass
+from saesub.activations.collect import harvest, measure_spectra
+from saesub.activations.spectra_checkpoint import SpectraState
+from saesub.activations.spectrum import SpectrumAccumulator
+from saesub.activations.store import ActivationStore, StoreWriter
 from saesub.errors import SaesubError
-from saesub.fetch import Registry, fetch, read_registry
-from saesub.models import load_model
-from saesub.resources import cache_dir
-from saesub.spectra_state import SpectraState
-from saesub.spectrum import SpectrumAccumulator
-from saesub.store import ActivationStore, StoreWriter
-from saesub.training import SubspaceSAETrainer
+from saesub.loading import download as fetching
+from saesub.loading.corpora import load_corpus
+from saesub.loading.download import fetch
+from saesub.loading.models import load_model
+from saesub.loading.registry import Registry, read_registry
+from saesub.paths import cache_dir
+from saesub.reproduce import runner
+from saesub.training.comparison import joint_batches, train_arms
+from saesub.training.trainer import SubspaceSAETrainer
 
 pytestmark = pytest.mark.model
-fetching = importlib.import_module("saesub.fetch")  # saesub gives out its function
 
 HOOKS = ("blocks.0.hook_attn_out", "blocks.0.hook_mlp_out")
 PASS = {"n_tokens": 800, "context_size": 32, "batch_size": 2, "progress": False}
@@ -196,7 +197,7 @@ def test_harvesting_to_a_full_disk(
 def test_a_checkpoint_of_spectra_on_a_full_disk(
     model, few, disk: Disk, n_bytes: int, monkeypatch: pytest.MonkeyPatch, faults: Faults
 ) -> None:
-    monkeypatch.setattr(model_pass, "KEEP_EVERY", 0.0)
+    monkeypatch.setattr(forward_pass, "KEEP_EVERY", 0.0)
     place = disk(n_bytes)
     with pytest.raises(SaesubError, match=r"No space left.*make room"):
         measure_spectra(model, few, HOOKS, checkpoint=place / "state", **PASS)
@@ -226,15 +227,14 @@ def test_a_checkpoint_of_training_on_a_full_disk(
 def test_notebooks_run_to_a_full_disk(
     disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faults: Faults
 ) -> None:
-    module = importlib.import_module("saesub.reproduce")
     prepare_notebooks(tmp_path / "notebooks")
     monkeypatch.setenv("KILLING_LOG", str(tmp_path / "ran"))
-    monkeypatch.setattr(module, "notebooks_dir", lambda: tmp_path / "notebooks")
+    monkeypatch.setattr(runner, "notebooks_dir", lambda: tmp_path / "notebooks")
     place = disk(4096)
     with pytest.raises(SaesubError, match=r"No space left.*make room"):
-        module.reproduce("smoke", results=place / "results", quiet=True)
+        runner.reproduce("smoke", results=place / "results", quiet=True)
     disk(5_000_000)
-    outcomes = module.reproduce("smoke", results=place / "results", quiet=True)
+    outcomes = runner.reproduce("smoke", results=place / "results", quiet=True)
     assert [outcome.error for outcome in outcomes] == ["", ""]
     faults.survived("disk full during reproduce, then run again with room")
 
@@ -326,8 +326,8 @@ def test_an_unfinished_harvest_with_damaged_progress_starts_anew(
     class StopError(Exception):
         pass
 
-    monkeypatch.setattr(model_pass, "KEEP_EVERY", 0.0)
-    capture, passes = model_pass._capture, [0]
+    monkeypatch.setattr(forward_pass, "KEEP_EVERY", 0.0)
+    capture, passes = forward_pass._capture, [0]
 
     def stop_at_five(*args: Any) -> None:
         passes[0] += 1
@@ -335,7 +335,7 @@ def test_an_unfinished_harvest_with_damaged_progress_starts_anew(
             raise StopError
         capture(*args)
 
-    monkeypatch.setattr(model_pass, "_capture", stop_at_five)
+    monkeypatch.setattr(forward_pass, "_capture", stop_at_five)
     with pytest.raises(StopError):
         harvest(model, few, HOOKS, tmp_path / "left", **PASS)
     left = {path.name: path.read_bytes() for path in (tmp_path / "left").iterdir()}

@@ -21,22 +21,22 @@ sys.path[:0] = [{root!r}, {tests!r}]
 from pathlib import Path
 import torch
 from test_faults import HOOKS, PASS, rows_of, train
-from saesub import model_pass
-from saesub.activations import harvest
-from saesub.corpora import load_corpus
-from saesub.models import load_model
+from saesub.activations import forward_pass
+from saesub.activations.collect import harvest
+from saesub.loading.corpora import load_corpus
+from saesub.loading.models import load_model
 
 folder = Path({folder!r})
 model, few = load_model("smollm2-135m", device="cpu"), load_corpus("wiki-en").select(range(200))
 LONG = PASS | {{"n_tokens": 3000}}
-model_pass.KEEP_EVERY = 0.0
-passes, capture = [], model_pass._capture
+forward_pass.KEEP_EVERY = 0.0
+passes, capture = [], forward_pass._capture
 
 def counted(*args):
     passes.append(1)
     capture(*args)
 
-model_pass._capture = counted
+forward_pass._capture = counted
 stores = harvest(model, few, HOOKS, folder / "whole", **LONG)
 n_passes = len(passes)
 """

@@ -22,7 +22,7 @@ import nbformat
 import numpy as np
 import pytest
 from faults import Faults, count_faults  # noqa: F401
-from test_fetch import build_wheel
+from test_download import build_wheel
 from transformer_lens.model_bridge import TransformerBridge
 
 pytestmark = [

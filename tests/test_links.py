@@ -43,7 +43,7 @@ def test_a_new_address_reaches_badge_and_install_line_and_leaves_the_rest():
 
 def test_the_repositorys_address_stands_in_one_place():
     """Elsewhere it is generated: in the notebooks, by the script."""
-    texts = [*ROOT.glob("*.*"), *ROOT.glob("saesub/*.py"), *ROOT.glob("notebooks/*.py")]
+    texts = [*ROOT.glob("*.*"), *ROOT.glob("saesub/**/*.py"), *ROOT.glob("notebooks/*.py")]
     named = [p.name for p in texts if p.is_file() and links["repository"]() in p.read_text("utf-8")]
     assert named == ["pyproject.toml"]
 

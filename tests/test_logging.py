@@ -11,7 +11,7 @@ import wandb
 from sae_lens import LoggingConfig, TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
 
-from saesub.training import SubspaceSAETrainer
+from saesub.training.trainer import SubspaceSAETrainer
 
 N_STEPS, BATCH, WINDOW = 6, 64, 64
 

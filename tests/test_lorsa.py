@@ -20,11 +20,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from saesub import lorsa_training
-from saesub.activations import measure_spectra
-from saesub.contexts import kept_positions, pack_contexts
+from saesub.activations.collect import measure_spectra
+from saesub.activations.spectrum import Spectrum
+from saesub.activations.tokens import kept_positions, pack_contexts
 from saesub.errors import SaesubError
-from saesub.lorsa import (
+from saesub.extras.lorsa import (
     AttentionSequences,
     Lorsa,
     LorsaConfig,
@@ -34,10 +34,10 @@ from saesub.lorsa import (
     evaluate_lorsa,
     initialize_lorsa,
     train_lorsa,
+    training,
 )
-from saesub.models import load_model
-from saesub.spectrum import Spectrum
-from saesub.subspace import choose_d_init
+from saesub.init.subspace import choose_d_init
+from saesub.loading.models import load_model
 
 LAYER = 12
 Z, OUT = f"blocks.{LAYER}.attn.hook_z", f"blocks.{LAYER}.hook_attn_out"
@@ -273,7 +273,7 @@ def test_a_point_of_the_history_averages_the_steps_since_the_last(
 ):
     histories = []
     for points in (40, 1):  # a point for every step, and one for all
-        monkeypatch.setattr(lorsa_training, "_HISTORY_POINTS", points)
+        monkeypatch.setattr(training, "_HISTORY_POINTS", points)
         lorsa = Lorsa.from_attention(model, LAYER, n_heads=36, k=8)
         initialize_lorsa(lorsa, model, spectra[Z])
         calibrate_lorsa(lorsa, data)

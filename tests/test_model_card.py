@@ -12,8 +12,8 @@ from huggingface_hub.utils import filter_repo_objects
 from sae_lens import SAE, TopKTrainingSAE, TopKTrainingSAEConfig, upload_saes_to_huggingface
 
 import saesub
-from saesub import claims
 from saesub.errors import SaesubError
+from saesub.reproduce import claims
 
 METADATA = {"model": "smollm2-135m", "hook_name": "blocks.4.hook_attn_out", "corpus": "wiki-en"}
 

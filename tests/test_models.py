@@ -10,10 +10,10 @@ from datasets import Dataset
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from saesub import models
 from saesub.errors import SaesubError
-from saesub.fetch import packaged
-from saesub.models import ContextTokens, context_tokens, load_model, model_name
+from saesub.loading import models
+from saesub.loading.models import ContextTokens, context_tokens, load_model, model_name
+from saesub.loading.registry import packaged
 
 pytestmark = pytest.mark.model
 

@@ -20,11 +20,11 @@ from sae_lens import (
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from scipy.optimize import minimize
 
-from saesub.biases import center_at, center_biases, geometric_median
+from saesub.activations.spectrum import Spectrum
 from saesub.errors import SaesubError
-from saesub.norm import fit_encoder_scale, fit_norm, sample_of, scale_encoder
-from saesub.spectrum import Spectrum
-from saesub.subspace import initialize_in_subspace
+from saesub.init.biases import center_at, center_biases, geometric_median
+from saesub.init.norm import fit_encoder_scale, fit_norm, sample_of, scale_encoder
+from saesub.init.subspace import initialize_in_subspace
 
 D_SAE = 700
 pytestmark = pytest.mark.model

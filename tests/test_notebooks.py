@@ -63,7 +63,7 @@ def _environment(installed: Path) -> dict[str, str]:
 
 @pytest.mark.notebook
 def test_the_wheel_is_what_runs(installed, tmp_path):
-    command = [sys.executable, "-c", "import saesub.resources as r; print(r.notebooks_dir())"]
+    command = [sys.executable, "-c", "import saesub.paths as r; print(r.notebooks_dir())"]
     run = {"cwd": tmp_path, "env": _environment(installed), "capture_output": True, "text": True}
     shown = Path(subprocess.run(command, check=True, **run).stdout.strip())
     assert shown.is_relative_to(installed)

@@ -11,9 +11,9 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_rgb
 
-from saesub import plots
 from saesub.errors import SaesubError
-from saesub.plots import ARMS, SITES
+from saesub.reproduce import plots
+from saesub.reproduce.plots import ARMS, SITES
 
 matplotlib.use("Agg")
 
@@ -211,7 +211,7 @@ def test_cumulative_variance_refuses_plain_variances():
 def test_cumulative_variance_of_a_spectrum():
     import torch
 
-    from saesub.spectrum import Spectrum
+    from saesub.activations.spectrum import Spectrum
 
     x = torch.randn(4000, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor(
         [3.0, 2.0, 1.0]

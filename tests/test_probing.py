@@ -9,8 +9,8 @@ from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from transformer_lens.model_bridge import TransformerBridge
 
 from saesub.errors import SaesubError
-from saesub.probing import RAW, mean_features, probe_tasks, sparse_probe
-from saesub.quality import site_activations
+from saesub.evaluation.features import site_activations
+from saesub.evaluation.probing import RAW, mean_features, probe_tasks, sparse_probe
 
 HOOK = "blocks.2.hook_attn_out"
 TEXTS = ["The river rises in the hills and flows south to the sea.", "Two words more, then done."]

@@ -12,9 +12,9 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 from PIL import Image
 
-from saesub import claims
 from saesub.errors import SaesubError
-from saesub.plots_readme import dead_by_hook_point
+from saesub.reproduce import claims
+from saesub.reproduce.plots.readme import dead_by_hook_point
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "data" / "results" / "quick" / "run.json"

@@ -20,21 +20,23 @@ from datasets import Dataset
 from faults import Faults, count_faults  # noqa: F401
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
-from test_fetch import build_wheel, one_entry
+from test_download import build_wheel, one_entry
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from saesub import claims, encoders
-from saesub.checkpoint import write_checkpoint_state
-from saesub.corpora import load_corpus
 from saesub.errors import SaesubError
-from saesub.examples import ExamplesPage, FeatureExamples, Snippet
-from saesub.fetch import Packaged, PackagedFile, Part, fetch, packaged, read_registry
-from saesub.models import load_model
-from saesub.report import Outcome, report_page
-from saesub.training import SubspaceSAETrainer
+from saesub.evaluation.top_activations import ExamplesPage, FeatureExamples, Snippet
+from saesub.extras import encoders
+from saesub.loading.corpora import load_corpus
+from saesub.loading.download import fetch
+from saesub.loading.models import load_model
+from saesub.loading.registry import Packaged, PackagedFile, Part, packaged, read_registry
+from saesub.reproduce import claims
+from saesub.reproduce.report import Outcome, report_page
+from saesub.training.checkpoint import write_checkpoint_state
+from saesub.training.trainer import SubspaceSAETrainer
 
-SOURCES = sorted((Path(__file__).parents[1] / "saesub").glob("*.py"))
+SOURCES = sorted((Path(__file__).parents[1] / "saesub").rglob("*.py"))
 SCRIPT = "'\"><script>alert(1)</script><img src=x onerror=alert(1)>"
 
 

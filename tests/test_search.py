@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saesub import int8_search, native
-from saesub.sparse_ops import dense_search
+from saesub.topk import cpu, int8_search
+from saesub.topk.ops import dense_search
 
 
 def _exact_int_mm(a, b, out):
@@ -42,8 +42,8 @@ SEARCHES = pytest.mark.parametrize(
     "search",
     [
         pytest.param(
-            native.search,
-            marks=pytest.mark.skipif(not native.has_int8_search(), reason="no compiler or VNNI"),
+            cpu.search,
+            marks=pytest.mark.skipif(not cpu.has_int8_search(), reason="no compiler or VNNI"),
             id="native",
         ),
         pytest.param(_in_torch, id="torch"),
@@ -103,7 +103,7 @@ def test_search_ranks_ties_and_empty_rows_by_the_whole_product(search):
     _same_sets(x, W_enc, b_enc, None, found, expected)
 
 
-@pytest.mark.skipif(not native.has_int8_search(), reason="no compiler or VNNI")
+@pytest.mark.skipif(not cpu.has_int8_search(), reason="no compiler or VNNI")
 def test_features_that_crowd_near_the_top_do_not_send_a_token_to_the_whole_product():
     """As training makes them: hundreds within rounding of one another, on many tokens."""
     x, W_enc, b_enc = _problem(200, 64, 8192, 0)
@@ -111,8 +111,8 @@ def test_features_that_crowd_near_the_top_do_not_send_a_token_to_the_whole_produ
     W_enc[:, 4000:5100], b_enc[:] = W_enc[:, :1] + 1e-3 * near, 0
     x += 5 * W_enc[:, 0]
     expected = dense_search(x, W_enc, b_enc, 32)
-    with mock.patch.object(native, "dense_search", side_effect=AssertionError("not needed")):
-        found = native.search(x, W_enc, b_enc, 32)
+    with mock.patch.object(cpu, "dense_search", side_effect=AssertionError("not needed")):
+        found = cpu.search(x, W_enc, b_enc, 32)
     crowded = (expected[0] >= 4000) & (expected[0] < 5100)
     assert crowded.any(1).float().mean() > 0.9
     _same_sets(x, W_enc, b_enc, None, found, expected)
@@ -172,7 +172,7 @@ def test_tokens_beyond_every_scale_are_ranked_by_the_whole_product(search):
 @SEARCHES
 def test_search_keeps_the_top_k_on_real_activations(search, model, corpus):
     """Every feature of the float32 ranking is found, for activations with their own outliers."""
-    from saesub.activations import stream_activations
+    from saesub.activations.collect import stream_activations
 
     for hook in ("blocks.12.hook_attn_out", "blocks.12.hook_resid_post"):
         blocks = stream_activations(model, corpus, [hook], n_tokens=1024, progress=False)
@@ -264,7 +264,7 @@ def test_row_major_weights_odd_widths_and_no_tokens_are_searched_too(d_sae):
 
 def test_few_real_tokens_need_the_whole_product(model, corpus, monkeypatch):
     """A search that fell back always would be right, and slower than the product."""
-    from saesub.activations import stream_activations
+    from saesub.activations.collect import stream_activations
 
     hook = "blocks.12.hook_attn_out"
     blocks = stream_activations(model, corpus, [hook], n_tokens=1024, progress=False)

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from saesub.activations.spectrum import Spectrum, SpectrumAccumulator
 from saesub.errors import SaesubError
-from saesub.spectrum import Spectrum, SpectrumAccumulator
 
 
 def _with_spectrum(variances: torch.Tensor, n: int = 4000) -> torch.Tensor:

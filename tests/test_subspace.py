@@ -12,10 +12,10 @@ import torch
 from sae_lens import SAE, StandardTrainingSAEConfig, TrainingSAE
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 
-from saesub.biases import center_biases
+from saesub.activations.spectrum import Spectrum
 from saesub.errors import SaesubError
-from saesub.spectrum import Spectrum
-from saesub.subspace import choose_d_init, initialize_in_subspace
+from saesub.init.biases import center_biases
+from saesub.init.subspace import choose_d_init, initialize_in_subspace
 
 D_IN, D_OUT, D_SAE = 24, 20, 96
 EXTRA = {"matryoshka_batchtopk": {"matryoshka_widths": [32, 64, 96]}}

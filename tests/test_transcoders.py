@@ -21,16 +21,13 @@ from sae_lens import (
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import TrainStepInput
 
-from saesub.activations import harvest
-from saesub.arms import train_arms
-from saesub.biases import center_biases
-from saesub.dead import times_fired
+from saesub.activations.collect import harvest
+from saesub.activations.spectrum import Spectrum
+from saesub.activations.store import ActivationStore
 from saesub.errors import SaesubError
-from saesub.evaluate import reconstruction
-from saesub.spectrum import Spectrum
-from saesub.store import ActivationStore
-from saesub.subspace import initialize_in_subspace
-from saesub.transcoders import (
+from saesub.evaluation.dead_features import times_fired
+from saesub.evaluation.reconstruction import reconstruction
+from saesub.extras.transcoders import (
     TrainingSkipTranscoder,
     TrainingSkipTranscoderConfig,
     TrainingTranscoder,
@@ -39,6 +36,9 @@ from saesub.transcoders import (
     paired_batches,
     transcoder_reconstruction,
 )
+from saesub.init.biases import center_biases
+from saesub.init.subspace import initialize_in_subspace
+from saesub.training.comparison import train_arms
 
 READS, WRITES = "blocks.1.ln2.hook_normalized", "blocks.1.hook_mlp_out"
 D, D_SAE, BATCH, N = 576, 300, 64, 1200

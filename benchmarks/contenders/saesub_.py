@@ -7,8 +7,8 @@ import sys
 import harness
 from saelens_dense import stepper, trainer_config, untrained
 
-from saesub import native
-from saesub.training import SubspaceSAETrainer
+from saesub.topk import cpu
+from saesub.training.trainer import SubspaceSAETrainer
 
 VARIANT = sys.argv.pop(sys.argv.index("--variant") + 1)
 sys.argv.remove("--variant")
@@ -17,7 +17,7 @@ PATH, OPTIMIZER = VARIANT.split("-")  # torch or native; adam or sparse_adam
 
 def make(d_in: int, d_sae: int, k: int, batch: int, seed: int) -> harness.Step:
     """One step of saesub's TopK training on x (batch, d_in)."""
-    if PATH == "native" and not native.has_int8_search():
+    if PATH == "native" and not cpu.has_int8_search():
         raise RuntimeError("the compiled step with its 8-bit search is not to be had here")
     sae = untrained(d_in, d_sae, k, seed)
     backend = {"torch": "torch", "native": "auto"}[PATH]

@@ -32,8 +32,8 @@ from tqdm.auto import tqdm
 from trials import RESULTS, STORES
 
 import saesub
-from saesub.atomic import write_atomically
-from saesub.report import run_facts
+from saesub.files import write_atomically
+from saesub.reproduce.report import run_facts
 
 MODEL, HOOK, CORPUS = "smollm2-135m", "blocks.3.hook_attn_out", "wiki-en"
 D_SAE, BATCH, STEPS, HELD_OUT, N_SPECTRUM = 4096, 1024, 200, 60_000, 200_000

@@ -20,9 +20,9 @@ from scipy.stats import spearmanr
 from trials import RESULTS, Trial, site
 
 import saesub
-from saesub.atomic import write_atomically
-from saesub.forecast import LEAST, expected_share
-from saesub.report import run_facts
+from saesub.files import write_atomically
+from saesub.reproduce.dead_forecast import LEAST, expected_share
+from saesub.reproduce.report import run_facts
 
 CALIBRATED_ON = ("blocks.12.", "blocks.20.")
 FIRST_GUESS = [-6.0, 10.0, -12.0, 14.0, 2.4, 6.0]

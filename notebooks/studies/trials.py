@@ -24,8 +24,8 @@ from sae_lens.config import SAETrainerConfig
 from tqdm.auto import tqdm
 
 import saesub
-from saesub.atomic import write_atomically
-from saesub.report import run_facts
+from saesub.files import write_atomically
+from saesub.reproduce.report import run_facts
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "data" / "results" / "studies"
@@ -37,7 +37,7 @@ N_SPECTRUM = 200_000  # tokens behind a spectrum, and to draw data points from
 
 @dataclass(frozen=True)
 class Trial:
-    """`start` is "random", a rule of `saesub.directions` or of a study; `d_init` as there."""
+    """`start` is "random", a rule of `saesub.init.directions` or of a study; `d_init` as there."""
 
     hook_name: str
     start: str

@@ -30,7 +30,7 @@ from torch.nn.functional import normalize
 from trials import Trial, outcome, package_start, run, site
 
 import saesub
-from saesub.directions import directions_at, draw_tokens, equal_variance, random_directions
+from saesub.init.directions import directions_at, draw_tokens, equal_variance, random_directions
 
 Z = "blocks.12.attn.hook_z"
 D_HEAD = 64

@@ -18,9 +18,9 @@ import torch
 from sae_lens import TopKTrainingSAE
 from trials import Start, Trial, package_start, run, site, trained
 
-from saesub.dead import times_fired
-from saesub.encode import encoder_of
-from saesub.evaluate import Judged, unexplained
+from saesub.evaluation.dead_features import times_fired
+from saesub.evaluation.reconstruction import Judged, unexplained
+from saesub.topk.encode import encoder_of
 
 HOOK = "blocks.12.hook_attn_out"
 BATCH, STEPS = 2048, 300

@@ -1,0 +1,1 @@
+"""Activations of a language model at its hook points, and their spectra."""

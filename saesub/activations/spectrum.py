@@ -1,0 +1,265 @@
+"""The spectrum of a site: streaming mean and covariance, and what is read off them.
+
+Blocks are centred on their own mean and merged exactly (Chan, Golub & LeVeque 1983), so a mean a
+thousand times the standard deviation costs no accuracy although the products run in float32.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saesub.activations.finite import require_finite
+from saesub.errors import SaesubError
+from saesub.files import Form, damaged, read_checksummed, write_checksummed
+
+_FORM = Form(
+    format="saesub-spectrum-1",
+    key="scalars",
+    what="spectrum",
+    missing="measure it and save it there first",
+    damaged="measure it again",
+    named=False,
+)
+_BLOCK = 8192
+_GRAM_PANEL = 192
+_ROUNDING = 2.0**-23  # of float32, which centring leaves in constant activations
+_SAME_WHEN_MERGED = ("hook_name", "model")
+
+
+class SpectrumAccumulator:
+    """Count, mean, centred scatter and mean norm of a stream of activations of width `d`.
+
+    Holds one (d, d) float64 matrix, never the activations.
+    """
+
+    PARTS = ("mean", "scatter", "totals")
+
+    def __init__(self, d: int) -> None:
+        self.d = d
+        self._n = 0
+        self._mean = torch.zeros(d, dtype=torch.float64)
+        self._scatter = torch.zeros(d, d, dtype=torch.float64)  # its upper triangle
+        self._norm_sum = 0.0
+
+    def update(self, x: Float[Tensor, "n d"]) -> None:
+        """Add a block of activations, on any device, in any floating type.
+
+        Raises SaesubError if the width differs from `d`, or if `x` holds a NaN or an infinity, or
+        no values at all (meta device); the totals are then left as they were.
+        """
+        if x.ndim != 2 or x.shape[1] != self.d:
+            raise SaesubError(f"expected activations of shape (n, {self.d}), got {tuple(x.shape)}")
+        if x.is_meta:
+            raise SaesubError("activations on the meta device hold no values: load the weights")
+        if len(x) == 0:
+            return
+        x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+        norm_sum = x.norm(dim=1).sum(dtype=torch.float64).item()
+        if not norm_sum < float("inf"):
+            require_finite(x)
+            raise SaesubError(f"activations too large for {x.dtype}: their squares overflow")
+        mean = x.mean(dim=0)
+        centred = x - mean
+        # What rounding left in the float32 mean; its square, the scatter's share, is negligible.
+        rest = centred.mean(dim=0).double()
+        self._merge_mean(len(x), mean.double() + rest, norm_sum)
+        _add_gram(self._scatter, centred)
+
+    def _merge_mean(self, n: int, mean: Tensor, norm_sum: float) -> None:
+        """Chan's update for a group of `n`, all but adding the group's own scatter."""
+        self._mean, self._scatter = self._mean.to(mean.device), self._scatter.to(mean.device)
+        total = self._n + n
+        delta = mean - self._mean
+        self._scatter.addr_(delta, delta, alpha=self._n * n / total)
+        self._mean += delta * (n / total)
+        self._n, self._norm_sum = total, self._norm_sum + norm_sum
+
+    def state(self) -> dict[str, Tensor]:
+        """`PARTS`, in float64, which `from_state` makes the same accumulator of."""
+        totals = torch.tensor([self._n, self._norm_sum], dtype=torch.float64)
+        return {"mean": self._mean, "scatter": self._scatter, "totals": totals}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Tensor]) -> SpectrumAccumulator:
+        """An accumulator that goes on where the one of that state was."""
+        accumulator = cls(len(state["mean"]))
+        accumulator._mean, accumulator._scatter = state["mean"], state["scatter"]
+        accumulator._n, accumulator._norm_sum = int(state["totals"][0]), float(state["totals"][1])
+        return accumulator
+
+    def finish(self, metadata: dict[str, str] | None = None) -> Spectrum:
+        """The statistics so far; more blocks may follow. Raises SaesubError if there were none."""
+        if self._n == 0:
+            raise SaesubError("no activations were given: nothing to take a spectrum of")
+        upper = self._scatter.cpu().triu() / self._n
+        return Spectrum(
+            n_tokens=self._n,
+            mean=self._mean.cpu().clone(),
+            covariance=upper + upper.triu(1).T,
+            mean_norm=self._norm_sum / self._n,
+            metadata=dict(metadata or {}),
+        )
+
+
+def _add_gram(total: Float[Tensor, "d d"], y: Float[Tensor, "n d"]) -> None:
+    """Add yᵀy to the upper triangle of `total`, in panels of columns: about half the work."""
+    d = y.shape[1]
+    width = d if y.is_cuda else _GRAM_PANEL
+    for i in range(0, d, width):
+        total[i : i + width, i:] += y[:, i : i + width].T @ y[:, i:]
+
+
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """Mean and covariance of the activations at one hook point, and their principal directions.
+
+    `covariance` is centred and divided by `n_tokens`; `mean_norm` is the mean L2 norm of the
+    activations themselves (what SAELens scales inputs by); `metadata` says where they come from
+    (hook_name, model, corpus, context_size, ...).
+    """
+
+    n_tokens: int
+    mean: Float[Tensor, " d"]
+    covariance: Float[Tensor, "d d"]
+    mean_norm: float
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def from_activations(
+        cls, x: Float[Tensor, "n d"], metadata: dict[str, str] | None = None
+    ) -> Spectrum:
+        """The spectrum of activations already held as one matrix. Raises as `update` does."""
+        if x.ndim != 2:
+            raise SaesubError(f"expected activations of shape (n, d), got {tuple(x.shape)}")
+        accumulator = SpectrumAccumulator(x.shape[1])
+        for block in x.split(_BLOCK):
+            accumulator.update(block)
+        return accumulator.finish(metadata)
+
+    def __repr__(self) -> str:
+        where = self.metadata.get("hook_name", "unnamed activations")
+        return f"Spectrum({where}, {self.n_tokens:,} tokens, d {self.d})"
+
+    @property
+    def d(self) -> int:
+        """Width of the activations."""
+        return len(self.mean)
+
+    @cached_property
+    def eigenvalues(self) -> Float[Tensor, " d"]:
+        """Variances along the principal directions, descending, never negative; float64."""
+        # Without the vectors in half the time: ranks over many sites need no directions.
+        return torch.linalg.eigvalsh(self.covariance).flip(0).clamp(min=0)
+
+    @cached_property
+    def eigenvectors(self) -> Float[Tensor, "d d"]:
+        """Principal directions as columns, in the order of `eigenvalues`; float64."""
+        return torch.linalg.eigh(self.covariance).eigenvectors.flip(1)
+
+    def rank_at(self, share: float = 0.99) -> int:
+        """Smallest r so that the top r directions hold `share` of the variance; a count, 1 to d.
+
+        Raises SaesubError for a share outside (0, 1], or with no more tokens than dimensions.
+        """
+        if not 0 < share <= 1:
+            raise SaesubError(f"share of variance must lie in (0, 1], got {share}")
+        self._require_rank_visible()
+        cumulative = self.eigenvalues.cumsum(0)
+        # The margin keeps rounding in the sum from deciding where the share is met exactly.
+        return int((cumulative < share * cumulative[-1] * (1 - 1e-12)).sum()) + 1
+
+    def variance_in(self, r: int) -> float:
+        """Share of the variance, 0 to 1, held by the top `r` directions. Raises SaesubError for r
+        outside 1..d, or constant activations."""
+        self._require_r(r)
+        self._require_variance()
+        return float(self.eigenvalues[:r].sum() / self.eigenvalues.sum())
+
+    def effective_rank(self, of: Literal["singular_values", "variance"]) -> float:
+        """exp of the entropy of the normalised spectrum (Roy & Vetterli 2007); a count, 1 to d.
+
+        `of` says what is normalised: the singular values of the centred activations, as in that
+        paper, or the variances, their squares. Raises SaesubError with no more tokens than
+        dimensions.
+        """
+        if of not in ("singular_values", "variance"):
+            raise SaesubError(f"effective rank is of 'singular_values' or 'variance', not {of!r}")
+        self._require_rank_visible()
+        weights = self.eigenvalues.sqrt() if of == "singular_values" else self.eigenvalues
+        return float(torch.special.entr(weights / weights.sum()).sum().exp())
+
+    def basis(self, r: int) -> Float[Tensor, "d r"]:
+        """The top `r` principal directions as orthonormal float32 columns.
+
+        Raises SaesubError for r outside 1..d, or beyond the directions `n_tokens` tokens span.
+        """
+        self._require_r(r)
+        if r > self.n_tokens - 1:
+            raise SaesubError(
+                f"{self.n_tokens} tokens span at most {self.n_tokens - 1} centred directions, "
+                f"{r} were asked for; pass n_tokens >= {r + 1}"
+            )
+        return self.eigenvectors[:, :r].float()
+
+    def __add__(self, other: Spectrum) -> Spectrum:
+        """The spectrum of both samples together, exactly. Raises SaesubError for differing widths,
+        hook points or models."""
+        if self.d != other.d:
+            raise SaesubError(f"cannot merge spectra of widths {self.d} and {other.d}")
+        merged = SpectrumAccumulator(self.d)
+        for s in (self, other):
+            merged._merge_mean(s.n_tokens, s.mean, s.mean_norm * s.n_tokens)
+            merged._scatter += s.covariance * s.n_tokens
+        return merged.finish(_merge_metadata(self.metadata, other.metadata))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write to a safetensors file, never a half-written one. Raises SaesubError where the disk
+        is full or cannot be written."""
+        scalars = json.dumps([self.n_tokens, self.mean_norm, self.metadata])
+        tensors = {"mean": self.mean, "covariance": self.covariance}
+        write_checksummed(path, _FORM, tensors, scalars)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Spectrum:
+        """Read what `save` wrote. Raises SaesubError for a missing, foreign or damaged file."""
+        tensors, scalars = read_checksummed(path, _FORM)
+        try:
+            mean, covariance = tensors["mean"], tensors["covariance"]
+            n_tokens, mean_norm, metadata = json.loads(scalars)
+            if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+                raise ValueError("its mean and covariance do not go together")
+        except (KeyError, TypeError, ValueError) as error:
+            raise damaged(path, _FORM, error) from error
+        return cls(n_tokens, mean, covariance, mean_norm, metadata)
+
+    def _require_r(self, r: int) -> None:
+        if not 1 <= r <= self.d:
+            raise SaesubError(f"number of directions must lie in 1..{self.d}, got {r}")
+
+    def _require_rank_visible(self) -> None:
+        if self.n_tokens <= self.d:
+            raise SaesubError(
+                f"{self.n_tokens} tokens cannot show the rank of {self.d} dimensions; pass "
+                f"n_tokens >= {self.d + 1}, better {10 * self.d}"
+            )
+        self._require_variance()
+
+    def _require_variance(self) -> None:
+        if not self.eigenvalues[0] > (_ROUNDING * self.mean.norm()) ** 2:
+            raise SaesubError("the activations are constant: they have no rank to speak of")
+
+
+def _merge_metadata(a: dict[str, str], b: dict[str, str]) -> dict[str, str]:
+    for key in _SAME_WHEN_MERGED:
+        if key in a and key in b and a[key] != b[key]:
+            raise SaesubError(f"cannot merge spectra of different {key}: {a[key]!r} and {b[key]!r}")
+    both = a | b
+    return {k: f"{a[k]} + {b[k]}" if a.get(k, v) != b.get(k, v) else v for k, v in both.items()}

@@ -1,0 +1,1 @@
+"""Evaluation of trained SAEs and of their features."""

@@ -1,0 +1,183 @@
+"""Sparse probing: how much a few features say about a text, as in SAEBench.
+
+After Gurnee et al. 2023 ("Finding Neurons in a Haystack") and SAEBench (Karvonen et al. 2025,
+section on sparse probing): a text is the mean of its tokens' activations, the k features that
+differ most between two classes are kept, and a logistic regression reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from sae_lens import SAE
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformer_lens.model_bridge import TransformerBridge
+
+from saesub.activations.tokens import kept_positions
+from saesub.errors import SaesubError, near_names
+from saesub.evaluation.features import site_activations
+from saesub.loading.models import Model, context_tokens, load_model
+from saesub.progress import bar
+from saesub.topk.encode import flat_heads
+
+RAW = "raw"  # the site's own activations, beside the features of SAEs
+
+
+@torch.no_grad()
+def mean_features(
+    model: Model,
+    texts: Sequence[str],
+    hook_name: str,
+    saes: Mapping[str, SAE[Any]],
+    *,
+    max_tokens: int = 64,
+    batch_size: int = 16,
+    skip_first: int = 1,
+    progress: bool = True,
+) -> dict[str, Float[Tensor, "texts d"]]:
+    """Each text as the mean of its tokens' features, for several SAEs from one pass of the model.
+
+    Args:
+        texts: of each the first `max_tokens` tokens are read. Special tokens and the first
+            `skip_first` positions are left out of the mean.
+        hook_name: where all the SAEs read.
+        saes: name -> SAE with its input scaling folded in; may be empty.
+
+    Returns:
+        name -> (texts, d_sae), and under "raw" the mean activations themselves, (texts, d_in).
+
+    Raises:
+        SaesubError: unknown hook point, an SAE named "raw", no texts, or a text without a token.
+    """
+    bridge = load_model(model)
+    if RAW in saes or not texts:
+        raise SaesubError(f"give at least one text, and no SAE the name {RAW!r}")
+    tokens, real = _tokenised(bridge, texts, max_tokens)
+    kept = kept_positions(bridge, tokens, skip_first) & real
+    if len(empty := (~kept.any(1)).nonzero()):
+        raise SaesubError(
+            f"text {int(empty[0])} holds no token after the first {skip_first}: leave it out"
+        )
+    parts: dict[str, list[Tensor]] = {name: [] for name in (RAW, *saes)}
+    with bar(total=len(texts), unit="text", progress=progress) as shown:
+        for batch, mask in zip(tokens.split(batch_size), kept.split(batch_size), strict=True):
+            x = site_activations(bridge, batch, hook_name)[mask.to(bridge.cfg.device)]
+            parts[RAW].append(_text_means(x, mask))
+            for name, sae in saes.items():
+                with flat_heads(sae):
+                    features = sae.encode(x.to(sae.device)).to_dense()
+                parts[name].append(_text_means(features, mask))
+            shown.update(len(batch))
+    return {name: torch.cat(means) for name, means in parts.items()}
+
+
+def _tokenised(
+    model: TransformerBridge, texts: Sequence[str], max_tokens: int
+) -> tuple[Int[Tensor, "texts pos"], Bool[Tensor, "texts pos"]]:
+    """The texts' first tokens, after BOS where the model has one, and which are not padding.
+
+    Padding comes last, so that under causal attention no token of a text sees it.
+    """
+    bos_id = context_tokens(model).bos_id
+    bos = [] if bos_id is None else [bos_id]
+    assert model.tokenizer is not None  # context_tokens has refused a model without one
+    rows = model.tokenizer(
+        list(texts), add_special_tokens=False, truncation=True, max_length=max_tokens
+    ).input_ids
+    ids = [torch.tensor(bos + row, dtype=torch.int64) for row in rows]
+    real = [torch.ones(len(row), dtype=torch.bool) for row in ids]
+    return pad_sequence(ids, batch_first=True), pad_sequence(real, batch_first=True)
+
+
+def _text_means(rows: Tensor, mask: Bool[Tensor, "texts pos"]) -> Float[Tensor, "texts d"]:
+    """Means of the rows of each text, float32; row i stands at the mask's i-th true position."""
+    text = mask.nonzero()[:, 0].to(rows.device)
+    sums = torch.zeros(len(mask), rows.shape[1], device=rows.device).index_add_(
+        0, text, rows.float()
+    )
+    return (sums.cpu() / mask.sum(1, keepdim=True).cpu()).float()
+
+
+def sparse_probe(
+    train: Float[Tensor, "n d"],
+    is_positive: Bool[Tensor, " n"],
+    test: Float[Tensor, "m d"],
+    test_is_positive: Bool[Tensor, " m"],
+    k: int | None,
+) -> float:
+    """Test accuracy of a logistic regression on the k features whose means differ most.
+
+    The difference of the class means is taken over the training texts, without regard to sign;
+    k = None reads every feature. The features read are standardised first, which SAEBench does
+    not do: the strength of scikit-learn's L2 penalty would else hang on the scale of the site.
+
+    Raises:
+        SaesubError: k outside 1..d, or a class without training texts.
+    """
+    d = train.shape[1]
+    if k is not None and not 1 <= k <= d:
+        raise SaesubError(f"k must lie in 1..{d} (the number of features), not {k}")
+    if is_positive.all() or not is_positive.any():
+        raise SaesubError("a probe needs training texts of both classes")
+    if k is not None:
+        difference = (train[is_positive].mean(0) - train[~is_positive].mean(0)).abs()
+        chosen = difference.topk(k).indices
+        train, test = train[:, chosen], test[:, chosen]
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    probe.fit(train.numpy(), is_positive.numpy())
+    return float(probe.score(test.numpy(), test_is_positive.numpy()))
+
+
+def probe_tasks(
+    features: Mapping[str, Float[Tensor, "texts d"]],
+    tasks: Mapping[str, tuple[str, str]],
+    ks: Sequence[int | None] = (1, 5, 20),
+    *,
+    test_share: float = 0.25,
+) -> pd.DataFrame:
+    """Sparse probes for several tasks, each a pair of classes of texts.
+
+    Every class gives its last texts to the test; both classes of a task give equally many, so
+    that guessing scores one half.
+
+    Args:
+        features: class -> (texts, d), its texts in random order; from `mean_features`.
+        tasks: name -> (a class, the class it is told from).
+        ks: numbers of features read; None reads all of them.
+
+    Returns:
+        columns task, k (0 stands for all features) and accuracy.
+
+    Raises:
+        SaesubError: unknown class, or too few texts for a test.
+    """
+    rows = []
+    for task, classes in tasks.items():
+        for name in classes:
+            if name not in features:
+                raise SaesubError(f"task {task!r}: no class {name!r}; {near_names(name, features)}")
+        split = _split([features[name] for name in classes], test_share)
+        rows += [{"task": task, "k": k or 0, "accuracy": sparse_probe(*split, k)} for k in ks]
+    return pd.DataFrame(rows)
+
+
+def _split(classes: Sequence[Tensor], test_share: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n = min(map(len, classes))
+    n_test = round(n * test_share)
+    if not 1 <= n_test < n:
+        raise SaesubError(
+            f"{n} texts of a class and test_share={test_share} leave no text to train or to test "
+            "on: give more texts or another share"
+        )
+    n_train = n - n_test
+    train = torch.cat([x[:n_train] for x in classes])
+    test = torch.cat([x[n_train:n] for x in classes])
+    return train, torch.arange(2 * n_train) < n_train, test, torch.arange(2 * n_test) < n_test

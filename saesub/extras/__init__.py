@@ -1,0 +1,1 @@
+"""Other dictionaries, models and data than SAEs on language models and text."""

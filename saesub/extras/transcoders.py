@@ -1,0 +1,207 @@
+"""Training of SAELens' transcoders, for which SAELens has inference classes only.
+
+A transcoder reads activations x at one hook point and predicts y at another through sparse
+features (Dunefsky, Chlenski & Nanda 2024, arXiv 2406.11944); a skip transcoder adds a linear map
+of x (Paulo, Shabalin & Belrose 2025, arXiv 2501.18823). The objects trained here are SAELens' own
+with a loss added, so what they save loads with `SAE.load_from_disk` as a plain SAELens transcoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from sae_lens import SkipTranscoder, SkipTranscoderConfig, Transcoder, TranscoderConfig
+from sae_lens.config import SAETrainerConfig
+from sae_lens.constants import SAE_WEIGHTS_FILENAME
+from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput, TrainStepOutput
+from safetensors.torch import load_file
+from torch import Tensor
+
+from saesub.activations.store import ActivationStore
+from saesub.errors import SaesubError
+from saesub.evaluation.reconstruction import Judged, Reconstruction, unexplained
+from saesub.training.comparison import joint_batches
+from saesub.training.trainer import SubspaceSAETrainer
+
+
+@dataclass
+class _L1Settings:
+    """The penalty's settings, by the names that SAELens' standard training SAE gives them."""
+
+    apply_b_dec_to_input: bool = False  # b_dec lives in the target's space; True is refused
+    l1_coefficient: float = 1.0
+    l1_warm_up_steps: int = 0
+
+
+@dataclass
+class TrainingTranscoderConfig(_L1Settings, TranscoderConfig):
+    """SAELens' `TranscoderConfig` (d_in, d_out, d_sae, ...) with `l1_coefficient`, in the units of
+    the target (twice the target's scale asks for twice the coefficient), and `l1_warm_up_steps`."""
+
+
+@dataclass
+class TrainingSkipTranscoderConfig(_L1Settings, SkipTranscoderConfig):
+    """`TrainingTranscoderConfig` of a skip transcoder."""
+
+
+class _TrainedByL1(Transcoder):
+    """What `SAETrainer` asks of an SAE, with the loss of SAELens' `StandardTrainingSAE`."""
+
+    def get_coefficients(self) -> dict[str, TrainCoefficientConfig]:
+        settings: Any = self.cfg
+        return {"l1": TrainCoefficientConfig(settings.l1_coefficient, settings.l1_warm_up_steps)}
+
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        """‖y − ŷ‖² + l1 Σ_i f_i ‖W_dec_i‖, both averaged over tokens.
+
+        `step_input.sae_in` (batch, d_in + d_out) holds x and y side by side. The output's `sae_in`
+        is y, which is what SAELens compares its `sae_out` with.
+        """
+        x, y = step_input.sae_in.split([self.cfg.d_in, self.cfg.d_out], dim=-1)
+        predicted, features = self.forward_with_activations(x)
+        losses = {
+            "mse_loss": (predicted - y).square().sum(-1).mean(),
+            "l1_loss": step_input.coefficients["l1"] * (features @ self.W_dec.norm(dim=-1)).mean(),
+        }
+        return TrainStepOutput(
+            sae_in=y,
+            sae_out=predicted,
+            feature_acts=features,
+            hidden_pre=features,  # SAELens' trainer passes it on and never reads it
+            loss=losses["mse_loss"] + losses["l1_loss"],
+            losses=losses,
+        )
+
+    def load_weights_from_checkpoint(self, checkpoint_path: Path | str) -> None:
+        """As SAELens' training SAEs do, for runs that are resumed."""
+        self.load_state_dict(load_file(Path(checkpoint_path) / SAE_WEIGHTS_FILENAME))
+
+
+class TrainingTranscoder(_TrainedByL1, Transcoder):
+    """SAELens' `Transcoder`, ReLU, that `TranscoderTrainer` can train."""
+
+
+class TrainingSkipTranscoder(_TrainedByL1, SkipTranscoder):
+    """SAELens' `SkipTranscoder`, ReLU, that `TranscoderTrainer` can train."""
+
+
+class TranscoderTrainer(SubspaceSAETrainer):
+    """`SubspaceSAETrainer` for transcoders: batches hold x and y side by side.
+
+    Args:
+        cfg: as `SAETrainer` takes it.
+        transcoder: `TrainingTranscoder` or `TrainingSkipTranscoder`.
+        data_provider: iterator of (batch, d_in + d_out), as in the values of `paired_batches`.
+        settings: of `SubspaceSAETrainer`: optimizer, dead_window_tokens and so on.
+
+    Raises:
+        SaesubError: another kind of SAE (SAELens' own transcoders have no loss to train by), or one
+            that rescales its input, or remedies; and as `SubspaceSAETrainer`.
+
+    Example:
+        >>> cfg = TrainingTranscoderConfig(d_in=576, d_sae=4608, d_out=576, l1_coefficient=3.0)
+        >>> transcoder = TrainingTranscoder(cfg)
+        >>> initialize_in_subspace(transcoder, target, input_spectrum=source)  # doctest: +SKIP
+        >>> TranscoderTrainer(recipe, transcoder, batches).fit()  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        cfg: SAETrainerConfig,
+        transcoder: TrainingTranscoder | TrainingSkipTranscoder,
+        data_provider: Iterator[Tensor],
+        **settings: Any,
+    ) -> None:
+        if not isinstance(transcoder, _TrainedByL1):
+            raise SaesubError(
+                f"{type(transcoder).__name__} cannot be trained as a transcoder: make a "
+                "TrainingTranscoder or a TrainingSkipTranscoder, and load your weights into it "
+                "with load_state_dict where you have some."
+            )
+        if transcoder.cfg.normalize_activations != "none":
+            raise SaesubError(
+                f"normalize_activations={transcoder.cfg.normalize_activations!r} scales x alone or "
+                "x and y alike, and SAELens cannot fold that into a transcoder: use 'none'."
+            )
+        if settings.get("remedies"):
+            raise SaesubError(
+                "Remedies read a batch as what is reconstructed, and a transcoder's holds x and y: "
+                "leave them out."
+            )
+        super().__init__(cfg, transcoder, data_provider, **settings)
+
+    def _check_batch(self, batch: Tensor) -> None:
+        d_in, d_out = self.sae.cfg.d_in, self.sae.cfg.d_out
+        if batch.ndim != 2 or batch.shape[1] != d_in + d_out:
+            raise SaesubError(
+                f"A batch of shape {tuple(batch.shape)} came, but this transcoder takes x and y "
+                f"side by side, (batch, {d_in} + {d_out}): use paired_batches with the stores of "
+                "its own two hook points."
+            )
+        if not batch.sum(dtype=torch.float32).isfinite():
+            raise SaesubError(
+                f"NaN or Inf in the activations of batch {self.n_training_steps} (after "
+                f"{self.n_training_samples} tokens); the transcoder was left as it was before it."
+            )
+
+
+def paired_batches(
+    source: ActivationStore,
+    target: ActivationStore,
+    batch_size: int,
+    *,
+    seed: int,
+    start_step: int = 0,
+) -> Iterator[dict[str, Float[Tensor, "batch d_in_plus_d_out"]]]:
+    """Endless shuffled batches of the same tokens at two sites, side by side, for `train_arms`.
+
+    Raises:
+        SaesubError: the stores hold different tokens.
+    """
+    if source.settings != target.settings:
+        raise SaesubError(
+            f"The stores of {source.hook_name} and {target.hook_name} come from different text or "
+            "settings: harvest both hook points in one call."
+        )
+    sites = {"source": source, "target": target}
+    for batch in joint_batches(sites, batch_size, seed=seed, start_step=start_step):
+        yield {f"{source.hook_name} -> {target.hook_name}": torch.cat(list(batch.values()), dim=1)}
+
+
+@torch.no_grad()
+def transcoder_reconstruction(
+    transcoder: Transcoder,
+    pairs: Iterable[tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]],
+) -> Reconstruction:
+    """FVU of the target, Σ‖y − ŷ‖² / Σ‖y − mean(y)‖², and mean L0, of any SAELens transcoder.
+
+    A skip transcoder's linear part counts as what it predicts, not as features.
+
+    Args:
+        transcoder: in training or inference form.
+        pairs: blocks (x, y) of the same tokens.
+
+    Raises:
+        SaesubError: blocks of other widths or unequal lengths, none at all, constant targets, or an
+            autoencoder.
+    """
+    if not hasattr(transcoder.cfg, "d_out"):
+        raise SaesubError("this SAE predicts what it reads: judge it by saesub.reconstruction")
+    widths = (transcoder.cfg.d_in, transcoder.cfg.d_out)
+
+    def judged() -> Iterator[Judged]:
+        for x, y in pairs:
+            if len(x) != len(y) or (x.shape[-1], y.shape[-1]) != widths:
+                raise SaesubError(
+                    f"blocks of shapes {tuple(x.shape)} and {tuple(y.shape)} came; the transcoder "
+                    f"reads (n, {widths[0]}) and predicts (n, {widths[1]}) at the same tokens"
+                )
+            x, y = (t.to(transcoder.device, torch.float32) for t in (x, y))
+            yield Judged(y, *transcoder.forward_with_activations(x))
+
+    return unexplained(judged())

@@ -1,0 +1,136 @@
+"""Files written whole, and tensors that are told from damaged ones by a checksum.
+
+A written file is at every moment the old one or the new one, whatever ends the process.
+safetensors finds a truncated file but not a flipped bit; here either is an error of one
+sentence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from glob import escape
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from saesub.errors import SaesubError
+
+_BLOCK = 1 << 20
+
+
+def write_atomically(path: Path, data: bytes | str) -> None:
+    """Write under a temporary name beside `path`, then rename; makes the folder.
+
+    What killed processes left under such names is removed first. Of processes that write one file
+    at the same time, one may so lose its temporary to another: it writes again. Raises OSError.
+    """
+    encoded = data.encode() if isinstance(data, str) else data
+    done = False
+    while not done:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f".{escape(path.name)}.{'?' * 8}.tmp"):
+            with suppress(OSError):  # gone by now, or on Windows still open
+                left.unlink()
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        try:
+            temporary.write_bytes(encoded)
+            with suppress(FileNotFoundError):
+                os.replace(temporary, path)
+                done = True
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Form:
+    """A kind of file: what its header says it is, and what errors about it say.
+
+    Attributes:
+        format: the header's "format".
+        key: the header's name of the text.
+        what: such as "spectrum".
+        missing: what to do about a file that is not there.
+        damaged: what to do about one whose checksum does not match.
+        named: whether the checksum covers the tensors' names too.
+    """
+
+    format: str
+    key: str
+    what: str
+    missing: str
+    damaged: str
+    named: bool = True
+
+
+def write_checksummed(
+    path: str | os.PathLike[str], form: Form, tensors: Mapping[str, Tensor], text: str
+) -> None:
+    """Write the file, which is never half-written.
+
+    Raises SaesubError where the disk is full or cannot be written.
+    """
+    path = Path(path)
+    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    header = {"format": form.format, form.key: text, "sha256": _digest(kept, text, form.named)}
+    try:
+        write_atomically(path, to_safetensors(kept, header))
+    except OSError as error:
+        raise SaesubError(
+            f"the {form.what} cannot be written to {path} ({error.strerror or error}): make room "
+            "there or name another folder; a file that was there before is as it was."
+        ) from error
+
+
+def read_checksummed(path: str | os.PathLike[str], form: Form) -> tuple[dict[str, Tensor], str]:
+    """The tensors, on the CPU, and the text that `write_checksummed` wrote.
+
+    Raises SaesubError for a missing, foreign or damaged file.
+    """
+    if not Path(path).is_file():
+        raise SaesubError(f"no {form.what} at {path}: {form.missing}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        text, expected, found = header[form.key], header["sha256"], header.get("format")
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise damaged(path, form, error) from error
+    if found != form.format:
+        raise SaesubError(
+            f"{path} says that it is of the format {found!r}, not {form.format!r}: another version "
+            f"of saesub wrote it, or it is damaged; {form.damaged}"
+        )
+    if expected != _digest(tensors, text, form.named):
+        raise SaesubError(f"{path} is damaged: its checksum does not match; {form.damaged}")
+    return tensors, text
+
+
+def damaged(path: str | os.PathLike[str], form: Form, error: object) -> SaesubError:
+    """The error for a file that is whole but does not hold what its form says, or is not whole."""
+    return SaesubError(f"{path} is damaged or not a saesub {form.what}: {error}")
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _digest(tensors: Mapping[str, Tensor], text: str, named: bool) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        if named:
+            digest.update(name.encode())
+        digest.update(memoryview(tensors[name].flatten().view(torch.uint8).numpy()))  # pyright: ignore
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Initialisations of SAEs."""

@@ -1,0 +1,204 @@
+"""Biases that centre: a decoder bias at the mean (or another centre), an encoder that sees it taken
+off.
+
+The first kind of feature death is an offset: activations far from zero make every pre-activation
+alike. Both initialisations that are compared get the same biases.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from sae_lens import SAE
+from torch import Tensor
+
+from saesub.activations.finite import require_finite
+from saesub.activations.spectrum import Spectrum
+from saesub.errors import SaesubError
+
+ENCODER_BIASES = ("b_enc", "b_gate", "b_mag")
+_ROWS_PER_BLOCK = 8192
+_MAX_STEPS = 1000
+
+
+@torch.no_grad()
+def center_biases(
+    sae: SAE[Any], spectrum: Spectrum, *, input_spectrum: Spectrum | None = None
+) -> None:
+    """Set the decoder bias to the mean activation, and let the encoder see centred inputs.
+
+    Weights stay as they are. Where the encoder does not subtract the decoder bias itself
+    (`apply_b_dec_to_input=False`, transcoders), its own bias takes the mean out. An SAE that
+    rescales its input gets the mean in that scale, √d / E‖x‖: exact for `expected_average_only_in`,
+    an approximation for `layer_norm` and `constant_norm_rescale`, which scale each token by itself.
+
+    The spectrum's hook point and model are noted in `sae.cfg.metadata`, where it names none yet.
+
+    Args:
+        sae: any SAELens training SAE, or a transcoder of any kind.
+        spectrum: of the activations that are reconstructed.
+        input_spectrum: of the activations that a transcoder reads; refused for an autoencoder.
+
+    Raises:
+        SaesubError: a spectrum of another width, an SAE that whitens its input, a transcoder
+            without its input spectrum, or an autoencoder with one.
+    """
+    is_transcoder = check_fits(sae, spectrum, input_spectrum)
+    _note_source(sae, spectrum, input_spectrum)
+    sae.b_dec.copy_(spectrum.mean * (1.0 if is_transcoder else input_scale(sae, spectrum)))
+    read = input_spectrum or spectrum
+    _center_encoder(sae, (read.mean * input_scale(sae, read)).to(sae.W_enc))
+
+
+@torch.no_grad()
+def center_at(
+    sae: SAE[Any], center: Float[Tensor, " d_in"], *, mean_norm: float | None = None
+) -> None:
+    """`center_biases` at any centre, such as `geometric_median`, for the weights as they are now.
+
+    Args:
+        sae: any SAELens training SAE.
+        center: in the scale of the activations.
+        mean_norm: mean L2 norm of the activations (`Spectrum.mean_norm`), asked for where the SAE
+            rescales its input: the bias lives in that scale, √d_in / mean_norm.
+
+    Raises:
+        SaesubError: a centre of another width or not finite, a transcoder, an SAE that whitens its
+            input (which centres it), or a missing `mean_norm`.
+    """
+    check_autoencoder(sae, "center_at")
+    if center.shape != (sae.cfg.d_in,):
+        raise SaesubError(
+            f"center_at needs a centre ({sae.cfg.d_in},), not of shape {tuple(center.shape)}: take "
+            "it of activations at the hook point that the SAE is trained on."
+        )
+    require_finite(center[None])
+    scaled = sae.cfg.normalize_activations != "none"
+    if scaled and mean_norm is None:
+        raise SaesubError(
+            "This SAE rescales its input "
+            f"(normalize_activations={sae.cfg.normalize_activations!r}), and its bias with it: "
+            "pass the activations' mean norm as mean_norm=spectrum.mean_norm."
+        )
+    scale = sae.cfg.d_in**0.5 / mean_norm if scaled and mean_norm is not None else 1.0
+    sae.b_dec.copy_(center.to(sae.b_dec) * scale)
+    _center_encoder(sae, sae.b_dec)
+
+
+@torch.no_grad()
+def geometric_median(x: Float[Tensor, "n d"], *, tolerance: float = 1e-7) -> Float[Tensor, " d"]:
+    """The point with the least sum of distances to the rows of `x`.
+
+    Weiszfeld's iteration with the step of Vardi & Zhang (2000, "The multivariate L1-median") where
+    it meets a row, in float64, from the mean. It ends when a step is shorter than `tolerance` times
+    the mean distance; a row next to where it ends is then tried by their condition for being the
+    median, since the iteration only creeps up on such a row.
+
+    Raises:
+        SaesubError: `x` is empty, not of shape (n, d), or not finite; or the iteration has not
+            settled after 1,000 steps.
+    """
+    if x.ndim != 2 or not len(x):
+        raise SaesubError(f"A median needs activations (n, d), n at least 1, not {tuple(x.shape)}.")
+    require_finite(x)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    median = x.mean(0, dtype=torch.float64)
+    for _ in range(_MAX_STEPS):
+        pull, weight, n_here, distance, nearest = _pulls(x, median)
+        strength = pull.norm()
+        if strength <= n_here:
+            return median.to(dtype)  # the rows here hold it against all others
+        step = (1 - n_here / strength) * pull / weight
+        median = median + step
+        if step.norm() <= tolerance * distance / len(x):
+            pull, _, n_here, _, _ = _pulls(x, x[nearest].double())
+            return (x[nearest] if pull.norm() <= n_here else median).to(dtype)
+    raise SaesubError(
+        f"The geometric median has not settled after {_MAX_STEPS} steps: pass a larger tolerance "
+        f"than {tolerance:g}."
+    )
+
+
+def _pulls(
+    x: Float[Tensor, "n d"], point: Float[Tensor, " d"]
+) -> tuple[Float[Tensor, " d"], Tensor, int, Tensor, Tensor]:
+    """What the rows do to a point: sum of unit vectors towards the rows elsewhere, sum of their
+    inverse distances, number of rows at the point itself, sum of distances, and the nearest row."""
+    pull, distances = torch.zeros_like(point), []
+    for block in x.split(_ROWS_PER_BLOCK):
+        towards = block.double() - point
+        distances.append(towards.norm(dim=1))
+        pull += (1 / distances[-1]).where(distances[-1] > 0, 0.0) @ towards
+    distance = torch.cat(distances)
+    away = distance[distance > 0]
+    return pull, (1 / away).sum(), len(x) - len(away), distance.sum(), distance.argmin()
+
+
+def input_scale(sae: SAE[Any], spectrum: Spectrum) -> float:
+    """What an SAE multiplies its input by, on average, before it encodes: √d / E‖x‖, or 1."""
+    scaled = sae.cfg.normalize_activations != "none"
+    return spectrum.d**0.5 / spectrum.mean_norm if scaled else 1.0
+
+
+def check_fits(sae: SAE[Any], spectrum: Spectrum, input_spectrum: Spectrum | None = None) -> bool:
+    """Whether the SAE is a transcoder. Raises SaesubError where the spectra are not the SAE's."""
+    is_transcoder = hasattr(sae.cfg, "d_out")
+    if sae.cfg.normalize_activations == "covariance_whitening":
+        raise SaesubError(
+            "This SAE whitens its input (normalize_activations='covariance_whitening'), and the "
+            "whitening is estimated after initialisation: in whitened space every direction is "
+            "equally active, so a basis from raw activations would be wrong. "
+            "Use normalize_activations='none' or 'expected_average_only_in'."
+        )
+    if is_transcoder and input_spectrum is None:
+        raise SaesubError(
+            "A transcoder reads one space and writes another: pass the spectrum of what it reads "
+            "as input_spectrum=…."
+        )
+    if not is_transcoder and input_spectrum is not None:
+        raise SaesubError("input_spectrum is for transcoders; an autoencoder reads what it writes.")
+    pairs = [("spectrum", spectrum, sae.W_dec.shape[1])]
+    if input_spectrum is not None:
+        pairs.append(("input_spectrum", input_spectrum, sae.W_enc.shape[0]))
+    for name, given, width in pairs:
+        if given.d != width:
+            raise SaesubError(
+                f"{name} is {given.d} wide but the SAE needs {width}: "
+                "measure it at the hook point that the SAE is trained on."
+            )
+    return is_transcoder
+
+
+def check_autoencoder(sae: SAE[Any], name: str) -> None:
+    """Refuse a transcoder and an SAE that whitens its input. Raises SaesubError."""
+    if hasattr(sae.cfg, "d_out"):
+        raise SaesubError(
+            f"{name} is for autoencoders, and a transcoder reads one space and writes another: "
+            "use center_biases and initialize_in_subspace with an input_spectrum."
+        )
+    if sae.cfg.normalize_activations == "covariance_whitening":
+        raise SaesubError(
+            f"{name} contradicts normalize_activations='covariance_whitening': the whitening is "
+            "estimated when training starts, and centres its input. Use one of the two."
+        )
+
+
+def _center_encoder(sae: SAE[Any], seen: Float[Tensor, " d_in"]) -> None:
+    """Let pre-activations be 0 where the input is `seen`, given in the scale that is encoded."""
+    subtracts_b_dec = sae.cfg.apply_b_dec_to_input and not hasattr(sae.cfg, "d_out")
+    for name, bias in sae.named_parameters():
+        if name in ENCODER_BIASES:
+            bias.copy_(torch.zeros_like(bias) if subtracts_b_dec else -(seen @ sae.W_enc))
+
+
+def _note_source(sae: SAE[Any], spectrum: Spectrum, input_spectrum: Spectrum | None) -> None:
+    """SAELens splices an SAE in at `hook_name`; a transcoder writes at `hook_name_out`."""
+    read = (input_spectrum or spectrum).metadata
+    known = {"hook_name": read.get("hook_name"), "model_name": read.get("model")}
+    if input_spectrum is not None:
+        known["hook_name_out"] = spectrum.metadata.get("hook_name")
+    for name, value in known.items():
+        if value is not None and sae.cfg.metadata[name] is None:
+            sae.cfg.metadata[name] = value

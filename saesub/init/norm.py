@@ -1,0 +1,285 @@
+"""How long features start: one norm for decoder rows and encoder columns.
+
+With SAELens' default (`decoder_init_norm=0.1`) an untrained SAE writes next to nothing, and most
+features of a TopK SAE die before the others have grown. With unit rows a wide dictionary writes too
+much, since many features near a token each answer in full. The authors of arXiv 2508.16929 search
+one norm for both sides, by the least reconstruction error of the untrained SAE. With rows and
+columns times c the SAE writes c² times as much wherever its activations grow with its encoder, so
+the best c is the root of a least-squares factor, and one pass over some thousand tokens finds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import exp, isfinite, log, sqrt
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from sae_lens import SAE
+from scipy.optimize import brentq, minimize_scalar
+from torch import Tensor
+
+from saesub.activations.blocks import blocks_of
+from saesub.activations.finite import require_finite
+from saesub.activations.spectrum import Spectrum
+from saesub.errors import SaesubError
+from saesub.init.biases import ENCODER_BIASES, check_autoencoder, check_fits, input_scale
+from saesub.topk.encode import encoder_of, flat_heads
+
+_TOKENS = 4096
+_LEAST, _MOST, _GRID = 0.01, 10.0, 13  # norms tried where no factor gives the best
+_TOKENS_OF_SEARCH = 1024
+_MOST_SPREAD = 1.5  # of the logarithm of tokens' lengths
+
+
+class Pairs(NamedTuple):
+    """What an SAE reads and what it is to write at the same tokens, in the scale of training."""
+
+    read: Float[Tensor, "n d_in"]
+    written: Float[Tensor, "n d_out"]
+
+
+@torch.no_grad()
+def fit_norm(
+    sae: SAE[Any],
+    spectrum: Spectrum,
+    *,
+    activations: Float[Tensor, "n d_in"] | None = None,
+    seed: int = 0,
+) -> float:
+    """Give all decoder rows one norm, and encoder columns as much, at which the untrained SAE
+    reconstructs best; returns the norm.
+
+    `initialize_in_subspace` calls it; call it, after `center_biases`, on a baseline that is to be
+    compared. Directions stay. Each encoder column keeps its length relative to its decoder row, so
+    that a tied SAE stays tied. A JumpReLU's thresholds stay, and so its norm is searched for.
+    A matching pursuit SAE keeps the unit norm that SAELens prescribes.
+
+    Args:
+        sae: any SAELens training SAE.
+        spectrum: of the activations that it is trained on.
+        activations: (n, d_in) at the same hook point, unscaled, of which the first 4,096 are used;
+            without them as many are drawn from the Gaussian of the spectrum's mean and covariance.
+        seed: of that draw.
+
+    Raises:
+        SaesubError: a spectrum or activations of another width, activations that are not finite or
+            all zero, a transcoder, an SAE that whitens its input, or one that writes nothing. The
+            SAE is then left as it was.
+    """
+    check_autoencoder(sae, "fit_norm")
+    check_fits(sae, spectrum)
+    if activations is not None:
+        check_activations(sae, activations, "fit_norm")
+    x = sample_of(spectrum, activations, seed)
+    scaled = x * scale_in_training(sae, spectrum)
+    with unchanged_on_error(sae):
+        return set_best_norm(sae, Pairs(scaled, scaled))
+
+
+@torch.no_grad()
+def fit_encoder_scale(sae: SAE[Any], activations: Float[Tensor, "n d_in"]) -> float:
+    """Scale the encoder alone so that the SAE as it is reconstructs best; returns the factor.
+
+    `fit_norm`, which scales both sides, leaves fewer features dead and fits better; this is for an
+    SAE whose decoder rows are to keep their length. Call it last, after directions and biases are
+    set; a baseline that is compared with gets it as well.
+
+    Args:
+        sae: a SAELens training SAE whose activations grow with its encoder.
+        activations: a few thousand tokens at the SAE's hook point, unscaled. Where the trainer
+            scales its input (`expected_average_only_in`) they are scaled alike, √d_in / mean norm.
+
+    Raises:
+        SaesubError: activations of another shape, none, all zero or not finite; a transcoder, an
+            SAE that whitens its input, has fixed thresholds (JumpReLU) or no encoder of its own; or
+            reconstructions that are not finite, or have nothing of these activations.
+    """
+    check_autoencoder(sae, "fit_encoder_scale")
+    check_activations(sae, activations, "fit_encoder_scale")
+    _check_encoder(sae)
+    if hasattr(sae, "threshold"):
+        raise SaesubError(
+            "fit_encoder_scale needs activations that grow with the encoder, and a JumpReLU's "
+            "thresholds stay where they are: use scale_encoder with a factor of your own."
+        )
+    if not activations.any():
+        raise SaesubError("The activations are all zero: they have no scale to fit.")
+    scale = 1.0
+    if sae.cfg.normalize_activations == "expected_average_only_in":
+        dtype = torch.promote_types(activations.dtype, torch.float32)  # float16 norms may overflow
+        scale = sae.cfg.d_in**0.5 / activations.norm(dim=-1, dtype=dtype).mean().item()
+    factor = _least_squares_factor(sae, Pairs(activations, activations), scale)
+    scale_encoder(sae, factor)
+    return factor
+
+
+@torch.no_grad()
+def scale_encoder(sae: SAE[Any], factor: float) -> None:
+    """Make every pre-activation `factor` times as large: encoder weights and biases, in place.
+
+    Raises:
+        SaesubError: `factor` is not above 0 and finite, or the SAE has no encoder of its own.
+    """
+    if not 0 < factor < float("inf"):
+        raise SaesubError(f"factor={factor} must be above 0 and finite.")
+    _check_encoder(sae)
+    _scale_encoder(sae, factor)
+
+
+def sample_of(
+    spectrum: Spectrum, activations: Float[Tensor, "n d"] | None, seed: int
+) -> Float[Tensor, "n d"]:
+    """The first `_TOKENS` activations, or as many draws that the spectrum gives; float32.
+
+    The draws have the spectrum's mean and covariance, and its mean norm: each deviation from the
+    mean is a Gaussian's times a log-normal length of mean square 1. Tokens of one length would
+    mislead a BatchTopK SAE, whose few longest tokens take most of its active entries.
+    """
+    if activations is not None:
+        if not activations.any():
+            raise SaesubError("The activations are all zero: they have no norm to fit.")
+        return activations[:_TOKENS].float()
+    generator = torch.Generator().manual_seed(seed)
+    coordinates = torch.randn(_TOKENS, spectrum.d, generator=generator)
+    lengths = torch.randn(_TOKENS, 1, generator=generator)
+    deviations = (
+        coordinates * spectrum.eigenvalues.sqrt().float()
+    ) @ spectrum.eigenvectors.T.float()
+    mean = spectrum.mean.float()
+
+    def drawn(spread: float) -> Float[Tensor, "n d"]:
+        return mean + deviations * (spread * lengths - spread**2).exp()
+
+    def too_long(spread: float) -> float:
+        return drawn(spread).norm(dim=-1).mean().item() - spectrum.mean_norm
+
+    if too_long(0.0) <= 0 or too_long(_MOST_SPREAD) >= 0:
+        return drawn(0.0)
+    spread: Any = brentq(too_long, 0.0, _MOST_SPREAD, xtol=1e-3)
+    return drawn(spread)
+
+
+def scale_in_training(sae: SAE[Any], spectrum: Spectrum) -> float:
+    """What SAELens' trainer, and not the SAE itself, multiplies activations by."""
+    by_trainer = sae.cfg.normalize_activations == "expected_average_only_in"
+    return input_scale(sae, spectrum) if by_trainer else 1.0
+
+
+def set_best_norm(sae: SAE[Any], pairs: Pairs) -> float:
+    """`fit_norm` on pairs in the scale of training, for an SAE or transcoder that may be changed.
+
+    Raises SaesubError for an SAE that writes nothing of what it is to write, or not finite.
+    """
+    if not _has_encoder(sae):
+        return 1.0  # SAELens' matching pursuit divides by no norm and prescribes this one
+    lengths = sae.W_dec.norm(dim=-1)
+    if not bool((lengths > 0).all()):
+        raise SaesubError(
+            f"{int((lengths == 0).sum())} decoder rows are zero and have no direction to give a "
+            "norm: set the directions first, with initialize_in_subspace."
+        )
+    _scale_features(sae, 1 / lengths)
+    if hasattr(sae, "threshold"):
+        norm = _searched_norm(sae, Pairs(*(t[:_TOKENS_OF_SEARCH] for t in pairs)))
+    else:
+        norm = sqrt(_least_squares_factor(sae, pairs))
+    _scale_features(sae, norm)
+    return norm
+
+
+@contextmanager
+def unchanged_on_error(sae: SAE[Any]) -> Iterator[None]:
+    """Leave the SAE's parameters as they were if the block raises."""
+    before = {name: value.detach().clone() for name, value in sae.named_parameters()}
+    try:
+        yield
+    except BaseException:
+        for name, value in sae.named_parameters():
+            value.data.copy_(before[name])
+        raise
+
+
+def _least_squares_factor(sae: SAE[Any], pairs: Pairs, scale: float = 1.0) -> float:
+    """The factor on what the SAE's features write that brings it nearest to what they should."""
+    encode = encoder_of(sae)
+    overlap = energy = 0.0
+    blocks = (blocks_of(part, len(part)) for part in pairs)
+    with flat_heads(sae):
+        for read, target in zip(*blocks, strict=True):
+            x, y = ((part * scale).to(sae.W_dec) for part in (read, target))
+            reconstructed = sae.decode(encode(x))
+            sae.process_sae_in(x)  # notes each token's own scale again, which decoding has used up
+            silent = sae.run_time_activation_norm_fn_out(sae.b_dec.expand_as(y)).double()
+            written = reconstructed.double() - silent
+            overlap += ((y - silent) * written).sum().item()
+            energy += written.square().sum().item()
+    if not isfinite(energy):
+        raise SaesubError("The SAE's reconstructions of these activations are not finite.")
+    if not overlap > 0:
+        raise SaesubError(
+            "The SAE's features reconstruct nothing of these activations, so no factor fits: set "
+            "its directions first, with initialize_in_subspace."
+        )
+    return overlap / energy
+
+
+def _searched_norm(sae: SAE[Any], pairs: Pairs) -> float:
+    """The best norm of an SAE with unit rows and thresholds of its own: a grid, then between."""
+    now = 1.0
+
+    def error(log_norm: float) -> float:
+        nonlocal now
+        _scale_features(sae, exp(log_norm) / now)
+        now = exp(log_norm)
+        blocks = (blocks_of(part, len(part)) for part in pairs)
+        with flat_heads(sae):
+            return sum(
+                (sae.decode(sae.encode(x.to(sae.W_dec))) - y.to(sae.W_dec)).square().sum().item()
+                for x, y in zip(*blocks, strict=True)
+            )
+
+    grid = torch.linspace(log(_LEAST), log(_MOST), _GRID).tolist()
+    errors = [error(value) for value in grid]
+    best = min(range(_GRID), key=errors.__getitem__)
+    between = grid[max(0, best - 1)], grid[min(_GRID - 1, best + 1)]
+    found: Any = minimize_scalar(error, bounds=between, method="bounded", options={"xatol": 1e-3})
+    if not isfinite(found.fun):
+        raise SaesubError("The SAE's reconstructions of these activations are not finite.")
+    _scale_features(sae, 1 / now)
+    return exp(found.x)
+
+
+def _scale_features(sae: SAE[Any], factor: float | Float[Tensor, " d_sae"]) -> None:
+    """Multiply decoder rows, encoder columns and encoder biases, each feature's by its factor."""
+    sae.W_dec.mul_(factor.unsqueeze(-1) if isinstance(factor, Tensor) else factor)
+    _scale_encoder(sae, factor)
+
+
+def _scale_encoder(sae: SAE[Any], factor: float | Float[Tensor, " d_sae"]) -> None:
+    for name, parameter in sae.named_parameters():
+        if name in ("W_enc", *ENCODER_BIASES):
+            parameter.mul_(factor)
+
+
+def check_activations(sae: SAE[Any], given: Tensor, name: str) -> None:
+    """Refuse activations of another width, none, all zero, or not finite. Raises SaesubError."""
+    if given.ndim != 2 or not given.numel() or given.shape[-1] != sae.cfg.d_in:
+        raise SaesubError(
+            f"{name} needs activations (n, d_in), n at least 1, {sae.cfg.d_in} wide, not of shape "
+            f"{tuple(given.shape)}: measure them at the hook point that the SAE is trained on."
+        )
+    require_finite(given)
+
+
+def _has_encoder(sae: SAE[Any]) -> bool:
+    return "W_enc" in dict(sae.named_parameters())
+
+
+def _check_encoder(sae: SAE[Any]) -> None:
+    if not _has_encoder(sae):
+        raise SaesubError(
+            f"An SAE of architecture {sae.cfg.architecture()!r} has no encoder to scale."
+        )

@@ -1,0 +1,1 @@
+"""Models and corpora by name."""

@@ -1,0 +1,1 @@
+"""The sparse step and the encoder of TopK SAEs, on CPUs and GPUs."""

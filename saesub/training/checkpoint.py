@@ -1,0 +1,168 @@
+"""What saesub keeps beside SAELens' files in a checkpoint: its own state, settings, checksums."""
+
+from __future__ import annotations
+
+import errno
+import json
+import pickle
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens.config import SAETrainerConfig
+from sae_lens.constants import SAE_CFG_FILENAME
+from safetensors import SafetensorError
+from torch import Tensor
+
+from saesub.errors import SaesubError
+from saesub.files import Form, damaged, file_sha256, read_checksummed, write_checksummed
+
+STATE_FILENAME = "saesub_state.safetensors"
+_FORM = Form(
+    format="saesub-trainer-2",
+    key="record",
+    what="trainer state",
+    missing="the checkpoint is damaged or incomplete; resume from an earlier one, or start anew",
+    damaged="resume from an earlier checkpoint, or start anew",
+)
+# What reading a file that is not as it was written raises.
+UNREADABLE = (
+    OSError,
+    SafetensorError,
+    RuntimeError,
+    KeyError,
+    ValueError,
+    EOFError,
+    pickle.UnpicklingError,
+)
+_FOLDED = ("normalize_activations", "rescale_acts_by_decoder_norm")
+# Where a run is done and what is kept of it; and what the folding at its end changes in the SAE.
+_FREE_TO_CHANGE = {
+    *("device", "logger", "metadata", "sae_lens_training_version"),
+    *("checkpoint_path", "n_checkpoints", "save_final_checkpoint"),
+    *_FOLDED,
+}
+_HISTORY = ("tokens", "mse", "dead_share")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO)
+
+
+def write_checkpoint_state(
+    folder: Path, state: dict[str, Tensor], settings: dict[str, Any]
+) -> None:
+    """Write the last file of a checkpoint, with the checksums of all that are there before it."""
+    others = [p for p in sorted(folder.iterdir()) if p.is_file() and p.name != STATE_FILENAME]
+    checksums = {path.name: file_sha256(path) for path in others}
+    record = json.dumps({"settings": settings, "files": checksums})
+    write_checksummed(folder / STATE_FILENAME, _FORM, state, record)
+
+
+def read_checkpoint_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state and settings of a checkpoint, all of whose files are as they were.
+
+    Raises SaesubError for a file that is missing or has changed.
+    """
+    path = folder / STATE_FILENAME
+    state, text = read_checksummed(path, _FORM)
+    try:
+        record = json.loads(text)
+        settings, checksums = record["settings"], record["files"].items()
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise damaged(path, _FORM, error) from error
+    for name, checksum in checksums:
+        file = folder / name
+        if not file.is_file() or file_sha256(file) != checksum:
+            raise SaesubError(
+                f"The checkpoint {folder} is damaged or incomplete ({name} is not the file that "
+                f"was written): {_FORM.damaged}."
+            )
+    return state, settings
+
+
+def settings_of(cfg: SAETrainerConfig, sae: Any, own: dict[str, Any]) -> dict[str, Any]:
+    """What a run that is gone on with must have in common with its first part."""
+    trainer = {k: v for k, v in asdict(cfg).items() if k not in _FREE_TO_CHANGE}
+    of_sae = {k: v for k, v in sae.cfg.to_dict().items() if k not in _FREE_TO_CHANGE}
+    # As JSON gives them back, so that they compare equal with kept ones.
+    return json.loads(json.dumps(own | trainer | of_sae, default=str))
+
+
+def check_same_settings(folder: Path, kept: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raises SaesubError, naming what differs, where a checkpoint is of other settings."""
+    differing = [
+        f"{name} {kept.get(name)!r} (here {wanted.get(name)!r})"
+        for name in sorted(kept.keys() | wanted.keys())
+        if kept.get(name) != wanted.get(name)
+    ]
+    if differing:
+        raise SaesubError(
+            f"The checkpoint {folder} was made with other settings: {', '.join(differing)}. Resume "
+            "with those, or start anew."
+        )
+
+
+def check_same_shapes(
+    folder: Path, state: dict[str, Tensor], optimizer: torch.optim.Optimizer, d_sae: int
+) -> None:
+    """Raises SaesubError where a checkpoint's counts or loaded moments are of another SAE."""
+    if len(state["tokens_since_fired"]) != d_sae:
+        raise SaesubError(
+            f"The checkpoint {folder} holds {len(state['tokens_since_fired'])} features, "
+            f"this SAE has {d_sae}: resume with the SAE it was made from."
+        )
+    for parameter, kept in optimizer.state.items():
+        if kept["exp_avg"].shape != parameter.shape:
+            raise SaesubError(
+                f"The checkpoint {folder} holds optimizer moments of shape "
+                f"{tuple(kept['exp_avg'].shape)} for a parameter of shape "
+                f"{tuple(parameter.shape)}: resume with the SAE it was made from."
+            )
+
+
+def follow_folding(sae: Any, folder: Path) -> None:
+    """The weights of a finished run have their input scaling folded in: say so in the config.
+
+    SAELens saves the config with the weights but loads the weights alone.
+    """
+    path = folder / SAE_CFG_FILENAME
+    saved = json.loads(path.read_text()) if path.exists() else {}
+    for name in _FOLDED:
+        if name in saved:
+            setattr(sae.cfg, name, saved[name])
+
+
+def history_tensors(history: Sequence[dict[str, float]]) -> dict[str, Tensor]:
+    """A trainer's history by column, in float64."""
+    columns = {f"history.{name}": [point[name] for point in history] for name in _HISTORY}
+    return {name: torch.tensor(kept, dtype=torch.float64) for name, kept in columns.items()}
+
+
+def history_of(state: dict[str, Tensor]) -> list[dict[str, float]]:
+    """What `history_tensors` was given."""
+    columns = {name: state[f"history.{name}"].tolist() for name in _HISTORY}
+    columns["tokens"] = [int(tokens) for tokens in columns["tokens"]]
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def random_state(device: str) -> dict[str, Tensor]:
+    """The states of torch's global random numbers on the CPU and on the device."""
+    states = {"random.cpu": torch.get_rng_state()}
+    if torch.device(device).type == "cuda":
+        states["random.cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def restore_random_state(state: dict[str, Tensor], device: str) -> None:
+    """Set torch's global random numbers to where `random_state` found them."""
+    torch.set_rng_state(state["random.cpu"])
+    if torch.device(device).type == "cuda" and "random.cuda" in state:
+        torch.cuda.set_rng_state(state["random.cuda"], device)
+
+
+def is_write_failure(error: Exception) -> bool:
+    """Whether an error of torch's, safetensors' or the system's says that a file was not taken."""
+    if isinstance(error, OSError):
+        return error.errno in _FULL
+    text = str(error)
+    return "os error" in text or "PytorchStreamWriter" in text or "inline_container" in text

@@ -1,0 +1,203 @@
+"""What trainers on several processes share: equal settings, totals, and a state to go on from."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens import TopKTrainingSAE
+from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.sae import TrainStepOutput
+from torch import Tensor, nn
+
+from saesub.errors import SaesubError
+from saesub.optim import FEATURE_AXIS, SparseAdam, moments
+from saesub.topk.eligibility import takes_sparse_step
+from saesub.training.distributed.checkpoint import newest_state, read_state, write_state
+from saesub.training.distributed.processes import Ranks
+from saesub.training.trainer import Backend, OptimizerName, SubspaceSAETrainer
+
+Batches = Callable[[int], Iterator[Tensor]]
+_COUNTS = ("tokens_since_fired", "n_forward_passes_since_fired", "act_freq_scores")
+_PROGRESS = ("n_training_samples", "n_frac_active_samples", "history")
+
+
+class RanksTrainer(SubspaceSAETrainer):
+    """A `SubspaceSAETrainer` of a TopK SAE that is one of several, in step with the others.
+
+    With `cfg.checkpoint_path` the state is written there `cfg.n_checkpoints` times, evenly, the
+    newest replacing the one before, and once more at the end if `cfg.save_final_checkpoint`; a
+    trainer made with a state there goes on from it, on as many ranks as one likes.
+
+    `fit` and all that follows it is collective: every rank calls it.
+    """
+
+    n_features: int  # over all ranks
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        cfg: SAETrainerConfig,
+        sae: TopKTrainingSAE,
+        batches: Batches,
+        *,
+        optimizer: OptimizerName,
+        backend: Backend,
+        dead_window_tokens: int | None,
+    ) -> None:
+        _check_suits(sae, cfg)
+        super().__init__(
+            cfg,
+            sae,
+            iter(()),
+            optimizer=optimizer,
+            backend=backend,
+            dead_window_tokens=dead_window_tokens,
+        )
+        self.ranks = ranks
+        self._share_start()
+        ranks.check_same("set of settings", self._settings())
+        if cfg.checkpoint_path is not None:
+            newest = newest_state(ranks, Path(cfg.checkpoint_path))
+            if newest is not None:
+                self._resume(newest)
+        self.data_provider = batches(self.n_training_steps)
+
+    @abstractmethod
+    def _share_start(self) -> None:
+        """Find `n_features`, and take from rank 0 what must be equal."""
+
+    @abstractmethod
+    def _as_part(self, rows: Tensor) -> Tensor:
+        """A tensor with a row per feature held here, as torch.distributed.checkpoint takes it."""
+
+    @abstractmethod
+    def _total(self, here: float) -> float:
+        """A sum over features, from that over the features held here."""
+
+    @abstractmethod
+    def gather(self) -> TopKTrainingSAE | None:
+        """The whole SAE, on the CPU of rank 0, to be saved as any SAELens SAE; None elsewhere."""
+
+    def dead_fraction(self) -> float:
+        """Share of all ranks' features silent over the last `dead_window_tokens`; collective.
+
+        Raises:
+            SaesubError: less than one window has been trained on, so nothing can be said.
+        """
+        super().dead_fraction()
+        return self._total(int(self.dead_neurons.sum())) / self.n_features
+
+    def _update_pbar(
+        self, step_output: TrainStepOutput, pbar: Any, update_interval: int = 10
+    ) -> None:
+        """Rank 0's bar alone: SAELens opens one in every rank, the others' go with a step."""
+        if self.ranks.rank:
+            pbar.leave = False
+            pbar.close()
+        else:
+            super()._update_pbar(step_output, pbar, update_interval)
+
+    def set_final_sae_metadata(self) -> None:
+        """As `SubspaceSAETrainer`'s, over the features of all ranks; collective."""
+        super().set_final_sae_metadata()
+        for name in ("l0", "num_dead_features"):
+            here = getattr(self.sae.cfg.metadata, name, None)
+            if here is not None:
+                setattr(self.sae.cfg.metadata, name, self._total(here))
+
+    def save_checkpoint(
+        self,
+        checkpoint_name: str,
+        base_path: Path | str | None = None,
+        wandb_aliases: list[str] | None = None,
+    ) -> None:
+        """Write the state; collective.
+
+        It goes by the name of `saesub.training.distributed.checkpoint`.
+        """
+        base = base_path if base_path is not None else self.cfg.checkpoint_path
+        if base is None:
+            return
+        progress = {name: getattr(self, name) for name in _PROGRESS} | {
+            "steps": self.lr_scheduler.last_epoch,  # SAELens saves before it counts the step
+            "lr": [group["lr"] for group in self.optimizer.param_groups],
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "since_record": self._since_record.tolist(),
+        }
+        tokens = self.n_training_samples
+        settings = self._settings()
+        write_state(self.ranks, Path(base), tokens, self._tensors(), settings, progress)
+
+    def _resume(self, path: Path) -> None:
+        progress = read_state(self.ranks, path, self._tensors(), self._settings())
+        for name in _PROGRESS:
+            setattr(self, name, progress[name])
+        self.n_training_steps = progress["steps"]
+        for parameter in self.sae.parameters():
+            moments(self.optimizer, parameter)[0].fill_(progress["steps"])
+        for group, lr in zip(self.optimizer.param_groups, progress["lr"], strict=True):
+            group["lr"] = lr
+        self.lr_scheduler.load_state_dict(progress["lr_scheduler"])
+        self._since_record.copy_(torch.tensor(progress["since_record"], dtype=torch.float64))
+        self.checkpoint_thresholds = [
+            t for t in self.checkpoint_thresholds if t >= self.n_training_samples
+        ]
+
+    def _settings(self) -> dict[str, Any]:
+        return super()._settings() | {"d_sae": self.n_features}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Views of all that a run changes: weights, their moments, counts of firing."""
+        found: dict[str, Tensor] = {name: self._as_part(getattr(self, name)) for name in _COUNTS}
+        for name, parameter in self.sae.named_parameters():
+            axis = FEATURE_AXIS.get(name)
+            for key, tensor in self._with_moments(name, parameter).items():
+                found[key] = tensor if axis is None else self._as_part(tensor.movedim(axis, 0))
+            if axis is not None and isinstance(self.optimizer, SparseAdam):
+                found[f"{name}.moved"] = self._as_part(self.optimizer.moved(parameter, axis))
+        return found
+
+    def _with_moments(self, name: str, parameter: nn.Parameter) -> dict[str, Tensor]:
+        _, average, square = moments(self.optimizer, parameter)
+        return {name: parameter.data, f"{name}.exp_avg": average, f"{name}.exp_avg_sq": square}
+
+    def _require_rows(self, n: int) -> None:
+        if n == 0:
+            raise SaesubError(
+                f"No rank has a row in step {self.n_training_steps}: give at least one of them "
+                "some."
+            )
+
+
+def _check_suits(sae: Any, cfg: SAETrainerConfig) -> None:
+    if type(sae) is not TopKTrainingSAE:
+        raise SaesubError(
+            f"Only SAELens' TopKTrainingSAE trains on several ranks, not {type(sae).__name__}: "
+            "train it in one process."
+        )
+    if sae.cfg.normalize_activations != "none" or not takes_sparse_step(sae, cfg):
+        raise SaesubError(
+            "Several ranks train an SAE in float32 or float64 with normalize_activations='none', "
+            "autocast off and no hooks: scale the activations before they are handed over."
+        )
+    if not all(parameter.requires_grad for parameter in sae.parameters()):
+        raise SaesubError("Several ranks train all of an SAE's parameters: unfreeze them.")
+    if cfg.logger.log_to_wandb:
+        raise SaesubError(
+            "Several ranks do not log to Weights & Biases: switch logger.log_to_wandb off and log "
+            "the trainer's history."
+        )
+
+
+def whole_sae(sae: TopKTrainingSAE, tensors: dict[str, Tensor]) -> TopKTrainingSAE:
+    """An SAE on the CPU with the settings of `sae`, its metadata too, and these parameters."""
+    cfg = replace(copy.deepcopy(sae.cfg), d_sae=len(tensors["b_enc"]), device="cpu")
+    made = TopKTrainingSAE(cfg)
+    made.load_state_dict(tensors)
+    return made

@@ -1,0 +1,260 @@
+"""Activations of the real model: the right values at the right positions, streamed and stored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from transformer_lens.model_bridge import TransformerBridge
+
+from saesub.activations import forward_pass
+from saesub.activations.collect import (
+    harvest,
+    measure_spectra,
+    measure_spectrum,
+    stream_activations,
+)
+from saesub.activations.store import ActivationStore, StoreWriter
+from saesub.activations.tokens import ContextStream, kept_positions, pack_contexts
+from saesub.errors import SaesubError
+from saesub.loading import models
+
+pytestmark = pytest.mark.model
+
+SITES = [
+    "blocks.0.attn.hook_z",
+    "blocks.0.hook_attn_out",
+    "blocks.1.hook_mlp_out",
+    "blocks.0.hook_resid_post",
+]
+SMALL = {"context_size": 32, "batch_size": 4, "progress": False}
+ATTN = "blocks.0.hook_attn_out"
+
+
+def _poison(model: TransformerBridge, value: float) -> None:
+    def hook(tensor: torch.Tensor, hook) -> torch.Tensor:
+        tensor = tensor.clone()
+        tensor[1, 20, 3] = value
+        return tensor
+
+    model.hook_dict[ATTN].add_hook(hook, level=77)
+
+
+@pytest.fixture
+def poisoned(model: TransformerBridge):
+    yield lambda value: _poison(model, value)
+    model.hook_dict[ATTN].remove_hooks("fwd", level=77)
+
+
+def test_contexts_are_the_documents_joined(model: TransformerBridge, corpus: Dataset) -> None:
+    specials = models.context_tokens(model)
+    tokens = pack_contexts(model, corpus, n_contexts=9, context_size=40)
+    assert tokens.shape == (9, 40)
+    bos = specials.bos_id is not None
+    assert not bos or (tokens[:, 0] == specials.bos_id).all()
+    expected: list[int] = []
+    for text in corpus[:20]["text"]:
+        expected += model.tokenizer(text, add_special_tokens=False).input_ids
+        expected += [specials.separator_id]
+    body = tokens[:, int(bos) :].flatten()
+    assert len(expected) > len(body)
+    assert body.tolist() == expected[: len(body)]
+
+
+def test_contexts_do_not_depend_on_how_they_are_taken(
+    model: TransformerBridge, corpus: Dataset
+) -> None:
+    few = corpus.select(range(12))
+    stream = ContextStream(model, few, 16)
+    with pytest.warns(UserWarning, match="tokens and is read again"):
+        pieces = torch.cat([stream.take(n) for n in (1, 5, 300, 2)])
+    assert stream.epochs > 1
+    with pytest.warns(UserWarning, match="tokens and is read again"):
+        assert torch.equal(pieces, ContextStream(model, few, 16).take(308))
+
+
+def test_bos_starts_each_context_and_is_left_out(
+    model: TransformerBridge, corpus: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    specials = models.ContextTokens(bos_id=1, separator_id=0, special_ids=(0, 1, 2))
+    monkeypatch.setattr("saesub.activations.tokens.context_tokens", lambda _: specials)
+    tokens = ContextStream(model, corpus, 16).take(3)
+    assert (tokens[:, 0] == 1).all()
+    assert (tokens[:, 1:] != 1).all()
+    kept = kept_positions(model, torch.tensor([[1, 5, 6, 0, 7, 2, 8]]), skip_first=1)
+    assert kept.tolist() == [[False, False, True, False, True, False, True]]
+
+
+def test_values_equal_a_plain_run(model: TransformerBridge, corpus: Dataset) -> None:
+    tokens = pack_contexts(model, corpus, n_contexts=8, context_size=32)
+    kept = kept_positions(model, tokens, skip_first=2)
+    _, cache = model.run_with_cache(tokens, names_filter=SITES)
+    n = int(kept.sum()) - 5
+    got = list(stream_activations(model, corpus, SITES, n_tokens=n, skip_first=2, **SMALL))
+    for name in SITES:
+        rows = torch.cat([batch[name] for batch in got])
+        expected = cache[name].flatten(2)[kept][:n]
+        assert rows.shape == (n, 576)
+        torch.testing.assert_close(rows, expected, rtol=1e-4, atol=1e-4 * expected.std().item())
+    assert not any(point.fwd_hooks for point in model.hook_dict.values())
+
+
+def test_the_model_stops_at_the_last_hook_point(model: TransformerBridge, corpus: Dataset) -> None:
+    later: list[str] = []
+    names = ["blocks.0.mlp.hook_out", "blocks.1.hook_in", "unembed.hook_out"]
+    for name in names:
+        model.hook_dict[name].add_hook(lambda _, hook, name=name: later.append(name), level=77)
+    try:
+        measure_spectrum(model, corpus, ATTN, n_tokens=50, **SMALL)
+    finally:
+        for name in names:
+            model.hook_dict[name].remove_hooks("fwd", level=77)
+    assert later == []
+
+
+def test_the_model_runs_on_no_context_beyond_the_rows_asked_for(
+    model: TransformerBridge, corpus: Dataset
+) -> None:
+    sizes: list[int] = []
+    model.hook_dict[ATTN].add_hook(lambda x, hook: sizes.append(len(x)), level=77)
+    try:
+        stream = stream_activations(model, corpus, [ATTN], n_tokens=10, **SMALL)
+        assert len(next(stream)[ATTN]) == 10
+    finally:
+        model.hook_dict[ATTN].remove_hooks("fwd", level=77)
+    assert sizes == [1]
+
+
+def test_spectra_equal_those_of_the_stream(model: TransformerBridge, corpus: Dataset) -> None:
+    spectra = measure_spectra(model, corpus, SITES, n_tokens=700, **SMALL)
+    batches = list(stream_activations(model, corpus, SITES, n_tokens=700, **SMALL))
+    for name, spectrum in spectra.items():
+        x = torch.cat([b[name] for b in batches]).double()
+        expected = torch.cov(x.T, correction=0)
+        assert spectrum.n_tokens == len(x) == 700
+        assert (spectrum.covariance - expected).norm() < 1e-5 * expected.norm()
+        assert spectrum.metadata["hook_name"] == name
+        assert {"model", "corpus", "context_size", "skip_first", "epochs"} <= set(spectrum.metadata)
+
+
+def test_store_holds_the_stream(model: TransformerBridge, corpus: Dataset, tmp_path: Path) -> None:
+    stores = harvest(model, corpus, SITES, tmp_path, n_tokens=300, dtype=torch.float32, **SMALL)
+    batches = list(stream_activations(model, corpus, SITES, n_tokens=300, **SMALL))
+    for name, store in stores.items():
+        assert (store.n_tokens, store.d_in) == (300, 576)
+        torch.testing.assert_close(store.rows(0, 300), torch.cat([b[name] for b in batches]))
+    assert len(list(tmp_path.iterdir())) == 2 * len(SITES) + 1  # and the lock
+
+
+def test_a_finished_store_is_reused_and_a_damaged_one_redone(
+    model: TransformerBridge, corpus: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def again(**changes) -> ActivationStore:
+        settings = {"n_tokens": 200, **SMALL, **changes}
+        return harvest(model, corpus, [ATTN], tmp_path, **settings)[ATTN]
+
+    first = again().rows(0, 200)
+    data, marker = tmp_path / f"{ATTN}.bin", tmp_path / f"{ATTN}.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(forward_pass, "_capture", lambda *_: pytest.fail("ran the model"))
+        torch.testing.assert_close(again(batch_size=2).rows(0, 200), first)
+        with pytest.raises(SaesubError, match="another n_tokens"):
+            again(n_tokens=100)
+        with pytest.raises(SaesubError, match="another content"):
+            harvest(model, corpus.select(range(99)), [ATTN], tmp_path, n_tokens=200, **SMALL)
+    data.write_bytes(data.read_bytes()[:-2])
+    with pytest.raises(SaesubError, match="truncated"):
+        ActivationStore.open(tmp_path, ATTN)
+    torch.testing.assert_close(again().rows(0, 200), first)
+    marker.write_text("{")
+    with pytest.raises(SaesubError, match="damaged"):
+        ActivationStore.open(tmp_path, ATTN)
+    marker.unlink()
+    with pytest.raises(SaesubError, match="no finished store"):
+        ActivationStore.open(tmp_path, ATTN)
+    torch.testing.assert_close(again().rows(0, 200), first)
+
+
+def _store(folder: Path, n: int = 103, d: int = 4) -> ActivationStore:
+    """A store whose rows are their own index."""
+    with StoreWriter(folder, "h", n, torch.float32) as writer:
+        writer.write(torch.arange(n).unsqueeze(1).expand(n, d))
+        writer.finish({}, epochs=1.0)
+    return ActivationStore.open(folder, "h")
+
+
+def test_batches_are_shuffled_and_restart_exactly(tmp_path: Path) -> None:
+    store = _store(tmp_path)
+    run = list(store.batches(10, seed=3, stop=25))
+    for start in (0, 1, 9, 10, 24):
+        rest = list(store.batches(10, seed=3, start_step=start, stop=25))
+        assert len(rest) == 25 - start
+        assert all(torch.equal(a, b) for a, b in zip(run[start:], rest, strict=True))
+    epoch = torch.cat(run[:10])[:, 0].tolist()
+    assert len(set(epoch)) == 100
+    assert set(run[0][:, 0].tolist()) != set(run[10][:, 0].tolist())
+    other = next(store.batches(10, seed=4))
+    assert not torch.equal(other, run[0])
+    assert run[0].dtype == torch.float32
+
+
+def test_split_holds_the_last_rows_out(tmp_path: Path) -> None:
+    train, held_out = _store(tmp_path).split(20)
+    assert (train.n_tokens, held_out.n_tokens) == (83, 20)
+    assert held_out.rows(0, 20)[:, 0].tolist() == list(range(83, 103))
+    seen = torch.cat(list(train.batches(8, seed=0, stop=40)))
+    assert seen.max() < 83
+    for n in (0, 103):
+        with pytest.raises(SaesubError, match="n_held_out"):
+            _store(tmp_path).split(n)
+    with pytest.raises(SaesubError, match="batch_size"):
+        next(train.batches(84, seed=0))
+    with pytest.raises(SaesubError, match="not within"):
+        train.rows(80, 84)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_refuses_what_is_not_finite(
+    model: TransformerBridge, corpus: Dataset, tmp_path: Path, poisoned, bad: float
+) -> None:
+    poisoned(bad)
+    run = {"n_tokens": 100, **SMALL}
+    where = rf"{ATTN}, batch 0: .*NaN .* first {bad} in row \d+, column 3"
+    with pytest.raises(SaesubError, match=where):
+        measure_spectrum(model, corpus, ATTN, **run)
+    with pytest.raises(SaesubError, match=where):
+        list(stream_activations(model, corpus, [ATTN], **run))
+    with pytest.raises(SaesubError, match=where):
+        harvest(model, corpus, [ATTN], tmp_path, **run)
+    assert [p.name for p in tmp_path.iterdir()] == [".lock"]
+
+
+def test_refuses_what_float16_cannot_hold(
+    model: TransformerBridge, corpus: Dataset, tmp_path: Path, poisoned
+) -> None:
+    poisoned(1e5)
+    with pytest.raises(SaesubError, match=r"pass dtype=torch\.float32"):
+        harvest(model, corpus, [ATTN], tmp_path, n_tokens=100, **SMALL)
+    harvest(model, corpus, [ATTN], tmp_path, n_tokens=100, dtype=torch.float32, **SMALL)
+
+
+def test_errors_say_what_to_do(model: TransformerBridge, corpus: Dataset) -> None:
+    def spectrum(hook: str = ATTN, text: Dataset = corpus, **changes) -> None:
+        measure_spectrum(model, text, hook, **{"n_tokens": 10, **SMALL, **changes})
+
+    with pytest.raises(SaesubError, match=r"did you mean 'blocks\.0\.hook_attn_out'"):
+        spectrum("blocks.0.hook_atn_out")
+    with pytest.raises(SaesubError, match="not one vector"):
+        spectrum("blocks.0.attn.hook_pattern")
+    with pytest.raises(SaesubError, match=r"context_size must lie in 2\.\.8192"):
+        spectrum(context_size=8193)
+    with pytest.raises(SaesubError, match="fewer than one context"):
+        spectrum(text=Dataset.from_dict({"text": ["Too short."]}))
+    with pytest.raises(SaesubError, match="leaves nothing"):
+        spectrum(skip_first=32)
+    with pytest.raises(SaesubError, match="at least"):
+        spectrum(n_tokens=0)
+    with pytest.raises(SaesubError, match="no hook point"):
+        measure_spectra(model, corpus, [], n_tokens=10)

@@ -1,0 +1,107 @@
+"""The compiled CPU functions: how they are built, threads, refusals.
+
+Their search is in test_search.py, what they share with the Triton kernels in test_backend.py.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from saesub.topk import cpu
+from saesub.topk.backend import AdamSettings
+from saesub.topk.ops import select_topk
+
+has_compiler = shutil.which("g++") or shutil.which("clang++")
+pytestmark = pytest.mark.skipif(not has_compiler, reason="no C++ compiler here")
+
+
+def test_it_is_built_where_it_can_be():
+    """Else every other test here would be skipped without a word."""
+    assert cpu.library() is not None
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file() and "avx512_vnni" in cpuinfo.read_text():
+        assert cpu.has_int8_search()
+
+
+def _problem(n: int, d: int, d_sae: int, seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    make = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    return make(n, d), make(d_sae, d).T / d**0.5, make(d_sae) / 4, make(d_sae, d) / d**0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda x, W, b: (x.double(), W, b), TypeError, "float32 tensor on the CPU is wanted"),
+        (lambda x, W, b: (x, W.contiguous(), b), TypeError, "strides"),
+        (lambda x, W, b: (x, W, b[:-1]), ValueError, r"\(1023,\) where \(1024,\)"),
+        (lambda x, W, b: (x, W[:-1], b), ValueError, "is wanted"),
+    ],
+)
+def test_tensors_that_the_compiled_code_would_misread_are_refused(change, error, message):
+    x, W_enc, b_enc, _ = _problem(10, 16, 1024, 0)
+    with pytest.raises(error, match=message):
+        cpu.search(*change(x, W_enc, b_enc), 8)
+
+
+def test_the_users_default_dtype_does_not_matter():
+    x, W_enc, b_enc, _ = _problem(10, 16, 1024, 0)
+    expected = cpu.search(x, W_enc, b_enc, 8)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = cpu.search(x, W_enc, b_enc, 8)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found[1], expected[1])
+
+
+def test_results_do_not_depend_on_the_number_of_threads(monkeypatch):
+    x, W_enc, b_enc, W_dec = _problem(500, 48, 1024, 0)
+    results = []
+    for threads in (1, 2, 5):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
+        selected = select_topk(x, W_enc, b_enc, 8, search=cpu.search)
+        values = selected.pre.relu()
+        decoded = cpu.decode(selected, values, W_dec, None, x, 1.0)
+        rows = cpu.row_gradients(
+            selected.features, selected.tokens, values, decoded.g_pre, x, decoded.g_out, 1024
+        )
+        weights = [W_enc.T.clone(), W_dec.clone(), b_enc.clone()]
+        tensors = [t for w in weights for t in (w, torch.zeros_like(w), torch.zeros_like(w))]
+        first_step, unclipped = torch.ones(2)
+        rows.adam(AdamSettings(1e-2, 0.9, 0.99, 1e-8), first_step, unclipped, *tensors, moved=None)
+        found = [selected.features, selected.pre, decoded.g_bias, decoded.g_pre]
+        results.append([*found, *rows.norms(W_enc), *tensors])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_a_compiler_with_arguments_is_understood(monkeypatch, tmp_path):
+    monkeypatch.setenv("SAESUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", f"env {has_compiler} -g0")
+    cpu.library.cache_clear()
+    try:
+        assert cpu.library() is not None
+        assert len(list(tmp_path.glob("native/*/*.so"))) == 1
+    finally:
+        monkeypatch.undo()
+        cpu.library.cache_clear()
+
+
+def test_without_a_compiler_it_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setenv("SAESUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", "false")  # a compiler that fails
+    cpu.library.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="Install a C\\+\\+ compiler"):
+            assert cpu.library() is None
+        monkeypatch.setenv("SAESUB_NATIVE", "0")
+        cpu.library.cache_clear()
+        assert cpu.library() is None
+    finally:
+        monkeypatch.undo()
+        cpu.library.cache_clear()

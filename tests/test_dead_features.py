@@ -1,0 +1,94 @@
+"""Dead features against brute force, and the diagnosis on cases with a known answer."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from sae_lens import (
+    StandardTrainingSAE,
+    StandardTrainingSAEConfig,
+    TopKSAE,
+    TopKSAEConfig,
+    TopKTrainingSAE,
+    TopKTrainingSAEConfig,
+)
+
+from saesub.errors import SaesubError
+from saesub.evaluation.dead_features import dead_features, diagnose, overlap, times_fired
+
+
+def _sae(sparse: bool = False) -> TopKTrainingSAE:
+    torch.manual_seed(0)
+    return TopKTrainingSAE(
+        TopKTrainingSAEConfig(d_in=24, d_sae=512, k=4, use_sparse_activations=sparse)
+    )
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_dead_features_equal_brute_force_over_exactly_the_window(sparse):
+    sae = _sae(sparse)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(3000, 24, generator=generator)
+    x[:, 6:] *= 0.05  # features outside the first six dimensions hardly ever win
+    dense = _sae()
+    with torch.no_grad():
+        acts = torch.cat([dense.encode(row[None]) for row in x[:1500]])
+    expected = (acts > 0).sum(0) == 0
+    assert 0 < expected.sum() < 512
+    assert torch.equal(dead_features(sae, x, n_tokens=1500), expected)
+    blocks = iter(x.split(130))
+    assert torch.equal(dead_features(sae, blocks, n_tokens=1500), expected)
+
+
+def test_a_relu_sae_that_never_fires_is_all_dead():
+    sae = StandardTrainingSAE(StandardTrainingSAEConfig(d_in=24, d_sae=64))
+    sae.b_enc.data -= 1e6
+    assert dead_features(sae, torch.randn(100, 24), n_tokens=100).all()
+    sae.b_enc.data += 2e6
+    assert not dead_features(sae, torch.randn(100, 24), n_tokens=100).any()
+
+
+def test_a_loaded_hook_z_sae_takes_concatenated_heads():
+    flat = TopKSAE(TopKSAEConfig(d_in=24, d_sae=64, k=4))
+    by_head = TopKSAE(TopKSAEConfig(d_in=24, d_sae=64, k=4, reshape_activations="hook_z"))
+    by_head.load_state_dict(flat.state_dict())
+    x = torch.randn(50, 24, generator=torch.Generator().manual_seed(0))
+    expected = dead_features(flat, x, n_tokens=50)
+    assert torch.equal(dead_features(by_head, x, n_tokens=50), expected)
+    assert by_head.hook_z_reshaping_mode
+    assert by_head(x.view(50, 3, 8)).shape == (50, 3, 8)
+
+
+def test_too_few_tokens_are_refused():
+    with pytest.raises(SaesubError, match="Only 10 of 20 tokens"):
+        dead_features(_sae(), torch.randn(10, 24), n_tokens=20)
+
+
+def test_times_fired_ignores_stored_zeros_of_sparse_activations():
+    acts = torch.sparse_coo_tensor(torch.tensor([[0, 1], [2, 0]]), torch.tensor([0.0, 1.5]), (2, 4))
+    assert times_fired(acts).tolist() == [1, 0, 0, 0]
+
+
+def test_overlap_of_known_directions():
+    basis = torch.eye(6)[:, :2]
+    directions = torch.tensor([[2.0, 0, 0, 0, 0, 0], [0, 0, 5, 0, 0, 0], [1, 0, 1, 0, 0, 0]])
+    torch.testing.assert_close(overlap(directions, basis), torch.tensor([1.0, 0.0, 0.5]))
+
+
+def test_random_directions_overlap_by_r_over_d():
+    directions = torch.randn(4000, 100, generator=torch.Generator().manual_seed(0))
+    assert overlap(directions, torch.eye(100)[:, :30]).mean().item() == pytest.approx(
+        0.3, abs=0.005
+    )
+
+
+def test_diagnosis_separates_inside_from_outside():
+    directions, basis = torch.eye(8), torch.eye(8)[:, :4]
+    dead = torch.tensor([False] * 4 + [True] * 4)
+    found = diagnose(directions, dead, basis)
+    assert found.auc == 1.0
+    assert found.p_value < 0.05
+    assert diagnose(directions, ~dead, basis).auc == 0.0
+    assert math.isnan(diagnose(directions, torch.zeros(8, dtype=torch.bool), basis).auc)

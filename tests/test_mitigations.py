@@ -1,0 +1,555 @@
+"""Each remedy against its definition, on a real model's activations, and all of them together."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import pytest
+import torch
+from sae_lens import (
+    SAE,
+    BatchTopKTrainingSAE,
+    BatchTopKTrainingSAEConfig,
+    GatedTrainingSAE,
+    GatedTrainingSAEConfig,
+    JumpReLUTrainingSAE,
+    JumpReLUTrainingSAEConfig,
+    MatchingPursuitTrainingSAE,
+    MatchingPursuitTrainingSAEConfig,
+    StandardTrainingSAE,
+    StandardTrainingSAEConfig,
+    TopKTrainingSAE,
+    TopKTrainingSAEConfig,
+)
+from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.sae import TrainStepInput
+
+from saesub.activations.spectrum import Spectrum
+from saesub.activations.store import ActivationStore, StoreWriter
+from saesub.errors import SaesubError
+from saesub.evaluation.dead_features import times_fired
+from saesub.init.biases import center_biases
+from saesub.init.norm import scale_encoder
+from saesub.init.subspace import initialize_in_subspace
+from saesub.topk import cpu
+from saesub.training.comparison import joint_batches, train_arms
+from saesub.training.mitigations import GhostGradients, KAnnealing, Resampling
+from saesub.training.mitigations.mitigation import Remedy
+from saesub.training.trainer import SubspaceSAETrainer
+
+HOOK = "blocks.4.hook_attn_out"
+D_SAE, K, BATCH = 1152, 8, 128
+WINDOW = 6 * BATCH
+pytestmark = pytest.mark.model
+BACKENDS = [
+    pytest.param(
+        "auto", marks=pytest.mark.skipif(cpu.library() is None, reason="no C++ compiler here")
+    ),
+    "torch",
+    "dense",
+]
+
+
+@pytest.fixture(scope="module")
+def spectrum(activations) -> Spectrum:
+    return Spectrum.from_activations(activations)
+
+
+@pytest.fixture(scope="module")
+def store(activations, tmp_path_factory) -> ActivationStore:
+    folder = tmp_path_factory.mktemp("store")
+    with StoreWriter(folder, HOOK, len(activations), torch.float32) as writer:
+        writer.write(activations)
+        writer.finish({}, epochs=1.0)
+    return ActivationStore.open(folder, HOOK)
+
+
+class _StopError(Exception):
+    pass
+
+
+def _cfg(steps: int, norm_batches: int = 16) -> SAETrainerConfig:
+    return SAETrainerConfig(
+        total_training_samples=steps * BATCH,
+        train_batch_size_samples=BATCH,
+        lr=1e-3,
+        lr_end=1e-4,
+        lr_warm_up_steps=5,
+        n_batches_for_norm_estimate=norm_batches,
+    )
+
+
+def _topk(seed: int = 0, **settings) -> TopKTrainingSAE:
+    torch.manual_seed(seed)
+    settings = {"aux_loss_coefficient": 0.0, "k": K} | settings
+    return TopKTrainingSAE(TopKTrainingSAEConfig(d_in=576, d_sae=D_SAE, **settings))
+
+
+def _batchtopk(**settings) -> BatchTopKTrainingSAE:
+    torch.manual_seed(0)
+    settings = {"aux_loss_coefficient": 0.0, "k": K} | settings
+    return BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=576, d_sae=D_SAE, **settings))
+
+
+def _relu(**settings) -> StandardTrainingSAE:
+    torch.manual_seed(0)
+    return StandardTrainingSAE(StandardTrainingSAEConfig(d_in=576, d_sae=D_SAE, **settings))
+
+
+def _gated() -> GatedTrainingSAE:
+    return GatedTrainingSAE(GatedTrainingSAEConfig(d_in=576, d_sae=D_SAE))
+
+
+def _pursuit() -> MatchingPursuitTrainingSAE:
+    return MatchingPursuitTrainingSAE(MatchingPursuitTrainingSAEConfig(d_in=576, d_sae=D_SAE))
+
+
+def _trainer(sae, steps: int, *given: Remedy, **settings) -> SubspaceSAETrainer:
+    settings = {"dead_window_tokens": WINDOW} | settings
+    return SubspaceSAETrainer(_cfg(steps), sae, iter(()), remedies=given, **settings)
+
+
+def _take(trainer: SubspaceSAETrainer, store: ActivationStore, n: int) -> list:
+    outputs = []
+    start = trainer.n_training_samples // BATCH
+    batches = store.batches(BATCH, seed=0, start_step=start, stop=start + n)
+    for x in batches:
+        outputs.append(trainer.step(x))
+        trainer.n_training_steps += 1
+    return outputs
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sparse_adam"])
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+def test_resampled_features_fire_again(store, activations, backend, optimizer):
+    sae = _topk()
+    remedy = Resampling(at_tokens=(30 * BATCH,), encoder_norm=1.0, n_batches=10)
+    settings = {"backend": backend, "optimizer": optimizer, "dead_window_tokens": 20 * BATCH}
+    trainer = _trainer(sae, 50, remedy, **settings)
+    _take(trainer, store, 29)
+    dead = trainer.dead_neurons
+    never = times_fired(sae.encode(activations)) == 0
+    dead_for_good = dead & never
+    assert dead_for_good.sum() > 50
+    before = trainer.act_freq_scores.clone()
+    _take(trainer, store, 10)  # all of one resampling
+    assert not (trainer.tokens_since_fired > 29 * BATCH).any()
+    fire = times_fired(sae.encode(activations)) > 0
+    assert fire[dead_for_good].float().mean() > 0.9
+    _take(trainer, store, 6)
+    # Within a few hundred tokens of training, too, where the rest of the dictionary competes.
+    fired = trainer.act_freq_scores > before
+    assert fired[dead_for_good].float().mean() > 0.4
+
+
+def _resampled(store, sae, **settings):
+    """A trainer, what it was before resampling all its dead features at once, and the step."""
+    remedy = Resampling(at_tokens=(12 * BATCH,), n_batches=1, **settings)
+    twin = _trainer(copy.deepcopy(sae), 40)
+    trainer = _trainer(sae, 40, remedy)
+    _take(twin, store, 12)
+    (*_, output) = _take(trainer, store, 12)
+    return trainer, twin, output
+
+
+@pytest.mark.parametrize("apply_b_dec_to_input", [True, False])
+def test_resampling_writes_what_the_source_says(store, spectrum, apply_b_dec_to_input):
+    sae = _topk(apply_b_dec_to_input=apply_b_dec_to_input)
+    center_biases(sae, spectrum)
+    sae.W_enc.data *= 1.7
+    trainer, twin, output = _resampled(store, sae)
+    dead, before = twin.dead_neurons, twin.sae
+    rows = (dead & ~trainer.dead_neurons).nonzero().squeeze(1)
+    assert 50 < len(rows) <= BATCH
+    for name, parameter in sae.named_parameters():  # the living are left alone
+        others = torch.ones(D_SAE, dtype=torch.bool)
+        others[rows] = False
+        axis = {"W_enc": 1, "W_dec": 0, "b_enc": 0}.get(name)
+        old = dict(before.named_parameters())[name]
+        if axis is None:
+            assert torch.equal(parameter, old)
+        else:
+            keep = others.nonzero().squeeze(1)
+            assert torch.equal(parameter.index_select(axis, keep), old.index_select(axis, keep))
+    inputs = torch.nn.functional.normalize(output.sae_in - sae.b_dec, dim=-1)
+    encoder = before.W_enc.norm(dim=0)[~dead].mean()
+    decoder = before.W_dec.norm(dim=1)[~dead].mean()
+    cosines = torch.nn.functional.normalize(sae.W_dec[rows], dim=-1) @ inputs.T
+    best = cosines.max(1)
+    torch.testing.assert_close(best.values, torch.ones(len(rows)))
+    assert len(best.indices.unique()) == len(rows)
+    torch.testing.assert_close(sae.W_dec[rows], inputs[best.indices] * decoder)
+    torch.testing.assert_close(sae.W_enc.T[rows], inputs[best.indices] * 0.2 * encoder)
+    of_b_dec = sae.b_enc[rows] + (0 if apply_b_dec_to_input else sae.b_dec @ sae.W_enc[:, rows])
+    torch.testing.assert_close(of_b_dec, torch.zeros(len(rows)), atol=1e-6, rtol=0)
+    assert not trainer.tokens_since_fired[rows].any()
+    for parameter, axis in [(sae.W_enc, 1), (sae.W_dec, 0), (sae.b_enc, 0)]:
+        kept = trainer.optimizer.state[parameter]
+        assert not kept["exp_avg"].index_select(axis, rows).any()
+        assert not kept["exp_avg_sq"].index_select(axis, rows).any()
+        assert (kept["moved"][rows] == int(kept["step"])).all()
+        assert kept["exp_avg_sq"].any()
+
+
+def test_inputs_are_drawn_by_their_squared_loss(activations):
+    from saesub.training.mitigations.resampling import _draw_by_squared_loss
+
+    class Output:
+        sae_in = torch.zeros(4, 2)
+        sae_out = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0], [2.0, 0.0]])
+
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    drawn = [int(_draw_by_squared_loss(Output, 1, rng)) for _ in range(4000)]
+    share = torch.bincount(torch.tensor(drawn), minlength=4) / 4000
+    torch.testing.assert_close(share, torch.tensor([1, 4, 0, 16]) / 21, atol=0.02, rtol=0)
+    every = _draw_by_squared_loss(Output, 4, rng)
+    assert sorted(every.tolist()) == [0, 1, 3]  # no loss, no chance
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: _relu(l1_coefficient=3.0),
+        _gated,
+        lambda: JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(d_in=576, d_sae=D_SAE)),
+        _batchtopk,
+        lambda: _relu(normalize_activations="layer_norm"),
+    ],
+)
+def test_resampling_takes_other_architectures(store, activations, make):
+    sae = make()
+    remedy = Resampling(at_tokens=(2 * BATCH,), encoder_norm=1.0, n_batches=1)
+    trainer = _trainer(sae, 4, remedy, dead_window_tokens=BATCH)
+    with torch.no_grad():
+        for name in ("b_enc", "b_gate"):
+            if hasattr(sae, name):
+                getattr(sae, name)[:100] = -1e4  # certainly dead
+        if hasattr(sae, "threshold"):
+            sae.threshold[:100] = 1e4
+    _take(trainer, store, 1)
+    assert trainer.dead_neurons[:100].all()
+    _take(trainer, store, 1)
+    rows = (trainer.tokens_since_fired[:100] == 0).nonzero().squeeze(1)
+    assert len(rows) >= 1
+    with torch.no_grad():
+        assert (times_fired(sae.encode(activations))[rows] > 0).float().mean() > 0.9
+
+
+def test_resampling_falls_where_it_was_asked_for():
+    assert Resampling(every_tokens=1000, until=0.5).times(5000) == (1000, 2000)
+    assert Resampling(at_tokens=[900, 300]).times(5000) == (300, 900)
+    trainer = _trainer(_topk(), 40, Resampling(every_tokens=10 * BATCH, n_batches=3))
+    when = {}
+    for step in range(1, 41):
+        trainer.n_training_samples = step * BATCH
+        when[step] = trainer.remedies[0]._batch_of_resampling(trainer)
+    assert {s: b for s, b in when.items() if b is not None} == {
+        10: 0, 11: 1, 12: 2, 20: 0, 21: 1, 22: 2
+    }  # fmt: skip
+
+
+def _ghost_by_definition(sae, x, dead):
+    """The loss in plain float64 autograd, written from the source's five steps."""
+    W_enc, b_enc, W_dec, b_dec = (
+        p.detach().double().requires_grad_() for p in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)
+    )
+    x = x.double()
+    with torch.no_grad():
+        twin = copy.deepcopy(sae).double()
+        twin.dtype = torch.float64
+        residual = x - twin(x)
+        mse = residual.square().sum(-1).mean()
+    centred = x - b_dec.detach() if sae.cfg.apply_b_dec_to_input else x
+    acts = torch.exp(centred @ W_enc + b_enc) * dead
+    out = acts @ W_dec
+    with torch.no_grad():
+        scale = residual.norm(dim=-1, keepdim=True) / (2 * out.norm(dim=-1, keepdim=True))
+    error = (scale * out - residual).square().sum(-1).mean()
+    loss = error * (mse / error.detach())
+    loss.backward()
+    return loss.detach(), W_enc.grad, b_enc.grad, W_dec.grad
+
+
+@pytest.mark.parametrize("make", [_topk, lambda: _topk(apply_b_dec_to_input=False), _relu])
+def test_ghost_gradients_equal_their_definition_and_reach_the_dead_alone(
+    activations, spectrum, make, monkeypatch
+):
+    sae = make()
+    center_biases(sae, spectrum)
+    sae.W_enc.data *= 20.0  # pre-activations of some size
+    trainer = _trainer(sae, 40, GhostGradients(), backend="torch")
+    dead = torch.arange(D_SAE) % 7 == 0
+    trainer.tokens_since_fired[dead] = WINDOW
+    monkeypatch.setattr(
+        "saesub.training.mitigations.ghost_gradients._GHOST_ENTRIES", 70 * int(dead.sum())
+    )  # blocks, the last short
+    x = activations[:200]
+    output = sae.training_forward_pass(TrainStepInput(x, {"l1": 0.0}, None, 0, False))
+    loss = GhostGradients().extra_loss(trainer, output)
+    loss.backward()
+    expected, *gradients = _ghost_by_definition(sae, x, dead)
+    torch.testing.assert_close(loss.detach().double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(loss.detach(), output.losses["mse_loss"].detach())
+    assert sae.b_dec.grad is None
+    for parameter, gradient, axis in zip(
+        (sae.W_enc, sae.b_enc, sae.W_dec), gradients, (1, 0, 0), strict=True
+    ):
+        got = parameter.grad.double()
+        assert (got - gradient).norm() < 1e-5 * gradient.norm()
+        reached = got.movedim(axis, 0).reshape(D_SAE, -1).abs().amax(1) > 0
+        assert torch.equal(reached, dead)
+
+
+def test_ghost_gradients_of_huge_pre_activations_are_finite(activations):
+    sae = _topk()
+    sae.W_enc.data *= 1e5  # exp of them overflows
+    trainer = _trainer(sae, 40, GhostGradients())
+    trainer.tokens_since_fired[:50] = WINDOW
+    x = activations[:100]
+    assert not (x @ sae.W_enc[:, :50]).exp().isfinite().all()
+    output = sae.training_forward_pass(TrainStepInput(x, {}, None, 0, False))
+    GhostGradients().extra_loss(trainer, output).backward()
+    assert sae.W_enc.grad.isfinite().all()
+    assert sae.W_dec.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("backend", ["torch", "dense"])
+def test_ghost_gradients_enter_the_training_step(store, backend):
+    plain = _trainer(_topk(), 40, backend=backend)
+    ghost = _trainer(_topk(), 40, GhostGradients(), backend=backend)
+    for a, b in zip(_take(plain, store, 6), _take(ghost, store, 6), strict=True):
+        assert b.losses["ghost_gradient_loss"] == 0  # nothing is dead yet
+        torch.testing.assert_close(a.loss, b.loss)
+    assert plain.dead_neurons.any()
+    torch.testing.assert_close(
+        plain.n_forward_passes_since_fired, ghost.n_forward_passes_since_fired
+    )
+    torch.testing.assert_close(plain.act_freq_scores, ghost.act_freq_scores)
+    torch.testing.assert_close(plain.sae.W_dec, ghost.sae.W_dec)
+    (output,) = _take(ghost, store, 1)
+    torch.testing.assert_close(output.losses["ghost_gradient_loss"], output.losses["mse_loss"])
+    torch.testing.assert_close(output.loss, 2 * output.losses["mse_loss"])
+
+
+def test_ghost_gradients_save_features(store, activations):
+    dead = {}
+    for name, given in {"none": (), "ghost": (GhostGradients(),)}.items():
+        trainer = _trainer(_topk(), 60, *given)
+        _take(trainer, store, 60)
+        dead[name] = (times_fired(trainer.sae.encode(activations)) == 0).float().mean().item()
+    assert dead["ghost"] < dead["none"] - 0.1, dead
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("make", [_topk, lambda: _batchtopk(k=8.0)])
+def test_k_falls_as_stated_and_both_paths_follow_it(store, make, backend, tmp_path):
+    sae, plain = make(), make()
+    trainer = _trainer(sae, 12, KAnnealing(k_start=29, share=0.5), backend=backend)
+    expected = [29, 25.5, 22, 18.5, 15, 11.5, 8, 8]
+    if isinstance(make().cfg.k, int):
+        expected = [29, 26, 22, 18, 15, 12, 8, 8]
+    for step, k in enumerate(expected):
+        (output,) = _take(trainer, store, 1)
+        active = output.hidden_pre if output.hidden_pre.is_sparse else output.feature_acts
+        n_active = int((active.to_dense() != 0).sum())
+        assert n_active == int(k * BATCH), step
+        assert sae.cfg.k == sae.activation_fn.k == 8
+    sae.save_model(tmp_path)
+    assert type(sae).from_dict(sae.cfg.to_dict()).cfg.k == plain.cfg.k
+    x = store.rows(0, 64)
+    assert int((sae.encode(x) != 0).sum()) <= 8 * 64
+
+
+def test_k_is_restored_where_a_step_fails(store):
+    sae = _topk()
+    trainer = _trainer(sae, 12, KAnnealing(k_start=64, share=1.0), backend="dense")
+    trainer.n_training_samples = BATCH
+    seen = []
+
+    def fail(module, args):
+        seen.append((sae.cfg.k, sae.activation_fn.k))
+        raise _StopError
+
+    sae.activation_fn.register_forward_pre_hook(fail)
+    with pytest.raises(_StopError):
+        trainer.step(store.rows(0, BATCH))
+    assert seen == [(59, 59)]
+    assert sae.cfg.k == sae.activation_fn.k == K
+
+
+def test_annealing_with_share_one_still_ends_at_the_own_k(store, tmp_path):
+    sae = _topk()
+    trainer = SubspaceSAETrainer(
+        _cfg(4), sae, store.batches(BATCH, seed=0), remedies=[KAnnealing(64, 1.0)]
+    )
+    trainer.fit()
+    sae.save_inference_model(tmp_path)
+    loaded = SAE.load_from_disk(tmp_path)
+    assert loaded.cfg.k == K
+    assert loaded.cfg.metadata.remedies == ["KAnnealing(k_start=64, share=1.0)"]
+    assert int((loaded.encode(store.rows(0, 64)) != 0).sum()) == K * 64
+
+
+def _arms(spectrum) -> dict[str, SubspaceSAETrainer]:
+    """Every remedy at once on ASI, and the settings of SAELens that are remedies too."""
+    arms = {}
+    trained = {
+        "all": (KAnnealing(24, 0.5), Resampling(every_tokens=9 * BATCH, n_batches=4, until=1.0)),
+        "ghost": (GhostGradients(), Resampling(at_tokens=(13 * BATCH,), n_batches=6)),
+        "auxk": (GhostGradients(), KAnnealing(16, 0.25)),
+        "whitened": (Resampling(at_tokens=(13 * BATCH,), n_batches=6), GhostGradients()),
+    }
+    for name, given in trained.items():
+        settings = {"normalize_activations": "expected_average_only_in"}
+        if name == "auxk":
+            settings["aux_loss_coefficient"] = 1 / 32
+        if name == "whitened":
+            settings["normalize_activations"] = "covariance_whitening"
+        sae = _topk(seed=1, **settings)
+        optimizer = "adam" if name == "all" else "sparse_adam"
+        if name != "whitened":
+            initialize_in_subspace(sae, spectrum, d_init=40)
+            scale_encoder(sae, 2.0)
+        arms[name] = SubspaceSAETrainer(
+            _cfg(24), sae, iter(()), optimizer=optimizer, dead_window_tokens=WINDOW, remedies=given
+        )
+    return arms
+
+
+def test_all_remedies_combine_and_a_killed_run_ends_the_same(store, spectrum, tmp_path):
+    """Stopped in the middle of a resampling, after some of the dead were resampled."""
+
+    def batches(start, stop_at=None):
+        for step, batch in enumerate(
+            joint_batches({HOOK: store}, BATCH, seed=3, start_step=start), start=start
+        ):
+            if step == stop_at:
+                raise _StopError
+            yield batch
+
+    whole = _arms(spectrum)
+    history = train_arms(whole, batches)
+    arms = _arms(spectrum)
+    with pytest.raises(_StopError):
+        train_arms(arms, lambda s: batches(s, stop_at=17), folder=tmp_path)
+    assert "resampling.alive_norms" in arms["ghost"].remedy_state
+    starts = []
+    resumed = _arms(spectrum)
+    again = train_arms(resumed, lambda s: (starts.append(s), batches(s))[1], folder=tmp_path)
+    assert 13 < starts[-1] < 17
+    finished = _arms(spectrum)
+    assert train_arms(finished, batches, folder=tmp_path).equals(history)
+    assert again.equals(history)
+    x = store.rows(0, 500)
+    for name, trainer in whole.items():
+        for other in (resumed[name], finished[name]):
+            for a, b in zip(trainer.sae.parameters(), other.sae.parameters(), strict=True):
+                assert torch.equal(a, b), name
+            assert torch.equal(trainer.tokens_since_fired, other.tokens_since_fired)
+            assert torch.equal(trainer.sae(x), other.sae(x)), name
+        error, variance = (trainer.sae(x) - x).square().sum(), (x - x.mean(0)).square().sum()
+        assert error < (1.1 if name == "whitened" else 0.9) * variance, name
+
+
+def test_whitening_is_estimated_from_the_first_batches_and_folded_into_the_weights(
+    store, activations, tmp_path
+):
+    def make():
+        sae = _topk(normalize_activations="covariance_whitening")
+        return {"white": SubspaceSAETrainer(_cfg(30, norm_batches=30), sae, iter(()))}
+
+    def batches(start):
+        return joint_batches({HOOK: store}, BATCH, seed=0, start_step=start)
+
+    arms, again = make(), make()
+    history = train_arms(arms, batches, folder=tmp_path)
+    assert 400 < history.mse.iloc[0] < 700  # 576 directions of unit variance
+    assert history.mse.iloc[-1] < 0.97 * history.mse.iloc[0]
+    sae, x = arms["white"].sae, activations
+    assert sae.cfg.normalize_activations == "none"
+    assert (sae(x) - x).square().sum() < (x - x.mean(0)).square().sum()
+    train_arms(again, batches, folder=tmp_path)  # finished: loads weights that are folded already
+    assert torch.equal(again["white"].sae(x), sae(x))
+    assert again["white"].sae.cfg.to_dict() == sae.cfg.to_dict() | {
+        "metadata": again["white"].sae.cfg.to_dict()["metadata"]
+    }
+
+
+def test_arms_of_other_remedies_are_other_arms(store, spectrum, tmp_path):
+    def batches(start):
+        return joint_batches({HOOK: store}, BATCH, seed=0, start_step=start)
+
+    def make(*given):
+        return {"a": _trainer(_topk(), 8, *given)}
+
+    train_arms(make(KAnnealing(16, 0.5)), batches, folder=tmp_path)
+    train_arms(make(KAnnealing(16, 0.5)), batches, folder=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+    train_arms(make(KAnnealing(16, 0.6)), batches, folder=tmp_path)
+    train_arms(make(), batches, folder=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@dataclass(frozen=True)
+class _Unknown:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("make", "given", "message"),
+    [
+        (_topk, [KAnnealing(16, 0.5), KAnnealing(32, 0.5)], "Two remedies of one kind"),
+        (
+            _topk,
+            [Resampling(at_tokens=(2000,)), Resampling(every_tokens=1000)],
+            "Two remedies of one kind",
+        ),
+        (_topk, GhostGradients(), "not a sequence of remedies"),
+        (_topk, [GhostGradients], "not a sequence of remedies"),
+        (_topk, [_Unknown()], "not a sequence of remedies"),
+        (_relu, [KAnnealing(16, 0.5)], "needs an SAE with a k, which 'standard' has not"),
+        (_topk, [KAnnealing(K - 1, 0.5)], "k_start=7 must lie in 8..1152"),
+        (_topk, [KAnnealing(D_SAE + 1, 0.5)], "must lie in 8..1152"),
+        (_topk, [KAnnealing(8.5, 0.5)], "whole number"),
+        (_pursuit, [Resampling(at_tokens=(2000,))], "has no W_enc"),
+        (_pursuit, [GhostGradients()], "has no W_enc and no b_enc"),
+        (_gated, [GhostGradients()], "has no b_enc"),
+        (
+            lambda: _topk(normalize_activations="layer_norm"),
+            [GhostGradients()],
+            "different spaces",
+        ),
+        (_topk, [Resampling(at_tokens=(10**6,))], "would never resample"),
+        (_topk, [Resampling(every_tokens=10**6)], "would never resample"),
+        (_topk, [Resampling(at_tokens=(100,), n_batches=1)], "would never resample"),
+        (_topk, [Resampling(at_tokens=(2000,))], "longer than the dead window"),
+        (
+            _topk,
+            [Resampling(at_tokens=(2000, 2100), n_batches=2)],
+            "before the last resampling is over",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused(make, given, message):
+    with pytest.raises(SaesubError, match=message):
+        SubspaceSAETrainer(_cfg(40), make(), iter(()), remedies=given, dead_window_tokens=WINDOW)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Resampling(), "not neither"),
+        (lambda: Resampling(every_tokens=5, at_tokens=(5,)), "not both"),
+        (lambda: Resampling(every_tokens=0), "out of range"),
+        (lambda: Resampling(at_tokens=(5,), encoder_norm=0), "out of range"),
+        (lambda: Resampling(every_tokens=5, until=1.5), "out of range"),
+        (lambda: KAnnealing(16, 0.0), r"must lie in \(0, 1\]"),
+        (lambda: KAnnealing(16, 1.1), r"must lie in \(0, 1\]"),
+    ],
+)
+def test_settings_out_of_range_are_refused(make, message):
+    with pytest.raises(SaesubError, match=message):
+        make()

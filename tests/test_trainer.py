@@ -1,0 +1,315 @@
+"""The trainer on a real model's activations: equal to SAELens' own, tokens counted, resumable."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from sae_lens import (
+    SAE,
+    StandardTrainingSAE,
+    StandardTrainingSAEConfig,
+    TopKTrainingSAE,
+    TopKTrainingSAEConfig,
+)
+from sae_lens.config import SAETrainerConfig
+
+from saesub.activations.spectrum import Spectrum
+from saesub.activations.store import ActivationStore, StoreWriter
+from saesub.errors import SaesubError
+from saesub.evaluation.dead_features import times_fired
+from saesub.init.biases import center_biases
+from saesub.init.subspace import initialize_in_subspace
+from saesub.training import checkpoint
+from saesub.training.checkpoint import check_same_shapes
+from saesub.training.comparison import joint_batches, train_arms
+from saesub.training.mitigations import GhostGradients
+from saesub.training.trainer import SubspaceSAETrainer, takes_sparse_step
+
+HOOK = "blocks.4.hook_attn_out"
+D_SAE, K, BATCH = 1152, 8, 128
+pytestmark = pytest.mark.model
+
+
+@pytest.fixture(scope="module")
+def spectrum(activations) -> Spectrum:
+    return Spectrum.from_activations(activations)
+
+
+@pytest.fixture(scope="module")
+def store(activations, tmp_path_factory) -> ActivationStore:
+    folder = tmp_path_factory.mktemp("store")
+    with StoreWriter(folder, HOOK, len(activations), torch.float32) as writer:
+        writer.write(activations)
+        writer.finish({}, epochs=1.0)
+    return ActivationStore.open(folder, HOOK)
+
+
+def _cfg(steps: int, **settings) -> SAETrainerConfig:
+    return SAETrainerConfig(
+        total_training_samples=steps * BATCH,
+        train_batch_size_samples=BATCH,
+        lr=1e-3,
+        lr_end=1e-4,
+        lr_warm_up_steps=5,
+        n_batches_for_norm_estimate=4,
+        **settings,
+    )
+
+
+def _topk(seed: int = 0, **settings) -> TopKTrainingSAE:
+    torch.manual_seed(seed)
+    settings = {"aux_loss_coefficient": 0.0, "k": K} | settings
+    return TopKTrainingSAE(TopKTrainingSAEConfig(d_in=576, d_sae=D_SAE, **settings))
+
+
+def _batches(store: ActivationStore, start: int = 0):
+    return store.batches(BATCH, seed=0, start_step=start)
+
+
+@pytest.mark.parametrize("k", [K, 4])
+def test_the_dead_are_counted_by_tokens_as_brute_force_does(store, k):
+    sae = _topk(k=k)
+    window = 10 * BATCH
+    trainer = SubspaceSAETrainer(_cfg(30), sae, _batches(store), dead_window_tokens=window)
+    fired = []
+    for step, x in zip(range(30), _batches(store), strict=False):
+        with torch.no_grad():
+            fired.append(times_fired(sae.encode(x)) > 0)
+        trainer.step(x)
+        trainer.n_training_steps = step + 1
+    expected = ~torch.stack(fired[-10:]).any(0)
+    assert torch.equal(trainer.dead_neurons, expected)
+    assert trainer.dead_fraction() == pytest.approx(expected.float().mean().item())
+    assert 0 < expected.sum() < D_SAE
+
+
+@pytest.mark.parametrize("settings", [{}, {"backend": "torch"}, {"remedies": [GhostGradients()]}])
+def test_the_history_averages_its_steps_and_no_step_leaves_a_tensor_behind(store, settings):
+    trainer = SubspaceSAETrainer(_cfg(400), _topk(), iter(()), **settings)
+    losses, left = [], []
+    for step, x in zip(range(20), _batches(store), strict=False):
+        losses.append(trainer.step(x).losses["mse_loss"].item())
+        trainer.n_training_steps = step + 1
+        if step in (5, 8):
+            gc.collect()
+            left.append(sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()))
+    means = torch.tensor(losses).view(2, 10).mean(1).tolist()
+    assert [point["mse"] for point in trainer.history] == pytest.approx(means)
+    assert left[0] == left[1]
+
+
+def test_a_window_longer_than_the_run_gives_no_answer(store):
+    trainer = SubspaceSAETrainer(_cfg(3), _topk(), _batches(store), dead_window_tokens=10**6)
+    trainer.fit()
+    with pytest.raises(SaesubError, match="less than the window"):
+        trainer.dead_fraction()
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sparse_adam"])
+def test_fit_learns_and_saves_a_plain_saelens_sae(store, spectrum, tmp_path, optimizer):
+    sae = _topk()
+    initialize_in_subspace(sae, spectrum)
+    trainer = SubspaceSAETrainer(_cfg(60), sae, _batches(store), optimizer=optimizer)
+    x = store.rows(0, 500)
+    before = (sae(x) - x).square().sum().item()
+    assert trainer.fit() is sae
+    assert (sae(x) - x).square().sum().item() < 0.6 * before
+    sae.save_inference_model(tmp_path)
+    loaded = SAE.load_from_disk(tmp_path)
+    assert loaded.cfg.architecture() == "topk"
+    assert loaded.cfg.metadata.optimizer == optimizer
+    torch.testing.assert_close(
+        loaded(store.rows(0, 50)), sae(store.rows(0, 50)), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_a_store_is_no_iterator_of_batches(store):
+    with pytest.raises(SaesubError, match=r"store\.batches\(batch_size, seed=0\)"):
+        SubspaceSAETrainer(_cfg(3), _topk(), store)
+
+
+def test_settings_out_of_a_table_are_saved_and_resumed(store, tmp_path):
+    """Their numbers are NumPy's."""
+    cfg = _cfg(4)
+    cfg.lr, cfg.lr_end, cfg.lr_warm_up_steps = np.float64(1e-3), np.float64(1e-4), np.int64(5)
+    window = np.int64(2 * BATCH)
+    trainer = SubspaceSAETrainer(cfg, _topk(), _batches(store), dead_window_tokens=window)
+    trainer.step(next(_batches(store)))
+    trainer.save_trainer_state(tmp_path)
+    again = SubspaceSAETrainer(_cfg(4), _topk(), _batches(store), dead_window_tokens=2 * BATCH)
+    again.load_trainer_state(tmp_path)
+
+
+def test_other_architectures_take_saelens_own_step(store, spectrum):
+    sae = StandardTrainingSAE(StandardTrainingSAEConfig(d_in=576, d_sae=D_SAE, l1_coefficient=1.0))
+    center_biases(sae, spectrum)
+    trainer = SubspaceSAETrainer(_cfg(5), sae, _batches(store))
+    assert not takes_sparse_step(sae, trainer.cfg)
+    trainer.fit()
+    assert trainer.n_training_samples == 5 * BATCH
+
+
+def test_scaled_inputs_are_folded_back(store, spectrum):
+    sae = _topk(normalize_activations="expected_average_only_in")
+    initialize_in_subspace(sae, spectrum)
+    SubspaceSAETrainer(_cfg(40), sae, _batches(store)).fit()
+    assert sae.cfg.normalize_activations == "none"
+    x = store.rows(0, 500)
+    assert (sae(x) - x).square().sum() < 0.9 * (x - x.mean(0)).square().sum()
+
+
+def _arms(store: ActivationStore, spectrum: Spectrum) -> dict[str, SubspaceSAETrainer]:
+    arms = {}
+    for name, optimizer in [("random", "adam"), ("asi", "sparse_adam")]:
+        sae = _topk(seed=1, normalize_activations="expected_average_only_in")
+        center_biases(sae, spectrum)
+        if name == "asi":
+            initialize_in_subspace(sae, spectrum)
+        arms[name] = SubspaceSAETrainer(_cfg(24), sae, iter(()), optimizer=optimizer)
+    return arms
+
+
+class _StopError(Exception):
+    pass
+
+
+def test_an_interrupted_run_of_arms_ends_with_the_same_weights(
+    store, spectrum, tmp_path, monkeypatch
+):
+    def batches(start, stop_at=None):
+        stream = joint_batches({HOOK: store}, BATCH, seed=3, start_step=start)
+        for step, batch in enumerate(stream, start=start):
+            if step == stop_at:
+                raise _StopError
+            yield batch
+
+    monkeypatch.setattr("saesub.training.trainer._HISTORY_POINTS", 6)  # one every four steps
+    whole = _arms(store, spectrum)
+    history = train_arms(whole, batches)
+    with pytest.raises(_StopError):
+        train_arms(_arms(store, spectrum), lambda s: batches(s, stop_at=17), folder=tmp_path)
+    starts = []
+    resumed = _arms(store, spectrum)
+    again = train_arms(resumed, lambda s: (starts.append(s), batches(s))[1], folder=tmp_path)
+    assert starts[-1] > 0
+    assert starts[-1] % 4  # the losses since the last point of the history were restored too
+    for name in whole:
+        for a, b in zip(whole[name].sae.parameters(), resumed[name].sae.parameters(), strict=True):
+            assert torch.equal(a, b)
+    assert again.equals(history)
+    finished = _arms(store, spectrum)
+    assert train_arms(finished, batches, folder=tmp_path).equals(history)
+    assert torch.equal(finished["asi"].sae.W_dec, whole["asi"].sae.W_dec)
+
+
+def test_arms_see_the_same_batches(store, spectrum):
+    arms = _arms(store, spectrum)
+    twin = _arms(store, spectrum)["random"]
+    train_arms(arms, lambda start: joint_batches({HOOK: store}, BATCH, seed=3, start_step=start))
+    alone = {"alone": twin}
+    train_arms(alone, lambda start: joint_batches({HOOK: store}, BATCH, seed=3, start_step=start))
+    assert torch.equal(twin.sae.W_dec, arms["random"].sae.W_dec)
+
+
+def test_arms_of_unequal_length_are_refused(store, spectrum):
+    arms = _arms(store, spectrum)
+    arms["longer"] = SubspaceSAETrainer(_cfg(25), _topk(), iter(()))
+    with pytest.raises(SaesubError, match="equal tokens"):
+        train_arms(arms, lambda start: joint_batches({HOOK: store}, BATCH, seed=0))
+
+
+def test_bad_batches_are_refused_before_any_weight_moves(store):
+    sae = _topk()
+    trainer = SubspaceSAETrainer(_cfg(5), sae, _batches(store))
+    before = copy.deepcopy(sae.state_dict())
+    bad = store.rows(0, BATCH).clone()
+    bad[7, 3] = float("nan")
+    with pytest.raises(SaesubError, match="NaN or Inf in the activations of batch 0"):
+        trainer.step(bad)
+    with pytest.raises(SaesubError, match="the SAE reads"):
+        trainer.step(torch.zeros(BATCH, 100))
+    assert all(torch.equal(v, before[k]) for k, v in sae.state_dict().items())
+    with pytest.raises(SaesubError, match="Unknown optimizer"):
+        SubspaceSAETrainer(_cfg(5), _topk(), _batches(store), optimizer="sgd")  # pyright: ignore
+
+
+def test_float16_batches_of_large_sums_are_taken(store):
+    trainer = SubspaceSAETrainer(_cfg(5), _topk(), _batches(store))
+    trainer.step(torch.full((BATCH, 576), 2.0).half())
+    assert trainer.n_training_samples == BATCH
+
+
+def test_checkpoints_are_not_written_again_after_a_resume(store, spectrum, tmp_path):
+    def batches(start, stop_at=None):
+        stream = joint_batches({HOOK: store}, BATCH, seed=3, start_step=start)
+        yield from itertools.islice(stream, None if stop_at is None else stop_at - start)
+        raise _StopError
+
+    with pytest.raises(_StopError):
+        train_arms(_arms(store, spectrum), lambda s: batches(s, 17), folder=tmp_path)
+    (place,) = tmp_path.iterdir()
+    written = {p.name for p in place.iterdir()}
+    assert written
+    with pytest.raises(_StopError):
+        train_arms(_arms(store, spectrum), lambda s: batches(s, 18), folder=tmp_path)
+    assert {p.name for p in place.iterdir()} == written
+
+
+def test_a_damaged_checkpoint_is_named(store, tmp_path):
+    trainer = SubspaceSAETrainer(_cfg(5), _topk(), _batches(store))
+    trainer.fit()
+    trainer.save_trainer_state(tmp_path)
+    path = tmp_path / "saesub_state.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+    fresh = SubspaceSAETrainer(_cfg(5), _topk(), _batches(store))
+    with pytest.raises(SaesubError, match="damaged"):
+        fresh.load_trainer_state(tmp_path)
+    path.unlink()
+    with pytest.raises(SaesubError, match="damaged or incomplete"):
+        fresh.load_trainer_state(tmp_path)
+
+
+def test_a_checkpoint_of_another_version_says_so(store, tmp_path, monkeypatch):
+    trainer = SubspaceSAETrainer(_cfg(5), _topk(), _batches(store))
+    trainer.save_trainer_state(tmp_path)
+    monkeypatch.setattr(checkpoint, "_FORM", replace(checkpoint._FORM, format="saesub-trainer-0"))
+    with pytest.raises(SaesubError, match="another version of saesub wrote it"):
+        trainer.load_trainer_state(tmp_path)
+
+
+def test_a_checkpoint_of_other_settings_is_refused(store, tmp_path):
+    SubspaceSAETrainer(_cfg(5), _topk(), _batches(store)).save_trainer_state(tmp_path)
+    other = SubspaceSAETrainer(_cfg(6), _topk(k=5), _batches(store), optimizer="adam")
+    settings = (
+        r"k 8 \(here 5\), optimizer 'sparse_adam' \(here 'adam'\), "
+        r"total_training_samples 640 \(here 768\)"
+    )
+    with pytest.raises(SaesubError, match=settings):
+        other.load_trainer_state(tmp_path)
+
+
+def test_arms_that_were_trained_before_are_refused(store, spectrum, tmp_path):
+    arms = _arms(store, spectrum)
+    arms["random"].step(next(_batches(store)))
+    with pytest.raises(SaesubError, match=r"\['random'\] were trained before"):
+        train_arms(arms, lambda start: iter(()), folder=tmp_path)
+
+
+def test_a_state_of_other_shapes_is_refused(tmp_path):
+    weights = torch.nn.Parameter(torch.ones(4, 3))
+    optimizer = torch.optim.Adam([weights])
+    weights.grad = torch.ones_like(weights)
+    optimizer.step()
+    state = {"tokens_since_fired": torch.zeros(4)}
+    check_same_shapes(tmp_path, state, optimizer, 4)
+    with pytest.raises(SaesubError, match="holds 4 features, this SAE has 5"):
+        check_same_shapes(tmp_path, state, optimizer, 5)
+    optimizer.state[weights]["exp_avg"] = torch.ones(3, 4)
+    with pytest.raises(SaesubError, match=r"moments of shape \(3, 4\) .* of shape \(4, 3\)"):
+        check_same_shapes(tmp_path, state, optimizer, 4)
