@@ -516,10 +516,10 @@ def wide_table(*studies: dict) -> str:
     rows = rows[rows["start"].isin(starts)]
     columns = ["Features", "Training tokens", "Optimizer", "Learning rate", *starts.values()]
     lines = [f"| {' | '.join(columns)} |", "|---:|---:|---|---:|---|---|---|---|"]
-    for (d_sae, tokens, optimizer, lr), arms in rows.groupby(
+    for (d_sae, tokens, optimizer, lr), conditions in rows.groupby(
         ["d_sae", "n_train", "optimizer", "lr"]
     ):
-        cells = [_dead_and_fvu(arms[arms["start"] == start]) for start in starts]
+        cells = [_dead_and_fvu(conditions[conditions["start"] == start]) for start in starts]
         name = {"adam": "Adam", "sparse_adam": "SparseAdam"}[optimizer]
         lines.append(f"| {d_sae:,} | {tokens:,} | {name} | {lr:g} | {' | '.join(cells)} |")
     return "\n".join(lines)

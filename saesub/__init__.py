@@ -27,7 +27,7 @@ from saesub.optim import SparseAdam, parameter_groups
 from saesub.paths import cache_dir, data_file
 from saesub.reproduce.dead_forecast import Forecast, forecast_dead
 from saesub.reproduce.model_card import model_card
-from saesub.training.comparison import ArmsTrainer, joint_batches, train_arms
+from saesub.training.comparison import ComparisonTrainer, joint_batches, train_together
 from saesub.training.mitigations import GhostGradients, KAnnealing, Resampling
 from saesub.training.trainer import SubspaceSAETrainer
 
@@ -35,7 +35,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ActivationStore",
-    "ArmsTrainer",
+    "ComparisonTrainer",
     "Diagnosis",
     "Forecast",
     "GhostGradients",
@@ -75,5 +75,5 @@ __all__ = [
     "scale_encoder",
     "stream_activations",
     "subspace_loss_recovered",
-    "train_arms",
+    "train_together",
 ]

@@ -2,7 +2,7 @@
 
 With plain Adam a feature that fired once keeps moving for hundreds of steps on stale momentum,
 without any gradient to correct it; rare features are pushed away from the data and die (paper,
-finding on SparseAdam). The remedy is the paper authors' masked Adam: moments decay at every step,
+finding on SparseAdam). The mitigation is the paper authors' masked Adam: moments decay at every step,
 parameters move only where the gradient is non-zero.
 """
 

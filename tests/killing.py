@@ -112,7 +112,7 @@ def do_spectra(folder: Path, tick: Tick) -> str:
     return sha(*parts, repr([s.mean_norm for s in found.values()]).encode())
 
 
-def make_arm(name: str, optimizer: str) -> SubspaceSAETrainer:
+def make_condition(name: str, optimizer: str) -> SubspaceSAETrainer:
     cfg = SAETrainerConfig(
         total_training_samples=STEPS * BATCH,
         train_batch_size_samples=BATCH,
@@ -143,8 +143,11 @@ def do_train(folder: Path, tick: Tick) -> str:
             tick()
             yield batch
 
-    trainers = {"adam": make_arm("adam", "adam"), "sparse": make_arm("sparse", "sparse_adam")}
-    history = comparison.train_arms(trainers, batches, folder=folder / "runs", n_checkpoints=11)
+    trainers = {
+        "adam": make_condition("adam", "adam"),
+        "sparse": make_condition("sparse", "sparse_adam"),
+    }
+    history = comparison.train_together(trainers, batches, folder=folder / "runs", n_checkpoints=11)
     parts = [p.detach().numpy().tobytes() for t in trainers.values() for p in t.sae.parameters()]
     counts = [t.tokens_since_fired.numpy().tobytes() for t in trainers.values()]
     assert sum(int(t.dead_neurons.sum()) for t in trainers.values()) > 0

@@ -34,7 +34,7 @@ from saesub.loading.models import load_model
 from saesub.loading.registry import Registry, read_registry
 from saesub.paths import cache_dir
 from saesub.reproduce import runner
-from saesub.training.comparison import joint_batches, train_arms
+from saesub.training.comparison import joint_batches, train_together
 from saesub.training.trainer import SubspaceSAETrainer
 
 pytestmark = pytest.mark.model
@@ -141,8 +141,8 @@ def train(
     """(n,) all weights of an SAE trained on the first store, in one vector."""
     trainer = make_trainer(steps=steps)
     store = {HOOKS[0]: stores[HOOKS[0]]}
-    train_arms(
-        {"arm": trainer},
+    train_together(
+        {"condition": trainer},
         lambda start: joint_batches(store, BATCH, seed=1, start_step=start),
         folder=folder,
         n_checkpoints=3,

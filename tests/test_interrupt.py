@@ -125,4 +125,4 @@ def test_interrupted_training_goes_on(notebook: Notebook, folder: Path, faults: 
         notebook.run("assert 1 + 1 == 2")
     notebook.run('again = train(stores, folder / "runs", steps=1500)')
     notebook.run("assert torch.equal(again, train(stores, None, steps=1500))")
-    faults.survived("Ctrl-C in a notebook during train_arms, next cell goes on", INTERRUPTS)
+    faults.survived("Ctrl-C in a notebook during train_together, next cell goes on", INTERRUPTS)

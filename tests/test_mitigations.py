@@ -1,4 +1,4 @@
-"""Each remedy against its definition, on a real model's activations, and all of them together."""
+"""Each mitigation against its definition, on a real model's activations, and all of them together."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from saesub.init.biases import center_biases
 from saesub.init.norm import scale_encoder
 from saesub.init.subspace import initialize_in_subspace
 from saesub.topk import cpu
-from saesub.training.comparison import joint_batches, train_arms
+from saesub.training.comparison import joint_batches, train_together
 from saesub.training.mitigations import GhostGradients, KAnnealing, Resampling
-from saesub.training.mitigations.mitigation import Remedy
+from saesub.training.mitigations.mitigation import Mitigation
 from saesub.training.trainer import SubspaceSAETrainer
 
 HOOK = "blocks.4.hook_attn_out"
@@ -105,9 +105,9 @@ def _pursuit() -> MatchingPursuitTrainingSAE:
     return MatchingPursuitTrainingSAE(MatchingPursuitTrainingSAEConfig(d_in=576, d_sae=D_SAE))
 
 
-def _trainer(sae, steps: int, *given: Remedy, **settings) -> SubspaceSAETrainer:
+def _trainer(sae, steps: int, *given: Mitigation, **settings) -> SubspaceSAETrainer:
     settings = {"dead_window_tokens": WINDOW} | settings
-    return SubspaceSAETrainer(_cfg(steps), sae, iter(()), remedies=given, **settings)
+    return SubspaceSAETrainer(_cfg(steps), sae, iter(()), mitigations=given, **settings)
 
 
 def _take(trainer: SubspaceSAETrainer, store: ActivationStore, n: int) -> list:
@@ -124,9 +124,9 @@ def _take(trainer: SubspaceSAETrainer, store: ActivationStore, n: int) -> list:
 @pytest.mark.parametrize("backend", BACKENDS[:2])
 def test_resampled_features_fire_again(store, activations, backend, optimizer):
     sae = _topk()
-    remedy = Resampling(at_tokens=(30 * BATCH,), encoder_norm=1.0, n_batches=10)
+    mitigation = Resampling(at_tokens=(30 * BATCH,), encoder_norm=1.0, n_batches=10)
     settings = {"backend": backend, "optimizer": optimizer, "dead_window_tokens": 20 * BATCH}
-    trainer = _trainer(sae, 50, remedy, **settings)
+    trainer = _trainer(sae, 50, mitigation, **settings)
     _take(trainer, store, 29)
     dead = trainer.dead_neurons
     never = times_fired(sae.encode(activations)) == 0
@@ -145,9 +145,9 @@ def test_resampled_features_fire_again(store, activations, backend, optimizer):
 
 def _resampled(store, sae, **settings):
     """A trainer, what it was before resampling all its dead features at once, and the step."""
-    remedy = Resampling(at_tokens=(12 * BATCH,), n_batches=1, **settings)
+    mitigation = Resampling(at_tokens=(12 * BATCH,), n_batches=1, **settings)
     twin = _trainer(copy.deepcopy(sae), 40)
-    trainer = _trainer(sae, 40, remedy)
+    trainer = _trainer(sae, 40, mitigation)
     _take(twin, store, 12)
     (*_, output) = _take(trainer, store, 12)
     return trainer, twin, output
@@ -221,8 +221,8 @@ def test_inputs_are_drawn_by_their_squared_loss(activations):
 )
 def test_resampling_takes_other_architectures(store, activations, make):
     sae = make()
-    remedy = Resampling(at_tokens=(2 * BATCH,), encoder_norm=1.0, n_batches=1)
-    trainer = _trainer(sae, 4, remedy, dead_window_tokens=BATCH)
+    mitigation = Resampling(at_tokens=(2 * BATCH,), encoder_norm=1.0, n_batches=1)
+    trainer = _trainer(sae, 4, mitigation, dead_window_tokens=BATCH)
     with torch.no_grad():
         for name in ("b_enc", "b_gate"):
             if hasattr(sae, name):
@@ -245,7 +245,7 @@ def test_resampling_falls_where_it_was_asked_for():
     when = {}
     for step in range(1, 41):
         trainer.n_training_samples = step * BATCH
-        when[step] = trainer.remedies[0]._batch_of_resampling(trainer)
+        when[step] = trainer.mitigations[0]._batch_of_resampling(trainer)
     assert {s: b for s, b in when.items() if b is not None} == {
         10: 0, 11: 1, 12: 2, 20: 0, 21: 1, 22: 2
     }  # fmt: skip
@@ -383,19 +383,19 @@ def test_k_is_restored_where_a_step_fails(store):
 def test_annealing_with_share_one_still_ends_at_the_own_k(store, tmp_path):
     sae = _topk()
     trainer = SubspaceSAETrainer(
-        _cfg(4), sae, store.batches(BATCH, seed=0), remedies=[KAnnealing(64, 1.0)]
+        _cfg(4), sae, store.batches(BATCH, seed=0), mitigations=[KAnnealing(64, 1.0)]
     )
     trainer.fit()
     sae.save_inference_model(tmp_path)
     loaded = SAE.load_from_disk(tmp_path)
     assert loaded.cfg.k == K
-    assert loaded.cfg.metadata.remedies == ["KAnnealing(k_start=64, share=1.0)"]
+    assert loaded.cfg.metadata.mitigations == ["KAnnealing(k_start=64, share=1.0)"]
     assert int((loaded.encode(store.rows(0, 64)) != 0).sum()) == K * 64
 
 
-def _arms(spectrum) -> dict[str, SubspaceSAETrainer]:
-    """Every remedy at once on ASI, and the settings of SAELens that are remedies too."""
-    arms = {}
+def _conditions(spectrum) -> dict[str, SubspaceSAETrainer]:
+    """Every mitigation at once on ASI, and the settings of SAELens that are mitigations too."""
+    conditions = {}
     trained = {
         "all": (KAnnealing(24, 0.5), Resampling(every_tokens=9 * BATCH, n_batches=4, until=1.0)),
         "ghost": (GhostGradients(), Resampling(at_tokens=(13 * BATCH,), n_batches=6)),
@@ -413,13 +413,18 @@ def _arms(spectrum) -> dict[str, SubspaceSAETrainer]:
         if name != "whitened":
             initialize_in_subspace(sae, spectrum, d_init=40)
             scale_encoder(sae, 2.0)
-        arms[name] = SubspaceSAETrainer(
-            _cfg(24), sae, iter(()), optimizer=optimizer, dead_window_tokens=WINDOW, remedies=given
+        conditions[name] = SubspaceSAETrainer(
+            _cfg(24),
+            sae,
+            iter(()),
+            optimizer=optimizer,
+            dead_window_tokens=WINDOW,
+            mitigations=given,
         )
-    return arms
+    return conditions
 
 
-def test_all_remedies_combine_and_a_killed_run_ends_the_same(store, spectrum, tmp_path):
+def test_all_mitigations_combine_and_a_killed_run_ends_the_same(store, spectrum, tmp_path):
     """Stopped in the middle of a resampling, after some of the dead were resampled."""
 
     def batches(start, stop_at=None):
@@ -430,18 +435,18 @@ def test_all_remedies_combine_and_a_killed_run_ends_the_same(store, spectrum, tm
                 raise _StopError
             yield batch
 
-    whole = _arms(spectrum)
-    history = train_arms(whole, batches)
-    arms = _arms(spectrum)
+    whole = _conditions(spectrum)
+    history = train_together(whole, batches)
+    conditions = _conditions(spectrum)
     with pytest.raises(_StopError):
-        train_arms(arms, lambda s: batches(s, stop_at=17), folder=tmp_path)
-    assert "resampling.alive_norms" in arms["ghost"].remedy_state
+        train_together(conditions, lambda s: batches(s, stop_at=17), folder=tmp_path)
+    assert "resampling.alive_norms" in conditions["ghost"].mitigation_state
     starts = []
-    resumed = _arms(spectrum)
-    again = train_arms(resumed, lambda s: (starts.append(s), batches(s))[1], folder=tmp_path)
+    resumed = _conditions(spectrum)
+    again = train_together(resumed, lambda s: (starts.append(s), batches(s))[1], folder=tmp_path)
     assert 13 < starts[-1] < 17
-    finished = _arms(spectrum)
-    assert train_arms(finished, batches, folder=tmp_path).equals(history)
+    finished = _conditions(spectrum)
+    assert train_together(finished, batches, folder=tmp_path).equals(history)
     assert again.equals(history)
     x = store.rows(0, 500)
     for name, trainer in whole.items():
@@ -464,32 +469,34 @@ def test_whitening_is_estimated_from_the_first_batches_and_folded_into_the_weigh
     def batches(start):
         return joint_batches({HOOK: store}, BATCH, seed=0, start_step=start)
 
-    arms, again = make(), make()
-    history = train_arms(arms, batches, folder=tmp_path)
+    conditions, again = make(), make()
+    history = train_together(conditions, batches, folder=tmp_path)
     assert 400 < history.mse.iloc[0] < 700  # 576 directions of unit variance
     assert history.mse.iloc[-1] < 0.97 * history.mse.iloc[0]
-    sae, x = arms["white"].sae, activations
+    sae, x = conditions["white"].sae, activations
     assert sae.cfg.normalize_activations == "none"
     assert (sae(x) - x).square().sum() < (x - x.mean(0)).square().sum()
-    train_arms(again, batches, folder=tmp_path)  # finished: loads weights that are folded already
+    train_together(
+        again, batches, folder=tmp_path
+    )  # finished: loads weights that are folded already
     assert torch.equal(again["white"].sae(x), sae(x))
     assert again["white"].sae.cfg.to_dict() == sae.cfg.to_dict() | {
         "metadata": again["white"].sae.cfg.to_dict()["metadata"]
     }
 
 
-def test_arms_of_other_remedies_are_other_arms(store, spectrum, tmp_path):
+def test_conditions_of_other_mitigations_are_other_conditions(store, spectrum, tmp_path):
     def batches(start):
         return joint_batches({HOOK: store}, BATCH, seed=0, start_step=start)
 
     def make(*given):
         return {"a": _trainer(_topk(), 8, *given)}
 
-    train_arms(make(KAnnealing(16, 0.5)), batches, folder=tmp_path)
-    train_arms(make(KAnnealing(16, 0.5)), batches, folder=tmp_path)
+    train_together(make(KAnnealing(16, 0.5)), batches, folder=tmp_path)
+    train_together(make(KAnnealing(16, 0.5)), batches, folder=tmp_path)
     assert len(list(tmp_path.iterdir())) == 1
-    train_arms(make(KAnnealing(16, 0.6)), batches, folder=tmp_path)
-    train_arms(make(), batches, folder=tmp_path)
+    train_together(make(KAnnealing(16, 0.6)), batches, folder=tmp_path)
+    train_together(make(), batches, folder=tmp_path)
     assert len(list(tmp_path.iterdir())) == 3
 
 
@@ -501,15 +508,15 @@ class _Unknown:
 @pytest.mark.parametrize(
     ("make", "given", "message"),
     [
-        (_topk, [KAnnealing(16, 0.5), KAnnealing(32, 0.5)], "Two remedies of one kind"),
+        (_topk, [KAnnealing(16, 0.5), KAnnealing(32, 0.5)], "Two mitigations of one kind"),
         (
             _topk,
             [Resampling(at_tokens=(2000,)), Resampling(every_tokens=1000)],
-            "Two remedies of one kind",
+            "Two mitigations of one kind",
         ),
-        (_topk, GhostGradients(), "not a sequence of remedies"),
-        (_topk, [GhostGradients], "not a sequence of remedies"),
-        (_topk, [_Unknown()], "not a sequence of remedies"),
+        (_topk, GhostGradients(), "not a sequence of mitigations"),
+        (_topk, [GhostGradients], "not a sequence of mitigations"),
+        (_topk, [_Unknown()], "not a sequence of mitigations"),
         (_relu, [KAnnealing(16, 0.5)], "needs an SAE with a k, which 'standard' has not"),
         (_topk, [KAnnealing(K - 1, 0.5)], "k_start=7 must lie in 8..1152"),
         (_topk, [KAnnealing(D_SAE + 1, 0.5)], "must lie in 8..1152"),
@@ -535,7 +542,7 @@ class _Unknown:
 )
 def test_what_cannot_work_is_refused(make, given, message):
     with pytest.raises(SaesubError, match=message):
-        SubspaceSAETrainer(_cfg(40), make(), iter(()), remedies=given, dead_window_tokens=WINDOW)
+        SubspaceSAETrainer(_cfg(40), make(), iter(()), mitigations=given, dead_window_tokens=WINDOW)
 
 
 @pytest.mark.parametrize(

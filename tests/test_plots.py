@@ -13,7 +13,7 @@ from matplotlib.colors import to_rgb
 
 from saesub.errors import SaesubError
 from saesub.reproduce import plots
-from saesub.reproduce.plots import ARMS, SITES
+from saesub.reproduce.plots import CONDITIONS, SITES
 
 matplotlib.use("Agg")
 
@@ -30,31 +30,31 @@ def _layers() -> pd.DataFrame:
 def _tokens() -> pd.DataFrame:
     ends = {"random": 0.26, "asi": 0.02, "asi + SparseAdam": 0.004, "random + SparseAdam": 0.17}
     rows = [
-        (t, end * t / 5e5 * (1 + 0.1 * seed), arm, seed)
-        for arm, end in ends.items()
+        (t, end * t / 5e5 * (1 + 0.1 * seed), condition, seed)
+        for condition, end in ends.items()
         for seed in SEEDS
         for t in range(0, 600_000, 100_000)
     ]
-    return pd.DataFrame(rows, columns=["tokens", "dead_share", "arm", "seed"])
+    return pd.DataFrame(rows, columns=["tokens", "dead_share", "condition", "seed"])
 
 
-def _arms() -> pd.DataFrame:
+def _conditions() -> pd.DataFrame:
     rows = [("random", 9216, 0.26 + 0.01 * s, 0.272 + 0.001 * s, s) for s in SEEDS] + [
         ("asi", 9216, 0.018 + 0.001 * s, 0.278 + 0.001 * s, s) for s in SEEDS
     ]
-    return pd.DataFrame(rows, columns=["arm", "d_sae", "dead_share", "fvu", "seed"])
+    return pd.DataFrame(rows, columns=["condition", "d_sae", "dead_share", "fvu", "seed"])
 
 
 def _rates() -> pd.DataFrame:
     rates = (2e-4, 5e-4, 1e-3, 2e-3)
     dead = {"random": (0.01, 0.05, 0.4, 0.8), "asi": (0, 0, 0.2, 0.7)}
     rows = [
-        (lr, arm, share, 0.18 - share / 100)
-        for arm, shares in dead.items()
+        (lr, condition, share, 0.18 - share / 100)
+        for condition, shares in dead.items()
         for lr, share in zip(rates, shares, strict=True)
     ]
     rows.append((2e-3, "asi + SparseAdam", 0.04, 0.179))
-    return pd.DataFrame(rows, columns=["lr", "arm", "dead_share", "fvu"])
+    return pd.DataFrame(rows, columns=["lr", "condition", "dead_share", "fvu"])
 
 
 def _kept() -> pd.DataFrame:
@@ -106,11 +106,11 @@ def _sweep() -> pd.DataFrame:
 
 def _widths() -> pd.DataFrame:
     rows = [
-        (d, arm, dead * np.log2(d / 2048) / 5)
+        (d, condition, dead * np.log2(d / 2048) / 5)
         for d in (4608, 9216, 18432, 36864)
-        for arm, dead in {"random": 0.5, "asi": 0.03}.items()
+        for condition, dead in {"random": 0.5, "asi": 0.03}.items()
     ]
-    return pd.DataFrame(rows, columns=["d_sae", "arm", "dead_share"])
+    return pd.DataFrame(rows, columns=["d_sae", "condition", "dead_share"])
 
 
 def _curves() -> dict[str, np.ndarray]:
@@ -132,7 +132,7 @@ FIGURES = {
     "dead_over_tokens": lambda: plots.dead_over_tokens(_tokens()),
     "dead_against_rank": lambda: plots.dead_against_rank(_points()),
     "overlap_by_fate": lambda: plots.overlap_by_fate(_fates()),
-    "dead_and_fvu": lambda: plots.dead_and_fvu(_arms()),
+    "dead_and_fvu": lambda: plots.dead_and_fvu(_conditions()),
     "d_init_sweep": lambda: plots.d_init_sweep(_sweep(), {"dead_share": 0.26, "fvu": 0.29}),
     "learning_rate": lambda: plots.learning_rate(_rates()),
     "width": lambda: plots.width(_widths()),
@@ -233,7 +233,7 @@ def test_loss_recovered_draws_line_band_and_paper():
 def test_dead_over_tokens_is_the_mean_and_the_band_its_range():
     frame = _tokens()
     figure = plots.dead_over_tokens(frame)
-    rows = frame[frame["arm"] == "random"].groupby("tokens")["dead_share"]
+    rows = frame[frame["condition"] == "random"].groupby("tokens")["dead_share"]
     line = _line(figure, "random")
     np.testing.assert_array_equal(line.get_xdata(), list(rows.groups))
     np.testing.assert_allclose(line.get_ydata(), rows.mean())
@@ -266,9 +266,9 @@ def test_heatmap_holds_each_value_in_its_cell():
 
 
 def test_seeds_are_points_and_the_bar_their_mean():
-    frame = _arms()
+    frame = _conditions()
     lines = plots.dead_and_fvu(frame).axes[1].get_lines()
-    rows = frame[frame["arm"] == "random"]["fvu"]
+    rows = frame[frame["condition"] == "random"]["fvu"]
     np.testing.assert_array_equal(lines[0].get_xdata(), rows)
     np.testing.assert_allclose(lines[1].get_xdata(), rows.mean())
 
@@ -278,7 +278,7 @@ def test_sweep_width_and_spectra_hold_their_data():
     points = plots.d_init_sweep(sweep).axes[0].get_lines()[0]
     np.testing.assert_array_equal(points.get_xydata(), sweep[["d_init_share", "dead_share"]])
     line = _line(plots.width(widths), "asi")
-    np.testing.assert_allclose(line.get_ydata(), widths[widths["arm"] == "asi"]["dead_share"])
+    np.testing.assert_allclose(line.get_ydata(), widths[widths["condition"] == "asi"]["dead_share"])
     np.testing.assert_array_equal(
         _line(plots.singular_values({"W": values}), "W").get_ydata(), values
     )
@@ -291,9 +291,9 @@ def test_rates_rise_to_the_right_and_each_panel_holds_its_measure():
     figure = plots.learning_rate(frame)
     for axes, column in zip(figure.axes, ("dead_share", "fvu"), strict=True):
         lines = {line.get_label(): line.get_xydata() for line in axes.get_lines()}
-        assert lines.keys() == set(frame["arm"])
-        for arm, at_rate in lines.items():
-            rows = frame[frame["arm"] == arm].sort_values("lr")
+        assert lines.keys() == set(frame["condition"])
+        for condition, at_rate in lines.items():
+            rows = frame[frame["condition"] == condition].sort_values("lr")
             np.testing.assert_allclose(at_rate, rows[["lr", column]])
 
 
@@ -330,8 +330,8 @@ def _lab(color: str, eye: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("eye", EYES)
-@pytest.mark.parametrize("colors", [[c for _, c in SITES.values()], list(ARMS.values())])
-def test_sites_and_arms_are_told_apart_by_every_eye(colors, eye):
+@pytest.mark.parametrize("colors", [[c for _, c in SITES.values()], list(CONDITIONS.values())])
+def test_sites_and_conditions_are_told_apart_by_every_eye(colors, eye):
     """By 15 in CIELAB; 2.3 is what is just noticed side by side."""
     pairs = [np.linalg.norm(_lab(a, eye) - _lab(b, eye)) for a, b in combinations(colors, 2)]
     assert min(pairs) > 15
@@ -344,10 +344,10 @@ def test_lines_differ_without_colour_too(figure):
 
 
 def test_a_long_legend_takes_another_row_rather_than_more_width():
-    arms = [f"an arm with a rather long name, {i}" for i in range(5)]
-    frame = pd.DataFrame({"d_sae": 64, "dead_share": 0.5, "arm": arms})
+    conditions = [f"a condition with a rather long name, {i}" for i in range(5)]
+    frame = pd.DataFrame({"d_sae": 64, "dead_share": 0.5, "condition": conditions})
     figure = plots.width(frame)
     figure.draw_without_rendering()
     box = figure.legends[0].get_window_extent()
     assert 0 <= box.x0 < box.x1 <= figure.bbox.x1
-    assert [t.get_text() for t in figure.legends[0].get_texts()] == arms
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == conditions

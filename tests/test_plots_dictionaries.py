@@ -1,4 +1,4 @@
-"""The figure on kinds of dictionary draws every seed, every mean, and the line between arms."""
+"""The figure on kinds of dictionary draws every seed, every mean, and the line between conditions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ matplotlib.use("Agg")
 def _frame() -> pd.DataFrame:
     rows = [("TopK", "random", 0.10), ("TopK", "random", 0.14), ("TopK", "asi", 0.02)]
     rows += [("Lorsa", "random", 0.3), ("Lorsa", "asi", 0.2), ("Lorsa", "asi, per head", 0.1)]
-    return pd.DataFrame(rows, columns=["dictionary", "arm", "dead_share"])
+    return pd.DataFrame(rows, columns=["dictionary", "condition", "dead_share"])
 
 
 def test_seeds_means_and_lines():
@@ -36,6 +36,6 @@ def test_seeds_means_and_lines():
 
 def test_incomplete_data_is_refused():
     with pytest.raises(SaesubError, match="lacks"):
-        dead_by_dictionary(_frame().drop(columns="arm"))
+        dead_by_dictionary(_frame().drop(columns="condition"))
     with pytest.raises(SaesubError, match="no rows"):
         dead_by_dictionary(_frame().iloc[:0])

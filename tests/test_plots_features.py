@@ -15,7 +15,7 @@ matplotlib.use("Agg")
 
 def test_density_shows_dead_features_apart_and_loses_none() -> None:
     density = np.array([0.0, 0.0, 1e-4, 1e-3, 1e-2, 1.0])
-    frame = pd.DataFrame({"arm": "asi", "density": density})
+    frame = pd.DataFrame({"condition": "asi", "density": density})
     axes = plots.density_histogram(frame).axes[0]
     assert [bar.get_height() for bar in axes.patches if hasattr(bar, "get_height")] == [2 / 6]
     drawn = axes.patches[0].get_data().values.sum() if hasattr(axes.patches[0], "get_data") else 0
@@ -24,13 +24,13 @@ def test_density_shows_dead_features_apart_and_loses_none() -> None:
 
 
 def test_all_dead_is_drawn_too() -> None:
-    frame = pd.DataFrame({"arm": ["asi"] * 3, "density": [0.0] * 3})
+    frame = pd.DataFrame({"condition": ["asi"] * 3, "density": [0.0] * 3})
     plots.density_histogram(frame)
 
 
-def test_cosines_are_shares_of_each_arm() -> None:
+def test_cosines_are_shares_of_each_condition() -> None:
     cosines = [0.1, 0.2, 0.9, 1.0, -0.1, 0.5]
-    frame = pd.DataFrame({"arm": ["random"] * 4 + ["asi"] * 2, "cosine": cosines})
+    frame = pd.DataFrame({"condition": ["random"] * 4 + ["asi"] * 2, "cosine": cosines})
     axes = plots.cosine_histogram(frame).axes[0]
     for outline in axes.patches:
         assert outline.get_data().values.sum() == pytest.approx(1)
@@ -38,7 +38,7 @@ def test_cosines_are_shares_of_each_arm() -> None:
 
 
 def test_a_shared_curve_falls_from_all_to_none() -> None:
-    frame = pd.DataFrame({"arm": "asi", "pair": [0] * 4, "cosine": [0.2, 0.6, 0.71, 0.99]})
+    frame = pd.DataFrame({"condition": "asi", "pair": [0] * 4, "cosine": [0.2, 0.6, 0.71, 0.99]})
     axes = plots.shared_features(frame, 0.7).axes[0]
     x, y = axes.lines[0].get_data()
     assert y[0] == 1
@@ -48,7 +48,7 @@ def test_a_shared_curve_falls_from_all_to_none() -> None:
 
 def test_probes_have_a_panel_for_each_k_and_the_ceiling() -> None:
     rows = [(a, t, k, 0.7) for a in ("random", "asi") for t in ("x", "y") for k in (1, 5)]
-    frame = pd.DataFrame(rows, columns=["arm", "task", "k", "accuracy"])
+    frame = pd.DataFrame(rows, columns=["condition", "task", "k", "accuracy"])
     ceiling = pd.DataFrame({"task": ["x", "y"], "accuracy": [0.9, 0.95]})
     figure = plots.probe_accuracy(frame, ceiling)
     assert [axes.get_title() for axes in figure.axes] == ["1 feature", "5 features"]
@@ -61,4 +61,4 @@ def test_probes_have_a_panel_for_each_k_and_the_ceiling() -> None:
 )
 def test_missing_columns_are_named(draw) -> None:
     with pytest.raises(SaesubError, match="lacks"):
-        draw(pd.DataFrame({"arm": ["asi"]}))
+        draw(pd.DataFrame({"condition": ["asi"]}))

@@ -1,4 +1,4 @@
-"""The remedies' figure: a mark for each at its mean, the best joined and named first."""
+"""The mitigations' figure: a mark for each at its mean, the best joined and named first."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from saesub.reproduce.plots.mitigations import pareto
 
 FRAME = pd.DataFrame(
     {
-        "arm": ["a", "a", "b", "c", "d"],
+        "condition": ["a", "a", "b", "c", "d"],
         "dead_share": [0.0, 0.2, 0.0, 0.5, 0.6],
         "fvu": [0.2, 0.4, 0.5, 0.1, 0.2],
     }
 )
 
 
-def test_every_remedy_is_marked_at_its_mean_and_the_best_are_joined_and_named_first():
+def test_every_mitigation_is_marked_at_its_mean_and_the_best_are_joined_and_named_first():
     figure = pareto(FRAME)
     line, *marks = figure.axes[0].lines
     places = {mark.get_label(): mark.get_xydata()[0].tolist() for mark in marks}
@@ -29,7 +29,7 @@ def test_every_remedy_is_marked_at_its_mean_and_the_best_are_joined_and_named_fi
 
 
 def test_marks_differ_in_colour_or_shape():
-    many = pd.DataFrame({"arm": range(20), "dead_share": 0.1, "fvu": 0.2})
+    many = pd.DataFrame({"condition": range(20), "dead_share": 0.1, "fvu": 0.2})
     marks = pareto(many).axes[0].lines[1:]
     assert len({(mark.get_color(), mark.get_marker()) for mark in marks}) == 20
 

@@ -13,7 +13,7 @@ import torch
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
 
-from saesub import SubspaceSAETrainer, dead_features, progress, train_arms
+from saesub import SubspaceSAETrainer, dead_features, progress, train_together
 
 N_STEPS, BATCH = 30, 64
 RATE_AND_TIME_LEFT = re.compile(r"\[\d\d:\d\d<\d\d:\d\d, +[\d.]+k?(it|tok)/s\]")
@@ -32,13 +32,13 @@ def slow_batches(n: int = N_STEPS) -> Iterator[torch.Tensor]:
         yield torch.randn(BATCH, 8)
 
 
-def train_one_arm() -> None:
-    train_arms({"a": trainer()}, lambda _: ({"site": x} for x in slow_batches(N_STEPS + 1)))
+def train_one_condition() -> None:
+    train_together({"a": trainer()}, lambda _: ({"site": x} for x in slow_batches(N_STEPS + 1)))
 
 
 JOBS = {
     "fit": lambda: trainer().fit(),
-    "arms": train_one_arm,
+    "conditions": train_one_condition,
     "dead features": lambda: dead_features(trainer().sae, slow_batches(), n_tokens=N_STEPS * BATCH),
 }
 

@@ -312,13 +312,13 @@ def test_a_run_with_another_install_cell_is_taken_and_one_with_other_code_is_not
         publish["_executed"](ran, written("kept.ipynb", *code("%pip install new", "1 + 2")))
 
 
-def test_a_wide_runs_arms_stand_under_their_start_and_beside_their_rate():
-    arms = [("random", 2e-3, 8), ("flat", 2e-3, 8), ("flat", 5e-4, 8), ("random", 5e-4, 8)]
-    arms += [("flat", 5e-4, 4096), ("flat scaled", 5e-4, 4096), ("whitened_data", 5e-4, 64)]
+def test_a_wide_runs_conditions_stand_under_their_start_and_beside_their_rate():
+    conditions = [("random", 2e-3, 8), ("flat", 2e-3, 8), ("flat", 5e-4, 8), ("random", 5e-4, 8)]
+    conditions += [("flat", 5e-4, 4096), ("flat scaled", 5e-4, 4096), ("whitened_data", 5e-4, 64)]
     rows = [
         {"start": start, "optimizer": "adam", "lr": lr, "d_sae": d_sae, "n_train": 1000}
         | {"dead_share": 0.1 * place, "fvu": 0.01 * place}
-        for place, (start, lr, d_sae) in enumerate(arms)
+        for place, (start, lr, d_sae) in enumerate(conditions)
     ]
     none = " | not run | not run |"
     table = publish["wide_table"]({"rows": rows[4:]}, {"rows": rows[:4]})

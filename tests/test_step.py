@@ -298,8 +298,8 @@ def test_a_step_that_autograd_takes_still_searches_by_the_backend(
     monkeypatch.setattr(cpu, "search", lambda *given: searched.append(1) or find(*given))
     sae = _sae("topk", aux_loss_coefficient=0.0)
     sae.W_dec.requires_grad_(why != "frozen")
-    remedies = [GhostGradients()] if why == "a loss is added" else []
-    given = {"backend": backend, "remedies": remedies}
+    mitigations = [GhostGradients()] if why == "a loss is added" else []
+    given = {"backend": backend, "mitigations": mitigations}
     SubspaceSAETrainer(_cfg(3), sae, _batches(activations), **given).fit()
     assert len(searched) == searches
 

@@ -27,7 +27,7 @@ from saesub.init.biases import center_biases
 from saesub.init.subspace import initialize_in_subspace
 from saesub.training import checkpoint
 from saesub.training.checkpoint import check_same_shapes
-from saesub.training.comparison import joint_batches, train_arms
+from saesub.training.comparison import joint_batches, train_together
 from saesub.training.mitigations import GhostGradients
 from saesub.training.trainer import SubspaceSAETrainer, takes_sparse_step
 
@@ -89,7 +89,9 @@ def test_the_dead_are_counted_by_tokens_as_brute_force_does(store, k):
     assert 0 < expected.sum() < D_SAE
 
 
-@pytest.mark.parametrize("settings", [{}, {"backend": "torch"}, {"remedies": [GhostGradients()]}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"backend": "torch"}, {"mitigations": [GhostGradients()]}]
+)
 def test_the_history_averages_its_steps_and_no_step_leaves_a_tensor_behind(store, settings):
     trainer = SubspaceSAETrainer(_cfg(400), _topk(), iter(()), **settings)
     losses, left = [], []
@@ -164,22 +166,22 @@ def test_scaled_inputs_are_folded_back(store, spectrum):
     assert (sae(x) - x).square().sum() < 0.9 * (x - x.mean(0)).square().sum()
 
 
-def _arms(store: ActivationStore, spectrum: Spectrum) -> dict[str, SubspaceSAETrainer]:
-    arms = {}
+def _conditions(store: ActivationStore, spectrum: Spectrum) -> dict[str, SubspaceSAETrainer]:
+    conditions = {}
     for name, optimizer in [("random", "adam"), ("asi", "sparse_adam")]:
         sae = _topk(seed=1, normalize_activations="expected_average_only_in")
         center_biases(sae, spectrum)
         if name == "asi":
             initialize_in_subspace(sae, spectrum)
-        arms[name] = SubspaceSAETrainer(_cfg(24), sae, iter(()), optimizer=optimizer)
-    return arms
+        conditions[name] = SubspaceSAETrainer(_cfg(24), sae, iter(()), optimizer=optimizer)
+    return conditions
 
 
 class _StopError(Exception):
     pass
 
 
-def test_an_interrupted_run_of_arms_ends_with_the_same_weights(
+def test_an_interrupted_run_of_conditions_ends_with_the_same_weights(
     store, spectrum, tmp_path, monkeypatch
 ):
     def batches(start, stop_at=None):
@@ -190,38 +192,44 @@ def test_an_interrupted_run_of_arms_ends_with_the_same_weights(
             yield batch
 
     monkeypatch.setattr("saesub.training.trainer._HISTORY_POINTS", 6)  # one every four steps
-    whole = _arms(store, spectrum)
-    history = train_arms(whole, batches)
+    whole = _conditions(store, spectrum)
+    history = train_together(whole, batches)
     with pytest.raises(_StopError):
-        train_arms(_arms(store, spectrum), lambda s: batches(s, stop_at=17), folder=tmp_path)
+        train_together(
+            _conditions(store, spectrum), lambda s: batches(s, stop_at=17), folder=tmp_path
+        )
     starts = []
-    resumed = _arms(store, spectrum)
-    again = train_arms(resumed, lambda s: (starts.append(s), batches(s))[1], folder=tmp_path)
+    resumed = _conditions(store, spectrum)
+    again = train_together(resumed, lambda s: (starts.append(s), batches(s))[1], folder=tmp_path)
     assert starts[-1] > 0
     assert starts[-1] % 4  # the losses since the last point of the history were restored too
     for name in whole:
         for a, b in zip(whole[name].sae.parameters(), resumed[name].sae.parameters(), strict=True):
             assert torch.equal(a, b)
     assert again.equals(history)
-    finished = _arms(store, spectrum)
-    assert train_arms(finished, batches, folder=tmp_path).equals(history)
+    finished = _conditions(store, spectrum)
+    assert train_together(finished, batches, folder=tmp_path).equals(history)
     assert torch.equal(finished["asi"].sae.W_dec, whole["asi"].sae.W_dec)
 
 
-def test_arms_see_the_same_batches(store, spectrum):
-    arms = _arms(store, spectrum)
-    twin = _arms(store, spectrum)["random"]
-    train_arms(arms, lambda start: joint_batches({HOOK: store}, BATCH, seed=3, start_step=start))
+def test_conditions_see_the_same_batches(store, spectrum):
+    conditions = _conditions(store, spectrum)
+    twin = _conditions(store, spectrum)["random"]
+    train_together(
+        conditions, lambda start: joint_batches({HOOK: store}, BATCH, seed=3, start_step=start)
+    )
     alone = {"alone": twin}
-    train_arms(alone, lambda start: joint_batches({HOOK: store}, BATCH, seed=3, start_step=start))
-    assert torch.equal(twin.sae.W_dec, arms["random"].sae.W_dec)
+    train_together(
+        alone, lambda start: joint_batches({HOOK: store}, BATCH, seed=3, start_step=start)
+    )
+    assert torch.equal(twin.sae.W_dec, conditions["random"].sae.W_dec)
 
 
-def test_arms_of_unequal_length_are_refused(store, spectrum):
-    arms = _arms(store, spectrum)
-    arms["longer"] = SubspaceSAETrainer(_cfg(25), _topk(), iter(()))
+def test_conditions_of_unequal_length_are_refused(store, spectrum):
+    conditions = _conditions(store, spectrum)
+    conditions["longer"] = SubspaceSAETrainer(_cfg(25), _topk(), iter(()))
     with pytest.raises(SaesubError, match="equal tokens"):
-        train_arms(arms, lambda start: joint_batches({HOOK: store}, BATCH, seed=0))
+        train_together(conditions, lambda start: joint_batches({HOOK: store}, BATCH, seed=0))
 
 
 def test_bad_batches_are_refused_before_any_weight_moves(store):
@@ -252,12 +260,12 @@ def test_checkpoints_are_not_written_again_after_a_resume(store, spectrum, tmp_p
         raise _StopError
 
     with pytest.raises(_StopError):
-        train_arms(_arms(store, spectrum), lambda s: batches(s, 17), folder=tmp_path)
+        train_together(_conditions(store, spectrum), lambda s: batches(s, 17), folder=tmp_path)
     (place,) = tmp_path.iterdir()
     written = {p.name for p in place.iterdir()}
     assert written
     with pytest.raises(_StopError):
-        train_arms(_arms(store, spectrum), lambda s: batches(s, 18), folder=tmp_path)
+        train_together(_conditions(store, spectrum), lambda s: batches(s, 18), folder=tmp_path)
     assert {p.name for p in place.iterdir()} == written
 
 
@@ -294,11 +302,11 @@ def test_a_checkpoint_of_other_settings_is_refused(store, tmp_path):
         other.load_trainer_state(tmp_path)
 
 
-def test_arms_that_were_trained_before_are_refused(store, spectrum, tmp_path):
-    arms = _arms(store, spectrum)
-    arms["random"].step(next(_batches(store)))
+def test_conditions_that_were_trained_before_are_refused(store, spectrum, tmp_path):
+    conditions = _conditions(store, spectrum)
+    conditions["random"].step(next(_batches(store)))
     with pytest.raises(SaesubError, match=r"\['random'\] were trained before"):
-        train_arms(arms, lambda start: iter(()), folder=tmp_path)
+        train_together(conditions, lambda start: iter(()), folder=tmp_path)
 
 
 def test_a_state_of_other_shapes_is_refused(tmp_path):

@@ -38,7 +38,7 @@ from saesub.extras.transcoders import (
 )
 from saesub.init.biases import center_biases
 from saesub.init.subspace import initialize_in_subspace
-from saesub.training.comparison import train_arms
+from saesub.training.comparison import train_together
 
 READS, WRITES = "blocks.1.ln2.hook_normalized", "blocks.1.hook_mlp_out"
 D, D_SAE, BATCH, N = 576, 300, 64, 1200
@@ -160,8 +160,8 @@ class _StopError(Exception):
     pass
 
 
-def test_an_interrupted_run_of_arms_ends_with_the_same_weights(stores, spectra, tmp_path):
-    def arms():
+def test_an_interrupted_run_of_conditions_ends_with_the_same_weights(stores, spectra, tmp_path):
+    def conditions():
         made = {}
         for name, kind in (("random", "transcoder"), ("asi", "skip_transcoder")):
             transcoder = _transcoder(kind, l1_coefficient=3.0, l1_warm_up_steps=10)
@@ -174,12 +174,12 @@ def test_an_interrupted_run_of_arms_ends_with_the_same_weights(stores, spectra, 
         yield from itertools.islice(stream, None if stop_at is None else stop_at - start)
         raise _StopError
 
-    whole, resumed = arms(), arms()
-    history = train_arms(whole, batches)
+    whole, resumed = conditions(), conditions()
+    history = train_together(whole, batches)
     with pytest.raises(_StopError):
-        train_arms(arms(), lambda start: batches(start, 12), folder=tmp_path)
+        train_together(conditions(), lambda start: batches(start, 12), folder=tmp_path)
     starts = []
-    again = train_arms(resumed, lambda s: (starts.append(s), batches(s))[1], folder=tmp_path)
+    again = train_together(resumed, lambda s: (starts.append(s), batches(s))[1], folder=tmp_path)
     assert starts[-1] > 0
     assert again.equals(history)
     for name in whole:
@@ -229,8 +229,8 @@ def test_what_does_not_fit_is_refused(stores):
     for scaled in ("expected_average_only_in", "covariance_whitening"):
         with pytest.raises(SaesubError, match=f"normalize_activations='{scaled}'"):
             TranscoderTrainer(_cfg(1), _transcoder(normalize_activations=scaled), iter(()))
-    with pytest.raises(SaesubError, match="Remedies read a batch"):
-        TranscoderTrainer(_cfg(1), _transcoder(), iter(()), remedies=[object()])
+    with pytest.raises(SaesubError, match="Mitigations read a batch"):
+        TranscoderTrainer(_cfg(1), _transcoder(), iter(()), mitigations=[object()])
     with pytest.raises(SaesubError, match="different lengths"):
         next(paired_batches(reads, writes.split(100)[0], BATCH, seed=0))
     with pytest.raises(SaesubError, match="different text or settings"):

@@ -2,9 +2,9 @@
 
     python notebooks/studies/million.py
 
-Writes data/results/studies/million.json: the paper's four arms, random and active-subspace start
+Writes data/results/studies/million.json: the paper's four conditions, random and active-subspace start
 under Adam and SparseAdam, and starts whose encoder is scaled as in scaled.py under the optimizer
-that does best with them there, one after another on both cores. Every arm gets the same 1,024,000
+that does best with them there, one after another on both cores. Every condition gets the same 1,024,000
 training tokens once, at the rate at which either start fits best at 2^17 under Adam (long.py), and
 is judged over 512,000 held-out tokens, on which a feature fires 16 times on average.
 `dead_in_training` is over the last 512,000 training tokens.
@@ -20,7 +20,7 @@ from wide import BATCH, long_trial
 
 D_SAE, STEPS, LR = 2**20, 500, 1e-3
 WINDOW_IN_TRAINING = 250 * BATCH
-ARMS = [
+CONDITIONS = [
     ("random", "adam"),
     ("flat", "adam"),
     ("flat", "sparse_adam"),
@@ -28,7 +28,7 @@ ARMS = [
     ("random scaled", "sparse_adam"),
     ("random", "sparse_adam"),
 ]
-TRIALS = [long_trial(*arm, LR, D_SAE, STEPS) for arm in ARMS]
+TRIALS = [long_trial(*condition, LR, D_SAE, STEPS) for condition in CONDITIONS]
 
 if __name__ == "__main__":
     run(

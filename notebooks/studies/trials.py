@@ -130,7 +130,7 @@ def trained(trial: Trial, start: Start, window: int = WINDOW) -> saesub.Subspace
         optimizer=trial.optimizer,  # pyright: ignore[reportArgumentType]
         dead_window_tokens=window,
     )
-    saesub.train_arms(
+    saesub.train_together(
         {"trial": trainer},
         lambda step: saesub.joint_batches(
             {trial.hook_name: train}, trial.batch_size, seed=trial.seed, start_step=step

@@ -2,7 +2,7 @@
 
     python notebooks/studies/wide.py
 
-Writes data/results/studies/wide.json, one SAE after another on one core. Every arm of every width
+Writes data/results/studies/wide.json, one SAE after another on one core. Every condition of every width
 gets the same 614,400 tokens, 300 steps and rate, so that the width alone differs. Two windows:
 `dead_share` is of the trained SAE over the 60,000 held-out tokens, on which a feature of the widest
 dictionary fires fifteen times on average: rare features count as dead. `dead_in_training` is over
@@ -26,7 +26,7 @@ HOOK = "blocks.12.hook_attn_out"
 BATCH, STEPS = 2048, 300
 WINDOW_IN_TRAINING = 120 * BATCH
 WIDTHS = [2**13, 2**15, 2**17]
-ARMS = [
+CONDITIONS = [
     (start, optimizer)
     for optimizer in ("adam", "sparse_adam")
     for start in ("random", "flat", "whitened_data")
@@ -34,7 +34,7 @@ ARMS = [
 TRIALS = [
     Trial(HOOK, start, "auto", optimizer, d_sae=d_sae, n_train=STEPS * BATCH, batch_size=BATCH)
     for d_sae in WIDTHS
-    for start, optimizer in ARMS
+    for start, optimizer in CONDITIONS
 ]
 
 

@@ -101,7 +101,7 @@ class TranscoderTrainer(SubspaceSAETrainer):
 
     Raises:
         SaesubError: another kind of SAE (SAELens' own transcoders have no loss to train by), or one
-            that rescales its input, or remedies; and as `SubspaceSAETrainer`.
+            that rescales its input, or mitigations; and as `SubspaceSAETrainer`.
 
     Example:
         >>> cfg = TrainingTranscoderConfig(d_in=576, d_sae=4608, d_out=576, l1_coefficient=3.0)
@@ -128,9 +128,9 @@ class TranscoderTrainer(SubspaceSAETrainer):
                 f"normalize_activations={transcoder.cfg.normalize_activations!r} scales x alone or "
                 "x and y alike, and SAELens cannot fold that into a transcoder: use 'none'."
             )
-        if settings.get("remedies"):
+        if settings.get("mitigations"):
             raise SaesubError(
-                "Remedies read a batch as what is reconstructed, and a transcoder's holds x and y: "
+                "Mitigations read a batch as what is reconstructed, and a transcoder's holds x and y: "
                 "leave them out."
             )
         super().__init__(cfg, transcoder, data_provider, **settings)
@@ -158,7 +158,7 @@ def paired_batches(
     seed: int,
     start_step: int = 0,
 ) -> Iterator[dict[str, Float[Tensor, "batch d_in_plus_d_out"]]]:
-    """Endless shuffled batches of the same tokens at two sites, side by side, for `train_arms`.
+    """Endless shuffled batches of the same tokens at two sites, side by side, for `train_together`.
 
     Raises:
         SaesubError: the stores hold different tokens.

@@ -1,4 +1,4 @@
-"""Arms of an experiment: several SAEs trained on the same batches, resumable."""
+"""Conditions of an experiment: several SAEs trained on the same batches, resumable."""
 
 from __future__ import annotations
 
@@ -29,41 +29,42 @@ _FINAL = "final"
 _COMPLETE = "complete"  # an empty file, written when a checkpoint is whole
 
 
-class ArmsTrainer(MultiSAETrainer):
+class ComparisonTrainer(MultiSAETrainer):
     """SAELens' lockstep trainer, driving `SubspaceSAETrainer`s that may differ in everything.
 
     Args:
-        arms: name -> trainer. All must ask for the same number of tokens and the same batch.
-        sites: name -> key of the batch that arm trains on.
+        conditions: name -> trainer. All must ask for the same number of tokens and the same batch.
+        sites: name -> key of the batch that condition trains on.
         checkpoint_folder: where checkpoints go, or None for none.
         n_checkpoints: how many on the way, besides the final one.
     """
 
     def __init__(
         self,
-        arms: Mapping[str, SubspaceSAETrainer],
+        conditions: Mapping[str, SubspaceSAETrainer],
         sites: Mapping[str, str],
         *,
         checkpoint_folder: Path | None = None,
         n_checkpoints: int = 0,
     ) -> None:
         shapes = {
-            (t.cfg.total_training_samples, t.cfg.train_batch_size_samples) for t in arms.values()
+            (t.cfg.total_training_samples, t.cfg.train_batch_size_samples)
+            for t in conditions.values()
         }
         if len(shapes) != 1:
             raise SaesubError(
-                "Arms are compared at equal tokens: give all the same total_training_samples and "
+                "Conditions are compared at equal tokens: give all the same total_training_samples and "
                 f"train_batch_size_samples, not {sorted(shapes)}."
             )
         cfg = replace(
-            next(iter(arms.values())).cfg,
+            next(iter(conditions.values())).cfg,
             checkpoint_path=str(checkpoint_folder) if checkpoint_folder else None,
             n_checkpoints=n_checkpoints if checkpoint_folder else 0,
             save_final_checkpoint=False,
         )
-        saes = {name: trainer.sae for name, trainer in arms.items()}
+        saes = {name: trainer.sae for name, trainer in conditions.items()}
         super().__init__(cfg, saes, dict(sites), iter(()), save_checkpoint_fn=_mark_complete)  # pyright: ignore
-        self.trainers = dict(arms)
+        self.trainers = dict(conditions)
 
     def fit_from(self, batches: Callable[[int], Iterator[dict[str, Tensor]]]) -> None:
         """Train from the step that was reached; input scales come from the first batches.
@@ -93,15 +94,15 @@ class ArmsTrainer(MultiSAETrainer):
         pbar.update(self.n_training_samples - pbar.n)
 
 
-def train_arms(
-    arms: Mapping[str, SubspaceSAETrainer],
+def train_together(
+    conditions: Mapping[str, SubspaceSAETrainer],
     batches: Callable[[int], Iterator[dict[str, Tensor]]],
     *,
     sites: Mapping[str, str] | None = None,
     folder: Path | str | None = None,
     n_checkpoints: int = 4,
 ) -> pd.DataFrame:
-    """Train every arm on the same batches and return their histories as one table.
+    """Train every condition on the same batches and return their histories as one table.
 
     With a `folder`, an interrupted call continues from its last checkpoint when it is made again,
     and a finished one returns at once with the trained weights. Checkpoints lie in a subfolder
@@ -109,28 +110,34 @@ def train_arms(
     loses nothing of the old one. Calls that share a folder wait for one another.
 
     Args:
-        arms: name -> trainer, not yet stepped. Their SAEs are trained in place.
+        conditions: name -> trainer, not yet stepped. Their SAEs are trained in place.
         batches: start step -> iterator of {site: (batch, d_in)}, which must give the same batches
             from a step on whenever it is asked (`joint_batches` does).
         sites: name -> site of the batch. May be left out if there is one site only.
         folder: for checkpoints, or None.
-        n_checkpoints: how many on the way; each holds the weights and optimizer of every arm.
+        n_checkpoints: how many on the way; each holds the weights and optimizer of every condition.
 
     Returns:
-        columns arm, tokens, mse, dead_share (see `SubspaceSAETrainer.history`).
+        columns condition, tokens, mse, dead_share (see `SubspaceSAETrainer.history`).
 
     Raises:
-        SaesubError: arms that ask for different numbers of tokens, or were trained before; bad
+        SaesubError: conditions that ask for different numbers of tokens, or were trained before; bad
             batches; a damaged checkpoint; a folder that is full or cannot be written.
     """
-    if stepped := sorted(name for name, arm in arms.items() if arm.n_training_samples):
+    if stepped := sorted(
+        name for name, condition in conditions.items() if condition.n_training_samples
+    ):
         raise SaesubError(
-            f"Arms {stepped} were trained before, perhaps by an interrupted call: make them anew; "
+            f"Conditions {stepped} were trained before, perhaps by an interrupted call: make them anew; "
             "with the same folder the call then goes on from its last checkpoint."
         )
-    sites = sites or dict.fromkeys(arms, next(iter(next(batches(0)))))
-    place = None if folder is None else Path(folder) / _fingerprint(arms, sites, next(batches(0)))
-    trainer = ArmsTrainer(arms, sites, checkpoint_folder=place, n_checkpoints=n_checkpoints)
+    sites = sites or dict.fromkeys(conditions, next(iter(next(batches(0)))))
+    place = (
+        None if folder is None else Path(folder) / _fingerprint(conditions, sites, next(batches(0)))
+    )
+    trainer = ComparisonTrainer(
+        conditions, sites, checkpoint_folder=place, n_checkpoints=n_checkpoints
+    )
     with nullcontext() if place is None else _alone_in(place):
         if not (place and _load_latest(trainer, place)):
             trainer.fit_from(batches)
@@ -139,7 +146,11 @@ def train_arms(
         if place:
             _drop_intermediate(place)
     return pd.DataFrame(
-        [{"arm": name, **point} for name, arm in arms.items() for point in arm.history]
+        [
+            {"condition": name, **point}
+            for name, condition in conditions.items()
+            for point in condition.history
+        ]
     )
 
 
@@ -181,7 +192,7 @@ def _alone_in(place: Path) -> Iterator[None]:
         lock.release()
 
 
-def _load_latest(trainer: ArmsTrainer, place: Path) -> bool:
+def _load_latest(trainer: ComparisonTrainer, place: Path) -> bool:
     """Load the newest complete checkpoint, if any; True if it is the final one."""
     complete = {p.parent.name: p.parent for p in place.glob(f"*/{_COMPLETE}")}
     if not complete:
@@ -192,7 +203,7 @@ def _load_latest(trainer: ArmsTrainer, place: Path) -> bool:
     except (SaesubError, FileNotFoundError) as error:
         raise SaesubError(
             f"{str(error).rstrip('.')}. To go on from the checkpoint before it, or from the start: "
-            f"delete {complete[newest]} and make the arms anew."
+            f"delete {complete[newest]} and make the conditions anew."
         ) from error
     passed = trainer.n_training_samples
     trainer.checkpoint_thresholds = [t for t in trainer.checkpoint_thresholds if t >= passed]
@@ -211,14 +222,16 @@ def _drop_intermediate(place: Path) -> None:
 
 
 def _fingerprint(
-    arms: Mapping[str, SubspaceSAETrainer], sites: Mapping[str, str], batch: Mapping[str, Tensor]
+    conditions: Mapping[str, SubspaceSAETrainer],
+    sites: Mapping[str, str],
+    batch: Mapping[str, Tensor],
 ) -> str:
     """A hash of what the result depends on: code, settings, initial weights, the first batch."""
     digest = hashlib.sha256(source_digest().encode())
-    for name, trainer in sorted(arms.items()):
+    for name, trainer in sorted(conditions.items()):
         cfg = {k: v for k, v in asdict(trainer.cfg).items() if k != "logger"}
         settings = [name, sites[name], cfg, trainer.optimizer_name, trainer.backend]
-        settings += [trainer.dead_window_tokens, repr(trainer.remedies)]
+        settings += [trainer.dead_window_tokens, repr(trainer.mitigations)]
         digest.update(json.dumps(settings).encode())
         digest.update(json.dumps(trainer.sae.cfg.to_dict(), default=str, sort_keys=True).encode())
         for parameter in trainer.sae.parameters():

@@ -43,7 +43,7 @@ from saesub.training.checkpoint import (
     settings_of,
     write_checkpoint_state,
 )
-from saesub.training.mitigations.mitigation import Remedy, one_of_each
+from saesub.training.mitigations.mitigation import Mitigation, one_of_each
 
 OptimizerName = Literal["adam", "sparse_adam"]
 Backend = Literal["auto", "exact_search", "torch", "triton", "dense"]
@@ -56,7 +56,7 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
     """`SAETrainer` for any SAELens training SAE, with four differences.
 
     Dead features are counted in tokens (SAELens counts steps), also where AuxK asks for them; the
-    optimizer is chosen by name; remedies against dead features can be added, in any combination;
+    optimizer is chosen by name; mitigations against dead features can be added, in any combination;
     and a TopK or BatchTopK SAE takes the sparse step of `saesub.topk.step`, which has the same loss
     and gradients as SAELens' dense one. Its `W_enc` then lies feature-major in memory (same shape,
     other strides) until the state is saved.
@@ -67,14 +67,14 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
         optimizer: "sparse_adam" (`saesub.optim.SparseAdam`) or "adam" (torch's).
         backend: how a TopK step is computed. "auto": on the CPU the compiled step with its 8-bit
             candidate search, where a C++ compiler can be had, else torch operators; the search
-            alone is compiled where a remedy adds to the loss or weights are, or were, frozen.
+            alone is compiled where a mitigation adds to the loss or weights are, or were, frozen.
             "torch": torch operators alone, which on a CPU with AVX-512 VNNI search in 8 bits too.
             "exact_search": as "auto" with the whole float32 product for the search. "triton":
             Triton kernels on CUDA; asked for by name until they have been run on a GPU. "dense":
             SAELens' own step.
         dead_window_tokens: a feature silent for this many tokens is dead. By default 10M, or a
             fifth of the run where that is less.
-        remedies: at most one of each kind, applied in this order. AuxK and whitening are settings
+        mitigations: at most one of each kind, applied in this order. AuxK and whitening are settings
             of the SAE (`aux_loss_coefficient`, `normalize_activations="covariance_whitening"`).
 
     Attributes:
@@ -82,10 +82,10 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
         history: one dict (tokens, mse, dead_share) per recorded point, `mse` being the summed
             squared error per token, averaged since the last point, and `dead_share` NaN until
             a whole window has been seen.
-        remedy_state: tensors that remedies keep from step to step, saved with the rest.
+        mitigation_state: tensors that mitigations keep from step to step, saved with the rest.
 
     Raises:
-        SaesubError: no iterator of batches, unknown optimizer or backend, a remedy that does not
+        SaesubError: no iterator of batches, unknown optimizer or backend, a mitigation that does not
             apply, k outside 1..d_sae, weights in float16, a batch of the wrong shape, NaN or Inf in
             a batch (before any weight is touched), or more features than the GPU's memory holds.
     """
@@ -99,7 +99,7 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
         optimizer: OptimizerName = "sparse_adam",
         backend: Backend = "auto",
         dead_window_tokens: int | None = None,
-        remedies: Sequence[Remedy] = (),
+        mitigations: Sequence[Mitigation] = (),
         evaluator: Evaluator[Any] | None = None,
         save_checkpoint_fn: SaveCheckpointFn | None = None,
     ) -> None:
@@ -155,10 +155,10 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
         # every step instead would lie amid the memory that the step frees, and split it.
         exact = torch.promote_types(sae.dtype, torch.float32)
         self._since_record = torch.zeros(2, dtype=exact, device=cfg.device)
-        self.remedies = one_of_each(remedies)
-        self.remedy_state: dict[str, Tensor] = {}
-        for remedy in self.remedies:
-            remedy.check(self)
+        self.mitigations = one_of_each(mitigations)
+        self.mitigation_state: dict[str, Tensor] = {}
+        for mitigation in self.mitigations:
+            mitigation.check(self)
 
     @property
     def dead_neurons(self) -> Tensor:
@@ -183,8 +183,8 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
         self._check_batch(batch)
         try:
             with ExitStack() as stack:
-                for remedy in self.remedies:
-                    stack.enter_context(remedy.around_step(self))
+                for mitigation in self.mitigations:
+                    stack.enter_context(mitigation.around_step(self))
                 output = super().step(batch)
         except torch.OutOfMemoryError as error:
             copies = 3 if self.backend == "triton" else 5
@@ -196,8 +196,8 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
         self._since_record[1] += 1
         if (self.n_training_steps + 1) % self._record_every == 0:
             self._record()
-        for remedy in self.remedies:
-            remedy.after_step(self, output)
+        for mitigation in self.mitigations:
+            mitigation.after_step(self, output)
         return output
 
     def _record(self) -> None:
@@ -226,7 +226,7 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
 
     def _train_step(self, sae: Any, sae_in: Tensor) -> TrainStepOutput:
         sparse = self.backend != "dense" and takes_sparse_step(sae, self.cfg)
-        adds_loss = any(remedy.loss_name for remedy in self.remedies)
+        adds_loss = any(mitigation.loss_name for mitigation in self.mitigations)
         if not (sparse or adds_loss):
             return super()._train_step(sae, sae_in)
         sae.train()
@@ -263,10 +263,10 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
     def _autograd_step(self, sae: Any, sae_in: Tensor, sparse: bool) -> TrainStepOutput:
         output, counts = self._forward(sae, sae_in, sparse)
         self._count_firing(counts, len(sae_in))
-        for remedy in self.remedies:
-            if remedy.loss_name:
-                output.losses[remedy.loss_name] = remedy.extra_loss(self, output)
-                output.loss = output.loss + output.losses[remedy.loss_name]
+        for mitigation in self.mitigations:
+            if mitigation.loss_name:
+                output.losses[mitigation.loss_name] = mitigation.extra_loss(self, output)
+                output.loss = output.loss + output.losses[mitigation.loss_name]
         output.loss.backward()
         torch.nn.utils.clip_grad_norm_(sae.parameters(), MAX_NORM)
         self.optimizer.step()
@@ -318,12 +318,12 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
         super()._update_pbar(step_output, pbar, update_interval)
 
     def set_final_sae_metadata(self) -> None:
-        """Record, beside SAELens' own figures, the dead window, the optimizer and remedies."""
+        """Record, beside SAELens' own figures, the dead window, the optimizer and mitigations."""
         super().set_final_sae_metadata()
         self.sae.cfg.metadata.dead_window_tokens = self.dead_window_tokens
         self.sae.cfg.metadata.optimizer = self.optimizer_name
         self.sae.cfg.metadata.backend = self.backend
-        self.sae.cfg.metadata.remedies = [repr(remedy) for remedy in self.remedies]
+        self.sae.cfg.metadata.mitigations = [repr(mitigation) for mitigation in self.mitigations]
 
     def save_checkpoint(
         self,
@@ -351,14 +351,14 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
     def _own_state(self) -> dict[str, Tensor]:
         state = {"tokens_since_fired": self.tokens_since_fired} | random_state(self.cfg.device)
         state |= {"since_record": self._since_record} | history_tensors(self.history)
-        return state | {f"remedy.{name}": kept for name, kept in self.remedy_state.items()}
+        return state | {f"mitigation.{name}": kept for name, kept in self.mitigation_state.items()}
 
     def _settings(self) -> dict[str, Any]:
         """What a run that is gone on with must have in common with its first part."""
         own = {
             "optimizer": self.optimizer_name,
             "dead_window_tokens": self.dead_window_tokens,
-            "remedies": [repr(remedy) for remedy in self.remedies],
+            "mitigations": [repr(mitigation) for mitigation in self.mitigations],
         }
         return settings_of(self.cfg, self.sae, own)
 
@@ -383,10 +383,10 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
         self._parameters_in_step = len(steps) <= 1
         restore_random_state(state, self.cfg.device)
         self.tokens_since_fired = state["tokens_since_fired"].to(self.cfg.device)
-        kept_by_remedies = [name for name in state if name.startswith("remedy.")]
-        self.remedy_state = {
-            name.removeprefix("remedy."): state[name].to(self.cfg.device)
-            for name in kept_by_remedies
+        kept_by_mitigations = [name for name in state if name.startswith("mitigation.")]
+        self.mitigation_state = {
+            name.removeprefix("mitigation."): state[name].to(self.cfg.device)
+            for name in kept_by_mitigations
         }
         follow_folding(self.sae, path)
         # SAELens saves in the middle of a step: its step counter lags the steps taken by one.

@@ -1,4 +1,4 @@
-"""The notebooks' figures: one style, one fixed colour per site and per arm.
+"""The notebooks' figures: one style, one fixed colour per site and per condition.
 
 Every function takes data (a tidy DataFrame, or a dict of arrays) and returns a closed matplotlib
 `Figure`: as a cell's last expression it shows once. Missing columns, empty data and values that
@@ -23,7 +23,7 @@ from saesub.reproduce.plots.spectra import (
     rank_heatmap,
     singular_values,
 )
-from saesub.reproduce.plots.style import ARMS, SITES, style
+from saesub.reproduce.plots.style import CONDITIONS, SITES, style
 from saesub.reproduce.plots.training import (
     d_init_sweep,
     dead_against_rank,
@@ -35,7 +35,7 @@ from saesub.reproduce.plots.training import (
 )
 
 __all__ = [
-    "ARMS",
+    "CONDITIONS",
     "SITES",
     "cosine_histogram",
     "cumulative_variance",

@@ -1,6 +1,6 @@
 """Figures on the quality of features: density, likeness, agreement of seeds, sparse probes.
 
-As in `saesub.reproduce.plots`: each takes a tidy DataFrame with a column `arm` and returns a closed
+As in `saesub.reproduce.plots`: each takes a tidy DataFrame with a column `condition` and returns a closed
 Figure.
 """
 
@@ -14,9 +14,9 @@ from matplotlib.ticker import FuncFormatter
 
 from saesub.reproduce.plots.style import (
     MARKERS,
-    arm_looks,
     checked,
     closed_figure,
+    condition_looks,
     legend_above,
     outlined,
     percent,
@@ -25,21 +25,21 @@ from saesub.reproduce.plots.style import (
 
 
 def density_histogram(frame: pd.DataFrame) -> Figure:
-    """How often features fire, by arm, on a logarithmic axis; dead features in a bar at the left.
+    """How often features fire, by condition, on a logarithmic axis; dead features in a bar at the left.
 
-    `frame`: arm, density (share of tokens on which the feature fires; 0 is dead).
+    `frame`: condition, density (share of tokens on which the feature fires; 0 is dead).
     """
-    checked(frame, "arm", "density")
+    checked(frame, "condition", "density")
     positive = frame.loc[frame["density"] > 0, "density"]
     floor = np.log10(positive.min()) if len(positive) else -1.0
     step = -floor / 36
     bins = np.linspace(floor, 0, 37)
     with closed_figure() as (figure, axes):
-        looks = arm_looks(frame["arm"])
-        for place, (arm, look) in enumerate(looks.items()):
-            density = rows_where(frame, "arm", arm)["density"].to_numpy(dtype=float)
+        looks = condition_looks(frame["condition"])
+        for place, (condition, look) in enumerate(looks.items()):
+            density = rows_where(frame, "condition", condition)["density"].to_numpy(dtype=float)
             alive = np.log10(density[density > 0])
-            outlined(axes, alive, bins, len(density), label=arm, **look)
+            outlined(axes, alive, bins, len(density), label=condition, **look)
             dead, shift = (density == 0).mean(), (place - (len(looks) - 1) / 2) * step
             axes.bar(floor - 4 * step + shift, dead, 0.9 * step, color=look["color"])
         ticks = [floor - 4 * step, *range(int(np.ceil(floor)), 1)]
@@ -53,13 +53,13 @@ def density_histogram(frame: pd.DataFrame) -> Figure:
 def cosine_histogram(
     frame: pd.DataFrame, label: str = "largest cosine to another feature"
 ) -> Figure:
-    """The cosines of features, by arm. `frame`: arm, cosine."""
-    checked(frame, "arm", "cosine")
+    """The cosines of features, by condition. `frame`: condition, cosine."""
+    checked(frame, "condition", "cosine")
     bins = np.linspace(min(0.0, float(frame["cosine"].min())), 1, 51)
     with closed_figure() as (figure, axes):
-        for arm, look in arm_looks(frame["arm"]).items():
-            values = rows_where(frame, "arm", arm)["cosine"].to_numpy(dtype=float)
-            outlined(axes, values, bins, len(values), label=arm, **look)
+        for condition, look in condition_looks(frame["condition"]).items():
+            values = rows_where(frame, "condition", condition)["cosine"].to_numpy(dtype=float)
+            outlined(axes, values, bins, len(values), label=condition, **look)
         axes.set(xlabel=label, ylabel="share of features")
         percent(axes.yaxis)
         legend_above(figure, axes)
@@ -69,16 +69,18 @@ def cosine_histogram(
 def shared_features(frame: pd.DataFrame, threshold: float = 0.7) -> Figure:
     """Share of features whose partner in another seed is at least so alike, a line per pair.
 
-    `frame`: arm, pair (of seeds), cosine (of matched features).
+    `frame`: condition, pair (of seeds), cosine (of matched features).
     """
-    checked(frame, "arm", "pair", "cosine")
+    checked(frame, "condition", "pair", "cosine")
     grid = np.linspace(0, 1, 101)
     with closed_figure() as (figure, axes):
-        for arm, look in arm_looks(frame["arm"]).items():
-            for place, (_, rows) in enumerate(rows_where(frame, "arm", arm).groupby("pair")):
+        for condition, look in condition_looks(frame["condition"]).items():
+            for place, (_, rows) in enumerate(
+                rows_where(frame, "condition", condition).groupby("pair")
+            ):
                 cosine = np.sort(rows["cosine"].to_numpy(dtype=float))
                 shares = 1 - np.searchsorted(cosine, grid) / len(cosine)
-                axes.plot(grid, shares, lw=1.4, label=arm if place == 0 else None, **look)
+                axes.plot(grid, shares, lw=1.4, label=condition if place == 0 else None, **look)
         axes.axvline(threshold, color="#444444", lw=1.2, ls=(0, (5, 3)), zorder=1)
         axes.text(threshold + 0.01, 0.97, f"counted as shared: ≥ {threshold:g}", fontsize=9)
         axes.set(xlabel="cosine to the matched feature of another seed", xlim=(0, 1))
@@ -91,19 +93,25 @@ def shared_features(frame: pd.DataFrame, threshold: float = 0.7) -> Figure:
 def probe_accuracy(frame: pd.DataFrame, ceiling: pd.DataFrame | None = None) -> Figure:
     """Test accuracy of sparse probes, a panel for each k, a row for each task, a point per seed.
 
-    `frame`: arm, task, k, accuracy. `ceiling`: task, accuracy of a probe that reads everything.
+    `frame`: condition, task, k, accuracy. `ceiling`: task, accuracy of a probe that reads everything.
     """
-    checked(frame, "arm", "task", "k", "accuracy")
-    looks, tasks = arm_looks(frame["arm"]), list(dict.fromkeys(frame["task"]))
+    checked(frame, "condition", "task", "k", "accuracy")
+    looks, tasks = condition_looks(frame["condition"]), list(dict.fromkeys(frame["task"]))
     ks = sorted(set(frame["k"].tolist()))
     left = min(0.5, float(frame["accuracy"].min())) - 0.02  # one half is what guessing scores
     with closed_figure(len(ks), height=1.4 + 0.55 * len(tasks)) as (figure, panels):
         panels = panels if len(ks) > 1 else [panels]
         for axes, k in zip(panels, ks, strict=True):
             at_k = pd.DataFrame(frame[frame["k"] == k])
-            for place, (arm, look) in enumerate(looks.items()):
+            for place, (condition, look) in enumerate(looks.items()):
                 _task_points(
-                    axes, rows_where(at_k, "arm", arm), tasks, arm, place, len(looks), look
+                    axes,
+                    rows_where(at_k, "condition", condition),
+                    tasks,
+                    condition,
+                    place,
+                    len(looks),
+                    look,
                 )
             if ceiling is not None:
                 best = ceiling.set_index("task")["accuracy"]
@@ -123,9 +131,15 @@ def probe_accuracy(frame: pd.DataFrame, ceiling: pd.DataFrame | None = None) -> 
 
 
 def _task_points(
-    axes: Axes, rows: pd.DataFrame, tasks: list, arm: str, place: int, n_arms: int, look: dict
+    axes: Axes,
+    rows: pd.DataFrame,
+    tasks: list,
+    condition: str,
+    place: int,
+    n_conditions: int,
+    look: dict,
 ) -> None:
-    offset = (place - (n_arms - 1) / 2) * 0.5 / n_arms
+    offset = (place - (n_conditions - 1) / 2) * 0.5 / n_conditions
     at = [tasks.index(task) + offset for task in rows["task"]]
     mark = MARKERS[place % len(MARKERS)]
-    axes.plot(rows["accuracy"], at, mark, color=look["color"], ms=6, alpha=0.75, label=arm)
+    axes.plot(rows["accuracy"], at, mark, color=look["color"], ms=6, alpha=0.75, label=condition)

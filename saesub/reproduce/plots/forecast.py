@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from saesub.reproduce.plots.style import ARMS, SITES, checked, percent, style
+from saesub.reproduce.plots.style import CONDITIONS, SITES, checked, percent, style
 
 _COLUMNS = 3
 _LEAST = 1e-4  # of the features: shares below it are drawn there
@@ -36,10 +36,14 @@ def d_init_by_place(frame: pd.DataFrame) -> Figure:
             random = pd.DataFrame(sweep[sweep.index == 1.0])
             auto = pd.DataFrame(of_place[of_place["auto"]])
             axes.plot(
-                sweep.index, sweep["dead_share"], "o-", ms=4, color=ARMS["asi"], label="swept"
+                sweep.index, sweep["dead_share"], "o-", ms=4, color=CONDITIONS["asi"], label="swept"
             )
             axes.plot(
-                random.index, random["dead_share"], "s", color=ARMS["random"], label="random start"
+                random.index,
+                random["dead_share"],
+                "s",
+                color=CONDITIONS["random"],
+                label="random start",
             )
             axes.plot(
                 auto["d_init_share"], auto["dead_share"], "*", ms=13, color="#D55E00", label="auto"

@@ -1,4 +1,4 @@
-"""The figure on remedies: what each leaves dead, and what it reconstructs.
+"""The figure on mitigations: what each leaves dead, and what it reconstructs.
 
 As in `saesub.reproduce.plots`: it takes a tidy DataFrame and returns a closed Figure.
 """
@@ -18,22 +18,22 @@ _LINEAR_BELOW = 1e-3  # of the features: there the axis of shares passes from li
 
 
 def pareto(frame: pd.DataFrame) -> Figure:
-    """Dead features against FVU, a mark for each remedy at its mean over seeds.
+    """Dead features against FVU, a mark for each mitigation at its mean over seeds.
 
-    Remedies that no other beats in both are joined by a line and named first, the others follow by
-    FVU. `frame`: arm, dead_share, fvu.
+    Mitigations that no other beats in both are joined by a line and named first, the others follow by
+    FVU. `frame`: condition, dead_share, fvu.
     """
-    checked(frame, "arm", "dead_share", "fvu")
-    means = pd.DataFrame(frame.groupby("arm", sort=False)[["dead_share", "fvu"]].mean())
+    checked(frame, "condition", "dead_share", "fvu")
+    means = pd.DataFrame(frame.groupby("condition", sort=False)[["dead_share", "fvu"]].mean())
     means = means.sort_values(by=["dead_share", "fvu"])
     best = means[means["fvu"] < means["fvu"].cummin().shift(fill_value=float("inf"))]
     others = means.drop(index=best.index).sort_values(by="fvu")
     with closed_figure(width=9.0, height=4.8) as (figure, axes):
         axes.step(best["dead_share"], best["fvu"], where="post", color="#999999", zorder=1)
-        for place, (arm, point) in enumerate(pd.concat([best, others]).iterrows()):
+        for place, (condition, point) in enumerate(pd.concat([best, others]).iterrows()):
             colour = _COLOURS[place % len(_COLOURS)]
             shape = _SHAPES[place // len(_COLOURS) % len(_SHAPES)]
-            look = {"ms": 8, "color": colour, "mec": "white", "label": str(arm)}
+            look = {"ms": 8, "color": colour, "mec": "white", "label": str(condition)}
             axes.plot(*point, shape, **look)
         axes.set_xscale("symlog", linthresh=_LINEAR_BELOW)
         axes.set_xlim(left=-0.1 * _LINEAR_BELOW)

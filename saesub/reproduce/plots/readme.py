@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from saesub.reproduce.plots.style import (
-    ARMS,
+    CONDITIONS,
     MARKERS,
     WIDE,
     checked,
@@ -19,7 +19,7 @@ from saesub.reproduce.plots.style import (
 )
 
 _RANDOM, _ASI = "random initialisation", "active subspace initialisation (ASI)"
-_COLOURS = {_RANDOM: ARMS["random"], _ASI: ARMS["asi"]}
+_COLOURS = {_RANDOM: CONDITIONS["random"], _ASI: CONDITIONS["asi"]}
 
 
 def dead_by_hook_point(frame: pd.DataFrame) -> Figure:

@@ -1,4 +1,4 @@
-"""The one look of all figures: a fixed colour per site and per arm, and what figures share.
+"""The one look of all figures: a fixed colour per site and per condition, and what figures share.
 
 Figures are drawn in `closed_figure`, from frames that `checked` has let through.
 """
@@ -19,7 +19,7 @@ from matplotlib.ticker import FuncFormatter
 
 from saesub.errors import SaesubError
 
-# Sites wear Okabe and Ito's colours, arms others, so that neither is taken for the other; the tests
+# Sites wear Okabe and Ito's colours, conditions others, so that neither is taken for the other; the tests
 # look at both through the eyes of the colour-blind.
 SITES = {
     "attn_out": ("attention output", "#D55E00"),
@@ -27,7 +27,7 @@ SITES = {
     "resid_post": ("residual stream", "#009E73"),
     "z": ("heads' output z", "#CC79A7"),
 }
-ARMS = {
+CONDITIONS = {
     "random": "#7F7F7F",
     "random + sparseadam": "#B8860B",
     "asi": "#332288",
@@ -104,13 +104,16 @@ def site_looks(names: Iterable[str]) -> dict[str, tuple[str, str]]:
     return looks
 
 
-def arm_looks(names: Iterable[str]) -> dict[str, dict]:
-    """Colour and line style of each arm; arms without a fixed colour share the spare ones."""
+def condition_looks(names: Iterable[str]) -> dict[str, dict]:
+    """Colour and line style of each condition; conditions without a fixed colour share the spare ones."""
     spare = iter(_SPARE * 9)
     looks = {}
     for name in dict.fromkeys(names):
         key = " ".join(name.lower().replace("+", " + ").split())
-        looks[name] = {"color": ARMS.get(key) or next(spare), "linestyle": _LINES.get(key, "-")}
+        looks[name] = {
+            "color": CONDITIONS.get(key) or next(spare),
+            "linestyle": _LINES.get(key, "-"),
+        }
     return looks
 
 

@@ -1,4 +1,4 @@
-"""Figures on training: dead features and reconstruction by tokens, width, rank, arm and d_init.
+"""Figures on training: dead features and reconstruction by tokens, width, rank, condition and d_init.
 
 As in `saesub.reproduce.plots`: each takes a tidy DataFrame and returns a closed Figure.
 """
@@ -16,13 +16,13 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullLoca
 from matplotlib.transforms import Bbox
 
 from saesub.reproduce.plots.style import (
-    ARMS,
+    CONDITIONS,
     MARKERS,
     NOTE,
-    arm_looks,
     beside,
     checked,
     closed_figure,
+    condition_looks,
     from_zero,
     legend_above,
     outlined,
@@ -41,23 +41,27 @@ def _grouped(frame: pd.DataFrame, x: str, y: str) -> tuple[np.ndarray, list[np.n
     return places, [values[at == place] for place in places]
 
 
-def _arm_lines(axes: Axes, frame: pd.DataFrame, x: str, y: str) -> None:
-    """Per arm the mean over seeds as a line, least to most as a band."""
-    for (arm, look), mark in zip(arm_looks(frame["arm"]).items(), cycle(MARKERS), strict=False):
-        at, seeds = _grouped(rows_where(frame, "arm", arm), x, y)
-        axes.plot(at, [float(np.mean(v)) for v in seeds], label=arm, marker=mark, ms=4, **look)
+def _condition_lines(axes: Axes, frame: pd.DataFrame, x: str, y: str) -> None:
+    """Per condition the mean over seeds as a line, least to most as a band."""
+    for (condition, look), mark in zip(
+        condition_looks(frame["condition"]).items(), cycle(MARKERS), strict=False
+    ):
+        at, seeds = _grouped(rows_where(frame, "condition", condition), x, y)
+        axes.plot(
+            at, [float(np.mean(v)) for v in seeds], label=condition, marker=mark, ms=4, **look
+        )
         low, high = [v.min() for v in seeds], [v.max() for v in seeds]
         axes.fill_between(at, low, high, color=look["color"], alpha=0.18, lw=0)
 
 
 def dead_over_tokens(frame: pd.DataFrame) -> Figure:
-    """Share of dead features in training, one line per arm: mean over seeds, band least to most.
+    """Share of dead features in training, one line per condition: mean over seeds, band least to most.
 
-    `frame`: tokens, dead_share, arm, seed.
+    `frame`: tokens, dead_share, condition, seed.
     """
-    checked(frame, "tokens", "dead_share", "arm", "seed")
+    checked(frame, "tokens", "dead_share", "condition", "seed")
     with closed_figure() as (figure, axes):
-        _arm_lines(axes, frame, "tokens", "dead_share")
+        _condition_lines(axes, frame, "tokens", "dead_share")
         axes.set(xlabel="training tokens", ylabel="dead features")
         from_zero(axes.yaxis)
         axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
@@ -67,13 +71,13 @@ def dead_over_tokens(frame: pd.DataFrame) -> Figure:
 
 
 def width(frame: pd.DataFrame, measure: str = "dead_share") -> Figure:
-    """Share of dead features, or FVU, by dictionary width, one line per arm.
+    """Share of dead features, or FVU, by dictionary width, one line per condition.
 
-    `frame`: d_sae, arm, and the `measure`, "dead_share" or "fvu".
+    `frame`: d_sae, condition, and the `measure`, "dead_share" or "fvu".
     """
-    checked(frame, "d_sae", "arm", measure)
+    checked(frame, "d_sae", "condition", measure)
     with closed_figure() as (figure, axes):
-        _arm_lines(axes, frame, "d_sae", measure)
+        _condition_lines(axes, frame, "d_sae", measure)
         axes.set_xscale("log", base=2)
         widths = sorted(frame["d_sae"].unique())
         axes.set_xticks(widths[:: -(-len(widths) // 6)])
@@ -88,15 +92,15 @@ def width(frame: pd.DataFrame, measure: str = "dead_share") -> Figure:
 
 
 def learning_rate(frame: pd.DataFrame) -> Figure:
-    """Dead features and FVU by learning rate, a line per arm: mean over seeds, band least to most.
+    """Dead features and FVU by learning rate, a line per condition: mean over seeds, band least to most.
 
-    `frame`: lr, arm, dead_share, fvu.
+    `frame`: lr, condition, dead_share, fvu.
     """
-    checked(frame, "lr", "arm", "dead_share", "fvu")
+    checked(frame, "lr", "condition", "dead_share", "fvu")
     rates = sorted(frame["lr"].unique())
     with closed_figure(2, height=3.7) as (figure, panels):
         for axes, (column, label) in zip(panels, _OUTCOMES.items(), strict=True):
-            _arm_lines(axes, frame, "lr", column)
+            _condition_lines(axes, frame, "lr", column)
             axes.set_xscale("log")
             axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
             axes.xaxis.set_minor_locator(NullLocator())
@@ -177,24 +181,26 @@ def overlap_by_fate(frame: pd.DataFrame) -> Figure:
 
 
 def dead_and_fvu(frame: pd.DataFrame) -> Figure:
-    """Dead features and fraction of variance unexplained by arm, a point per seed, bar at the mean.
+    """Dead features and fraction of variance unexplained by condition, a point per seed, bar at the mean.
 
-    `frame`: arm, d_sae, dead_share, fvu, seed.
+    `frame`: condition, d_sae, dead_share, fvu, seed.
     """
-    checked(frame, "arm", "d_sae", "dead_share", "fvu", "seed")
-    looks, widths = arm_looks(frame["arm"]), sorted(frame["d_sae"].unique())
+    checked(frame, "condition", "d_sae", "dead_share", "fvu", "seed")
+    looks, widths = condition_looks(frame["condition"]), sorted(frame["d_sae"].unique())
     rows = [
-        (arm, d)
-        for arm in looks
+        (condition, d)
+        for condition in looks
         for d in widths
-        if ((frame["arm"] == arm) & (frame["d_sae"] == d)).any()
+        if ((frame["condition"] == condition) & (frame["d_sae"] == d)).any()
     ]
-    names = [arm if len(widths) == 1 else f"{arm}\n{d:,} features" for arm, d in rows]
+    names = [
+        condition if len(widths) == 1 else f"{condition}\n{d:,} features" for condition, d in rows
+    ]
     with closed_figure(2, height=1.3 + 0.42 * len(rows)) as (figure, panels):
         for axes, (column, label) in zip(panels, _OUTCOMES.items(), strict=True):
-            for place, (arm, d) in enumerate(rows):
-                values = frame[column][(frame["arm"] == arm) & (frame["d_sae"] == d)]
-                color, mark = looks[arm]["color"], MARKERS[widths.index(d) % len(MARKERS)]
+            for place, (condition, d) in enumerate(rows):
+                values = frame[column][(frame["condition"] == condition) & (frame["d_sae"] == d)]
+                color, mark = looks[condition]["color"], MARKERS[widths.index(d) % len(MARKERS)]
                 axes.plot(values, [place] * len(values), mark, color=color, ms=7, alpha=0.75)
                 axes.plot([values.mean()] * 2, [place - 0.3, place + 0.3], color=color, lw=2)
             axes.set_yticks(range(len(rows)), names if column == "dead_share" else [])
@@ -215,11 +221,11 @@ def d_init_sweep(frame: pd.DataFrame, baseline: Mapping[str, float] | None = Non
     checked(frame, "d_init_share", "dead_share", "fvu")
     with closed_figure(2, height=3.5) as (figure, panels):
         for axes, (column, label) in zip(panels, _OUTCOMES.items(), strict=True):
-            color, (shares, runs) = ARMS["asi"], _grouped(frame, "d_init_share", column)
+            color, (shares, runs) = CONDITIONS["asi"], _grouped(frame, "d_init_share", column)
             axes.plot(frame["d_init_share"], frame[column], "o", ms=5, alpha=0.6, color=color)
             axes.plot(shares, [np.mean(v) for v in runs], color=color)
             if baseline:
-                beside(axes, baseline[column], "random\nstart", ARMS["random"])
+                beside(axes, baseline[column], "random\nstart", CONDITIONS["random"])
             axes.set(xlabel="d_init (share of width)", title=label)
             axes.xaxis.set_major_locator(MaxNLocator(5))
             percent(axes.xaxis)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from saesub.errors import SaesubError
-from saesub.training.mitigations.mitigation import Remedy, need_parameters
+from saesub.training.mitigations.mitigation import Mitigation, need_parameters
 
 if TYPE_CHECKING:  # the trainer imports what a mitigation is
     from saesub.training.trainer import SubspaceSAETrainer
@@ -22,7 +22,7 @@ _GHOST_ENTRIES = 2**23  # pre-activations of dead features held at a time
 
 
 @dataclass(frozen=True)
-class GhostGradients(Remedy):
+class GhostGradients(Mitigation):
     """Dead features learn to reconstruct what the living leave over.
 
     Jermyn & Templeton 2024, "Ghost Grads" (Anthropic, Circuits Updates, January 2024): in a second

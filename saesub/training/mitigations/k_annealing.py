@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 from sae_lens import BatchTopKTrainingSAEConfig
 
 from saesub.errors import SaesubError
-from saesub.training.mitigations.mitigation import Remedy
+from saesub.training.mitigations.mitigation import Mitigation
 
 if TYPE_CHECKING:  # the trainer imports what a mitigation is
     from saesub.training.trainer import SubspaceSAETrainer
 
 
 @dataclass(frozen=True)
-class KAnnealing(Remedy):
+class KAnnealing(Mitigation):
     """k falls linearly from `k_start` to the SAE's own k over the first `share` of the steps.
 
     More features take part while directions are still random. k is `k_start` at the first step and

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from saesub.errors import SaesubError
 from saesub.optim import FEATURE_AXIS
-from saesub.training.mitigations.mitigation import Remedy, need_parameters
+from saesub.training.mitigations.mitigation import Mitigation, need_parameters
 
 if TYPE_CHECKING:  # the trainer imports what a mitigation is
     from saesub.training.trainer import SubspaceSAETrainer
@@ -23,7 +23,7 @@ _NORMS = "resampling.alive_norms"
 
 
 @dataclass(frozen=True)
-class Resampling(Remedy):
+class Resampling(Mitigation):
     """Dead features start anew at inputs that the SAE reconstructs badly.
 
     Bricken et al. 2023, "Towards Monosemanticity", appendix on neuron resampling: a dead feature's
@@ -116,8 +116,8 @@ class Resampling(Remedy):
         dead = trainer.dead_neurons
         if batch is None:
             return
-        if batch == 0 or _NORMS not in trainer.remedy_state:
-            trainer.remedy_state[_NORMS] = _mean_norms(trainer.sae, ~dead)
+        if batch == 0 or _NORMS not in trainer.mitigation_state:
+            trainer.mitigation_state[_NORMS] = _mean_norms(trainer.sae, ~dead)
         if not bool(dead.any()):
             return
         rng = np.random.default_rng([self.seed, trainer.n_training_samples])
@@ -143,7 +143,7 @@ class Resampling(Remedy):
         rows: Int[Tensor, " m"],
         inputs: Float[Tensor, "m d_in"],
     ) -> None:
-        sae, (encoder, decoder) = trainer.sae, trainer.remedy_state[_NORMS]
+        sae, (encoder, decoder) = trainer.sae, trainer.mitigation_state[_NORMS]
         seen = sae.process_sae_in(inputs)  # less b_dec where apply_b_dec_to_input
         if not sae.cfg.apply_b_dec_to_input:
             seen = seen - sae.b_dec
