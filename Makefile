@@ -6,7 +6,7 @@ TORCH := torch==2.13.0
 STAMP := $(VENV)/.ready
 ROOMS := $(patsubst saesub/%/__init__.py,saesub.%,$(wildcard saesub/*/__init__.py))
 
-.PHONY: setup reproduce publish bench test lint docs lock clean
+.PHONY: setup reproduce publish bench test test-all lint docs lock clean
 
 setup: $(STAMP)
 
@@ -35,7 +35,12 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/report.py
 
+# What to run while working, in minutes; `test-all` adds kills, browsers, several processes and every
+# notebook.
 test: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(STAMP)
 	$(BIN)/python -m pytest
 
 lint: $(STAMP)

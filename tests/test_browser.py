@@ -21,7 +21,7 @@ from saesub.reproduce import claims
 from saesub.reproduce.report import Outcome, report_page
 
 pytestmark = [
-    pytest.mark.notebook,
+    pytest.mark.slow,
     pytest.mark.skipif(
         not browser.chromium(), reason="no chromium on the path: apt-get install chromium"
     ),

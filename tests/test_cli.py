@@ -39,7 +39,7 @@ def notebooks(tmp_path, monkeypatch):
     return folder
 
 
-@pytest.mark.notebook
+@pytest.mark.slow
 def test_reproduce_goes_on_after_a_failure_and_resumes(notebooks, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "Agg")  # a user's setting must not cost the report its figures
     _write(notebooks, "00_breaks.ipynb", "x = 1", "raise ValueError('on purpose')")
@@ -69,7 +69,7 @@ def test_reproduce_goes_on_after_a_failure_and_resumes(notebooks, tmp_path, caps
     assert "00_breaks: running" in capsys.readouterr().err
 
 
-@pytest.mark.notebook
+@pytest.mark.slow
 def test_the_kernel_is_this_python_and_works_in_the_results_folder(notebooks, tmp_path, capsys):
     cell = "import os, sys; print(sys.executable, os.getcwd(), os.environ['SAESUB_RESULTS'])"
     _write(notebooks, "01_where.ipynb", cell)
@@ -157,7 +157,7 @@ dead_features(sae, (time.sleep(0.02) or torch.randn(64, 8) for _ in range(100)),
 Dataset.from_dict({"text": ["a"]}).map(lambda row: row)"""
 
 
-@pytest.mark.notebook
+@pytest.mark.slow
 @pytest.mark.parametrize("quiet", [True, False])
 def test_quiet_reaches_the_bars_in_a_notebook(notebooks, tmp_path, capsys, quiet):
     _write(notebooks, "01_bars.ipynb", "import time\n" + BARS)

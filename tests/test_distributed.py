@@ -31,6 +31,7 @@ from saesub.training.distributed import Ranks, feature_parallel, join
 from saesub.training.distributed.checkpoint import newest_state, write_state
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.model,
     pytest.mark.skipif(sys.platform != "linux", reason="needs fork and the kernel's counts"),
 ]

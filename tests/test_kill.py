@@ -26,6 +26,7 @@ from test_download import build_wheel
 from transformer_lens.model_bridge import TransformerBridge
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.model,
     pytest.mark.skipif(sys.platform == "win32", reason="needs fork and SIGKILL"),
 ]

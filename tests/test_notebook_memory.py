@@ -18,7 +18,7 @@ def _write(path, *cells):
     nbformat.write(new_notebook(cells=body), path)
 
 
-@pytest.mark.notebook
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's peak is read from Linux's /proc")
 def test_a_run_records_its_own_kernels_peak_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "notebooks_dir", lambda: tmp_path)

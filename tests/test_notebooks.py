@@ -61,7 +61,7 @@ def _environment(installed: Path) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(installed), "PYTHONSAFEPATH": "1"}
 
 
-@pytest.mark.notebook
+@pytest.mark.slow
 def test_the_wheel_is_what_runs(installed, tmp_path):
     command = [sys.executable, "-c", "import saesub.paths as r; print(r.notebooks_dir())"]
     run = {"cwd": tmp_path, "env": _environment(installed), "capture_output": True, "text": True}
@@ -72,7 +72,7 @@ def test_the_wheel_is_what_runs(installed, tmp_path):
     assert "smollm2-135m" in subprocess.run(command, check=True, **run).stdout
 
 
-@pytest.mark.notebook
+@pytest.mark.slow
 @each_notebook
 def test_a_notebook_runs_from_the_wheel(path, installed, tmp_path):
     command = [sys.executable, "-m", "saesub.cli", "reproduce", "--profile", "smoke", "--quiet"]
