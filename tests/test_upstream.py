@@ -1,4 +1,4 @@
-"""The proposal to SAELens: its diff applies to the installed source, and its hooks are called."""
+"""The proposal to SAELens: applied to the version that it is written against, its hooks are called."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ import pytest
 import sae_lens
 
 PAGE = Path(__file__).parents[1] / "docs" / "upstream.md"
+pytestmark = pytest.mark.skipif(
+    f"sae-lens {sae_lens.__version__}," not in PAGE.read_text(),
+    reason="another SAELens is installed than the one that the proposal is written against",
+)
 TRAINS = """
 import inspect, torch, sae_lens
 from sae_lens import LanguageModelSAETrainingRunner, TopKTrainingSAE, TopKTrainingSAEConfig
