@@ -210,6 +210,7 @@ def with_tables(page: str, record: dict) -> str:
         "notebooks": _notebook_table(record),
         "sweep": sweep_table(d_init),
         "starts": starts_table(d_init),
+        "defaults": defaults_table(json.loads((STUDIES / "defaults.json").read_text())),
         "wide": wide_table(*(json.loads((STUDIES / f"{n}.json").read_text()) for n in WIDE)),
         "faults": faults_table(json.loads(FAULTS_FILE.read_text())),
     }
@@ -325,27 +326,17 @@ def _value(row: dict) -> str:
 
 
 def _where(rows: Sequence[dict], shown: Sequence[dict]) -> str:
-    """Where the shown claims hold and none of them fails, then every claim that holds in direction
-    only, does not hold or was not measured."""
+    """Where the shown claims hold and none of them fails, then every claim that does not hold or
+    was not measured."""
     failing = {row["n"] for row in shown if row["verdict"] == claims.FAILS}
-    verdicts = {
-        "✔": [r for r in shown if r["verdict"] == claims.HOLDS and r["n"] not in failing],
-        "↗": [row for row in rows if row["verdict"] == claims.DIRECTION],
-        "✘": [row for row in rows if row["verdict"] == claims.FAILS],
-        "–": [row for row in rows if row["verdict"] == claims.UNTESTED],
-    }
-    lines = []
-    for symbol, of_verdict in verdicts.items():
-        regimes: dict[str, list[str]] = {}
-        for row in of_verdict:
-            leads = regimes.setdefault(row["n"] or "not measured", [])
-            if symbol != "✔":
-                leads.append(row["claim"].split(":")[0])
-        texts = [
-            f"{'; '.join(leads)} ({regime})" if leads else regime
-            for regime, leads in regimes.items()
-        ]
-        lines += [f"{symbol} {'; '.join(texts)}"] if texts else []
+    held = [r["n"] for r in shown if r["verdict"] == claims.HOLDS and r["n"] not in failing]
+    lines = [f"✔ {'; '.join(dict.fromkeys(held))}"] if held else []
+    for symbol, verdict in (("✘", claims.FAILS), ("–", claims.UNTESTED)):
+        for row in rows:
+            if row["verdict"] == verdict:
+                lines.append(
+                    f"{symbol} {row['claim'].split(':')[0]} ({row['n'] or 'not measured'})"
+                )
     return "<br>".join(lines)
 
 
@@ -500,6 +491,21 @@ def starts_table(study: dict) -> str:
             seeds = len(runs)
             cells.append(_dead_and_fvu(runs))
         lines.append(f"| {model} | `{hook_name}` | {' | '.join(cells)} | {seeds} |")
+    return "\n".join(lines)
+
+
+def defaults_table(study: dict) -> str:
+    """Dead features and FVU of every architecture at SAELens' defaults, kept and fitted norms,
+    means over seeds."""
+    rows = pd.DataFrame(study["rows"])
+    conditions = list(dict.fromkeys(rows["condition"]))
+    lines = [f"| Architecture | Learning rate | {' | '.join(conditions)} | Seeds |"]
+    lines.append("|---|---:|" + "---|" * len(conditions) + "---:|")
+    for (lr, architecture), of_both in rows.groupby(["lr", "architecture"], sort=False):
+        runs = [of_both[of_both["condition"] == condition] for condition in conditions]
+        cells = " | ".join(_dead_and_fvu(of_condition) for of_condition in runs)
+        seeds = of_both["seed"].nunique()
+        lines.append(f"| {architecture} | {lr:g} | {cells} | {seeds} |")
     return "\n".join(lines)
 
 

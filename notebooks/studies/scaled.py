@@ -3,12 +3,12 @@
     python notebooks/studies/scaled.py
 
 Writes data/results/studies/scaled.json. Among many features in few directions a token finds 32 that
-each answer almost in full, and their sum overshoots. A "scaled" condition multiplies the encoder by the
-one number that makes the untrained SAE reconstruct best (`saesub.fit_encoder_scale` over 4,096
+each answer almost in full, and their sum overshoots. A "scaled" condition multiplies the encoder by
+the one number that makes the untrained SAE reconstruct best (`saesub.fit_encoder_scale` over 4,096
 tokens: `factor`; `fvu_at_start` is before, `fvu_scaled` after), and is like its twin in all else.
-Every condition gets the same 409,600 training tokens once and is judged over 512,000 held-out tokens. The
-rate is the one at which the unscaled starts fit best under Adam over five times as many tokens
-(long.py); random and flat starts are also tried at half, twice and four times that, alike: a
+Every condition gets the same 409,600 training tokens once and is judged over 512,000 held-out
+tokens. The rate is the one at which the unscaled starts fit best under Adam over five times as many
+tokens (long.py); random and flat starts are also tried at half, twice and four times that, alike: a
 shorter encoder makes the same rate larger beside its weights. SparseAdam comes first; the record
 has the conditions that were run. In its first three calls both FVU of the start are relative to the
 decoder bias, in the later ones to these tokens' own mean.
