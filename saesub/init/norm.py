@@ -60,8 +60,9 @@ def fit_norm(
     Args:
         sae: any SAELens training SAE.
         spectrum: of the activations that it is trained on.
-        activations: (n, d_in) at the same hook point, unscaled, of which the first 4,096 are used;
-            without them as many are drawn from the Gaussian of the spectrum's mean and covariance.
+        activations: (n, d_in) at the same hook point, unscaled, of which 4,096 are used, evenly
+            spaced. Without them as many are drawn, with the spectrum's mean, covariance and mean
+            norm.
         seed: of that draw.
 
     Raises:
@@ -132,16 +133,17 @@ def scale_encoder(sae: SAE[Any], factor: float) -> None:
 def sample_of(
     spectrum: Spectrum, activations: Float[Tensor, "n d"] | None, seed: int
 ) -> Float[Tensor, "n d"]:
-    """The first `_TOKENS` activations, or as many draws that the spectrum gives; float32.
+    """`_TOKENS` of the activations, evenly spaced, or as many draws from the spectrum; float32.
 
-    The draws have the spectrum's mean and covariance, and its mean norm: each deviation from the
-    mean is a Gaussian's times a log-normal length of mean square 1. Tokens of one length would
-    mislead a BatchTopK SAE, whose few longest tokens take most of its active entries.
+    The draws have the mean, the covariance and the mean norm of the spectrum: each deviation from
+    the mean is a Gaussian draw times a log-normal length of mean square 1. Without these lengths
+    the norm of a BatchTopK SAE would come out too large, since in real text a few long tokens take
+    most of the batch's active entries.
     """
     if activations is not None:
         if not activations.any():
             raise SaesubError("The activations are all zero: they have no norm to fit.")
-        return activations[:_TOKENS].float()
+        return activations[:: max(1, len(activations) // _TOKENS)][:_TOKENS].float()
     generator = torch.Generator().manual_seed(seed)
     coordinates = torch.randn(_TOKENS, spectrum.d, generator=generator)
     lengths = torch.randn(_TOKENS, 1, generator=generator)

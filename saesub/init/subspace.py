@@ -77,38 +77,39 @@ def initialize_in_subspace(
     input_activations: Float[Tensor, "tokens d_in"] | None = None,
     seed: int = 0,
 ) -> SubspaceInit:
-    """Re-draw a dictionary's features inside the active subspace, in place.
+    """Draw a dictionary's features anew inside the active subspace, in place.
 
-    The encoder becomes the decoder's transpose, but for its columns' norms where directions are
-    whitened; rows and columns get the one norm at which the untrained SAE reconstructs best, as by
-    `fit_norm`; biases are centred as by `center_biases`.
+    The encoder becomes the transpose of the decoder; where directions are whitened, its columns
+    have other norms. Rows and columns get the one norm at which the untrained SAE reconstructs
+    best, as `fit_norm` finds it. Biases are centred as by `center_biases`.
 
-    A transcoder's encoder reads another space. Its directions lie in the active subspace of that
-    space: given pairs of activations they are those that best predict, by least squares, what is
-    written along each decoder row, which is the tie of an autoencoder; else they are drawn by
-    themselves, and the norms stay what SAELens made them. Pairs are better: see notebook 08.
+    A transcoder's encoder reads another space, and its directions lie in the active subspace of
+    that space. Given pairs of activations, they are the directions that best predict, by least
+    squares, what is written along each decoder row: this is the tie of an autoencoder. Without
+    pairs they are drawn independently, and the norms stay what SAELens made them. Pairs are better:
+    see notebook 08.
 
     Args:
         sae: any SAELens training SAE, or a transcoder of any kind.
         spectrum: of the activations that are reconstructed, shape (d,).
-        d_init: an integer from 1 to d; a share of the variance, strictly between 0 and 1;
-            or "auto": see `choose_d_init` for flat directions, d for the others, which follow the
-            spectrum by themselves.
+        d_init: an integer from 1 to d; a share of the variance, strictly between 0 and 1; or
+            "auto". For flat directions see `choose_d_init`; for the others "auto" is d, since they
+            follow the spectrum anyway.
         directions: "flat" (the paper's), "spectrum", "data" or "whitened_data", see
             `saesub.init.directions`.
         norm: "fit", or "keep" for the norms that SAELens gave (`decoder_init_norm`, 0.1 by default,
-            at which most features of a TopK SAE die).
-        activations: (tokens, d) at the spectrum's hook point, unscaled. Directions from data start
-            at them and need at least d_sae; the norm is fitted to the first 4,096, and without them
-            to draws from the spectrum's Gaussian. For a transcoder, what it writes, (tokens,
-            d_out).
+            at which many features of a TopK SAE die).
+        activations: (tokens, d) at the spectrum's hook point, unscaled. Directions from data need
+            at least d_sae of them. The norm is fitted to 4,096 of them, evenly spaced; without
+            activations, to draws that have the spectrum's mean, covariance and mean norm. For a
+            transcoder: what it writes, (tokens, d_out).
         input_spectrum: of the activations that a transcoder reads; refused for an autoencoder.
-        input_activations: what a transcoder reads at the same tokens.
+        input_activations: (tokens, d_in), what a transcoder reads at the same tokens.
         seed: of the random directions.
 
     Raises:
-        SaesubError: the spectrum or the activations are of another width, `d_init` is out of range,
-            directions or norm are unknown, activations are lacking or not finite, the SAE whitens
+        SaesubError: the spectrum or the activations have another width, `d_init` is out of range,
+            directions or norm are unknown, activations are missing or not finite, the SAE whitens
             its input, or a transcoder lacks its input spectrum. The SAE is then left as it was.
 
     Example:
@@ -157,12 +158,12 @@ class _Space(NamedTuple):
 
 
 class _Drawn(NamedTuple):
-    """Unit decoder rows, unit encoder columns as rows, what these are to be longer by, and whether
-    they are the same."""
+    """Unit decoder rows; unit encoder columns, as rows; factors on the columns; whether the columns
+    are the rows."""
 
     rows: Float[Tensor, "d_sae d"]
     columns: Float[Tensor, "d_sae d_in"]
-    longer: Float[Tensor, "d_sae 1"] | float
+    factors: Float[Tensor, "d_sae 1"] | float
     tied: bool
 
 
@@ -187,10 +188,10 @@ def _draw(
         columns = reading_directions(rows, *read[:2], read.activations, written.activations)
     elif read is not None:
         columns = draw(read)
-    longer = 1.0
+    factors = 1.0
     if directions == "whitened_data":
-        longer = equal_variance(columns, (read or written).spectrum.covariance)
-    return _Drawn(rows, columns, longer, tied=read is None)
+        factors = equal_variance(columns, (read or written).spectrum.covariance)
+    return _Drawn(rows, columns, factors, tied=read is None)
 
 
 def _set_directions(sae: SAE[Any], drawn: _Drawn, *, keep_norms: bool) -> None:
@@ -201,28 +202,31 @@ def _set_directions(sae: SAE[Any], drawn: _Drawn, *, keep_norms: bool) -> None:
         decoder = decoder * lengths
     sae.W_dec.copy_(decoder)
     if "W_enc" in dict(sae.named_parameters()):  # matching pursuit has no encoder of its own
-        sae.W_enc.copy_((encoder * drawn.longer).T)
+        sae.W_enc.copy_((encoder * drawn.factors).T)
 
 
 def _pairs(sae: SAE[Any], written: _Space, read: _Space | None, seed: int) -> Pairs:
     """What the norm is fitted to, in the scale of training."""
     y = sample_of(written.spectrum, written.activations, seed)
-    x = y if read is None else sample_of(read.spectrum, read.activations, seed)
-    scale = scale_in_training(sae, written.spectrum)
-    return Pairs(x * scale, y * scale)
+    if read is None:
+        scaled = y * scale_in_training(sae, written.spectrum)
+        return Pairs(scaled, scaled)
+    x = sample_of(read.spectrum, read.activations, seed)
+    return Pairs(x * scale_in_training(sae, read.spectrum), y)
 
 
 def choose_d_init(spectrum: Spectrum, d_init: int | float | str = "auto") -> int:
     """The dimension that `d_init` means for this spectrum.
 
-    "auto" is half the effective rank of the singular values: near the least dead of a sweep at
-    attention, MLP and most residual sites (`notebooks/studies/d_init.py`; not at an early residual
-    stream, where a random start is better). A larger subspace points features to where little
-    happens, a smaller one crowds them. Singular values, not variances: one or two massive
-    directions of a residual stream hold nearly all of its variance.
+    "auto" is half the effective rank of the singular values. In a sweep it left the fewest or
+    nearly the fewest dead features at attention outputs, MLP outputs and most residual streams, but not at an early
+    residual stream, where a random initialisation was better (`notebooks/studies/d_init.py`). In a
+    larger subspace features point to where little happens; in a smaller one they crowd. It takes
+    singular values, not variances, because one or two massive directions of a residual stream hold
+    nearly all of its variance.
 
     Raises:
-        SaesubError: `d_init` is no whole number in 1…d, no share in (0, 1), and not "auto".
+        SaesubError: `d_init` is not a whole number in 1…d, a share in (0, 1) or "auto".
     """
     if d_init == "auto":
         return max(1, round(spectrum.effective_rank("singular_values") / 2))
