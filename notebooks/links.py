@@ -29,7 +29,7 @@ _MARK = re.compile(r"\n*<!-- links -->.*<!-- /links -->\n*", re.DOTALL)
 _BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({url})"
 _INSTALL = """import importlib.util
 if importlib.util.find_spec("saesub") is None:  # on Colab; torch is left as it is
-    %pip install -q "saesub @ git+{repository}\""""
+    %pip install -q "saesub[notebooks] @ git+{repository}\""""
 
 
 def repository() -> str:

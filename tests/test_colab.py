@@ -34,6 +34,7 @@ def test_installing_the_wheel_touches_neither_torch_nor_anything_else_that_fits(
     found = _would_install(str(wheel))
     assert found is not None
     assert set(found) <= {"saesub"}
+    assert _would_install(f"{wheel}[notebooks]") == found
     assert _would_install(str(wheel), f"torch!={version('torch')}") is None
 
 
@@ -42,5 +43,6 @@ def test_the_install_line_names_saesub_and_asks_for_nothing_newer():
     (arguments,) = re.findall(r"%pip install (.*)", line)
     flag, requirement = arguments.split(" ", 1)
     assert flag == "-q"
-    assert Requirement(requirement.strip('"')).name == "saesub"
+    parsed = Requirement(requirement.strip('"'))
+    assert (parsed.name, parsed.extras) == ("saesub", {"notebooks"})
     assert links["repository"]() in requirement

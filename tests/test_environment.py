@@ -19,7 +19,10 @@ else:
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 RUNTIME = [Requirement(line) for line in PROJECT["dependencies"]]
-DEV = [Requirement(line) for line in PROJECT["optional-dependencies"]["dev"]]
+EXTRA, DEV = (
+    [Requirement(line) for line in PROJECT["optional-dependencies"][name]]
+    for name in ("notebooks", "dev")
+)
 
 
 def _pins() -> dict[str, Version]:
@@ -28,10 +31,10 @@ def _pins() -> dict[str, Version]:
     return {canonicalize_name(name): Version(pin) for name, pin in pins}
 
 
-def test_environment_has_exactly_the_packages_and_bounds_of_pyproject():
+def test_environment_has_exactly_the_packages_and_bounds_of_pyproject_with_the_notebooks():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
     section = next(d["pip"] for d in environment["dependencies"] if isinstance(d, dict))
-    assert {str(Requirement(line)) for line in section} == {str(r) for r in RUNTIME}
+    assert {str(Requirement(line)) for line in section} == {str(r) for r in RUNTIME + EXTRA}
 
 
 def test_environments_python_is_one_that_pyproject_takes():
@@ -41,7 +44,11 @@ def test_environments_python_is_one_that_pyproject_takes():
     assert requires.specifier.contains(python.removeprefix("python="))
 
 
-@pytest.mark.parametrize("requirement", RUNTIME + DEV, ids=lambda r: r.name)
+def test_developers_also_run_the_notebooks():
+    assert str(DEV[0]) == "saesub[notebooks]"
+
+
+@pytest.mark.parametrize("requirement", RUNTIME + EXTRA + DEV[1:], ids=lambda r: r.name)
 def test_every_dependency_is_pinned_within_its_bounds(requirement):
     if requirement.marker and not requirement.marker.evaluate({"python_version": "3.11"}):
         pytest.skip("not needed on the lock's Python")

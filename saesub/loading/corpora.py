@@ -1,19 +1,21 @@
-"""A text corpus by name, file or live object, as a `datasets.Dataset` with one column, "text"."""
+"""Loads a text corpus by name, file or live object, as a Dataset with one column, "text"."""
 
 from __future__ import annotations
 
 import platform
 import sysconfig
 from collections.abc import Iterable
+from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 from datasets import Dataset, concatenate_datasets, load_dataset, load_from_disk
 
-from saesub.errors import SaesubError, near_names
+from saesub.errors import SaesubError
 from saesub.loading.corpus_parsers import PARSERS, PARSERS_VERSION, decode
-from saesub.loading.download import fetch, hub_is_reachable
+from saesub.loading.download import fetch
+from saesub.loading.hub import hub_is_reachable, not_found
 from saesub.loading.registry import Packaged, packaged, packaged_names
 from saesub.paths import cache_dir, made_once
 
@@ -39,9 +41,14 @@ def load_corpus(corpus: Corpus, *, n_documents: int | None = None, seed: int = 0
     Raises:
         SaesubError: nothing is found under that name, no text column, or too few documents.
     """
-    if n_documents is not None and n_documents < 1:
-        raise SaesubError(f"n_documents must be at least 1, not {n_documents}.")
-    dataset = _find(corpus, n_documents, seed)
+    if n_documents is not None and not (isinstance(n_documents, Integral) and n_documents >= 1):
+        raise SaesubError(f"n_documents must be a number of at least 1, not {n_documents!r}.")
+    if not (isinstance(seed, Integral) and seed >= 0):
+        raise SaesubError(f"seed must be a whole number from 0 on, not {seed!r}.")
+    if isinstance(corpus, str) and corpus in packaged_names("corpora"):
+        dataset = _packaged_corpus(packaged()[corpus], seed)
+    else:
+        dataset = _texts_of(*_given(corpus, n_documents, seed))
     if n_documents is None:
         return dataset
     if n_documents > len(dataset):
@@ -53,17 +60,15 @@ def load_corpus(corpus: Corpus, *, n_documents: int | None = None, seed: int = 0
     return dataset.select(chosen, keep_in_memory=True)
 
 
-def _find(corpus: Corpus, n_documents: int | None, seed: int) -> Dataset:
-    if isinstance(corpus, str) and corpus in packaged_names("corpora"):
-        return _packaged_corpus(packaged()[corpus], seed)
-    return _without_empty(_find_given(corpus, n_documents, seed))
+# --- the user's own texts, files and the hub -----------------------------------------------------
 
 
-def _find_given(corpus: Corpus, n_documents: int | None, seed: int) -> Dataset:
+def _given(corpus: Corpus, n_documents: int | None, seed: int) -> tuple[Dataset, str]:
+    """The documents with whatever columns they have, and what to call them in errors."""
     if isinstance(corpus, Dataset):
-        return _text_only(corpus, "the dataset")
+        return corpus, "the dataset"
     if isinstance(corpus, list):
-        return _from_texts(corpus)
+        return _from_texts(corpus), "the list"
     if not isinstance(corpus, (str, Path)):
         raise SaesubError(
             "a corpus is a name, a path, a list of texts or a datasets.Dataset, "
@@ -71,30 +76,29 @@ def _find_given(corpus: Corpus, n_documents: int | None, seed: int) -> Dataset:
         )
     path = Path(corpus).expanduser()
     if path.exists():
-        return _from_path(path)
+        return _from_path(path), str(path)
     if isinstance(corpus, Path) or corpus.startswith(("/", ".", "~")) or path.suffix in _TABLES:
         raise SaesubError(f"there is no file or folder {corpus}: check the path.")
-    return _from_hub(corpus, n_documents, seed)
+    return _from_hub(corpus, n_documents, seed), corpus
 
 
-def _text_only(dataset: Any, what: str) -> Dataset:
+def _texts_of(dataset: Dataset, what: str) -> Dataset:
+    """The column "text" without its empty documents."""
     columns = dataset.column_names or []
     if "text" not in columns:
         raise SaesubError(
             f'{what} has no column "text" (it has {", ".join(map(repr, columns)) or "none"}): '
             'rename one with rename_column(…, "text").'
         )
-    return dataset.select_columns("text")
-
-
-def _without_empty(dataset: Dataset) -> Dataset:
+    dataset = dataset.select_columns("text")
     dtype = getattr(dataset.features["text"], "dtype", "a nested type")
     if len(dataset) and dtype not in ("string", "large_string"):
-        raise SaesubError(f'the column "text" must hold strings, not {dtype}.')
-    texts = (text for batch in dataset.iter(_AT_ONCE) for text in batch["text"])  # pyright: ignore
+        raise SaesubError(f'the column "text" of {what} must hold strings, not {dtype}.')
+    batches: Any = dataset.iter(_AT_ONCE)
+    texts = (text for batch in batches for text in batch["text"])
     kept = [i for i, text in enumerate(texts) if text and text.strip()]
     if not kept:
-        raise SaesubError("the corpus holds no text: every document is empty.")
+        raise SaesubError(f"{what} holds no text: give documents that are not empty.")
     return dataset if len(kept) == len(dataset) else dataset.select(kept, keep_in_memory=True)
 
 
@@ -110,48 +114,40 @@ def _clean(text: str) -> str:
     return text.translate(_CONTROL).encode("utf-8", errors="replace").decode()
 
 
-# --- the user's own files and the hub ------------------------------------------------------------
-
-
-def _from_path(path: Path) -> Dataset:
-    if path.is_dir() and (path / "dataset_info.json").is_file():
-        return _text_only(load_from_disk(str(path)), str(path))
-    if path.is_dir() or path.suffix == ".txt":
+def _from_path(path: Path) -> Any:
+    saved = (path / "dataset_info.json").is_file()
+    if path.suffix == ".txt" or (path.is_dir() and not saved):
         files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
         if not files:
             raise SaesubError(f"the folder {path} holds no .txt file and is no saved dataset.")
         return _from_texts(decode(file.read_bytes()) for file in files)
-    if path.suffix not in _TABLES:
+    if not saved and path.suffix not in _TABLES:
         raise SaesubError(f"{path} must end in .txt, {', '.join(_TABLES)}, or be a folder.")
-    form = _TABLES[path.suffix]
-    lenient: dict[str, Any] = {} if form == "parquet" else {"encoding_errors": "replace"}
     try:
-        dataset = load_dataset(form, data_files=str(path), split="train", **lenient)
+        if saved:
+            return load_from_disk(str(path))
+        form = _TABLES[path.suffix]
+        lenient: dict[str, Any] = {} if form == "parquet" else {"encoding_errors": "replace"}
+        return load_dataset(form, data_files=str(path), split="train", **lenient)
     except Exception as error:  # datasets raises what each reader raises
         reason = str(error.__cause__ or error).split("\n")[0]
-        raise SaesubError(f"{path} cannot be read as {path.suffix[1:]}: {reason}") from error
-    return _text_only(dataset, str(path))
+        raise SaesubError(f"{path} cannot be read: {reason}") from error
 
 
-def _from_hub(name: str, n_documents: int | None, seed: int) -> Dataset:
+def _from_hub(name: str, n_documents: int | None, seed: int) -> Any:
     try:
         if not hub_is_reachable():
             raise ConnectionError("it cannot be reached")
         if n_documents is None:
-            return _text_only(load_dataset(name, split="train"), name)
+            return load_dataset(name, split="train")
         stream = load_dataset(name, split="train", streaming=True)
         buffer = min(10_000, 10 * n_documents)
-        rows = list(stream.shuffle(seed=seed, buffer_size=buffer).take(n_documents))
-        return _text_only(Dataset.from_list(rows), name)
+        return Dataset.from_list(
+            list(stream.shuffle(seed=seed, buffer_size=buffer).take(n_documents))
+        )
     except (OSError, ValueError) as error:
-        if isinstance(error, SaesubError):
-            raise
-        offline = packaged_names("corpora")
-        raise SaesubError(
-            f"no corpus loads under {name!r}, which is neither packaged nor a local path, and the "
-            f"hub did not give it: {near_names(name, offline)} Without the hub, these load: "
-            f"{', '.join(offline)}. (The hub: {str(error).splitlines()[0]})"
-        ) from error
+        reason = str(error).split("\n")[0]
+        raise SaesubError(not_found(name, "corpora", reason)) from error
 
 
 # --- packaged corpora ----------------------------------------------------------------------------

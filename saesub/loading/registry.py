@@ -1,4 +1,4 @@
-"""What is packaged: pinned wheels, their files, and what each file must hash to."""
+"""The packaged models, encoders, corpora and recordings: their names and pinned files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -34,15 +34,14 @@ class Part:
     platform: str | None = None
 
     def __post_init__(self) -> None:
-        if not _matches(_PINNED, self.package):
-            raise SaesubError(f"the registry's package {self.package!r} must be NAME==VERSION.")
-        if not all(text is None or isinstance(text, str) for text in (self.member, self.platform)):
-            raise SaesubError(f"the registry's member and platform of {self.package} must be text.")
+        _check(_matches(_PINNED, self.package), f"package {self.package!r} must be NAME==VERSION.")
+        for text in (self.member, self.platform):
+            _check(text is None or isinstance(text, str), f"{self.package} takes text, not {text}.")
 
 
 @dataclass(frozen=True)
 class PackagedFile:
-    """A file assembled from parts, and what it must hash to."""
+    """A file that is assembled from parts in order, with its size and its hash."""
 
     name: str
     size: int
@@ -50,10 +49,9 @@ class PackagedFile:
     parts: tuple[Part, ...]
 
     def __post_init__(self) -> None:
-        if not _matches(_BARE, self.name):
-            raise SaesubError(f"the registry's file name {self.name!r} must be a bare name.")
-        if not isinstance(self.size, int) or not _matches(_SHA256, self.sha256):
-            raise SaesubError(f"the registry must give {self.name} a size and a SHA-256.")
+        _check(_matches(_BARE, self.name), f"file name {self.name!r} must be a bare name.")
+        known = isinstance(self.size, int) and _matches(_SHA256, self.sha256)
+        _check(known, f"file {self.name} must have a size and a SHA-256.")
 
 
 @dataclass(frozen=True)
@@ -70,13 +68,11 @@ class Packaged:
     opt_in_reason: str = ""
     details: Mapping[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        if not _matches(_BARE, self.name):  # it names a folder of the cache
-            raise SaesubError(f"the registry's name {self.name!r} must be a bare name.")
-        texts = (self.description, self.licence, self.source, self.opt_in_reason)
-        if not all(isinstance(text, str) for text in texts):
-            raise SaesubError(
-                f"the registry's description, licence and source of {self.name} must be text."
+    def __post_init__(self) -> None:  # the name becomes a folder of the cache
+        _check(_matches(_BARE, self.name), f"name {self.name!r} must be a bare name.")
+        for text in (self.description, self.licence, self.source, self.opt_in_reason):
+            _check(
+                isinstance(text, str), f"entry {self.name} describes itself in text, not {text}."
             )
 
     @property
@@ -91,7 +87,7 @@ Registry = Mapping[str, Packaged]
 def read_registry(path: Path) -> Registry:
     """The entries of a registry file by name, all kinds together.
 
-    Raises SaesubError for a file that cannot be read or is no registry.
+    Raises SaesubError for a file that cannot be read or is not a registry.
     """
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -100,13 +96,13 @@ def read_registry(path: Path) -> Registry:
             for kind in get_args(Kind)
             for name, table in tables.get(kind, {}).items()
         }
+    except SaesubError:
+        raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        if isinstance(error, SaesubError):
-            raise
-        raise SaesubError(f"{path} is no registry of packaged files: {error!r}") from error
+        raise SaesubError(f"{path} is not a registry of packaged files: {error!r}") from error
 
 
-@lru_cache(maxsize=1)
+@cache
 def packaged() -> Registry:
     """The registry that ships with saesub."""
     return read_registry(data_file("registry.toml"))
@@ -115,10 +111,6 @@ def packaged() -> Registry:
 def packaged_names(kind: Kind) -> list[str]:
     """Names of the packaged models, encoders, corpora or recordings, the default first."""
     return [e.name for e in packaged().values() if e.kind == kind]
-
-
-def _matches(pattern: str, text: object) -> bool:
-    return isinstance(text, str) and re.fullmatch(pattern, text, re.ASCII) is not None
 
 
 def _entry(name: str, kind: Kind, table: dict[str, Any]) -> Packaged:
@@ -130,3 +122,12 @@ def _entry(name: str, kind: Kind, table: dict[str, Any]) -> Packaged:
     shared = ("description", "licence", "source", "opt_in", "opt_in_reason")
     known = {key: table.pop(key) for key in shared if key in table}
     return Packaged(name=name, kind=kind, files=files, details=table, **known)
+
+
+def _matches(pattern: str, text: object) -> bool:
+    return isinstance(text, str) and re.fullmatch(pattern, text, re.ASCII) is not None
+
+
+def _check(correct: bool, message: str) -> None:
+    if not correct:
+        raise SaesubError(f"in the registry, {message}")
