@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+from importlib.metadata import version
 from typing import get_args
 
 import nbformat
@@ -105,6 +106,19 @@ def test_list_and_scorecard(tmp_path, capsys):
     assert "smollm2-135m" in capsys.readouterr().out
     assert cli.main(["scorecard", str(tmp_path)]) == 0
     assert "F12.quality: not testable here" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(["--version"])
+    assert left.value.code == 0
+    assert capsys.readouterr().out == f"saesub {version('saesub')}\n"
+
+
+def test_help_names_every_profile(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["reproduce", "--help"])
+    assert f"--profile {'|'.join(runner.PROFILES)}" in capsys.readouterr().out
 
 
 def test_list_shows_every_kind(capsys):

@@ -131,10 +131,27 @@ def test_a_broken_table_is_named(tmp_path: Path, content: str) -> None:
         load_corpus(path)
 
 
-@pytest.mark.parametrize(("n", "message"), [(0, "at least 1"), (4, "more than the 3")])
-def test_wrong_numbers_of_documents(n: int, message: str) -> None:
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"n_documents": 0}, "at least 1"),
+        ({"n_documents": 1.5}, r"at least 1, not 1\.5"),
+        ({"n_documents": "3"}, "at least 1, not '3'"),
+        ({"n_documents": 4}, "more than the 3"),
+        ({"seed": -1}, "seed must be a whole number from 0 on, not -1"),
+        ({"seed": None}, "seed must be a whole number"),
+    ],
+)
+def test_wrong_numbers(settings: dict, message: str) -> None:
     with pytest.raises(SaesubError, match=message):
-        load_corpus(TEXTS, n_documents=n)
+        load_corpus(TEXTS, **settings)
+
+
+def test_a_damaged_saved_dataset_is_named(tmp_path: Path) -> None:
+    Dataset.from_dict({"text": TEXTS}).save_to_disk(tmp_path / "saved")
+    next((tmp_path / "saved").glob("*.arrow")).write_bytes(b"damaged")
+    with pytest.raises(SaesubError, match="saved cannot be read"):
+        load_corpus(tmp_path / "saved")
 
 
 def test_unknown_name_offline_gets_a_near_one(monkeypatch: pytest.MonkeyPatch) -> None:

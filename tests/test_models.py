@@ -96,6 +96,35 @@ def test_a_live_model_and_its_tokenizer_load(
     assert load_model((tiny, model.tokenizer), dtype=torch.bfloat16)(ids).dtype == torch.bfloat16
 
 
+def test_a_live_model_is_borrowed_and_never_changed(
+    model: TransformerBridge, tiny: LlamaForCausalLM
+) -> None:
+    tiny.train()
+    tiny.lm_head.weight.requires_grad_(False)
+    before = {name: (p, p.requires_grad, p.clone()) for name, p in tiny.named_parameters()}
+    bridge = load_model((tiny, model.tokenizer), dtype=torch.bfloat16)
+    assert not bridge.training
+    assert tiny.training
+    assert all(module.training for module in tiny.modules())
+    for name, p in tiny.named_parameters():
+        same, gradients, values = before[name]
+        assert p is same
+        assert p.requires_grad == gradients
+        assert torch.equal(p, values)
+    assert tiny.dtype == torch.float32
+
+
+@torch.no_grad()
+def test_a_live_models_weights_are_shared_not_copied(
+    model: TransformerBridge, tiny: LlamaForCausalLM
+) -> None:
+    bridge = load_model((tiny, model.tokenizer))
+    ids = torch.arange(20)[None]
+    tiny.lm_head.weight.mul_(2)
+    torch.testing.assert_close(bridge(ids), tiny.eval()(ids).logits, atol=1e-4, rtol=0)
+    assert not any(p.requires_grad for p in bridge.parameters())
+
+
 def test_a_live_model_finds_its_tokenizer(tiny: LlamaForCausalLM, folder: Path) -> None:
     tiny.name_or_path = str(folder)
     assert load_model(tiny).to_tokens("Hello world").shape == (1, 2)
@@ -118,6 +147,27 @@ def test_unknown_name_offline_gets_near_and_packaged_names(
     monkeypatch.setattr(models, "hub_is_reachable", lambda: False)
     with pytest.raises(SaesubError, match=r"did you mean 'smollm2-135m'.*gemma3-270m.*connect"):
         load_model("smolm2-135m")
+
+
+@pytest.mark.parametrize(
+    ("given", "settings", "message"),
+    [
+        (3, {}, "not int"),
+        (("a", "b"), {}, r"\(model, tokenizer\).*\(str, str\)"),
+        ("smollm2-135m", {"device": "gpu"}, "device='gpu' is not here"),
+        ("smollm2-135m", {"device": None}, "device=None is not here"),
+        ("smollm2-135m", {"dtype": "float32"}, r"such as torch\.float32, not 'float32'"),
+    ],
+)
+def test_mistakes_are_named(given: object, settings: dict, message: str) -> None:
+    with pytest.raises(SaesubError, match=message):
+        load_model(given, **settings)  # pyright: ignore
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_here_is_named_before_anything_is_loaded() -> None:
+    with pytest.raises(SaesubError, match="device='cuda' is not here"):
+        load_model("some/model-of-the-hub", device="cuda")
 
 
 def test_an_interrupted_conversion_leaves_nothing(
