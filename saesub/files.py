@@ -1,8 +1,7 @@
-"""Files written whole, and tensors that are told from damaged ones by a checksum.
+"""Writes files so that a killed process leaves the old one whole, and tensors with a checksum.
 
-A written file is at every moment the old one or the new one, whatever ends the process.
-safetensors finds a truncated file but not a flipped bit; here either is an error of one
-sentence.
+safetensors notices a truncated file but not a flipped bit; here both are a SaesubError. torch is
+imported only where tensors are written or read, since the command line needs the rest alone.
 """
 
 from __future__ import annotations
@@ -15,22 +14,23 @@ from contextlib import suppress
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_safetensors
-from torch import Tensor
 
 from saesub.errors import SaesubError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _BLOCK = 1 << 20
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
-    """Write under a temporary name beside `path`, then rename; makes the folder.
+    """Writes under a temporary name beside `path`, then renames it; makes the folder.
 
-    What killed processes left under such names is removed first. Of processes that write one file
-    at the same time, one may so lose its temporary to another: it writes again. Raises OSError.
+    The temporary files of killed processes are removed first. Of two processes that write one file
+    at once, one may remove the other's temporary file; the other then writes again. Raises OSError.
     """
     encoded = data.encode() if isinstance(data, str) else data
     done = False
@@ -51,7 +51,7 @@ def write_atomically(path: Path, data: bytes | str) -> None:
 
 @dataclass(frozen=True)
 class Form:
-    """A kind of file: what its header says it is, and what errors about it say.
+    """A kind of file: its format and how errors name it.
 
     Attributes:
         format: the header's "format".
@@ -73,26 +73,28 @@ class Form:
 def write_checksummed(
     path: str | os.PathLike[str], form: Form, tensors: Mapping[str, Tensor], text: str
 ) -> None:
-    """Write the file, which is never half-written.
+    """Writes tensors of any shape with their checksum; a file that was there stays until then.
 
     Raises SaesubError where the disk is full or cannot be written.
     """
+    from safetensors.torch import save
+
     path = Path(path)
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {"format": form.format, form.key: text, "sha256": _digest(kept, text, form.named)}
     try:
-        write_atomically(path, to_safetensors(kept, header))
+        write_atomically(path, save(kept, header))
     except OSError as error:
         raise SaesubError(
             f"the {form.what} cannot be written to {path} ({error.strerror or error}): make room "
-            "there or name another folder; a file that was there before is as it was."
+            "there or name another folder; a file that was there before is unchanged."
         ) from error
 
 
 def read_checksummed(path: str | os.PathLike[str], form: Form) -> tuple[dict[str, Tensor], str]:
     """The tensors, on the CPU, and the text that `write_checksummed` wrote.
 
-    Raises SaesubError for a missing, foreign or damaged file.
+    Raises SaesubError for a missing or damaged file, or one of another format.
     """
     if not Path(path).is_file():
         raise SaesubError(f"no {form.what} at {path}: {form.missing}")
@@ -105,8 +107,8 @@ def read_checksummed(path: str | os.PathLike[str], form: Form) -> tuple[dict[str
         raise damaged(path, form, error) from error
     if found != form.format:
         raise SaesubError(
-            f"{path} says that it is of the format {found!r}, not {form.format!r}: another version "
-            f"of saesub wrote it, or it is damaged; {form.damaged}"
+            f"{path} has the format {found!r}, not {form.format!r}: another version of saesub "
+            f"wrote it, or it is damaged; {form.damaged}"
         )
     if expected != _digest(tensors, text, form.named):
         raise SaesubError(f"{path} is damaged: its checksum does not match; {form.damaged}")
@@ -114,7 +116,7 @@ def read_checksummed(path: str | os.PathLike[str], form: Form) -> tuple[dict[str
 
 
 def damaged(path: str | os.PathLike[str], form: Form, error: object) -> SaesubError:
-    """The error for a file that is whole but does not hold what its form says, or is not whole."""
+    """The error for a file whose content is not of its form."""
     return SaesubError(f"{path} is damaged or not a saesub {form.what}: {error}")
 
 
@@ -128,6 +130,8 @@ def file_sha256(path: Path) -> str:
 
 
 def _digest(tensors: Mapping[str, Tensor], text: str, named: bool) -> str:
+    import torch
+
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         if named:

@@ -1,4 +1,4 @@
-"""Where the files that ship with saesub lie: in the repository's `data/`, or inside the wheel."""
+"""Finds the files that ship with saesub, and the cache folder and what is made in it once."""
 
 from __future__ import annotations
 
@@ -16,29 +16,30 @@ from filelock import FileLock
 from saesub.errors import SaesubError
 
 _PACKAGE = Path(__file__).resolve().parent
-_IN_WHEEL = _PACKAGE / "_data"
+_IN_WHEEL = _PACKAGE / "_data"  # `data/` and `notebooks/`, which a checkout has beside the package
+_ROOT = _IN_WHEEL if _IN_WHEEL.is_dir() else _PACKAGE.parent
 
 
 def data_file(name: str) -> Path:
     """Path of a file of `data/` (`registry.toml`, `paper_claims.csv`)."""
-    return (_IN_WHEEL if _IN_WHEEL.is_dir() else _PACKAGE.parent / "data") / name
+    return _ROOT / "data" / name
 
 
 def notebooks_dir() -> Path:
     """The folder of the numbered notebooks."""
-    return (_IN_WHEEL if _IN_WHEEL.is_dir() else _PACKAGE.parent) / "notebooks"
+    return _ROOT / "notebooks"
 
 
 def cache_dir() -> Path:
-    """Fetched models and corpora: `$SAESUB_CACHE`, or the user's cache folder."""
+    """The folder of fetched models and corpora: `$SAESUB_CACHE`, or the user's cache folder."""
     return Path(os.environ.get("SAESUB_CACHE") or platformdirs.user_cache_dir("saesub"))
 
 
 def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """`folder` of the cache, which `make` fills under another name: it appears only whole.
+    """Has `make` fill a folder of the cache, unless it is there; it appears only when complete.
 
-    Processes that share the cache wait for one another, and what a killed one left half made is
-    thrown away. Raises SaesubError where the cache is full or cannot be written.
+    Processes that share the cache wait for one another. What a killed process left is thrown away.
+    Raises SaesubError where the cache is full or cannot be written.
     """
     if folder.is_dir():
         return folder
@@ -59,30 +60,25 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
 
 @contextmanager
 def cache_errors(folder: Path) -> Iterator[None]:
-    """Turns a full disk, or a cache that cannot be written, into a SaesubError that says so."""
+    """Raises a SaesubError where the disk is full or the cache cannot be written."""
     try:
         yield
     except OSError as error:
         if error.errno is None:  # transformers' own, about what a file holds
             raise
         raise SaesubError(
-            f"the cache folder {folder} is of no use ({error.strerror or error}): make room there, "
-            "or set SAESUB_CACHE to another folder."
+            f"the cache folder {folder} cannot be used ({error.strerror or error}): make room "
+            "there, or set SAESUB_CACHE to another folder."
         ) from error
 
 
 @cache
 def source_digest() -> str:
-    """A hash of saesub's own code: a kept result of other code is not the same result."""
+    """A hash of saesub's own code. Results that were kept by other code are computed again."""
     digest = hashlib.sha256()
-    files = {
-        path.relative_to(_PACKAGE).as_posix(): path
-        for pattern in ("*.py", "*.cpp")
-        for path in _PACKAGE.rglob(pattern)
-        if _IN_WHEEL not in path.parents  # notebooks and studies: a checkout has them elsewhere
-    }
-    for name, path in sorted(files.items()):
-        digest.update(f"{name}\0".encode())
-        digest.update(path.read_bytes())
-        digest.update(b"\0")
+    for path in sorted(_PACKAGE.rglob("*")):
+        if path.suffix in (".py", ".cpp") and _IN_WHEEL not in path.parents:
+            digest.update(f"{path.relative_to(_PACKAGE).as_posix()}\0".encode())
+            digest.update(path.read_bytes())
+            digest.update(b"\0")
     return digest.hexdigest()

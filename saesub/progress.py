@@ -1,4 +1,4 @@
-"""Progress bars with rate and time left, and how a process is kept free of them."""
+"""Progress bars with rate and time left, and the environment of a process without them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ QUIET = {
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
-"""The environment of a process without bars: ours, transformers' and datasets'.
+"""Hides the bars of saesub, transformers and datasets in a process with this environment.
 
-tqdm itself heeds its variable in a terminal, but not in a notebook."""
+tqdm itself obeys its variable in a terminal, but not in a notebook."""
 
 
 def bar(iterable: Any = None, *, progress: bool, **settings: Any) -> tqdm:
@@ -30,7 +30,7 @@ def bar(iterable: Any = None, *, progress: bool, **settings: Any) -> tqdm:
 
 @contextmanager
 def following(shown: tqdm, folder: Path, most: int) -> Iterator[None]:
-    """Meanwhile the bar counts what another process writes under `folder`, up to `most` bytes."""
+    """Within, the bar counts what another process writes under `folder`, up to `most` bytes."""
     start, before, done = shown.n, _bytes_under(folder), Event()
 
     def follow() -> None:
@@ -38,15 +38,16 @@ def following(shown: tqdm, folder: Path, most: int) -> Iterator[None]:
             arrived = start + _bytes_under(folder) - before
             shown.update(max(0, min(arrived, most) - shown.n))
 
+    if shown.disable:
+        yield
+        return
     follower = Thread(target=follow, daemon=True)
-    if not shown.disable:
-        follower.start()
+    follower.start()
     try:
         yield
     finally:
         done.set()
-        if not shown.disable:
-            follower.join()
+        follower.join()
 
 
 def _bytes_under(folder: Path) -> int:
