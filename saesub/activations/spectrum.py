@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saesub.activations.finite import require_finite
+from saesub.activations.checks import require_finite
 from saesub.errors import SaesubError
 from saesub.files import Form, damaged, read_checksummed, write_checksummed
 
