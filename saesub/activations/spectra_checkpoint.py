@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from torch import Tensor
+
 from saesub.activations.checks import differing
 from saesub.activations.spectrum import SpectrumAccumulator
 from saesub.errors import SaesubError
@@ -52,12 +54,11 @@ def load_totals(
     tensors, progress = read_checksummed(path, _FORM)
     try:
         kept, n_batches, names = json.loads(progress)
-        totals = {
-            name: SpectrumAccumulator.from_state(
-                {part: tensors[f"{name} {part}"] for part in SpectrumAccumulator.PARTS}
-            )
-            for name in names
-        }
+        states: dict[str, dict[str, Tensor]] = {name: {} for name in names}
+        for key, tensor in tensors.items():
+            name, part = key.rsplit(" ", 1)
+            states[name][part] = tensor
+        totals = {name: SpectrumAccumulator.from_state(state) for name, state in states.items()}
         other = differing(kept, settings)
     except (KeyError, TypeError, ValueError) as error:
         raise damaged(path, _FORM, error) from error
