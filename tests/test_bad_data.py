@@ -140,7 +140,7 @@ def test_claims_of_any_content(data: Any, tmp_path: Path, faults: Faults) -> Non
 
 
 @fuzz
-@given(data=st.binary(max_size=300), suffix=st.sampled_from(["h.json", "h.bin", "h.partial.json"]))
+@given(data=st.binary(max_size=300), suffix=st.sampled_from(["h.json", "h.bin"]))
 def test_files_of_random_bytes(data: bytes, suffix: str, tmp_path: Path, faults: Faults) -> None:
     for name in ("spectrum", STATE_FILENAME, "claims_01.json", "registry.toml", suffix):
         (tmp_path / name).write_bytes(data)

@@ -200,6 +200,18 @@ def test_batches_are_shuffled_and_restart_exactly(tmp_path: Path) -> None:
     assert run[0].dtype == torch.float32
 
 
+def test_an_unfinished_store_says_so(tmp_path: Path) -> None:
+    with StoreWriter(tmp_path, "h", 20, torch.float32) as writer:
+        writer.write(torch.ones(10, 4))
+        writer.keep({}, 1, 10)
+    with pytest.raises(SaesubError, match=r"of h .* is unfinished: harvest it again"):
+        ActivationStore.open(tmp_path, "h")
+    with StoreWriter(tmp_path, "h", 20, torch.float32, n_kept=10) as writer:
+        writer.write(torch.zeros(10, 4))
+        writer.finish({}, epochs=1.0)
+    assert ActivationStore.open(tmp_path, "h").rows(0, 20).sum() == 40
+
+
 def test_split_holds_the_last_rows_out(tmp_path: Path) -> None:
     train, held_out = _store(tmp_path).split(20)
     assert (train.n_tokens, held_out.n_tokens) == (83, 20)
@@ -211,6 +223,9 @@ def test_split_holds_the_last_rows_out(tmp_path: Path) -> None:
             _store(tmp_path).split(n)
     with pytest.raises(SaesubError, match="batch_size"):
         next(train.batches(84, seed=0))
+    for wrong in ({"seed": -1}, {"seed": 0, "start_step": -1}):
+        with pytest.raises(SaesubError, match="must not be negative"):
+            next(train.batches(8, **wrong))
     with pytest.raises(SaesubError, match="not within"):
         train.rows(80, 84)
 
@@ -258,3 +273,9 @@ def test_errors_say_what_to_do(model: TransformerBridge, corpus: Dataset) -> Non
         spectrum(n_tokens=0)
     with pytest.raises(SaesubError, match="no hook point"):
         measure_spectra(model, corpus, [], n_tokens=10)
+    with pytest.raises(SaesubError, match=r"0 <= i < n, not \(2, 2\)"):
+        measure_spectra(model, corpus, [ATTN], n_tokens=10, share=(2, 2))
+    with pytest.raises(SaesubError, match="n_contexts must be at least 1"):
+        pack_contexts(model, corpus, n_contexts=0, context_size=16)
+    with pytest.raises(TypeError, match="contxt_size"):
+        spectrum(contxt_size=16)

@@ -23,7 +23,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from saesub.activations import forward_pass
 from saesub.activations.collect import harvest, measure_spectra
-from saesub.activations.spectra_checkpoint import SpectraState
+from saesub.activations.spectra_checkpoint import load_totals, save_totals
 from saesub.activations.spectrum import SpectrumAccumulator
 from saesub.activations.store import ActivationStore, StoreWriter
 from saesub.errors import SaesubError
@@ -339,12 +339,12 @@ def test_an_unfinished_harvest_with_damaged_progress_starts_anew(
     with pytest.raises(StopError):
         harvest(model, few, HOOKS, tmp_path / "left", **PASS)
     left = {path.name: path.read_bytes() for path in (tmp_path / "left").iterdir()}
-    assert len(left) == 5  # two stores' rows and progress, and the lock
-    for i, damaged in enumerate(damaged_copies(left[f"{HOOKS[1]}.partial.json"], 3, 0)):
+    assert len(left) == 5  # two stores' numbers and records, and the lock
+    for i, damaged in enumerate(damaged_copies(left[f"{HOOKS[1]}.json"], 3, 0)):
         place = tmp_path / str(i)
         place.mkdir()
         for name, data in left.items():
-            (place / name).write_bytes(damaged if name == f"{HOOKS[1]}.partial.json" else data)
+            (place / name).write_bytes(damaged if name == f"{HOOKS[1]}.json" else data)
         assert torch.equal(rows_of(harvest(model, few, HOOKS, place, **PASS)), rows_of(stores))
         faults.survived("progress of an unfinished harvest truncated or with a flipped bit")
 
@@ -353,23 +353,17 @@ def test_damaged_checkpoints_of_spectra_are_found(
     model, few, tmp_path: Path, faults: Faults
 ) -> None:
     path, settings = tmp_path / "state", {"model": "m"}
-    state = SpectraState(path)
-    state.load(settings)
-    x = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
-    state.receive("h", x)
-    state.n_batches = 7
-    state.save()
-    whole = SpectrumAccumulator(6)
-    whole.update(x)
+    total = SpectrumAccumulator(6)
+    total.update(torch.randn(50, 6, generator=torch.Generator().manual_seed(0)))
+    save_totals(path, {"h": total}, 7, settings)
+    whole = total.finish().covariance
 
-    def read() -> SpectraState:
-        again = SpectraState(path)
-        again.load(settings)
-        return again
+    def read() -> tuple[dict[str, SpectrumAccumulator], int]:
+        return load_totals(path, settings)
 
-    def same(found: SpectraState) -> bool:
-        covariance = found.totals["h"].finish().covariance
-        return found.n_batches == 7 and torch.equal(covariance, whole.finish().covariance)
+    def same(found: tuple[dict[str, SpectrumAccumulator], int]) -> bool:
+        totals, n_batches = found
+        return n_batches == 7 and torch.equal(totals["h"].finish().covariance, whole)
 
     tried = survives(path, 150, 3, read, same)
     faults.survived("checkpoint of spectra truncated or with a flipped bit", tried)

@@ -158,6 +158,8 @@ def test_errors_say_what_to_do() -> None:
         Spectrum.from_activations(torch.ones(40, 16)).rank_at(0.99)
     with pytest.raises(SaesubError, match="no activations"):
         SpectrumAccumulator(4).finish()
+    with pytest.raises(SaesubError, match="width"):
+        SpectrumAccumulator(0)
     with pytest.raises(SaesubError, match=r"\(n, 4\)"):
         SpectrumAccumulator(4).update(torch.zeros(3, 5))
 

@@ -1,11 +1,13 @@
-"""One pass of a language model over a corpus, listening at many hook points."""
+"""One pass of a language model over a corpus, which listens at several hook points."""
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict
 
 import torch
 from jaxtyping import Float
@@ -23,7 +25,26 @@ from saesub.progress import bar
 KEEP_EVERY = 60.0
 """Seconds between the states of a long pass that survive a kill."""
 
+_DOCUMENTS_IN_FINGERPRINT = 1000
+
 Receive = Callable[[str, Float[Tensor, "n d"]], None]
+
+
+class TokenStream(TypedDict, total=False):
+    """How a corpus is read; every function that reads one takes these keywords.
+
+    Attributes:
+        context_size: tokens in a context, with its BOS; 256 by default.
+        batch_size: contexts in one forward pass; 16 by default.
+        skip_first: positions after the BOS to leave out, because their massive activations would
+            dominate a covariance; 1 by default.
+        progress: show a bar; True by default.
+    """
+
+    context_size: int
+    batch_size: int
+    skip_first: int
+    progress: bool
 
 
 def hook_points(model: TransformerBridge, names: Sequence[str]) -> dict[str, HookPoint]:
@@ -44,7 +65,7 @@ def _capture(
     """Run the model until the last of the points has fired, and no further.
 
     `stop_at_layer` would finish the block, and for the last layer compute the logits; the hooks are
-    set on the points themselves since `run_with_hooks` rebuilds its name table for each of them.
+    set on the points themselves because `run_with_hooks` rebuilds its name table for each of them.
     """
     waiting = set(points)
 
@@ -64,27 +85,79 @@ def _capture(
             point.add_hook(listener(name), level=level)
         model(tokens, return_type=None)
     if waiting:
-        raise SaesubError(f"hook points that never fired in a forward pass: {sorted(waiting)}")
+        raise SaesubError(
+            f"{', '.join(sorted(waiting))} never fired in a forward pass: choose other hook points"
+        )
 
 
-@dataclass
 class ModelPass:
-    """A pass over the corpus that hands rows of activations to a receiver, batch by batch."""
+    """A pass over the first `n_tokens` kept tokens of a corpus, batch by batch.
 
-    model: TransformerBridge
-    contexts: ContextStream
-    points: dict[str, HookPoint]
-    n_tokens: int
-    batch_size: int
-    skip_first: int
-    progress: bool
-    share: tuple[int, int] = (0, 1)
+    Args:
+        hook_names: one name or several; repeated names count once.
+        share: with (i, n) the model runs on the batches i, i + n, ... alone.
+        **stream: see `TokenStream`.
+
+    Raises SaesubError for settings that leave nothing to read, an unknown hook point, or whatever
+    `load_model` and `load_corpus` refuse.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        corpus: Corpus,
+        hook_names: str | Sequence[str],
+        *,
+        n_tokens: int,
+        context_size: int = 256,
+        batch_size: int = 16,
+        skip_first: int = 1,
+        progress: bool = True,
+        share: tuple[int, int] = (0, 1),
+    ) -> None:
+        if n_tokens < 1 or batch_size < 1 or skip_first < 0:
+            raise SaesubError("n_tokens and batch_size must be at least 1, skip_first at least 0")
+        if not 0 <= share[0] < share[1]:
+            raise SaesubError(f"a share is (i, n) with 0 <= i < n, not {share}")
+        self.model = load_model(model)
+        names = [hook_names] if isinstance(hook_names, str) else list(dict.fromkeys(hook_names))
+        if not names:
+            raise SaesubError("no hook point was named: name at least one")
+        self.points = hook_points(self.model, names)
+        self.contexts = ContextStream(self.model, load_corpus(corpus), context_size)
+        if skip_first + (context_tokens(self.model).bos_id is not None) >= context_size:
+            raise SaesubError(
+                f"skip_first={skip_first} leaves nothing of {context_size} positions: lower it, or "
+                "raise context_size"
+            )
+        self.n_tokens, self.batch_size, self.skip_first = n_tokens, batch_size, skip_first
+        self.progress, self.share = progress, share
+        named = isinstance(corpus, (str, Path))
+        self.source = {
+            "model": model_name(self.model),
+            "corpus": str(corpus) if named else f"{len(corpus)} live documents",
+            "context_size": str(context_size),
+            "skip_first": str(skip_first),
+        }
+        """Where the activations come from, for records."""
+
+    def settings(self) -> dict[str, str]:
+        """`source`, the number of tokens, and a hash of a sample of the model's weights and of the
+        corpus's documents: what decides the activations."""
+        corpus = self.contexts.corpus
+        digest = hashlib.sha256(str(len(corpus)).encode())
+        for parameter in self.model.original_model.parameters():
+            digest.update(parameter.detach().flatten()[:256].float().cpu().numpy().tobytes())
+        step = max(1, len(corpus) // _DOCUMENTS_IN_FINGERPRINT)
+        for text in corpus.select(range(0, len(corpus), step))["text"]:
+            digest.update(text.encode())
+        return {**self.source, "n_tokens": str(self.n_tokens), "content": digest.hexdigest()}
 
     def batches(self, receive: Receive, first: int = 0) -> Iterator[int]:
-        """Yields the number of rows of each batch, after `receive` had them at every hook point.
+        """Yield the number of kept tokens of each batch, after `receive` had its activations at
+        every hook point. The model does not run on batches before `first`.
 
-        With a share (i, n) the model runs on the batches i, i + n, ... alone, and never on those
-        before `first`.
+        Raises what `receive` raises, and SaesubError for a hook point without one vector a token.
         """
         done = batch = 0
         with bar(total=self.n_tokens, unit="tok", progress=self.progress) as shown:
@@ -94,13 +167,24 @@ class ModelPass:
                 index = kept.flatten().nonzero().squeeze(1)[: self.n_tokens - done]
                 if len(index) == 0:
                     raise SaesubError("every position is left out: raise context_size")
-                # What the last batch has beyond the rows asked for is not run.
+                # The last batch is cut after the last token that was asked for.
                 tokens = tokens[: int(index[-1]) // tokens.shape[1] + 1]
                 if batch >= first and batch % self.share[1] == self.share[0]:
                     self._run(batch, tokens, index, receive)
                 done, batch = done + len(index), batch + 1
                 shown.update(len(index))
                 yield len(index)
+
+    def run(self, receive: Receive, keep: Callable[[int, int], None], first: int = 0) -> None:
+        """Go through all batches. From batch `first` on, call `keep` every minute and at the end,
+        with the numbers of batches and of kept tokens so far."""
+        done, last = 0, time.monotonic()
+        for n_batches, n in enumerate(self.batches(receive, first), 1):
+            done += n
+            due = time.monotonic() - last >= KEEP_EVERY or done == self.n_tokens
+            if n_batches > first and due:
+                keep(n_batches, done)
+                last = time.monotonic()
 
     def _run(self, batch: int, tokens: Tensor, index: Tensor, receive: Receive) -> None:
         def select(name: str, tensor: Tensor) -> None:
@@ -115,49 +199,3 @@ class ModelPass:
                 raise SaesubError(f"{name}, batch {batch}: {error}") from error
 
         _capture(self.model, tokens, self.points, select)
-
-    def describe(self) -> dict[str, str]:
-        """What decides the activations, for records."""
-        return {
-            "model": model_name(self.model),
-            "context_size": str(self.contexts.context_size),
-            "skip_first": str(self.skip_first),
-        }
-
-
-def make_pass(
-    model: Model,
-    corpus: Corpus,
-    hook_names: Sequence[str],
-    n_tokens: int,
-    context_size: int,
-    batch_size: int,
-    skip_first: int,
-    progress: bool,
-) -> ModelPass:
-    """A pass over the first `n_tokens` rows of a corpus. Raises SaesubError for what cannot be."""
-    if n_tokens < 1 or batch_size < 1 or skip_first < 0:
-        raise SaesubError("n_tokens and batch_size must be at least 1, skip_first at least 0")
-    bridge = load_model(model)
-    names = [hook_names] if isinstance(hook_names, str) else list(dict.fromkeys(hook_names))
-    if not names:
-        raise SaesubError("no hook point was named")
-    points = hook_points(bridge, names)
-    contexts = ContextStream(bridge, load_corpus(corpus), context_size)
-    if skip_first + (context_tokens(bridge).bos_id is not None) >= context_size:
-        raise SaesubError(f"skip_first={skip_first} leaves nothing of {context_size} positions")
-    return ModelPass(bridge, contexts, points, n_tokens, batch_size, skip_first, progress)
-
-
-class KeepClock:
-    """Says when it is time to keep the state of a pass."""
-
-    def __init__(self) -> None:
-        self._last = time.monotonic()
-
-    def is_due(self) -> bool:
-        """Whether `KEEP_EVERY` seconds have gone by since it last was, or since the start."""
-        if time.monotonic() - self._last < KEEP_EVERY:
-            return False
-        self._last = time.monotonic()
-        return True

@@ -1,13 +1,14 @@
-"""The running totals of a pass over several hook points, kept in a file."""
+"""A file with the running totals of a pass over several hook points."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
-from jaxtyping import Float
 from torch import Tensor
 
+from saesub.activations.checks import differing
 from saesub.activations.spectrum import SpectrumAccumulator
 from saesub.errors import SaesubError
 from saesub.files import Form, damaged, read_checksummed, write_checksummed
@@ -21,56 +22,49 @@ _FORM = Form(
 )
 
 
-class SpectraState:
-    """An accumulator for each hook point, and how many batches they have had.
+def save_totals(
+    path: Path | None,
+    totals: Mapping[str, SpectrumAccumulator],
+    n_batches: int,
+    settings: Mapping[str, str],
+) -> None:
+    """Write the totals of the first `n_batches` batches, by hook point; nothing without a path.
 
-    Args:
-        path: where the state is kept, or None for nowhere.
+    Raises SaesubError where the file cannot be written.
     """
+    if path is None:
+        return
+    tensors = {
+        f"{name} {part}": tensor
+        for name, total in totals.items()
+        for part, tensor in total.state().items()
+    }
+    write_checksummed(path, _FORM, tensors, json.dumps([dict(settings), n_batches, list(totals)]))
 
-    def __init__(self, path: Path | None) -> None:
-        self.totals: dict[str, SpectrumAccumulator] = {}
-        self.n_batches = 0
-        self._path = path
-        self._settings: dict[str, str] = {}
 
-    def receive(self, name: str, x: Float[Tensor, "n d"]) -> None:
-        """Add rows of one hook point; raises as `SpectrumAccumulator.update` does."""
-        if name not in self.totals:
-            self.totals[name] = SpectrumAccumulator(x.shape[1])
-        self.totals[name].update(x)
+def load_totals(
+    path: Path | None, settings: Mapping[str, str]
+) -> tuple[dict[str, SpectrumAccumulator], int]:
+    """What `save_totals` wrote: the totals and the number of batches; ({}, 0) without a file.
 
-    def save(self) -> None:
-        """Keep the state, if it has a path. Raises SaesubError where it cannot be written."""
-        if self._path is None:
-            return
-        tensors = {
-            f"{name} {part}": tensor
-            for name, total in self.totals.items()
-            for part, tensor in total.state().items()
-        }
-        progress = json.dumps([self._settings, self.n_batches, list(self.totals)])
-        write_checksummed(self._path, _FORM, tensors, progress)
-
-    def load(self, settings: dict[str, str]) -> None:
-        """Take up the kept state, if there is one, of a pass of these settings.
-
-        Raises SaesubError for a damaged state, or one of other settings.
-        """
-        self._settings = settings
-        if self._path is None or not self._path.exists():
-            return
-        tensors, progress = read_checksummed(self._path, _FORM)
-        try:
-            kept, self.n_batches, names = json.loads(progress)
-            for name in names:
-                parts = {part: tensors[f"{name} {part}"] for part in SpectrumAccumulator.PARTS}
-                self.totals[name] = SpectrumAccumulator.from_state(parts)
-        except (KeyError, TypeError, ValueError) as error:
-            raise damaged(self._path, _FORM, error) from error
-        differing = sorted(k for k in settings | kept if kept.get(k) != settings.get(k))
-        if differing:
-            raise SaesubError(
-                f"{self._path} was kept by a pass with another {', '.join(differing)}: name "
-                "another checkpoint, or delete that one"
-            )
+    Raises SaesubError for a damaged file, or one of a pass with other settings.
+    """
+    if path is None or not path.exists():
+        return {}, 0
+    tensors, progress = read_checksummed(path, _FORM)
+    try:
+        kept, n_batches, names = json.loads(progress)
+        states: dict[str, dict[str, Tensor]] = {name: {} for name in names}
+        for key, tensor in tensors.items():
+            name, part = key.rsplit(" ", 1)
+            states[name][part] = tensor
+        totals = {name: SpectrumAccumulator.from_state(state) for name, state in states.items()}
+        other = differing(kept, settings)
+    except (KeyError, TypeError, ValueError) as error:
+        raise damaged(path, _FORM, error) from error
+    if other:
+        raise SaesubError(
+            f"{path} was kept by a pass with another {other}: name another checkpoint, or delete "
+            "that one"
+        )
+    return totals, n_batches

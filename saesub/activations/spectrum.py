@@ -1,6 +1,6 @@
-"""The spectrum of a site: streaming mean and covariance, and what is read off them.
+"""Mean and covariance of activations, measured block by block, and their principal directions.
 
-Blocks are centred on their own mean and merged exactly (Chan, Golub & LeVeque 1983), so a mean a
+Each block is centred on its own mean and merged exactly (Chan, Golub & LeVeque 1983), so a mean a
 thousand times the standard deviation costs no accuracy although the products run in float32.
 """
 
@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saesub.activations.finite import require_finite
+from saesub.activations.checks import require_finite
 from saesub.errors import SaesubError
 from saesub.files import Form, damaged, read_checksummed, write_checksummed
 
@@ -40,9 +40,9 @@ class SpectrumAccumulator:
     Holds one (d, d) float64 matrix, never the activations.
     """
 
-    PARTS = ("mean", "scatter", "totals")
-
     def __init__(self, d: int) -> None:
+        if d < 1:
+            raise SaesubError(f"the width of activations must be at least 1, not {d}")
         self.d = d
         self._n = 0
         self._mean = torch.zeros(d, dtype=torch.float64)
@@ -53,7 +53,7 @@ class SpectrumAccumulator:
         """Add a block of activations, on any device, in any floating type.
 
         Raises SaesubError if the width differs from `d`, or if `x` holds a NaN or an infinity, or
-        no values at all (meta device); the totals are then left as they were.
+        no values at all (meta device); the totals then stay as they were.
         """
         if x.ndim != 2 or x.shape[1] != self.d:
             raise SaesubError(f"expected activations of shape (n, {self.d}), got {tuple(x.shape)}")
@@ -65,16 +65,16 @@ class SpectrumAccumulator:
         norm_sum = x.norm(dim=1).sum(dtype=torch.float64).item()
         if not norm_sum < float("inf"):
             require_finite(x)
-            raise SaesubError(f"activations too large for {x.dtype}: their squares overflow")
+            raise SaesubError(f"activations overflow {x.dtype} when squared: scale them down")
         mean = x.mean(dim=0)
         centred = x - mean
-        # What rounding left in the float32 mean; its square, the scatter's share, is negligible.
+        # The rounding error of the float32 mean; its square, the scatter's error, is negligible.
         rest = centred.mean(dim=0).double()
         self._merge_mean(len(x), mean.double() + rest, norm_sum)
         _add_gram(self._scatter, centred)
 
     def _merge_mean(self, n: int, mean: Tensor, norm_sum: float) -> None:
-        """Chan's update for a group of `n`, all but adding the group's own scatter."""
+        """Chan's update for a group of `n`, but for the group's own scatter."""
         self._mean, self._scatter = self._mean.to(mean.device), self._scatter.to(mean.device)
         total = self._n + n
         delta = mean - self._mean
@@ -83,22 +83,23 @@ class SpectrumAccumulator:
         self._n, self._norm_sum = total, self._norm_sum + norm_sum
 
     def state(self) -> dict[str, Tensor]:
-        """`PARTS`, in float64, which `from_state` makes the same accumulator of."""
+        """Float64 tensors from which `from_state` makes the same accumulator."""
         totals = torch.tensor([self._n, self._norm_sum], dtype=torch.float64)
         return {"mean": self._mean, "scatter": self._scatter, "totals": totals}
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> SpectrumAccumulator:
-        """An accumulator that goes on where the one of that state was."""
+        """An accumulator that continues where the one of that state stopped."""
         accumulator = cls(len(state["mean"]))
         accumulator._mean, accumulator._scatter = state["mean"], state["scatter"]
-        accumulator._n, accumulator._norm_sum = int(state["totals"][0]), float(state["totals"][1])
+        n, accumulator._norm_sum = state["totals"].tolist()
+        accumulator._n = int(n)
         return accumulator
 
     def finish(self, metadata: dict[str, str] | None = None) -> Spectrum:
         """The statistics so far; more blocks may follow. Raises SaesubError if there were none."""
         if self._n == 0:
-            raise SaesubError("no activations were given: nothing to take a spectrum of")
+            raise SaesubError("no activations were given: give at least one token")
         upper = self._scatter.cpu().triu() / self._n
         return Spectrum(
             n_tokens=self._n,
@@ -156,7 +157,7 @@ class Spectrum:
     @cached_property
     def eigenvalues(self) -> Float[Tensor, " d"]:
         """Variances along the principal directions, descending, never negative; float64."""
-        # Without the vectors in half the time: ranks over many sites need no directions.
+        # Half the time of `eigh`: ranks of many sites need no directions.
         return torch.linalg.eigvalsh(self.covariance).flip(0).clamp(min=0)
 
     @cached_property
@@ -165,7 +166,7 @@ class Spectrum:
         return torch.linalg.eigh(self.covariance).eigenvectors.flip(1)
 
     def rank_at(self, share: float = 0.99) -> int:
-        """Smallest r so that the top r directions hold `share` of the variance; a count, 1 to d.
+        """Smallest r such that the top r directions hold `share` of the variance; a count, 1 to d.
 
         Raises SaesubError for a share outside (0, 1], or with no more tokens than dimensions.
         """
@@ -213,7 +214,9 @@ class Spectrum:
         """The spectrum of both samples together, exactly. Raises SaesubError for differing widths,
         hook points or models."""
         if self.d != other.d:
-            raise SaesubError(f"cannot merge spectra of widths {self.d} and {other.d}")
+            raise SaesubError(
+                f"cannot merge spectra of widths {self.d} and {other.d}: merge those of one site"
+            )
         merged = SpectrumAccumulator(self.d)
         for s in (self, other):
             merged._merge_mean(s.n_tokens, s.mean, s.mean_norm * s.n_tokens)
@@ -254,12 +257,14 @@ class Spectrum:
 
     def _require_variance(self) -> None:
         if not self.eigenvalues[0] > (_ROUNDING * self.mean.norm()) ** 2:
-            raise SaesubError("the activations are constant: they have no rank to speak of")
+            raise SaesubError("the activations are constant: measure more text, or another site")
 
 
 def _merge_metadata(a: dict[str, str], b: dict[str, str]) -> dict[str, str]:
     for key in _SAME_WHEN_MERGED:
         if key in a and key in b and a[key] != b[key]:
-            raise SaesubError(f"cannot merge spectra of different {key}: {a[key]!r} and {b[key]!r}")
+            raise SaesubError(
+                f"cannot merge spectra of {key} {a[key]!r} and {b[key]!r}: merge those of one site"
+            )
     both = a | b
     return {k: f"{a[k]} + {b[k]}" if a.get(k, v) != b.get(k, v) else v for k, v in both.items()}

@@ -1,7 +1,7 @@
 """Activations of one hook point in a memory-mapped file, read back shuffled and restartable.
 
-A store is `<hook>.bin` (rows of float16 or float32) and `<hook>.json`, which holds checksums. While
-it is written it is `<hook>.bin.partial`, and `<hook>.partial.json` says how far it is whole.
+A store is `<hook>.bin`, the numbers in float16 or float32, and `<hook>.json`, which says what they
+are. While the store is written, `<hook>.json` says how many rows are safely on the disk.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saesub.activations.finite import require_finite
+from saesub.activations.checks import all_finite, differing, require_finite
 from saesub.errors import SaesubError
 from saesub.files import file_sha256, write_atomically
 from saesub.loading.download import require_disk
@@ -30,7 +30,7 @@ _DTYPES = {torch.float16: np.dtype("<f2"), torch.float32: np.dtype("<f4")}
 
 @dataclass(frozen=True, eq=False)
 class ActivationStore:
-    """A read-only view of the rows of a store (all of them, or one side of a `split`)."""
+    """A read-only view of a store, one row a token (all of them, or one side of a `split`)."""
 
     hook_name: str
     settings: dict[str, str]
@@ -39,31 +39,31 @@ class ActivationStore:
 
     @classmethod
     def open(cls, folder: str | Path, hook_name: str) -> ActivationStore:
-        """Open a finished store. Its checksum is computed if the file is not as old as it was.
+        """Open a finished store. Its checksum is computed if the file's time has changed.
 
         Raises SaesubError if it is missing, unfinished, truncated or damaged.
         """
-        data, marker, _ = _paths(Path(folder), hook_name)
-        if not marker.is_file() or not data.is_file():
+        data, path = _files(folder, hook_name)
+        again = "delete it and harvest this hook point again"
+        if not path.is_file() or not data.is_file():
             raise SaesubError(f"no finished store of {hook_name} in {folder}: harvest it first")
-        record = _read_record(marker)
-        if record is None or record["dtype"] not in {dtype.str for dtype in _DTYPES.values()}:
-            raise SaesubError(f"{marker} is damaged: delete it and harvest this hook point again")
-        shape, dtype = (record["n_tokens"], record["d_in"]), np.dtype(record["dtype"])
-        expected = shape[0] * shape[1] * dtype.itemsize
-        if data.stat().st_size != expected:
+        record = _read_record(path)
+        if record is None:
+            raise SaesubError(f"{path} is damaged: {again}")
+        if "sha256" not in record:
             raise SaesubError(
-                f"{data} is truncated ({data.stat().st_size} bytes of {expected}): delete it and "
-                "harvest this hook point again"
+                f"the store of {hook_name} in {folder} is unfinished: harvest it again, which "
+                "continues where it stopped"
             )
+        shape, dtype = (record["n_tokens"], record["d_in"]), np.dtype(record["dtype"])
+        size, expected = data.stat().st_size, shape[0] * shape[1] * dtype.itemsize
+        if size != expected:
+            raise SaesubError(f"{data} is truncated ({size} bytes of {expected}): {again}")
         if data.stat().st_mtime_ns != record["mtime_ns"]:
             if file_sha256(data) != record["sha256"]:
-                raise SaesubError(
-                    f"{data} is damaged, its checksum does not match: delete it and harvest this "
-                    "hook point again"
-                )
+                raise SaesubError(f"{data} is damaged, its checksum does not match: {again}")
             with suppress(OSError):  # a read-only folder: it is hashed again next time
-                _write_record(marker, record | {"mtime_ns": data.stat().st_mtime_ns})
+                _write_record(path, record | {"mtime_ns": data.stat().st_mtime_ns})
         rows = np.memmap(data, dtype, mode="r", shape=shape)
         return cls(hook_name, record["settings"], record["epochs"], rows)
 
@@ -92,22 +92,21 @@ class ActivationStore:
         """Shuffled float32 batches of steps start_step, start_step + 1, ... up to `stop`, or
         endless.
 
-        Every epoch is a new permutation of the whole store, drawn from (seed, epoch), its last
-        incomplete batch dropped: step s holds the same rows however one arrives at it. Raises
-        SaesubError for a batch larger than the store.
+        Every epoch is a new permutation of the whole store, drawn from (seed, epoch), without its
+        last incomplete batch: step s holds the same rows from wherever one starts. Raises
+        SaesubError for a batch larger than the store, or a negative seed or step.
         """
         if not 1 <= batch_size <= self.n_tokens:
             raise SaesubError(f"batch_size must lie in 1..{self.n_tokens}, got {batch_size}")
-        steps = self.n_tokens // batch_size
+        if seed < 0 or start_step < 0:
+            raise SaesubError(f"seed {seed} and start_step {start_step} must not be negative")
         step, drawn, order = start_step, -1, np.empty(0, np.int64)
         while stop is None or step < stop:
-            epoch, at = divmod(step, steps)
+            epoch, at = divmod(step, self.n_tokens // batch_size)
             if epoch != drawn:
-                order, drawn = (
-                    np.random.default_rng([seed, epoch]).permutation(self.n_tokens),
-                    epoch,
-                )
-            # In file order: the set is what was shuffled, and neighbours in a page come together.
+                order = np.random.default_rng([seed, epoch]).permutation(self.n_tokens)
+                drawn = epoch
+            # In file order, because rows of one page of the file are read together.
             chosen = np.sort(order[at * batch_size : (at + 1) * batch_size])
             yield torch.from_numpy(np.take(self._rows, chosen, axis=0)).float()
             step += 1
@@ -122,10 +121,10 @@ class ActivationStore:
 
 
 class StoreWriter:
-    """Writes one store, or goes on after the first `n_kept` rows of an unfinished one.
+    """Writes one store, or continues after the first `n_kept` rows of an unfinished one.
 
-    A context manager. Left before `finish`, it leaves behind what `keep` was called for, unless a
-    SaesubError shows that the rows are of no use, and nothing otherwise.
+    A context manager. If it ends before `finish`, only the rows that `keep` kept remain, and none
+    after a SaesubError, which shows that they are of no use.
     """
 
     def __init__(
@@ -135,14 +134,14 @@ class StoreWriter:
             raise SaesubError(f"a store holds torch.float16 or torch.float32, not {dtype}")
         folder.mkdir(parents=True, exist_ok=True)
         self._n_tokens, self._dtype, self._d = n_tokens, dtype, 0
-        self._data, self._marker, self._progress = _paths(folder, hook_name)
-        self._partial = _partial(self._data)
+        self._data, self._path = _files(folder, hook_name)
         if n_kept == 0:
-            self._progress.unlink(missing_ok=True)
-            self._file = self._partial.open("wb")
+            self._path.unlink(missing_ok=True)
+            self._data.unlink(missing_ok=True)  # another process may still read the old file
+            self._file = self._data.open("wb")
         else:
-            self._d = (_read_record(self._progress) or {})["d_in"]
-            self._file = self._partial.open("r+b")
+            self._d = (_read_record(self._path) or {})["d_in"]
+            self._file = self._data.open("r+b")
             self._file.truncate(n_kept * self._d * _DTYPES[dtype].itemsize)
             self._file.seek(0, os.SEEK_END)
 
@@ -150,36 +149,36 @@ class StoreWriter:
         return self
 
     def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
-        with suppress(OSError):  # what a full disk did not take
+        with suppress(OSError):  # a full disk did not take the last rows
             self._file.close()
-        if isinstance(error, SaesubError) or not self._progress.is_file():
-            self._partial.unlink(missing_ok=True)
-            self._progress.unlink(missing_ok=True)
+        if isinstance(error, SaesubError) or not self._path.is_file():
+            self._path.unlink(missing_ok=True)
+            self._data.unlink(missing_ok=True)
 
     def write(self, x: Float[Tensor, "n d"]) -> None:
         """Append rows. Raises SaesubError for NaN, infinite or overflowing values, or too little
-        disk; OSError where the disk fills up."""
+        disk; OSError if the disk fills up."""
+        dtype = _DTYPES[self._dtype]
         if not self._file.tell():
             self._d = x.shape[1]
-            size = self._n_tokens * self._d * _DTYPES[self._dtype].itemsize
+            size = self._n_tokens * self._d * dtype.itemsize
             require_disk(self._data.parent, size, f"the store {self._data.name}")
         stored = x.to(self._dtype)
-        if not stored.sum(dtype=torch.float32).isfinite():
+        if not all_finite(stored):
             require_finite(x)
-            if not stored.isfinite().all():
-                raise SaesubError(f"values beyond {self._dtype}'s range: pass dtype=torch.float32")
-        self._file.write(stored.cpu().numpy().astype(_DTYPES[self._dtype], copy=False).tobytes())
+            raise SaesubError(f"values beyond {self._dtype}'s range: pass dtype=torch.float32")
+        self._file.write(stored.cpu().numpy().astype(dtype, copy=False).tobytes())
 
     def keep(self, settings: dict[str, str], n_batches: int, n_rows: int) -> None:
-        """Have what was written so far, `n_rows` rows of `n_batches`, survive this process."""
+        """Make the rows written so far, `n_rows` of `n_batches`, survive this process."""
         self._file.flush()
         os.fsync(self._file.fileno())
         record = {"n_batches": n_batches, "n_rows": n_rows, "d_in": self._d}
         record |= {"n_bytes": self._file.tell(), "settings": settings}
-        _write_record(self._progress, record)
+        _write_record(self._path, record)
 
     def finish(self, settings: dict[str, str], epochs: float) -> None:
-        """Give the files their names; a kill on the way leaves what `keep` kept."""
+        """Say that the store is whole."""
         self._file.close()
         record = {
             "n_tokens": self._n_tokens,
@@ -187,13 +186,10 @@ class StoreWriter:
             "dtype": _DTYPES[self._dtype].str,
             "settings": settings,
             "epochs": epochs,
-            "sha256": file_sha256(self._partial),
-            "mtime_ns": self._partial.stat().st_mtime_ns,
+            "sha256": file_sha256(self._data),
+            "mtime_ns": self._data.stat().st_mtime_ns,
         }
-        self._data.unlink(missing_ok=True)
-        _write_record(self._marker, record)
-        os.replace(self._partial, self._data)
-        self._progress.unlink(missing_ok=True)
+        _write_record(self._path, record)
 
 
 def open_or_none(
@@ -207,47 +203,35 @@ def open_or_none(
         store = ActivationStore.open(folder, hook_name)
     except SaesubError:
         return None
-    if differing := _differing(store.settings, settings):
+    if other := differing(store.settings, settings):
         raise SaesubError(
-            f"{folder} already holds a store of {hook_name} with another {differing}: "
-            "pass another folder, or delete that store"
+            f"{folder} already holds a store of {hook_name} with another {other}: pass another "
+            "folder, or delete that store"
         )
-    with suppress(OSError):  # left by a process that was killed as it finished
-        _paths(Path(folder), hook_name)[2].unlink(missing_ok=True)
     return store
 
 
 def unfinished(folder: str | Path, hook_name: str, settings: dict[str, str]) -> tuple[int, int]:
-    """The batches and rows of an interrupted store that are whole; (0, 0) if there are none.
+    """The numbers of batches and rows of an interrupted store that are whole, or (0, 0).
 
     Raises SaesubError if it was of other settings.
     """
-    data, _, progress = _paths(Path(folder), hook_name)
-    record, partial = _read_record(progress), _partial(data)
-    if record is None or not partial.is_file():
+    data, path = _files(folder, hook_name)
+    record = _read_record(path)
+    if record is None or "sha256" in record or not data.is_file():
         return 0, 0
-    if differing := _differing(record["settings"], settings):
+    if other := differing(record["settings"], settings):
         raise SaesubError(
-            f"{partial} is an interrupted store of {hook_name} with another {differing}: go on "
-            f"with that one, pass another folder, or delete {progress.name}"
+            f"{folder} holds an interrupted store of {hook_name} with another {other}: continue "
+            f"that one, pass another folder, or delete {path.name}"
         )
-    if partial.stat().st_size < record["n_bytes"]:
-        return 0, 0
-    return record["n_batches"], record["n_rows"]
+    whole = data.stat().st_size >= record["n_bytes"]
+    return (record["n_batches"], record["n_rows"]) if whole else (0, 0)
 
 
-def _differing(kept: dict[str, str], wanted: dict[str, str]) -> str:
-    return ", ".join(sorted(name for name in wanted if kept.get(name) != wanted[name]))
-
-
-def _paths(folder: Path, hook_name: str) -> tuple[Path, Path, Path]:
-    """Of the rows, of what describes them, and of how far unfinished ones are whole."""
-    names = f"{hook_name}.bin", f"{hook_name}.json", f"{hook_name}.partial.json"
-    return folder / names[0], folder / names[1], folder / names[2]
-
-
-def _partial(data: Path) -> Path:
-    return data.with_name(f"{data.name}.partial")
+def _files(folder: str | Path, hook_name: str) -> tuple[Path, Path]:
+    """The numbers, and the record of what they are."""
+    return Path(folder) / f"{hook_name}.bin", Path(folder) / f"{hook_name}.json"
 
 
 def _write_record(path: Path, record: dict[str, Any]) -> None:

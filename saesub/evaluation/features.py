@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 from transformer_lens.model_bridge import TransformerBridge
 
 from saesub.activations.blocks import blocks_of
-from saesub.activations.collect import hook_points
+from saesub.activations.forward_pass import hook_points
 from saesub.errors import SaesubError
 from saesub.evaluation.dead_features import times_fired
 from saesub.topk.encode import encoder_of, flat_heads

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
-from saesub.activations.collect import hook_points
+from saesub.activations.forward_pass import hook_points
 from saesub.activations.spectrum import Spectrum
 from saesub.activations.tokens import kept_positions
 from saesub.errors import SaesubError

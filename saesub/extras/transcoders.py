@@ -143,11 +143,7 @@ class TranscoderTrainer(SubspaceSAETrainer):
                 f"side by side, (batch, {d_in} + {d_out}): use paired_batches with the stores of "
                 "its own two hook points."
             )
-        if not batch.sum(dtype=torch.float32).isfinite():
-            raise SaesubError(
-                f"NaN or Inf in the activations of batch {self.n_training_steps} (after "
-                f"{self.n_training_samples} tokens); the transcoder was left as it was before it."
-            )
+        self._require_finite(batch)
 
 
 def paired_batches(

@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from saesub.activations.finite import require_finite
+from saesub.activations.checks import require_finite
 from saesub.activations.spectrum import Spectrum
 from saesub.errors import SaesubError, near_names
 

@@ -22,7 +22,7 @@ from scipy.optimize import brentq, minimize_scalar
 from torch import Tensor
 
 from saesub.activations.blocks import blocks_of
-from saesub.activations.finite import require_finite
+from saesub.activations.checks import require_finite
 from saesub.activations.spectrum import Spectrum
 from saesub.errors import SaesubError
 from saesub.init.biases import ENCODER_BIASES, check_autoencoder, check_fits, input_scale

@@ -18,6 +18,7 @@ from sae_lens.training.sae_trainer import Evaluator, SaveCheckpointFn
 from safetensors import SafetensorError
 from torch import Tensor
 
+from saesub.activations.checks import require_finite
 from saesub.errors import SaesubError, near_names
 from saesub.optim import SparseAdam, parameter_groups
 from saesub.topk.backend import RowBackend
@@ -218,11 +219,12 @@ class SubspaceSAETrainer(SAETrainer[Any, Any]):
                 f"A batch of shape {tuple(batch.shape)} came, but the SAE reads "
                 f"(batch, {self.sae.cfg.d_in}): pass activations of its own hook point, flattened."
             )
-        if not batch.sum(dtype=torch.float32).isfinite():  # a float16 sum would overflow
-            raise SaesubError(
-                f"NaN or Inf in the activations of batch {self.n_training_steps} "
-                f"(after {self.n_training_samples} tokens); the SAE was left as it was before it."
-            )
+        self._require_finite(batch)
+
+    def _require_finite(self, batch: Tensor) -> None:
+        what = f"the activations of batch {self.n_training_steps}"
+        advice = "leave that batch out and continue; the weights are as they were"
+        require_finite(batch, f"{what} (after {self.n_training_samples} tokens)", advice)
 
     def _train_step(self, sae: Any, sae_in: Tensor) -> TrainStepOutput:
         sparse = self.backend != "dense" and takes_sparse_step(sae, self.cfg)

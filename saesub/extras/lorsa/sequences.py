@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from saesub.activations.checks import all_finite
 from saesub.activations.tokens import kept_positions
 from saesub.errors import SaesubError
 from saesub.extras.lorsa.attention import check_layer, read_and_written
@@ -71,6 +72,6 @@ def attention_sequences(
         rows = slice(start, start + batch_size)
         batch = tokens[rows].to(bridge.cfg.device)
         x[rows], y[rows] = read_and_written(bridge, batch, layer)
-    if not (x.isfinite().all() and y.isfinite().all()):
+    if not (all_finite(x) and all_finite(y)):
         raise SaesubError(f"layer {layer} reads or writes NaN, or values beyond float16's range")
     return AttentionSequences(x, y, kept_positions(bridge, tokens, skip_first))

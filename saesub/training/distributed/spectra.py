@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from typing_extensions import Unpack
 
 from saesub.activations import collect
+from saesub.activations.forward_pass import TokenStream
 from saesub.activations.spectrum import Spectrum
 from saesub.errors import SaesubError
 from saesub.loading.corpora import Corpus
@@ -22,11 +24,8 @@ def measure_spectra(
     hook_names: Sequence[str],
     *,
     n_tokens: int,
-    context_size: int = 256,
-    batch_size: int = 16,
-    skip_first: int = 1,
-    progress: bool = True,
     checkpoint: str | Path | None = None,
+    **stream: Unpack[TokenStream],
 ) -> dict[str, Spectrum]:
     """`saesub.measure_spectra`, its batches dealt out to the ranks; the result is on all of them.
 
@@ -38,21 +37,12 @@ def measure_spectra(
     """
     if checkpoint is not None:
         checkpoint = f"{checkpoint}.{ranks.rank}-of-{ranks.world}"
-    return merge_spectra(
-        ranks,
-        collect.measure_spectra(
-            model,
-            corpus,
-            hook_names,
-            n_tokens=n_tokens,
-            context_size=context_size,
-            batch_size=batch_size,
-            skip_first=skip_first,
-            progress=progress and ranks.rank == 0,
-            share=(ranks.rank, ranks.world),
-            checkpoint=checkpoint,
-        ),
+    stream["progress"] = stream.get("progress", True) and ranks.rank == 0
+    share = (ranks.rank, ranks.world)
+    own = collect.measure_spectra(
+        model, corpus, hook_names, n_tokens=n_tokens, share=share, checkpoint=checkpoint, **stream
     )
+    return merge_spectra(ranks, own)
 
 
 def merge_spectra(ranks: Ranks, spectra: dict[str, Spectrum]) -> dict[str, Spectrum]:

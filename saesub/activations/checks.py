@@ -1,0 +1,40 @@
+"""Checks that refuse activations or kept results that would give wrong numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saesub.errors import SaesubError
+
+
+def all_finite(x: Tensor) -> bool:
+    """Whether `x` holds neither NaN nor infinity."""
+    # The sum needs no copy of x, but may itself overflow.
+    return bool(x.sum(dtype=torch.float32).isfinite()) or bool(x.isfinite().all())
+
+
+def require_finite(
+    x: Float[Tensor, "*n d"],
+    what: str = "activations",
+    advice: str = "leave them out, or load the model in another dtype",
+) -> None:
+    """Raise SaesubError, with the first bad row and column and the advice, if `x` holds a NaN or
+    an infinity; `what` is a plural."""
+    if all_finite(x):
+        return
+    rows = x.reshape(-1, x.shape[-1])
+    first = int(rows.isfinite().logical_not_().view(torch.uint8).argmax())
+    row, column = divmod(first, rows.shape[1])
+    raise SaesubError(
+        f"{what} hold NaN or infinite values, first {rows[row, column].item()} in row {row}, "
+        f"column {column}: {advice}"
+    )
+
+
+def differing(kept: Mapping[str, str], wanted: Mapping[str, str]) -> str:
+    """The names of the settings that are not the same in both, or ''."""
+    return ", ".join(sorted(k for k in {*kept, *wanted} if kept.get(k) != wanted.get(k)))
