@@ -40,9 +40,7 @@ def _parser() -> argparse.ArgumentParser:
         "names", nargs="+", metavar="NAME", help="a name that `saesub list` shows"
     )
 
-    running = _command(
-        commands, _reproduce, "run the notebooks, or continue a run, and write the report"
-    )
+    running = _command(commands, _reproduce, "run or continue the notebooks and write the report")
     running.add_argument(
         "--profile",
         default="quick",
@@ -92,13 +90,8 @@ def _fetch(options: argparse.Namespace) -> int:
 def _reproduce(options: argparse.Namespace) -> int:
     from saesub.reproduce.runner import reproduce
 
-    outcomes = reproduce(
-        options.profile,
-        options.notebook,
-        options.results,
-        again=options.again,
-        quiet=options.quiet,
-    )
+    settings = {"again": options.again, "quiet": options.quiet}
+    outcomes = reproduce(options.profile, options.notebook, options.results, **settings)
     failed = [o for o in outcomes if o.error]
     for outcome in failed:
         print(f"saesub: {outcome.name} {outcome.error}", file=sys.stderr)

@@ -153,7 +153,8 @@ def test_unknown_name_offline_gets_near_and_packaged_names(
     ("given", "settings", "message"),
     [
         (3, {}, "not int"),
-        (("a", "b"), {}, r"\(model, tokenizer\).*\(str, str\)"),
+        (("a", "b"), {}, r"pair \(model, tokenizer\) of transformers.* not tuple"),
+        ((), {}, "not tuple"),
         ("smollm2-135m", {"device": "gpu"}, "device='gpu' is not here"),
         ("smollm2-135m", {"device": None}, "device=None is not here"),
         ("smollm2-135m", {"dtype": "float32"}, r"such as torch\.float32, not 'float32'"),

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import torch
 from torch.nn import Parameter
@@ -34,6 +34,7 @@ Model: TypeAlias = (
     | tuple[PreTrainedModel, PreTrainedTokenizerBase]
     | TransformerBridge
 )
+_PAIR = (PreTrainedModel, PreTrainedTokenizerBase)
 _HUB_NAMES = (  # the paper's models and smaller ones of their families, for hints in errors
     "gpt2",
     "EleutherAI/pythia-160m",
@@ -81,14 +82,13 @@ def load_model(
     _check_place(device, dtype)
     if isinstance(model, PreTrainedModel):
         model = (model, _tokenizer_of(model))
-    if isinstance(model, tuple):
-        live, tokenizer = _checked_pair(model)
-        name = live.name_or_path or "live model"
-        return _bridge(_sharing_weights(live), tokenizer, name, device, dtype)
+    if isinstance(model, tuple) and len(model) == 2 and all(map(isinstance, model, _PAIR)):
+        name = model[0].name_or_path or "live model"
+        return _bridge(_sharing_weights(model[0]), model[1], name, device, dtype)
     if not isinstance(model, (str, Path)):
         raise SaesubError(
-            "a model is a name, a folder, a Hugging Face model, a pair (model, tokenizer) or a "
-            f"TransformerBridge, not {type(model).__name__}."
+            "a model is a name, a folder, a Hugging Face model, a pair (model, tokenizer) of "
+            f"transformers or a TransformerBridge, not {type(model).__name__}."
         )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -144,20 +144,7 @@ def _check_place(device: str, dtype: torch.dtype | None) -> None:
         raise SaesubError(f"dtype must be such as torch.float32, not {dtype!r}.")
 
 
-def _checked_pair(pair: tuple[Any, ...]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    kinds = (PreTrainedModel, PreTrainedTokenizerBase)
-    if len(pair) != 2 or not all(map(isinstance, pair, kinds)):
-        given = ", ".join(type(part).__name__ for part in pair)
-        raise SaesubError(
-            f"a live model is given as (model, tokenizer), both of transformers, not as ({given})."
-        )
-    return pair
-
-
-_M = TypeVar("_M", bound=torch.nn.Module)
-
-
-def _sharing_weights(model: _M) -> _M:
+def _sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
     """A copy on the same memory: its mode, gradients, hooks, device and dtype are its own."""
     shared: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
     for weight in model.parameters():
