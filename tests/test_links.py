@@ -36,7 +36,7 @@ def test_a_new_address_reaches_badge_and_install_line_and_leaves_the_rest():
     moved = nbformat.reads(links["written"](path, NOTEBOOKS, "https://github.com/a/b"), 4)
     first, install = moved.cells[:2]
     assert "colab.research.google.com/github/a/b/blob/main/notebooks/01_" in first.source
-    assert '"saesub @ git+https://github.com/a/b"' in install.source
+    assert '"saesub[notebooks] @ git+https://github.com/a/b"' in install.source
     assert links["repository"]() not in first.source + install.source
     assert moved.cells[2:] == nbformat.read(path, as_version=4).cells[2:]
 
