@@ -12,7 +12,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from saesub.activations.tokens import pack_contexts
 from saesub.errors import SaesubError
-from saesub.evaluation.features import site_activations
+from saesub.evaluation.passes import site_activations
 from saesub.evaluation.top_activations import ExamplesPage, FeatureExamples, Snippet, top_contexts
 from saesub.loading.models import context_tokens
 

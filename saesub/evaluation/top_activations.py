@@ -15,7 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from saesub.activations.tokens import kept_positions
 from saesub.errors import SaesubError
-from saesub.evaluation.features import site_activations
+from saesub.evaluation.passes import site_activations
 from saesub.evaluation.language_model_loss import hook_of
 from saesub.loading.models import Model, load_model
 from saesub.topk.encode import flat_heads
