@@ -16,7 +16,10 @@ from sae_lens import (
 )
 
 from saesub.errors import SaesubError
-from saesub.evaluation.dead_features import dead_features, diagnose, overlap, times_fired
+from saesub.evaluation.dead_features import dead_features, diagnose, overlap
+from saesub.evaluation.features import feature_density
+from saesub.evaluation.passes import encoded
+from saesub.topk.encode import times_fired
 
 
 def _sae(sparse: bool = False) -> TopKTrainingSAE:
@@ -61,9 +64,32 @@ def test_a_loaded_hook_z_sae_takes_concatenated_heads():
     assert by_head(x.view(50, 3, 8)).shape == (50, 3, 8)
 
 
-def test_too_few_tokens_are_refused():
+def test_a_hook_z_sae_is_handed_back_as_it_was():
+    sae = TopKSAE(TopKSAEConfig(d_in=24, d_sae=64, k=4, reshape_activations="hook_z"))
+    heads = torch.randn(50, 3, 8, generator=torch.Generator().manual_seed(0))
+    features, expected = sae.encode(heads), sae(heads)
+    dead = dead_features(sae, heads, n_tokens=50)
+    assert torch.equal(dead, dead_features(sae, heads.flatten(1), n_tokens=50))
+    torch.testing.assert_close(sae.decode(features), expected)
+    unfinished = encoded(sae, [heads, heads])
+    next(unfinished)
+    torch.testing.assert_close(sae(heads), expected)
+
+
+@pytest.mark.parametrize("judge", [dead_features, feature_density])
+def test_too_few_tokens_and_unusable_activations_are_refused(judge):
+    x = torch.randn(10, 24)
     with pytest.raises(SaesubError, match="Only 10 of 20 tokens"):
-        dead_features(_sae(), torch.randn(10, 24), n_tokens=20)
+        judge(_sae(), x, n_tokens=20)
+    with pytest.raises(SaesubError, match="n_tokens must be at least 1"):
+        judge(_sae(), x, n_tokens=0)
+    for wrong in (x[:, :9], x[0], x[None]):
+        with pytest.raises(SaesubError, match=r"reads activations of shape \(n, 24\)"):
+            judge(_sae(), [wrong], n_tokens=5)
+    x[7, 3] = torch.nan
+    with pytest.raises(SaesubError, match="NaN or infinite"):
+        judge(_sae(), x.split(4), n_tokens=10)
+    assert judge(_sae(), x.split(4), n_tokens=4).shape == (512,)
 
 
 def test_times_fired_ignores_stored_zeros_of_sparse_activations():
@@ -92,3 +118,7 @@ def test_diagnosis_separates_inside_from_outside():
     assert found.p_value < 0.05
     assert diagnose(directions, ~dead, basis).auc == 0.0
     assert math.isnan(diagnose(directions, torch.zeros(8, dtype=torch.bool), basis).auc)
+    with pytest.raises(SaesubError, match="5 directions and 8 features"):
+        diagnose(directions[:5], dead, basis)
+    with pytest.raises(SaesubError, match="8 wide and the basis is 6 wide"):
+        diagnose(directions, dead, basis[:6])

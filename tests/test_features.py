@@ -11,12 +11,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from saesub.activations.tokens import pack_contexts
 from saesub.errors import SaesubError
 from saesub.evaluation.dead_features import dead_features
-from saesub.evaluation.features import (
-    feature_density,
-    match_features,
-    nearest_cosine,
-    site_activations,
-)
+from saesub.evaluation.features import feature_density, match_features, nearest_cosine
+from saesub.evaluation.passes import site_activations
 
 HOOK = "blocks.4.hook_attn_out"
 
@@ -72,7 +68,7 @@ def test_nearest_cosine_finds_the_twin_and_never_the_row_itself() -> None:
     torch.testing.assert_close(got, cosines.amax(1))
     assert got[7] == pytest.approx(1) == got[2400].item()
     assert got[10] < 0.95
-    with pytest.raises(SaesubError, match="at least 2 rows"):
+    with pytest.raises(SaesubError, match="at least 2 directions"):
         nearest_cosine(rows[:1])
 
 

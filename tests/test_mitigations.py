@@ -28,11 +28,11 @@ from sae_lens.saes.sae import TrainStepInput
 from saesub.activations.spectrum import Spectrum
 from saesub.activations.store import ActivationStore, StoreWriter
 from saesub.errors import SaesubError
-from saesub.evaluation.dead_features import times_fired
 from saesub.init.biases import center_biases
 from saesub.init.norm import scale_encoder
 from saesub.init.subspace import initialize_in_subspace
 from saesub.topk import cpu
+from saesub.topk.encode import times_fired
 from saesub.training.comparison import joint_batches, train_together
 from saesub.training.mitigations import GhostGradients, KAnnealing, Resampling
 from saesub.training.mitigations.mitigation import Mitigation

@@ -9,7 +9,7 @@ from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from transformer_lens.model_bridge import TransformerBridge
 
 from saesub.errors import SaesubError
-from saesub.evaluation.features import site_activations
+from saesub.evaluation.passes import site_activations
 from saesub.evaluation.probing import RAW, mean_features, probe_tasks, sparse_probe
 
 HOOK = "blocks.2.hook_attn_out"
@@ -92,6 +92,9 @@ def test_probe_input_is_checked() -> None:
     for k in (0, 13):
         with pytest.raises(SaesubError, match=r"k must lie in 1\.\.12"):
             sparse_probe(x, y, x, y, k)
+    for train, labels in ((x[:, :9], y), (x, y[:9])):
+        with pytest.raises(SaesubError, match="of one width, and a class for each text"):
+            sparse_probe(train, labels, x, y, 1)
     with pytest.raises(SaesubError, match="both classes"):
         sparse_probe(x, torch.ones(20, dtype=torch.bool), x, y, 1)
 

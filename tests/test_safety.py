@@ -25,7 +25,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from saesub.errors import SaesubError
-from saesub.evaluation.top_activations import ExamplesPage, FeatureExamples, Snippet
+from saesub.evaluation.top_activations import FeatureSnippets, Snippet, TopActivations
 from saesub.extras import encoders
 from saesub.loading.corpora import load_corpus
 from saesub.loading.download import fetch
@@ -237,7 +237,7 @@ def assert_shown_as_text(page: str) -> None:
 
 def test_text_of_contexts_is_escaped(faults: Faults) -> None:
     snippet = Snippet((SCRIPT, "'>", '">'), (1.0, 0.0, 0.5))
-    page = ExamplesPage([FeatureExamples(3, 0.1, (snippet,))])
+    page = TopActivations([FeatureSnippets(3, 0.1, (snippet,))])
     assert_shown_as_text(page._repr_html_())
     faults.survived("markup in a text, shown as text")
 

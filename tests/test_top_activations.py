@@ -12,8 +12,13 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from saesub.activations.tokens import pack_contexts
 from saesub.errors import SaesubError
-from saesub.evaluation.features import site_activations
-from saesub.evaluation.top_activations import ExamplesPage, FeatureExamples, Snippet, top_contexts
+from saesub.evaluation.passes import site_activations
+from saesub.evaluation.top_activations import (
+    FeatureSnippets,
+    Snippet,
+    TopActivations,
+    top_activations,
+)
 from saesub.loading.models import context_tokens
 
 HOOK = "blocks.2.hook_attn_out"
@@ -38,7 +43,7 @@ def test_the_strongest_contexts_are_shown_around_their_peaks(
     fires = (acts > 0).flatten(0, 1).sum(0)
     feature = int(fires.argmax())
     silent = int((fires == 0).nonzero()[0])
-    page = top_contexts(model, sae, tokens, [feature, silent], n_snippets=3, n_around=4)
+    page = top_activations(model, sae, tokens, [feature, silent], n_snippets=3, n_around=4)
     shown, none = page.features
     peaks = acts[..., feature].amax(1).sort(descending=True)
     assert [max(s.activations) for s in shown.snippets] == pytest.approx(
@@ -59,12 +64,17 @@ def test_a_feature_outside_the_dictionary_is_refused(
 ) -> None:
     tokens = pack_contexts(model, corpus.select(range(20)), n_contexts=1, context_size=8)
     with pytest.raises(SaesubError, match=r"features \[400\] do not exist"):
-        top_contexts(model, sae, tokens, [3, 400])
+        top_activations(model, sae, tokens, [3, 400])
+    with pytest.raises(SaesubError, match="contexts of at least 2 positions"):
+        top_activations(model, sae, tokens[0], [3])
+    nowhere = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=576, d_sae=400, k=8))
+    with pytest.raises(SaesubError, match="does not say which hook point"):
+        top_activations(model, nowhere, tokens, [3])
 
 
 def test_text_is_escaped_and_shaded_by_its_activation() -> None:
     snippet = Snippet(("<script>", " & ", "\n", "peak", " 'q'\""), (0.0, 1.0, 0.0, 2.0, 0.0))
-    page = ExamplesPage([FeatureExamples(5, 0.01, (snippet,))])
+    page = TopActivations([FeatureSnippets(5, 0.01, (snippet,))])
     text = page._repr_html_()
     assert "<script>" not in text
     assert "&lt;script&gt;" in text

@@ -22,9 +22,9 @@ from sae_lens.config import SAETrainerConfig
 from saesub.activations.spectrum import Spectrum
 from saesub.activations.store import ActivationStore, StoreWriter
 from saesub.errors import SaesubError
-from saesub.evaluation.dead_features import times_fired
 from saesub.init.biases import center_biases
 from saesub.init.subspace import initialize_in_subspace
+from saesub.topk.encode import times_fired
 from saesub.training import checkpoint
 from saesub.training.checkpoint import check_same_shapes
 from saesub.training.comparison import joint_batches, train_together

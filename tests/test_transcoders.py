@@ -25,7 +25,6 @@ from saesub.activations.collect import harvest
 from saesub.activations.spectrum import Spectrum
 from saesub.activations.store import ActivationStore
 from saesub.errors import SaesubError
-from saesub.evaluation.dead_features import times_fired
 from saesub.evaluation.reconstruction import reconstruction
 from saesub.extras.transcoders import (
     TrainingSkipTranscoder,
@@ -38,6 +37,7 @@ from saesub.extras.transcoders import (
 )
 from saesub.init.biases import center_biases
 from saesub.init.subspace import initialize_in_subspace
+from saesub.topk.encode import times_fired
 from saesub.training.comparison import train_together
 
 READS, WRITES = "blocks.1.ln2.hook_normalized", "blocks.1.hook_mlp_out"

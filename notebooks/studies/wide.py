@@ -19,9 +19,9 @@ import torch
 from sae_lens import TopKTrainingSAE
 from trials import Start, Trial, package_start, run, site, trained
 
-from saesub.evaluation.dead_features import times_fired
-from saesub.evaluation.reconstruction import Judged, unexplained
-from saesub.topk.encode import encoder_of
+from saesub.evaluation.passes import encoded
+from saesub.evaluation.reconstruction import unexplained
+from saesub.topk.encode import times_fired
 
 HOOK = "blocks.12.hook_attn_out"
 BATCH, STEPS = 2048, 300
@@ -68,13 +68,11 @@ def judged(
 def dead_share_and_fvu(sae: TopKTrainingSAE, x: torch.Tensor) -> tuple[float, float]:
     """Both over the same tokens (n, d_in), each encoded once."""
     fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool)
-    encode = encoder_of(sae)
 
-    def blocks() -> Iterator[Judged]:
-        for block in x.split(4096):
-            features = encode(block)
+    def blocks() -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        for block, features in encoded(sae, x):
             fired.logical_or_(times_fired(features) > 0)
-            yield Judged(block, sae.decode(features), features)
+            yield block, sae.decode(features), features
 
     fvu = unexplained(blocks()).fvu
     return 1 - fired.float().mean().item(), fvu

@@ -1,4 +1,4 @@
-"""Sparse probing: how much a few features say about a text, as in SAEBench.
+"""Sparse probing: how much a few features tell about a text, as in SAEBench.
 
 After Gurnee et al. 2023 ("Finding Neurons in a Haystack") and SAEBench (Karvonen et al. 2025,
 section on sparse probing): a text is the mean of its tokens' activations, the k features that
@@ -7,26 +7,25 @@ differ most between two classes are kept, and a logistic regression reads them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from sae_lens import SAE
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformer_lens.model_bridge import TransformerBridge
 
 from saesub.activations.tokens import kept_positions
 from saesub.errors import SaesubError, near_names
-from saesub.evaluation.features import site_activations
+from saesub.evaluation.passes import site_activations
 from saesub.loading.models import Model, context_tokens, load_model
 from saesub.progress import bar
-from saesub.topk.encode import flat_heads
+from saesub.topk.encode import encoder_of
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 RAW = "raw"  # the site's own activations, beside the features of SAEs
 
@@ -46,16 +45,17 @@ def mean_features(
     """Each text as the mean of its tokens' features, for several SAEs from one pass of the model.
 
     Args:
-        texts: of each the first `max_tokens` tokens are read. Special tokens and the first
+        texts: the first `max_tokens` tokens of each are read. Special tokens and the first
             `skip_first` positions are left out of the mean.
-        hook_name: where all the SAEs read.
+        hook_name: the hook point that all the SAEs read.
         saes: name -> SAE with its input scaling folded in; may be empty.
 
     Returns:
         name -> (texts, d_sae), and under "raw" the mean activations themselves, (texts, d_in).
 
     Raises:
-        SaesubError: unknown hook point, an SAE named "raw", no texts, or a text without a token.
+        SaesubError: unknown hook point, an SAE of another width or named "raw", no texts, or a
+            text without a token.
     """
     bridge = load_model(model)
     if RAW in saes or not texts:
@@ -66,44 +66,35 @@ def mean_features(
         raise SaesubError(
             f"text {int(empty[0])} holds no token after the first {skip_first}: leave it out"
         )
-    parts: dict[str, list[Tensor]] = {name: [] for name in (RAW, *saes)}
+    readers: dict[str, Callable[[Tensor], Tensor]] = {RAW: lambda x: x}
+    readers |= {name: encoder_of(sae) for name, sae in saes.items()}
+    means: dict[str, list[Tensor]] = {name: [] for name in readers}
     with bar(total=len(texts), unit="text", progress=progress) as shown:
         for batch, mask in zip(tokens.split(batch_size), kept.split(batch_size), strict=True):
             x = site_activations(bridge, batch, hook_name)[mask.to(bridge.cfg.device)]
-            parts[RAW].append(_text_means(x, mask))
-            for name, sae in saes.items():
-                with flat_heads(sae):
-                    features = sae.encode(x.to(sae.device)).to_dense()
-                parts[name].append(_text_means(features, mask))
+            for name, read in readers.items():
+                by_text = read(x).to_dense().float().split(mask.sum(1).tolist())
+                means[name] += [values.mean(0).cpu() for values in by_text]
             shown.update(len(batch))
-    return {name: torch.cat(means) for name, means in parts.items()}
+    return {name: torch.stack(of_texts) for name, of_texts in means.items()}
 
 
 def _tokenised(
     model: TransformerBridge, texts: Sequence[str], max_tokens: int
 ) -> tuple[Int[Tensor, "texts pos"], Bool[Tensor, "texts pos"]]:
-    """The texts' first tokens, after BOS where the model has one, and which are not padding.
+    """The texts' first tokens, after BOS if the model has one, and which are not padding.
 
     Padding comes last, so that under causal attention no token of a text sees it.
     """
     bos_id = context_tokens(model).bos_id
     bos = [] if bos_id is None else [bos_id]
     assert model.tokenizer is not None  # context_tokens has refused a model without one
-    rows = model.tokenizer(
+    given = model.tokenizer(
         list(texts), add_special_tokens=False, truncation=True, max_length=max_tokens
     ).input_ids
-    ids = [torch.tensor(bos + row, dtype=torch.int64) for row in rows]
-    real = [torch.ones(len(row), dtype=torch.bool) for row in ids]
+    ids = [torch.tensor(bos + of_text, dtype=torch.int64) for of_text in given]
+    real = [torch.ones(len(of_text), dtype=torch.bool) for of_text in ids]
     return pad_sequence(ids, batch_first=True), pad_sequence(real, batch_first=True)
-
-
-def _text_means(rows: Tensor, mask: Bool[Tensor, "texts pos"]) -> Float[Tensor, "texts d"]:
-    """Means of the rows of each text, float32; row i stands at the mask's i-th true position."""
-    text = mask.nonzero()[:, 0].to(rows.device)
-    sums = torch.zeros(len(mask), rows.shape[1], device=rows.device).index_add_(
-        0, text, rows.float()
-    )
-    return (sums.cpu() / mask.sum(1, keepdim=True).cpu()).float()
 
 
 def sparse_probe(
@@ -117,12 +108,18 @@ def sparse_probe(
 
     The difference of the class means is taken over the training texts, without regard to sign;
     k = None reads every feature. The features read are standardised first, which SAEBench does
-    not do: the strength of scikit-learn's L2 penalty would else hang on the scale of the site.
+    not do: otherwise the effect of scikit-learn's L2 penalty depends on the scale of the site.
 
     Raises:
-        SaesubError: k outside 1..d, or a class without training texts.
+        SaesubError: k outside 1..d, a class without training texts, or shapes that do not fit.
     """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     d = train.shape[1]
+    if test.shape[1] != d or len(is_positive) != len(train) or len(test_is_positive) != len(test):
+        raise SaesubError("give train and test features of one width, and a class for each text")
     if k is not None and not 1 <= k <= d:
         raise SaesubError(f"k must lie in 1..{d} (the number of features), not {k}")
     if is_positive.all() or not is_positive.any():
@@ -145,7 +142,7 @@ def probe_tasks(
 ) -> pd.DataFrame:
     """Sparse probes for several tasks, each a pair of classes of texts.
 
-    Every class gives its last texts to the test; both classes of a task give equally many, so
+    The last texts of every class are for the test; both classes of a task give equally many, so
     that guessing scores one half.
 
     Args:
@@ -159,25 +156,22 @@ def probe_tasks(
     Raises:
         SaesubError: unknown class, or too few texts for a test.
     """
-    rows = []
-    for task, classes in tasks.items():
-        for name in classes:
+    import pandas as pd
+
+    results = []
+    for task, names in tasks.items():
+        for name in names:
             if name not in features:
                 raise SaesubError(f"task {task!r}: no class {name!r}; {near_names(name, features)}")
-        split = _split([features[name] for name in classes], test_share)
-        rows += [{"task": task, "k": k or 0, "accuracy": sparse_probe(*split, k)} for k in ks]
-    return pd.DataFrame(rows)
-
-
-def _split(classes: Sequence[Tensor], test_share: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    n = min(map(len, classes))
-    n_test = round(n * test_share)
-    if not 1 <= n_test < n:
-        raise SaesubError(
-            f"{n} texts of a class and test_share={test_share} leave no text to train or to test "
-            "on: give more texts or another share"
-        )
-    n_train = n - n_test
-    train = torch.cat([x[:n_train] for x in classes])
-    test = torch.cat([x[n_train:n] for x in classes])
-    return train, torch.arange(2 * n_train) < n_train, test, torch.arange(2 * n_test) < n_test
+        n = min(len(features[name]) for name in names)
+        n_test = round(n * test_share)
+        if not 1 <= n_test < n:
+            raise SaesubError(
+                f"{n} texts of a class and test_share={test_share} leave no text to train or to "
+                "test on: give more texts or another share"
+            )
+        x, text = torch.cat([features[name][:n] for name in names]), torch.arange(2 * n)
+        positive, test = text < n, text % n >= n - n_test
+        split = x[~test], positive[~test], x[test], positive[test]
+        results += [(task, k or 0, sparse_probe(*split, k)) for k in ks]
+    return pd.DataFrame(results, columns=["task", "k", "accuracy"])

@@ -1,23 +1,20 @@
-"""How well an SAE reconstructs: FVU and L0."""
+"""How well an SAE reconstructs activations: FVU and L0."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
 from sae_lens import SAE
 from torch import Tensor
 
 from saesub.errors import SaesubError
-from saesub.evaluation.dead_features import times_fired
-from saesub.topk.encode import encoder_of, flat_heads
+from saesub.evaluation.passes import encoded
+from saesub.topk.encode import flat_heads, times_fired
 
 
-@dataclass(frozen=True)
-class Reconstruction:
+class Reconstruction(NamedTuple):
     """How well an SAE reconstructs: fraction of variance unexplained, active features a token."""
 
     fvu: float
@@ -26,56 +23,61 @@ class Reconstruction:
 
 
 @torch.no_grad()
-def reconstruction(sae: SAE[Any], activations: Iterable[Float[Tensor, "n d"]]) -> Reconstruction:
-    """FVU = Σ‖x − x̂‖² / Σ‖x − mean‖² and mean L0 of any SAELens SAE, the mean being that of these
-    very activations.
+def reconstruction(
+    sae: SAE[Any], activations: Tensor | Iterable[Tensor], *, progress: bool = True
+) -> Reconstruction:
+    """FVU = Σ‖x − x̂‖² / Σ‖x − mean‖² and mean L0; the mean is that of these activations.
 
-    Give activations as the SAE was trained on them: scaled, if its trainer's scaler has not been
-    folded in; heads concatenated. SAELens' own explained variance is a difference of float32 sums,
-    which a large mean ruins; here the variance is merged block by block. Raises SaesubError if
-    there are no activations, they are constant, or `sae` is a transcoder.
+    SAELens' own explained variance is a difference of float32 sums, which a large mean ruins. Blocks
+    hold at most 1,024 tokens, over which a BatchTopK SAE in training form shares out its features.
+
+    Args:
+        sae: any SAELens SAE, in training or inference form.
+        activations: (n, d_in), or an iterable of such blocks, as the SAE was trained on them:
+            scaled if its trainer's scaler has not been folded in.
+        progress: show a bar, if it takes more than a second.
+
+    Raises:
+        SaesubError: there are no activations, they are constant, have another width or hold NaN
+            or Inf, or `sae` is a transcoder.
     """
     if hasattr(sae.cfg, "d_out"):
         raise SaesubError(
-            "reconstruction() judges autoencoders; a transcoder's target is not what it reads: "
-            "use saesub.extras.transcoders.transcoder_reconstruction"
+            "reconstruction() judges autoencoders, and a transcoder writes to another place than "
+            "it reads: use saesub.extras.transcoders.transcoder_reconstruction"
         )
 
-    def judged() -> Iterator[Judged]:
-        encode = encoder_of(sae)
-        for x in activations:
-            x = x.to(sae.device, torch.float32)
-            with flat_heads(sae):
-                features = encode(x)
-                yield Judged(x, sae.decode(features), features)
+    def decode(features: Tensor) -> Tensor:
+        with flat_heads(sae):
+            return sae.decode(features)
 
-    return unexplained(judged())
-
-
-class Judged(NamedTuple):
-    """A block of what was to be reconstructed, what came out, and the features behind it."""
-
-    target: Float[Tensor, "n d"]
-    reconstructed: Float[Tensor, "n d"]
-    features: Float[Tensor, "n d_sae"]
+    blocks = encoded(sae, activations, progress=progress)
+    return unexplained((x, decode(features), features) for x, features in blocks)
 
 
 @torch.no_grad()
-def unexplained(blocks: Iterable[Judged]) -> Reconstruction:
-    """FVU and mean L0 over blocks of tokens, each seen once.
+def unexplained(blocks: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Reconstruction:
+    """FVU and mean L0 over blocks (targets, reconstructions, features) of the same tokens.
 
-    Raises SaesubError if there are no blocks, or the targets are constant.
+    Raises SaesubError if there are no blocks, or the targets are constant or not finite.
     """
-    n, mean, total, error, active = 0, torch.zeros(()), 0.0, 0.0, 0
-    for y, reconstructed, features in blocks:
+    n, active, error, squares = 0, 0, 0.0, 0.0
+    origin = sums = torch.zeros(())
+    for target, reconstructed, features in blocks:
+        if not len(target):
+            continue
+        y = target.double()
+        if n == 0:
+            origin = y[0]  # a large mean would cancel the variance
+        error += (reconstructed - y).square().sum().item()
+        squares += (y - origin).square().sum().item()
+        sums = sums.to(y) + (y - origin).sum(0)
         active += int(times_fired(features).sum())
-        error += (reconstructed - y).double().square().sum().item()
-        block_mean = y.double().mean(0)
-        total += (y - block_mean).square().sum().item()
-        delta = block_mean - mean.to(block_mean)
-        total += delta.square().sum().item() * n * len(y) / (n + len(y))
-        mean = mean.to(delta) + delta * (len(y) / (n + len(y)))
         n += len(y)
-    if n == 0 or total == 0:
-        raise SaesubError("FVU needs activations that vary: none were given, or all are equal")
-    return Reconstruction(fvu=error / total, l0=active / n, n_tokens=n)
+    variance = squares - sums.square().sum().item() / max(n, 1)
+    if not variance > 0:
+        raise SaesubError(
+            "FVU needs finite activations that vary: none were given, all are equal, or some are "
+            "NaN or Inf"
+        )
+    return Reconstruction(error / variance, active / n, n)

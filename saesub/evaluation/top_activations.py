@@ -1,4 +1,4 @@
-"""The contexts in which a feature fires most, as a page of shaded text."""
+"""The text on which a feature fires most, as a page of shaded snippets."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from saesub.activations.tokens import kept_positions
 from saesub.errors import SaesubError
-from saesub.evaluation.features import site_activations
 from saesub.evaluation.language_model_loss import hook_of
+from saesub.evaluation.passes import check_contexts, site_activations
 from saesub.loading.models import Model, load_model
-from saesub.topk.encode import flat_heads
+from saesub.topk.encode import encoder_of
 
 _SHADE = "0,114,178"  # Okabe and Ito's blue; one hue, so that only its strength is read
 _STRONGEST = 0.55  # opacity at which black text is still easy to read
@@ -32,10 +32,15 @@ class Snippet:
     tokens: tuple[str, ...]
     activations: tuple[float, ...]
 
+    @property
+    def peak(self) -> int:
+        """Where the feature is strongest."""
+        return self.activations.index(max(self.activations))
+
 
 @dataclass(frozen=True)
-class FeatureExamples:
-    """A feature's strongest contexts, strongest first, no two from the same context.
+class FeatureSnippets:
+    """A feature's strongest snippets, strongest first, at most one from each context.
 
     `density` is the share of the text's tokens it fires on.
     """
@@ -44,23 +49,34 @@ class FeatureExamples:
     density: float
     snippets: tuple[Snippet, ...]
 
+    def __str__(self) -> str:
+        return f"feature {self.feature}, fires on {100 * self.density:.2g} % of tokens"
 
-class ExamplesPage:
+
+@dataclass(frozen=True)
+class TopActivations:
     """Features with their snippets; shows itself as HTML (text escaped) or as plain text."""
 
-    def __init__(self, features: Sequence[FeatureExamples]) -> None:
-        self.features = list(features)
+    features: Sequence[FeatureSnippets]
 
     def __str__(self) -> str:
-        return "\n".join(_lines(self.features))
+        lines = []
+        for of_feature in self.features:
+            lines.append(str(of_feature))
+            for snippet in of_feature.snippets:
+                words = list(snippet.tokens)
+                words[snippet.peak] = f"[{words[snippet.peak]}]"
+                lines.append("    " + "".join(words).translate(_INVISIBLE))
+        return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         body = "".join(map(_feature_html, self.features))
         style = "background:#fff;color:#111;padding:0.5em;line-height:1.7"
-        return f"<div class='saesub-examples' style='{style}'>{body}</div>"
+        return f"<div class='saesub-top-activations' style='{style}'>{body}</div>"
 
 
-def top_contexts(
+@torch.no_grad()
+def top_activations(
     model: Model,
     sae: SAE[Any],
     tokens: Int[Tensor, "contexts pos"],
@@ -70,7 +86,7 @@ def top_contexts(
     n_around: int = 12,
     batch_size: int = 8,
     skip_first: int = 1,
-) -> ExamplesPage:
+) -> TopActivations:
     """The contexts in which each of a few features peaks highest, cut around the peak.
 
     Special tokens and the first `skip_first` positions count as silent, as in training.
@@ -79,44 +95,43 @@ def top_contexts(
         sae: with its input scaling folded in; its metadata name the hook point.
         tokens: contexts to look through, as `pack_contexts` cuts them.
         features: indices of the features.
-        n_snippets: contexts shown of each at most; those in which it is silent are not shown.
+        n_snippets: at most so many contexts of each feature; only contexts in which it fires.
         n_around: tokens shown on either side of the peak.
 
     Raises:
-        SaesubError: a feature outside the dictionary, or metadata without a hook point.
+        SaesubError: no tokens, a feature outside the SAE, or metadata without a hook point.
     """
     bridge = load_model(model)
+    check_contexts(tokens, batch_size)
     if bad := [f for f in features if not 0 <= f < sae.cfg.d_sae]:
-        raise SaesubError(f"features {bad} do not exist: the SAE has 0..{sae.cfg.d_sae - 1}")
-    chosen = torch.tensor(list(features), device=sae.device)
-    blocks = tokens.split(batch_size)
-    acts = torch.cat([_chosen_acts(bridge, sae, b, chosen, skip_first) for b in blocks])
-    page = []
-    for column, feature in enumerate(features):
-        own = acts[..., column]
+        raise SaesubError(
+            f"features {bad} do not exist: choose among 0..{sae.cfg.d_sae - 1}, the SAE's own"
+        )
+    encode, tokens = encoder_of(sae), tokens.cpu()
+    acts = torch.zeros(*tokens.shape, len(features))
+    kept = kept_positions(bridge, tokens, skip_first)
+    for of_batch, mask, batch in zip(
+        *(t.split(batch_size) for t in (acts, kept, tokens)), strict=True
+    ):
+        x = site_activations(bridge, batch, hook_of(sae))[mask.to(bridge.cfg.device)]
+        of_batch[mask] = encode(x).to_dense()[:, list(features)].float().cpu()
+    shown = []
+    for feature, own in zip(features, acts.unbind(-1), strict=True):
         density = (own != 0).float().mean().item()
         snippets = tuple(_snippets(bridge, tokens, own, n_snippets, n_around))
-        page.append(FeatureExamples(int(feature), density, snippets))
-    return ExamplesPage(page)
-
-
-@torch.no_grad()
-def _chosen_acts(
-    model: TransformerBridge, sae: SAE[Any], tokens: Tensor, chosen: Tensor, skip_first: int
-) -> Float[Tensor, "contexts pos features"]:
-    kept = kept_positions(model, tokens, skip_first)
-    x = site_activations(model, tokens, hook_of(sae))[kept.to(model.cfg.device)].to(sae.device)
-    acts = torch.zeros(*tokens.shape, len(chosen))
-    with flat_heads(sae):
-        acts[kept] = sae.encode(x).to_dense()[:, chosen].float().cpu()
-    return acts
+        shown.append(FeatureSnippets(int(feature), density, snippets))
+    return TopActivations(shown)
 
 
 def _snippets(
-    model: TransformerBridge, tokens: Tensor, acts: Tensor, n: int, around: int
+    model: TransformerBridge,
+    tokens: Int[Tensor, "contexts pos"],
+    acts: Float[Tensor, "contexts pos"],
+    n: int,
+    around: int,
 ) -> Iterator[Snippet]:
     peaks = acts.max(1)
-    assert model.tokenizer is not None  # its contexts were cut with one
+    assert model.tokenizer is not None  # kept_positions has refused a model without one
     for context in peaks.values.argsort(descending=True)[:n].tolist():
         if peaks.values[context] <= 0:
             return
@@ -126,42 +141,21 @@ def _snippets(
         yield Snippet(tuple(text), tuple(acts[context, window].tolist()))
 
 
-def _feature_html(examples: FeatureExamples) -> str:
-    strongest = max((max(s.activations) for s in examples.snippets), default=0.0)
-    lines = "".join(_snippet_html(s, strongest) for s in examples.snippets)
-    head = f"<b>{_title(examples)}</b>"
-    return (
-        f"<div style='margin-bottom:0.8em'>{head}{lines or '<div>silent in this text</div>'}</div>"
-    )
+def _feature_html(of_feature: FeatureSnippets) -> str:
+    strongest = max((max(s.activations) for s in of_feature.snippets), default=0.0)
+    lines = "".join(_snippet_html(s, strongest) for s in of_feature.snippets)
+    lines = lines or "<div>silent in this text</div>"
+    return f"<div style='margin-bottom:0.8em'><b>{of_feature}</b>{lines}</div>"
 
 
 def _snippet_html(snippet: Snippet, strongest: float) -> str:
-    peak = max(range(len(snippet.tokens)), key=snippet.activations.__getitem__)
-    spans = (
-        _token_html(token, value, strongest, i == peak)
-        for i, (token, value) in enumerate(zip(snippet.tokens, snippet.activations, strict=True))
-    )
+    spans = []
+    for i, (token, value) in enumerate(zip(snippet.tokens, snippet.activations, strict=True)):
+        text = html.escape(token.translate(_INVISIBLE))
+        if value > 0:
+            style = f"background:rgba({_SHADE},{_STRONGEST * value / strongest:.2f})"
+            if i == snippet.peak:
+                style += ";font-weight:bold;text-decoration:underline"
+            text = f"<span style='{style}' title='{value:.3g}'>{text}</span>"
+        spans.append(text)
     return f"<div style='white-space:pre-wrap'>{''.join(spans)}</div>"
-
-
-def _token_html(token: str, value: float, strongest: float, is_peak: bool) -> str:
-    text = html.escape(token.translate(_INVISIBLE))
-    if value <= 0:
-        return text
-    shade = f"background:rgba({_SHADE},{_STRONGEST * value / strongest:.2f})"
-    mark = ";font-weight:bold;text-decoration:underline" if is_peak else ""
-    return f"<span style='{shade}{mark}' title='{value:.3g}'>{text}</span>"
-
-
-def _title(examples: FeatureExamples) -> str:
-    return f"feature {examples.feature}, fires on {100 * examples.density:.2g} % of tokens"
-
-
-def _lines(features: Sequence[FeatureExamples]) -> Iterator[str]:
-    for examples in features:
-        yield _title(examples)
-        for snippet in examples.snippets:
-            peak = max(range(len(snippet.tokens)), key=snippet.activations.__getitem__)
-            words = list(snippet.tokens)
-            words[peak] = f"[{words[peak]}]"
-            yield "    " + "".join(words).translate(_INVISIBLE)

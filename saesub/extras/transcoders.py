@@ -24,7 +24,7 @@ from torch import Tensor
 
 from saesub.activations.store import ActivationStore
 from saesub.errors import SaesubError
-from saesub.evaluation.reconstruction import Judged, Reconstruction, unexplained
+from saesub.evaluation.reconstruction import Reconstruction, unexplained
 from saesub.training.comparison import joint_batches
 from saesub.training.trainer import SubspaceSAETrainer
 
@@ -190,7 +190,7 @@ def transcoder_reconstruction(
         raise SaesubError("this SAE predicts what it reads: judge it by saesub.reconstruction")
     widths = (transcoder.cfg.d_in, transcoder.cfg.d_out)
 
-    def judged() -> Iterator[Judged]:
+    def judged() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for x, y in pairs:
             if len(x) != len(y) or (x.shape[-1], y.shape[-1]) != widths:
                 raise SaesubError(
@@ -198,6 +198,6 @@ def transcoder_reconstruction(
                     f"reads (n, {widths[0]}) and predicts (n, {widths[1]}) at the same tokens"
                 )
             x, y = (t.to(transcoder.device, torch.float32) for t in (x, y))
-            yield Judged(y, *transcoder.forward_with_activations(x))
+            yield y, *transcoder.forward_with_activations(x)
 
     return unexplained(judged())

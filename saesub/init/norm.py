@@ -21,7 +21,6 @@ from sae_lens import SAE
 from scipy.optimize import brentq, minimize_scalar
 from torch import Tensor
 
-from saesub.activations.blocks import blocks_of
 from saesub.activations.checks import require_finite
 from saesub.activations.spectrum import Spectrum
 from saesub.errors import SaesubError
@@ -29,6 +28,7 @@ from saesub.init.biases import ENCODER_BIASES, check_autoencoder, check_fits, in
 from saesub.topk.encode import encoder_of, flat_heads
 
 _TOKENS = 4096
+_TOKENS_PER_BLOCK = 1024  # bounds the (tokens, d_sae) block of features
 _LEAST, _MOST, _GRID = 0.01, 10.0, 13  # norms tried where no factor gives the best
 _TOKENS_OF_SEARCH = 1024
 _MOST_SPREAD = 1.5  # of the logarithm of tokens' lengths
@@ -208,7 +208,7 @@ def _least_squares_factor(sae: SAE[Any], pairs: Pairs, scale: float = 1.0) -> fl
     """The factor on what the SAE's features write that brings it nearest to what they should."""
     encode = encoder_of(sae)
     overlap = energy = 0.0
-    blocks = (blocks_of(part, len(part)) for part in pairs)
+    blocks = (part.split(_TOKENS_PER_BLOCK) for part in pairs)
     with flat_heads(sae):
         for read, target in zip(*blocks, strict=True):
             x, y = ((part * scale).to(sae.W_dec) for part in (read, target))
@@ -236,7 +236,7 @@ def _searched_norm(sae: SAE[Any], pairs: Pairs) -> float:
         nonlocal now
         _scale_features(sae, exp(log_norm) / now)
         now = exp(log_norm)
-        blocks = (blocks_of(part, len(part)) for part in pairs)
+        blocks = (part.split(_TOKENS_PER_BLOCK) for part in pairs)
         with flat_heads(sae):
             return sum(
                 (sae.decode(sae.encode(x.to(sae.W_dec))) - y.to(sae.W_dec)).square().sum().item()
