@@ -1,8 +1,8 @@
-"""The dimension of the starting subspace, over layers, sites and two models.
+"""Dead features by the dimension of the initial subspace, over layers, sites and two models.
 
     python notebooks/studies/d_init.py
 
-Writes data/results/studies/d_init.json; half an hour of two cores.
+Writes data/results/studies/d_init.json; takes half an hour on two cores.
 """
 
 from trials import Trial, run
@@ -13,7 +13,7 @@ STARTS = (("random", "auto"), ("flat", "auto"), ("whitened_data", "auto"))
 
 
 def sweep(layer: int, site: str, d: int, **settings: object) -> list[Trial]:
-    """The starts to compare at one hook point, flat ones at fixed shares of its width."""
+    """The initialisations to compare at one hook point; flat ones at fixed shares of its width."""
     hook = f"blocks.{layer}.hook_{site}"
     starts = STARTS + tuple(("flat", round(share * d)) for share in SHARES)
     return [Trial(hook, start, d_init, **settings) for start, d_init in starts]  # pyright: ignore
@@ -24,6 +24,6 @@ if __name__ == "__main__":
     first = [trial for place in places for trial in sweep(*place, 576)]
     again = [trial for site in SITES for trial in sweep(12, site, 576, seed=1)]
     run("d_init", first + again)
-    # Not its residual stream, which goes beyond float16, the store's type.
+    # Not its residual stream: its values are too large for float16, the store's type.
     other = [(9, "attn_out"), (9, "mlp_out"), (14, "attn_out")]
     run("d_init", [t for place in other for t in sweep(*place, 640, model="gemma3-270m")])

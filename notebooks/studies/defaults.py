@@ -1,20 +1,21 @@
-"""The two lines on every SAELens architecture at its own defaults, trained by SAELens' own trainer.
+"""Train every SAELens architecture at its own defaults, with and without the two lines.
 
     python notebooks/studies/defaults.py
 
-Writes data/results/studies/defaults.json; some 40 minutes of one core, and it continues where it
-stopped. Every architecture that SAELens registers for training has its default config (but for the
-widths of a Matryoshka SAE, which have no default; TopK with k 32 as well), 4,096 features, Adam
-with SAELens' own settings, at the attention output of layer 3 of SmolLM2-135M: 200 steps of 1,024
-tokens, judged over 60,000 tokens of other documents. Conditions:
+Writes data/results/studies/defaults.json; takes about 40 minutes on one core. Run it again and it
+continues where it stopped. SAELens' own trainer trains every SAE. Every architecture that SAELens
+registers for training has its default config (but for the widths of a Matryoshka SAE, which have no
+default; TopK with k 32 as well), 4,096 features, Adam with SAELens' own settings, at the attention
+output of layer 3 of SmolLM2-135M: 200 steps of 1,024 tokens, judged over 60,000 tokens of other
+documents. Conditions:
 
 - "random, kept": SAELens' own initialisation, biases centred.
 - "random, fitted": the same after `saesub.fit_norm`.
 - "subspace, kept": `initialize_in_subspace(sae, spectrum, norm="keep")`.
 - "subspace, fitted": the two lines, `initialize_in_subspace(sae, spectrum)`.
 
-Matching pursuit is left out: SAELens prescribes unit norm there, so that conditions of one
-initialisation are the same, and its default of d_in iterations a token takes hours.
+Matching pursuit is left out: SAELens prescribes unit norm there, so the conditions of one
+initialisation are the same, and its default of d_in iterations per token takes hours.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Calibrate the forecast of dead features on two layers, and judge it elsewhere.
+"""Fit the forecast of dead features on two layers, and test it elsewhere.
 
     python notebooks/studies/forecast.py
 
 Reads the records of starts.py and d_init.py, measures the spectra they used, and writes
 data/results/studies/forecast.json: the fit on layers 12 and 20 of SmolLM2-135M, and its error on
-layer 4 and on Gemma-3-270M. A few minutes.
+layer 4 and on Gemma-3-270M. Takes a few minutes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LEVEL = 0.8
 
 
 def trained() -> list[dict]:
-    """Random and flat starts trained with Adam for as long as most."""
+    """The rows of random and flat initialisations, trained with Adam for the most common length."""
     rows = [row for name in ("starts", "d_init") for row in _rows(name)]
     return [
         row
@@ -49,7 +49,7 @@ def _rows(name: str) -> list[dict]:
 
 
 def with_rank(row: dict, spectrum: saesub.Spectrum) -> dict:
-    """The row with `rank`, the dimension of the subspace it started in."""
+    """The row with `rank`, the dimension of its initial subspace."""
     flat = row["start"] == "flat"
     rank = saesub.choose_d_init(spectrum, row["d_init"]) if flat else spectrum.d
     return row | {"rank": rank}
@@ -58,7 +58,7 @@ def with_rank(row: dict, spectrum: saesub.Spectrum) -> dict:
 def forecasts(
     weights: np.ndarray, rows: list[dict], variances: dict[tuple, np.ndarray]
 ) -> np.ndarray:
-    """Share of dead features of every row."""
+    """The forecast share of dead features of every row."""
     return np.array(
         [
             expected_share(
@@ -74,7 +74,7 @@ def _place(row: dict) -> tuple[str, str]:
 
 
 def bounded_logit(shares: np.ndarray) -> np.ndarray:
-    """Log odds, with shares too small to be told from none taken as the least that can be."""
+    """Log odds of shares; a share too small to measure counts as the smallest measurable one."""
     return logit(np.clip(shares, LEAST, 1 - LEAST))
 
 
@@ -84,7 +84,7 @@ def actual(rows: list[dict]) -> np.ndarray:
 
 
 def errors(predicted: np.ndarray, rows: list[dict]) -> dict:
-    """How far forecasts lie from what came."""
+    """How far the forecasts are from the measured shares."""
     gap = bounded_logit(predicted) - bounded_logit(actual(rows))
     return {
         "n": len(rows),

@@ -1,12 +1,13 @@
-"""A dictionary as wide, beside its site, as the paper's, over as many tokens as two cores allow.
+"""Train a dictionary as wide, relative to its site, as the paper's, for long on two cores.
 
     python notebooks/studies/long.py
 
 Writes data/results/studies/long.json. The paper's widest dictionaries have 2^20 features for 4,096
-dimensions, 256 a dimension; 2^17 for SmolLM2's 576 are 228. Every condition gets the same 2,048,000
-training tokens, each twice, and is judged over 512,000 held-out ones, on which a feature fires 125
-times on average: `dead_share`. `dead_in_training` is over the last 1,024,000 training tokens.
-The paper's four conditions come first, then both starts under Adam at lower rates.
+dimensions, 256 per dimension; 2^17 for SmolLM2's 576 are 228 per dimension. Every condition gets
+the same 2,048,000 training tokens, each twice, and is judged over 512,000 held-out ones, on which a
+feature fires 125 times on average: `dead_share`. `dead_in_training` is over the last 1,024,000
+training tokens. The paper's four conditions come first, then both initialisations under Adam at
+lower rates.
 """
 
 from __future__ import annotations

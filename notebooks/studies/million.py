@@ -1,13 +1,14 @@
-"""The paper's headline width, 2^20 features, at SmolLM2's 576 dimensions, on two cores.
+"""Train the paper's headline width, 2^20 features, at SmolLM2's 576 dimensions, on two cores.
 
     python notebooks/studies/million.py
 
-Writes data/results/studies/million.json: the paper's four conditions, random and active-subspace
-start under Adam and SparseAdam, and starts whose encoder is scaled as in scaled.py under the
-optimizer that does best with them there, one after another on both cores. Every condition gets the
-same 1,024,000 training tokens once, at the rate at which either start fits best at 2^17 under Adam
-(long.py), and is judged over 512,000 held-out tokens, on which a feature fires 16 times on average.
-`dead_in_training` is over the last 512,000 training tokens.
+Writes data/results/studies/million.json: the paper's four conditions (random and active-subspace
+initialisation under Adam and SparseAdam), and initialisations whose encoder is scaled as in
+scaled.py, under the optimizer that works best with them there. The conditions run one after another
+on both cores. Every condition gets the same 1,024,000 training tokens once, at the rate at which
+both initialisations fit best at 2^17 under Adam (long.py), and is judged over 512,000 held-out
+tokens, on which a feature fires 16 times on average. `dead_in_training` is over the last 512,000
+training tokens.
 """
 
 from __future__ import annotations

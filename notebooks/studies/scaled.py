@@ -1,17 +1,18 @@
-"""Starts whose first reconstructions are as long as they should be.
+"""Scale the encoder so that the untrained SAE reconstructs best, and train from there.
 
     python notebooks/studies/scaled.py
 
-Writes data/results/studies/scaled.json. Among many features in few directions a token finds 32 that
-each answer almost in full, and their sum overshoots. A "scaled" condition multiplies the encoder by
-the one number that makes the untrained SAE reconstruct best (`saesub.fit_encoder_scale` over 4,096
-tokens: `factor`; `fvu_at_start` is before, `fvu_scaled` after), and is like its twin in all else.
-Every condition gets the same 409,600 training tokens once and is judged over 512,000 held-out
-tokens. The rate is the one at which the unscaled starts fit best under Adam over five times as many
-tokens (long.py); random and flat starts are also tried at half, twice and four times that, alike: a
-shorter encoder makes the same rate larger beside its weights. SparseAdam comes first; the record
-has the conditions that were run. In its first three calls both FVU of the start are relative to the
-decoder bias, in the later ones to these tokens' own mean.
+Writes data/results/studies/scaled.json. With many features in few directions, the 32 best features
+of a token each answer almost in full, and their sum is too large (it overshoots). A "scaled"
+condition multiplies the encoder by the one number that makes the untrained SAE reconstruct best
+(`saesub.fit_encoder_scale` over 4,096 tokens: `factor`; `fvu_at_start` is before, `fvu_scaled`
+after), and is equal to the unscaled condition in all else. Every condition gets the same 409,600
+training tokens once and is judged over 512,000 held-out tokens. The rate is the one at which the
+unscaled initialisations fit best under Adam over five times as many tokens (long.py). Random and
+flat initialisations are also tried at half, twice and four times that rate, because a shorter
+encoder makes the same rate larger relative to its weights. SparseAdam comes first; the record has
+the conditions that were run. In its first three calls both FVU before training are relative to the
+decoder bias, in the later calls to these tokens' own mean.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ for optimizer in ("sparse_adam", "adam"):
 
 
 def scaled_or_not(trial: Trial, window_in_training: int = WINDOW_IN_TRAINING) -> dict:
-    """The trial's outcome, and what its start, scaled or not, reconstructs."""
+    """The trial's outcome, and how well its initialisation, scaled or not, reconstructs."""
     plain = replace(trial, start=trial.start.removesuffix(SCALED))
     x = site(trial.model, trial.hook_name, trial.corpus)[3][:4096]
 

@@ -1,10 +1,11 @@
-"""Ways to start a dictionary, at three sites, three widths, two or three seeds, two optimizers.
+"""Compare initialisations at three sites, three widths, two or three seeds and two optimizers.
 
     python notebooks/studies/starts.py
 
-Writes data/results/studies/starts.json; a few hours of one core. Its first run was made when
-d_init="auto" meant another dimension, and its flat starts stand there by that number; six flat
-starts of today's "auto" at 8,192 features are taken from d_init.json, as `runs` says.
+Writes data/results/studies/starts.json; takes a few hours on one core. In its first run,
+d_init="auto" meant another dimension, so the flat initialisations of that run have this number as
+`d_init`. Six flat initialisations of today's "auto" at 8,192 features come from d_init.json, as
+`runs` says.
 """
 
 from trials import Trial, run

@@ -1,8 +1,8 @@
-"""One SAE trained and judged, and many of them, resumable: what the studies here have in common.
+"""Train and judge one SAE, or many with a record that can be continued; the studies here share it.
 
-A study is a list of trials. Its record holds one row a trial; `runs` has the command, the commit,
-the date and the machine of every call, each row says of which call it is, and the record's head
-repeats the last. A study that is called again goes on where it stopped.
+A study is a list of trials. Its record has one row per trial. `runs` has the command, the commit,
+the date and the machine of every call, each row names its call, and the record's head repeats the
+last call. Run a study again and it continues where it stopped.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ RESULTS = ROOT / "data" / "results" / "studies"
 STORES = Path("runs") / "studies-activations"
 TOKENS = {"wiki-en": (400_000, 60_000), "english-mix": (1_536_000, 512_000)}  # all, held out
 WINDOW, N_JUDGED = 40_000, 16_384
-N_SPECTRUM = 200_000  # tokens behind a spectrum, and to draw data points from
+N_SPECTRUM = 200_000  # tokens for a spectrum, and to draw data points from
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,11 @@ def site(model: str, hook_name: str, corpus: str = "wiki-en") -> tuple:
     return train, held_out, saesub.Spectrum.from_activations(x), x
 
 
-Start = Callable[[TopKTrainingSAE, Trial], None]  # sets an SAE's directions, its biases being set
+Start = Callable[[TopKTrainingSAE, Trial], None]  # sets directions; the biases are already set
 
 
 def package_start(sae: TopKTrainingSAE, trial: Trial) -> None:
-    """What `initialize_in_subspace` does by the rule that the trial names."""
+    """Initialise with `initialize_in_subspace`, by the rule that the trial names."""
     _, _, spectrum, x = site(trial.model, trial.hook_name, trial.corpus)
     saesub.initialize_in_subspace(
         sae,
@@ -91,7 +91,7 @@ def package_start(sae: TopKTrainingSAE, trial: Trial) -> None:
 
 
 def untrained(trial: Trial, start: Start) -> TopKTrainingSAE:
-    """The SAE of a trial at step 0, with its start."""
+    """The SAE of a trial at step 0, initialised."""
     spectrum = site(trial.model, trial.hook_name, trial.corpus)[2]
     torch.manual_seed(trial.seed)
     sae = TopKTrainingSAE(
@@ -162,7 +162,7 @@ def run(
     `n_threads` threads each."""
     path = RESULTS / f"{name}.json"
     record = json.loads(path.read_text()) if path.is_file() else {"runs": [], "rows": []}
-    # Rows from before a setting was there have its default.
+    # A row older than a setting gets the setting's default.
     done = {
         Trial(**{f.name: row[f.name] for f in fields(Trial) if f.name in row})
         for row in record["rows"]

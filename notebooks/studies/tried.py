@@ -1,20 +1,22 @@
-"""What was tried beside the whitened start, at layer 12: powers of the spectrum, a mixture,
-encoders matched to a firing rate, and a subspace for each head at the concatenated head outputs.
+"""Try initialisations other than whitened data points, at layer 12.
+
+The rules are powers of the spectrum, a mixture, encoders matched to a firing rate, and a subspace
+for each head at the concatenated head outputs.
 
     python notebooks/studies/tried.py
 
-Writes data/results/studies/tried.json, to be read beside starts.json, which has random, flat and
-whitened starts at the same settings; an hour of one core.
+Writes data/results/studies/tried.json, to be read with starts.json, which has random, flat and
+whitened initialisations at the same settings; takes an hour on one core.
 
 "power p" is Gaussian with variances λ^p (0: isotropic in the whole space, 1: as the data; the
-package's "spectrum" is 1/2), encoder tied. "half flat, half whitened" is what it says. "flat by
-head" has each feature in the active subspace of one head, heads taking turns.
+package's "spectrum" is 1/2), encoder tied. "half flat, half whitened" has half of the rows by each
+rule. "flat by head" has each feature in the active subspace of one head, heads taking turns.
 
-"matched" means that every feature fires at the same rate at step 0. For Gaussian activations that
-is an encoder whose columns are scaled until all features vary alike: their centred pre-activations
-then pass any threshold equally often, the one of the top k in k of d_sae cases. The package does
-this for "whitened_data". "measured rate" sets the encoder's bias instead, until every
-pre-activation passes one threshold on k / d_sae of the tokens, whatever its distribution.
+"matched" means that every feature fires at the same rate at step 0. For Gaussian activations, the
+encoder's columns are scaled until all features have the same variance: their centred
+pre-activations then pass any threshold equally often, and the top-k threshold in k of d_sae cases.
+The package does this for "whitened_data". "measured rate" sets the encoder's bias instead, until
+every pre-activation passes one threshold on k / d_sae of the tokens, whatever its distribution.
 """
 
 from __future__ import annotations
@@ -61,7 +63,7 @@ def mixture(spectrum: saesub.Spectrum, x: Tensor, n: int, generator: torch.Gener
 
 
 def by_head(spectrum: saesub.Spectrum, x: Tensor, n: int, generator: torch.Generator) -> Tensor:
-    """Row i flat in the active subspace of head i, heads counted round and round."""
+    """Row i flat in the active subspace of head i, heads taking turns."""
     rows, heads = torch.zeros(n, spectrum.d), spectrum.d // D_HEAD
     for head in range(heads):
         part = slice(head * D_HEAD, (head + 1) * D_HEAD)

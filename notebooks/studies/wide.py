@@ -1,13 +1,13 @@
-"""Dictionaries as wide as two CPU cores allow: starts and optimizers at 2^13 to 2^17 features.
+"""Train dictionaries as wide as two CPU cores allow: 2^13 to 2^17 features.
 
     python notebooks/studies/wide.py
 
-Writes data/results/studies/wide.json, one SAE after another on one core. Every condition of every
-width gets the same 614,400 tokens, 300 steps and rate, so that the width alone differs. Two
-windows: `dead_share` is of the trained SAE over the 60,000 held-out tokens, on which a feature of
-the widest dictionary fires fifteen times on average: rare features count as dead.
-`dead_in_training` is over the last 245,760 tokens of training: features that died within them do
-not.
+Writes data/results/studies/wide.json, one SAE after another on one core. The conditions are
+initialisations and optimizers. Every condition of every width gets the same 614,400 tokens, 300
+steps and rate, so that only the width differs. There are two windows. `dead_share` is of the
+trained SAE over the 60,000 held-out tokens, on which a feature of the widest dictionary fires
+fifteen times on average; rare features count as dead. `dead_in_training` is over the last 245,760
+tokens of training; features that died within them do not count as dead.
 """
 
 from __future__ import annotations
