@@ -30,7 +30,7 @@ LEVEL = 0.8
 
 
 def trained() -> list[dict]:
-    """The rows of random and flat initialisations, trained with Adam for the most common length."""
+    """The rows of random and flat initialisations, trained with Adam for the default length."""
     rows = [row for name in ("starts", "d_init") for row in _rows(name)]
     return [
         row
