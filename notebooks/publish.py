@@ -35,8 +35,7 @@ from PIL.PngImagePlugin import PngInfo
 from saesub.errors import SaesubError
 from saesub.files import write_atomically
 from saesub.reproduce import claims
-from saesub.reproduce.plots.readme import dead_by_hook_point
-from saesub.reproduce.plots.style import SITES
+from saesub.reproduce.plots import SITES, dead_by_hook_point
 from saesub.reproduce.report import is_progress, memory_text
 
 if sys.version_info >= (3, 11):

@@ -14,7 +14,7 @@ from PIL import Image
 
 from saesub.errors import SaesubError
 from saesub.reproduce import claims
-from saesub.reproduce.plots.readme import dead_by_hook_point
+from saesub.reproduce.plots import dead_by_hook_point
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "data" / "results" / "quick" / "run.json"
