@@ -28,7 +28,7 @@ from saesub.init.subspace import choose_d_init, initialize_in_subspace
 from saesub.loading.corpora import load_corpus
 from saesub.loading.registry import read_registry, tomllib
 from saesub.paths import data_file
-from saesub.reproduce import claims
+from saesub.reproduce import claims, claims_table
 from saesub.reproduce.dead_forecast import forecast_dead
 from saesub.training.checkpoint import STATE_FILENAME, read_checkpoint_state
 from saesub.training.trainer import SubspaceSAETrainer
@@ -129,10 +129,10 @@ def test_a_registry_of_any_content(data: Any, tmp_path: Path, faults: Faults) ->
 def test_claims_of_any_content(data: Any, tmp_path: Path, faults: Faults) -> None:
     (tmp_path / "claims_01.json").write_text(json.dumps(data))
 
-    def read() -> claims.ClaimsTable:
+    def read() -> claims_table.ClaimsTable:
         return claims.scorecard(claims.collect(tmp_path))
 
-    def check(table: claims.ClaimsTable) -> None:
+    def check(table: claims_table.ClaimsTable) -> None:
         assert all([table.markdown(), table._repr_html_(), str(table)])
 
     refused_or(read, check)

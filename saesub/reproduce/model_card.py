@@ -14,7 +14,7 @@ from sae_lens import SAE
 from saesub.activations.spectrum import Spectrum
 from saesub.errors import SaesubError
 from saesub.loading.registry import packaged
-from saesub.reproduce.claims import ClaimsTable
+from saesub.reproduce.claims_table import ClaimsTable
 
 _PAPER = "arXiv 2508.16929, *Attention Layers Add Into Low-Dimensional Residual Subspaces*"
 _USE = """## Use

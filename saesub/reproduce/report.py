@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from saesub.reproduce.claims import ClaimsTable
+from saesub.reproduce.claims_table import ClaimsTable
 
 _PACKAGES = ("saesub", "torch", "transformer-lens", "sae-lens", "transformers", "datasets")
 # On a phone a claim is a block of lines, and figures keep a size at which they can be read: they
