@@ -252,7 +252,7 @@ def test_degenerate_activations_start_finite_features(kind: str, rule: Any, faul
         given = x if rule in ("data", "whitened_data") else None
         initialize_in_subspace(sae, spectrum, d_init, directions=rule, activations=given)
         assert all_finite(sae)
-    forecast = forecast_dead(spectrum, topk(D, 31), lr=1e-3)
+    forecast = forecast_dead(spectrum, topk(D, 31).cfg, lr=1e-3, d_init=D)
     assert 0 <= forecast.low <= forecast.dead_share <= forecast.high <= 1
     assert bool(geometric_median(x).isfinite().all())
     faults.survived("rank-1 and other degenerate activations: every start is finite", 4)
@@ -274,7 +274,7 @@ def test_constant_activations_are_refused_before_any_weight_moves(
     with pytest.raises(SaesubError, match="constant"):
         choose_d_init(spectrum)
     with pytest.raises(SaesubError, match="constant"):
-        forecast_dead(spectrum, topk(D, 31), lr=1e-3)
+        forecast_dead(spectrum, topk(D, 31).cfg, lr=1e-3, d_init=D)
     assert torch.allclose(geometric_median(x), x[0])
     faults.survived("constant activations: refused, weights as they were", 6)
 

@@ -6,37 +6,40 @@ Every function takes data (a tidy DataFrame, or a dict of arrays) and returns a 
 below.
 """
 
+from saesub.errors import needs_extra
 from saesub.reproduce.plots.drawing import CONDITIONS, SITES, style
-from saesub.reproduce.plots.features import (
-    cosine_histogram,
-    density_histogram,
-    probe_accuracy,
-    shared_features,
-)
-from saesub.reproduce.plots.outcomes import (
-    dead_against_rank,
-    dead_and_fvu,
-    dead_by_dictionary,
-    dead_by_hook_point,
-    forecast_and_outcome,
-    overlap_by_fate,
-    pareto,
-)
-from saesub.reproduce.plots.spectra import (
-    cumulative_variance,
-    loss_recovered,
-    predicted_variance,
-    rank_by_layer,
-    rank_heatmap,
-    singular_values,
-)
-from saesub.reproduce.plots.training import (
-    d_init_by_place,
-    d_init_sweep,
-    dead_over_tokens,
-    learning_rate,
-    width,
-)
+
+with needs_extra("saesub.reproduce.plots"):
+    from saesub.reproduce.plots.features import (
+        cosine_histogram,
+        density_histogram,
+        probe_accuracy,
+        shared_features,
+    )
+    from saesub.reproduce.plots.outcomes import (
+        dead_against_rank,
+        dead_and_fvu,
+        dead_by_dictionary,
+        dead_by_hook_point,
+        forecast_and_outcome,
+        overlap_by_fate,
+        pareto,
+    )
+    from saesub.reproduce.plots.spectra import (
+        cumulative_variance,
+        loss_recovered,
+        predicted_variance,
+        rank_by_layer,
+        rank_heatmap,
+        singular_values,
+    )
+    from saesub.reproduce.plots.training import (
+        d_init_by_place,
+        d_init_sweep,
+        dead_over_tokens,
+        learning_rate,
+        width,
+    )
 
 __all__ = [
     "CONDITIONS",

@@ -34,6 +34,8 @@ CONDITIONS = {
     "asi": "#332288",
     "asi + sparseadam": "#1E9BD0",
 }
+_LOOKS = SITES | {label.lower(): (label, color) for label, color in SITES.values()}
+_LOOKS |= {name: ("", color) for name, color in CONDITIONS.items()}
 _OTHER_COLOURS = ("#117733", "#E69F00", "#56B4E9", "#661100", "#999933", "#000000")
 _LINES = {"random": "--", "random + sparseadam": "-.", "asi + sparseadam": ":"}
 MARKERS = "oDs^vP"  # lines of a figure differ in their markers, or dashes, as well as in colour
@@ -108,38 +110,30 @@ def checked(frame: pd.DataFrame, *columns: str) -> None:
         raise SaesubError(f"NaN or Inf in {bad}; drop those rows before drawing")
 
 
-def site_looks(names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Label, colour and marker of each site, whether named `attn_out`, by hook point or label."""
-    others, markers, looks = cycle(_OTHER_COLOURS), cycle(MARKERS), {}
-    for name in dict.fromkeys(names):
-        short = name.rsplit("hook_", 1)[-1].lower()
-        known = (look for key, look in SITES.items() if short in (key, look[0].lower()))
-        label, color = next(known, None) or (name, next(others))
-        looks[name] = {"label": label, "color": color, "marker": next(markers)}
-    return looks
+def looks(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Label, colour, line style and marker of each site or condition.
 
-
-def condition_looks(names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Label, colour, line style and marker of each condition."""
-    others, markers, looks = cycle(_OTHER_COLOURS), cycle(MARKERS), {}
+    A site is known by its name in SITES, by a hook point that ends in it, or by its label.
+    """
+    others, markers, found = cycle(_OTHER_COLOURS), cycle(MARKERS), {}
     for name in dict.fromkeys(names):
-        key = " ".join(name.lower().replace("+", " + ").split())
-        color = CONDITIONS.get(key) or next(others)
+        key = " ".join(name.rsplit("hook_", 1)[-1].lower().replace("+", " + ").split())
+        label, color = _LOOKS.get(key) or ("", next(others))
         line = {"linestyle": _LINES.get(key, "-"), "marker": next(markers)}
-        looks[name] = {"label": name, "color": color} | line
-    return looks
+        found[name] = {"label": label or name, "color": color} | line
+    return found
 
 
 def curve_looks(names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Label, colour and dashes of a curve without markers for each site."""
-    looks = zip(site_looks(names).items(), cycle(("-", "--", "-.", ":")), strict=False)
-    return {name: look | {"marker": "", "linestyle": dash} for (name, look), dash in looks}
+    """The same for curves without markers, which differ in their dashes."""
+    dashed = zip(looks(names).items(), cycle(("-", "--", "-.", ":")), strict=False)
+    return {name: look | {"marker": "", "linestyle": dash} for (name, look), dash in dashed}
 
 
 def series(frame: pd.DataFrame, column: str) -> list[tuple[pd.DataFrame, dict[str, Any]]]:
     """The rows of each site or condition, in the order of the frame, with the look of each."""
-    looks = (condition_looks if column == "condition" else site_looks)(frame[column])
-    return [(pd.DataFrame(frame[frame[column] == name]), look) for name, look in looks.items()]
+    named = looks(frame[column]).items()
+    return [(pd.DataFrame(frame[frame[column] == name]), look) for name, look in named]
 
 
 def over_seeds(frame: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
@@ -182,7 +176,7 @@ def in_margin(axes: Axes, y: float, text: str, **look: Any) -> None:
 def paper_lines(paper: Mapping[str, float] | None) -> dict[float, str]:
     """The paper's values with their colour: grey where several sites share one."""
     colours: dict[float, str] = {}
-    for site, look in site_looks(paper or ()).items():
+    for site, look in looks(paper or ()).items():
         value = (paper or {})[site]
         colours[value] = NOTE if value in colours else look["color"]
     return colours

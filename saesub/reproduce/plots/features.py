@@ -38,16 +38,14 @@ def density_histogram(frame: pd.DataFrame) -> Figure:
     return figure
 
 
-def cosine_histogram(
-    frame: pd.DataFrame, label: str = "largest cosine to another feature"
-) -> Figure:
+def cosine_histogram(frame: pd.DataFrame) -> Figure:
     """The cosines of features, by condition. `frame`: condition, cosine."""
     draw.checked(frame, "condition", "cosine")
     bins = np.linspace(min(0.0, float(frame["cosine"].min())), 1, 51)
     with draw.closed_figure() as (figure, (axes,)):
         for rows, look in draw.series(frame, "condition"):
             draw.outlined(axes, rows["cosine"].to_numpy(dtype=float), bins, len(rows), look)
-        axes.set(xlabel=label, ylabel="share of features")
+        axes.set(xlabel="largest cosine to another feature", ylabel="share of features")
         draw.percent(axes.yaxis)
     return figure
 

@@ -143,18 +143,12 @@ def dead_by_dictionary(frame: pd.DataFrame) -> Figure:
 def dead_by_hook_point(frame: pd.DataFrame) -> Figure:
     """Dead features with a random and with a subspace initialisation, one line for each place.
 
-    The title counts the places at which the subspace initialisation leaves fewer features dead.
-    The marks are joined by a solid line there and by a dotted line elsewhere.
-
-    Args:
-        frame: one row for each place, in the order of drawing from the top, with the columns
-            `place` (text), `random` and `asi` (share of features that are dead).
-
-    Raises:
-        SaesubError: a column is missing, there are no rows, or a share is NaN or infinite.
+    The title counts the places at which the subspace initialisation leaves fewer features dead. The
+    marks are joined by a solid line there and by a dotted line elsewhere. `frame`: place, random,
+    asi (shares of features that are dead); one row for each place, from the top.
     """
     draw.checked(frame, "place", "random", "asi")
-    fewer, heights = frame["asi"] < frame["random"], range(len(frame))
+    fewer, heights = (frame["asi"] < frame["random"]).sum(), range(len(frame))
     size = draw.WIDE + 1.2, 1.5 + 0.28 * len(frame)
     with draw.closed_figure(size=size) as (figure, (axes,)):
         for height, row in enumerate(frame.to_dict("records")):
@@ -172,9 +166,8 @@ def dead_by_hook_point(frame: pd.DataFrame) -> Figure:
         axes.set_xlabel(
             "dead features: share of the SAE's features that never fire on held-out text"
         )
-        axes.set_title(
-            f"ASI leaves fewer features dead at {fewer.sum()} of {len(frame)} hook points"
-        )
+        title = f"ASI leaves fewer features dead at {fewer} of {len(frame)} hook points"
+        axes.set_title(title)
         figure.legend(loc="outside lower center", ncols=2)
     return figure
 
@@ -218,7 +211,7 @@ def forecast_and_outcome(frame: pd.DataFrame) -> Figure:
     draw.checked(frame, "hook_name", "model", "test", "forecast", "dead_share")
     markers = dict(zip(dict.fromkeys(frame["model"]), cycle(draw.MARKERS), strict=False))
     site = frame["hook_name"].str.split("hook_").str[-1]
-    looks = draw.site_looks(site)
+    looks = draw.looks(site)
     with draw.closed_figure(size=(6.4, 4.8)) as (figure, (axes,)):
         axes.plot([_LEAST, 1], [_LEAST, 1], color="#888888", lw=1.2, zorder=1)
         for kind, rows in frame.groupby([site, "model", "test"], sort=False):

@@ -5,8 +5,6 @@ Each takes a tidy DataFrame and returns a closed Figure, as all of `saesub.repro
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -81,11 +79,10 @@ def learning_rate(frame: pd.DataFrame) -> Figure:
     return figure
 
 
-def d_init_sweep(frame: pd.DataFrame, baseline: Mapping[str, float] | None = None) -> Figure:
+def d_init_sweep(frame: pd.DataFrame) -> Figure:
     """Dead features and FVU by d_init; points are runs, lines means.
 
-    `frame`: d_init_share, dead_share, fvu. `baseline`: the random initialisation's dead_share and
-    fvu.
+    `frame`: d_init_share, dead_share, fvu.
     """
     draw.checked(frame, "d_init_share", *OUTCOMES)
     color = draw.CONDITIONS["asi"]
@@ -93,8 +90,6 @@ def d_init_sweep(frame: pd.DataFrame, baseline: Mapping[str, float] | None = Non
         for axes, (column, label) in zip(panels, OUTCOMES.items(), strict=True):
             axes.plot(frame["d_init_share"], frame[column], "o", ms=5, alpha=0.6, color=color)
             axes.plot(draw.over_seeds(frame, "d_init_share", column)["mean"], color=color)
-            if baseline:
-                draw.beside(axes, baseline[column], "random", draw.CONDITIONS["random"])
             axes.set(xlabel="d_init (share of width)", title=label)
             axes.xaxis.set_major_locator(MaxNLocator(5))
             draw.percent(axes.xaxis)
