@@ -34,9 +34,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from saesub.errors import SaesubError
 from saesub.files import write_atomically
-from saesub.reproduce import claims
-from saesub.reproduce.plots.readme import dead_by_hook_point
-from saesub.reproduce.plots.style import SITES
+from saesub.reproduce import claims, paper_claims
+from saesub.reproduce.plots import SITES, dead_by_hook_point
 from saesub.reproduce.report import is_progress, memory_text
 
 if sys.version_info >= (3, 11):
@@ -303,8 +302,8 @@ def summary_table(rows: Iterable[dict]) -> str:
         )
         lines.append(f"| {' | '.join(cells)} |")
     told = (
-        f"Findings that hold in full: {verdicts[claims.HOLDS]}. Mixed: {verdicts[MIXED]}. "
-        f"Do not hold: {verdicts[claims.FAILS]}."
+        f"Findings that hold in full: {verdicts[paper_claims.HOLDS]}. Mixed: {verdicts[MIXED]}. "
+        f"Do not hold: {verdicts[paper_claims.FAILS]}."
     )
     return "\n".join([told, "", *lines])
 
@@ -328,10 +327,10 @@ def _value(row: dict) -> str:
 def _where(rows: Sequence[dict], shown: Sequence[dict]) -> str:
     """Where the shown claims hold and none of them fails, then every claim that does not hold or
     was not measured."""
-    failing = {row["n"] for row in shown if row["verdict"] == claims.FAILS}
-    held = [r["n"] for r in shown if r["verdict"] == claims.HOLDS and r["n"] not in failing]
+    failing = {row["n"] for row in shown if row["verdict"] == paper_claims.FAILS}
+    held = [r["n"] for r in shown if r["verdict"] == paper_claims.HOLDS and r["n"] not in failing]
     lines = [f"✔ {'; '.join(dict.fromkeys(held))}"] if held else []
-    for symbol, verdict in (("✘", claims.FAILS), ("–", claims.UNTESTED)):
+    for symbol, verdict in (("✘", paper_claims.FAILS), ("–", paper_claims.UNTESTED)):
         for row in rows:
             if row["verdict"] == verdict:
                 lines.append(
@@ -349,19 +348,19 @@ def _verdict(rows: Sequence[dict]) -> tuple[str, str]:
     for row in rows:
         by_claim.setdefault(row["id"], set()).add(row["verdict"])
     each = [v.copy().pop() if len(v) == 1 else MIXED for v in by_claim.values()]
-    tested = [v for v in each if v != claims.UNTESTED]
-    if tested and set(tested) == {claims.HOLDS}:
-        whole = claims.HOLDS
-    elif set(tested) <= {claims.FAILS}:
-        whole = claims.FAILS if tested else claims.UNTESTED
+    tested = [v for v in each if v != paper_claims.UNTESTED]
+    if tested and set(tested) == {paper_claims.HOLDS}:
+        whole = paper_claims.HOLDS
+    elif set(tested) <= {paper_claims.FAILS}:
+        whole = paper_claims.FAILS if tested else paper_claims.UNTESTED
     else:
         whole = MIXED
     symbols = {
-        claims.HOLDS: "✔",
-        claims.DIRECTION: "↗",
-        claims.FAILS: "✘",
+        paper_claims.HOLDS: "✔",
+        paper_claims.DIRECTION: "↗",
+        paper_claims.FAILS: "✘",
         MIXED: "mixed",
-        claims.UNTESTED: "–",
+        paper_claims.UNTESTED: "–",
     }
     counts = [f"{n} {symbol}" for name, symbol in symbols.items() if (n := each.count(name))]
     return whole, ", ".join(counts)

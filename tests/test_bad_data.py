@@ -28,7 +28,7 @@ from saesub.init.subspace import choose_d_init, initialize_in_subspace
 from saesub.loading.corpora import load_corpus
 from saesub.loading.registry import read_registry, tomllib
 from saesub.paths import data_file
-from saesub.reproduce import claims
+from saesub.reproduce import claims, claims_table
 from saesub.reproduce.dead_forecast import forecast_dead
 from saesub.training.checkpoint import STATE_FILENAME, read_checkpoint_state
 from saesub.training.trainer import SubspaceSAETrainer
@@ -129,10 +129,10 @@ def test_a_registry_of_any_content(data: Any, tmp_path: Path, faults: Faults) ->
 def test_claims_of_any_content(data: Any, tmp_path: Path, faults: Faults) -> None:
     (tmp_path / "claims_01.json").write_text(json.dumps(data))
 
-    def read() -> claims.ClaimsTable:
+    def read() -> claims_table.ClaimsTable:
         return claims.scorecard(claims.collect(tmp_path))
 
-    def check(table: claims.ClaimsTable) -> None:
+    def check(table: claims_table.ClaimsTable) -> None:
         assert all([table.markdown(), table._repr_html_(), str(table)])
 
     refused_or(read, check)
@@ -252,7 +252,7 @@ def test_degenerate_activations_start_finite_features(kind: str, rule: Any, faul
         given = x if rule in ("data", "whitened_data") else None
         initialize_in_subspace(sae, spectrum, d_init, directions=rule, activations=given)
         assert all_finite(sae)
-    forecast = forecast_dead(spectrum, topk(D, 31), lr=1e-3)
+    forecast = forecast_dead(spectrum, topk(D, 31).cfg, lr=1e-3, d_init=D)
     assert 0 <= forecast.low <= forecast.dead_share <= forecast.high <= 1
     assert bool(geometric_median(x).isfinite().all())
     faults.survived("rank-1 and other degenerate activations: every start is finite", 4)
@@ -274,7 +274,7 @@ def test_constant_activations_are_refused_before_any_weight_moves(
     with pytest.raises(SaesubError, match="constant"):
         choose_d_init(spectrum)
     with pytest.raises(SaesubError, match="constant"):
-        forecast_dead(spectrum, topk(D, 31), lr=1e-3)
+        forecast_dead(spectrum, topk(D, 31).cfg, lr=1e-3, d_init=D)
     assert torch.allclose(geometric_median(x), x[0])
     faults.survived("constant activations: refused, weights as they were", 6)
 

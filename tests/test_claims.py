@@ -7,20 +7,20 @@ import math
 import pytest
 
 from saesub.errors import SaesubError
-from saesub.reproduce import claims
+from saesub.reproduce import claims, paper_claims
 from saesub.reproduce.claims import Measurement
 
 
-@pytest.mark.parametrize("claim", claims.load_claims().values(), ids=lambda c: c.id)
+@pytest.mark.parametrize("claim", paper_claims.load_claims().values(), ids=lambda c: c.id)
 def test_every_claim_is_consistent(claim):
     assert claim.finding == claim.id.split(".")[0]
     assert claim.claim
     if claim.paper_value is not None and claim.holds.edges:
-        assert claims.verdict(claim, claim.paper_value) == "holds"
+        assert paper_claims.verdict(claim, claim.paper_value) == "holds"
     for edge in claim.holds.edges:
-        assert claims.verdict(claim, edge) == "holds", "the intervals are closed"
+        assert paper_claims.verdict(claim, edge) == "holds", "the intervals are closed"
     for edge in claim.direction.edges:
-        assert claims.verdict(claim, edge) in ("holds", "holds in direction")
+        assert paper_claims.verdict(claim, edge) in ("holds", "holds in direction")
 
 
 @pytest.mark.parametrize(
@@ -42,12 +42,12 @@ def test_every_claim_is_consistent(claim):
     ],
 )
 def test_verdicts(claim, value, expected):
-    assert claims.verdict(claim, value) == expected
+    assert paper_claims.verdict(paper_claims.find(claim), value) == expected
 
 
 def test_all_findings_of_the_paper_are_there():
     assert [f"F{i}" for i in range(1, 13)] == list(
-        dict.fromkeys(c.finding for c in claims.load_claims().values())
+        dict.fromkeys(c.finding for c in paper_claims.load_claims().values())
     )
 
 
@@ -120,7 +120,7 @@ def test_nothing_is_written_without_a_results_folder(tmp_path, monkeypatch):
 def test_scorecard_lists_every_claim_measured_or_not():
     rows = claims.compare([Measurement("F6.fvu", -0.01)], "05").rows
     table = claims.scorecard(rows)
-    assert [r["id"] for r in table.rows] == list(claims.load_claims())
+    assert [r["id"] for r in table.rows] == list(paper_claims.load_claims())
     assert table.counts()["holds"] == 1
     assert table.counts()["not testable here"] == len(table.rows) - 1
     assert claims.scorecard(rows, whole=False).rows == rows

@@ -6,12 +6,10 @@ import json
 
 import numpy as np
 import pytest
-import torch
-from sae_lens import StandardTrainingSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens import StandardTrainingSAEConfig, TopKTrainingSAEConfig
 
 from saesub.activations.spectrum import Spectrum
 from saesub.errors import SaesubError
-from saesub.init.subspace import initialize_in_subspace
 from saesub.paths import data_file
 from saesub.reproduce.dead_forecast import (
     LEAST,
@@ -72,36 +70,28 @@ def test_fit_and_test_have_no_hook_point_in_common_and_the_errors_are_those_stat
         assert stated["mean_absolute_error"] == pytest.approx(np.mean(gaps))
 
 
-def test_a_wider_dictionary_a_higher_rate_and_a_random_start_lose_more(spectrum):
-    narrow = forecast_dead(spectrum, _cfg(), lr=2e-3)
+def test_a_wider_dictionary_a_higher_rate_and_a_random_initialisation_lose_more(spectrum):
+    whole = spectrum.d
+    narrow = forecast_dead(spectrum, _cfg(), lr=2e-3, d_init=whole)
     assert LEAST <= narrow.low < narrow.dead_share < narrow.high < 1
-    assert forecast_dead(spectrum, _cfg(d_sae=16_384), lr=2e-3).dead_share > narrow.dead_share
-    assert forecast_dead(spectrum, _cfg(), lr=1e-3).dead_share < narrow.dead_share
+    wide = forecast_dead(spectrum, _cfg(d_sae=16_384), lr=2e-3, d_init=whole)
+    assert wide.dead_share > narrow.dead_share
+    slow = forecast_dead(spectrum, _cfg(), lr=1e-3, d_init=whole)
+    assert slow.dead_share < narrow.dead_share
     asi = forecast_dead(spectrum, _cfg(), lr=2e-3, d_init="auto")
     assert asi.dead_share < narrow.dead_share
     assert asi.waste < narrow.waste
     assert asi.crowding > narrow.crowding == 0
 
 
-def test_it_reads_the_start_from_the_sae(spectrum, activations):
-    torch.manual_seed(0)
-    sae = TopKTrainingSAE(_cfg(d_sae=1024))
-    assert forecast_dead(spectrum, sae, lr=2e-3) == forecast_dead(spectrum, sae.cfg, lr=2e-3)
-    initialize_in_subspace(sae, spectrum, 100)
-    assert forecast_dead(spectrum, sae, lr=2e-3) == forecast_dead(
-        spectrum, _cfg(d_sae=1024), lr=2e-3, d_init=100
-    )
-    initialize_in_subspace(sae, spectrum, directions="data", activations=activations)
-    with pytest.raises(SaesubError, match="random and flat starts"):
-        forecast_dead(spectrum, sae, lr=2e-3)
-
-
 def test_what_it_refuses(spectrum):
     with pytest.raises(SaesubError, match="no top-k threshold"):
-        forecast_dead(spectrum, StandardTrainingSAEConfig(d_in=576, d_sae=1024), lr=1e-3)
+        forecast_dead(
+            spectrum, StandardTrainingSAEConfig(d_in=576, d_sae=1024), lr=1e-3, d_init=100
+        )
     with pytest.raises(SaesubError, match="576 wide, the SAE reads 64"):
-        forecast_dead(spectrum, _cfg(d_in=64), lr=1e-3)
+        forecast_dead(spectrum, _cfg(d_in=64), lr=1e-3, d_init=100)
     with pytest.raises(SaesubError, match="lr must be positive"):
-        forecast_dead(spectrum, _cfg(), lr=0)
+        forecast_dead(spectrum, _cfg(), lr=0, d_init=100)
     with pytest.raises(SaesubError, match="out of range"):
         forecast_dead(spectrum, _cfg(), lr=1e-3, d_init=577)

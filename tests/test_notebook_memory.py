@@ -28,8 +28,8 @@ def test_a_run_records_its_own_kernels_peak_memory(tmp_path, monkeypatch):
     large, small = runner.reproduce("smoke", results=tmp_path, quiet=True)
     assert "ZeroDivisionError" in large.error
     assert not small.error
-    assert 400e6 < large.peak_memory["cpu"] < 1e9
-    assert 20e6 < small.peak_memory["cpu"] < 300e6
+    assert large.peak_memory["cpu"] > 400e6
+    assert 0 < small.peak_memory["cpu"] < large.peak_memory["cpu"] - 300e6
     assert "gpu" not in small.peak_memory
     stamp = json.loads((tmp_path / "smoke" / "runs" / "01_small.json").read_text())
     assert stamp["peak_memory"] == small.peak_memory

@@ -16,12 +16,12 @@ MB = 2**20
 
 def _hold(*sizes: int) -> None:
     kept = [torch.ones(size * MB // 4) for size in sizes]
-    time.sleep(0.1)
+    time.sleep(0.5)  # many samples, on a loaded machine too
     assert len(kept) == len(sizes)
 
 
 def _peaks() -> list[int]:
-    work = [lambda: _hold(150, 50), lambda: (_hold(50), _hold(60)), lambda: _hold(*[1] * 100)]
+    work = [lambda: _hold(300, 100), lambda: (_hold(150), _hold(200)), lambda: _hold(*[1] * 100)]
     _hold(*[1] * 100)  # blocks small enough to be kept by the allocator
     return [peak_memory_of(one) for one in work]
 
@@ -30,7 +30,8 @@ def test_it_is_what_the_work_holds_at_once_and_memory_freed_before_does_not_hide
     """In a process of its own: what other tests left would be given back meanwhile."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         peaks = pool.submit(_peaks).result()
-    assert peaks == pytest.approx([200 * MB, 60 * MB, 100 * MB], rel=0.1)
+    for peak, held in zip(peaks, (400 * MB, 200 * MB, 100 * MB), strict=True):
+        assert 0.9 * held < peak < held + 50 * MB, "not less, and no sum of what is held in turn"
 
 
 def test_an_error_of_the_work_is_raised():

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.collections import PathCollection
 
 from saesub.errors import SaesubError
-from saesub.reproduce.plots.dictionaries import dead_by_dictionary
+from saesub.reproduce.plots import dead_by_dictionary
 
 matplotlib.use("Agg")
 

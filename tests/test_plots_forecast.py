@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from saesub.errors import SaesubError
-from saesub.reproduce.plots.forecast import d_init_by_place, forecast_and_outcome
+from saesub.reproduce.plots import d_init_by_place, forecast_and_outcome
 
 SWEEP = pd.DataFrame(
     {

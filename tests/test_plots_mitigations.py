@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from saesub.errors import SaesubError
-from saesub.reproduce.plots.mitigations import pareto
+from saesub.reproduce.plots import pareto
 
 FRAME = pd.DataFrame(
     {

@@ -13,8 +13,8 @@ from nbformat.v4 import new_code_cell, new_notebook, new_output
 from PIL import Image
 
 from saesub.errors import SaesubError
-from saesub.reproduce import claims
-from saesub.reproduce.plots.readme import dead_by_hook_point
+from saesub.reproduce import claims, claims_table, paper_claims
+from saesub.reproduce.plots import dead_by_hook_point
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "data" / "results" / "quick" / "run.json"
@@ -58,7 +58,7 @@ def test_every_recorded_claim_is_in_its_notebook(row):
     (path,) = (ROOT / "notebooks").glob(f"{row['notebook']}_*.ipynb")
     last = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"][-1]
     shown = "".join(out.get("data", {}).get("text/html", "") for out in last.outputs)
-    assert claims._html_row(row) in shown
+    assert claims_table.html_row(row) in shown
 
 
 def test_every_notebook_has_a_record():
@@ -90,7 +90,7 @@ def test_cleaning_drops_what_papermill_added_and_progress_bars():
 
 
 def _row(claim, verdict, value=0.5, notebook="05", n="here"):
-    found = claims.find(claim)
+    found = paper_claims.find(claim)
     texts = {"finding": found.finding, "claim": found.claim, "unit": found.unit}
     figures = {"paper": found.paper, "paper_value": found.paper_value, "value": value}
     return {"id": claim, "verdict": verdict, "interval": None, "n": n, "note": ""} | (
@@ -108,12 +108,12 @@ def _line(rows, finding):
 @pytest.mark.parametrize(
     ("verdicts", "whole", "counts"),
     [
-        ([claims.HOLDS], "holds", "1 ✔, 3 –"),
-        ([claims.HOLDS, claims.HOLDS], "holds", "2 ✔, 2 –"),
-        ([claims.HOLDS, claims.DIRECTION], "mixed", "1 ✔, 1 ↗, 2 –"),
-        ([claims.HOLDS, claims.FAILS], "mixed", "1 ✔, 1 ✘, 2 –"),
-        ([claims.DIRECTION], "mixed", "1 ↗, 3 –"),
-        ([claims.FAILS, claims.FAILS], "does not hold", "2 ✘, 2 –"),
+        ([paper_claims.HOLDS], "holds", "1 ✔, 3 –"),
+        ([paper_claims.HOLDS, paper_claims.HOLDS], "holds", "2 ✔, 2 –"),
+        ([paper_claims.HOLDS, paper_claims.DIRECTION], "mixed", "1 ✔, 1 ↗, 2 –"),
+        ([paper_claims.HOLDS, paper_claims.FAILS], "mixed", "1 ✔, 1 ✘, 2 –"),
+        ([paper_claims.DIRECTION], "mixed", "1 ↗, 3 –"),
+        ([paper_claims.FAILS, paper_claims.FAILS], "does not hold", "2 ✘, 2 –"),
         ([], "not testable here", "4 –"),
     ],
 )
@@ -126,10 +126,10 @@ def test_a_findings_verdict_is_that_of_its_recorded_claims(verdicts, whole, coun
 
 def test_a_claim_that_holds_in_one_regime_and_fails_in_another_is_mixed_and_both_are_named():
     rows = [
-        _row("F6.baseline_dead", claims.DIRECTION, 0.1, n="narrow"),
-        _row("F6.asi_dead", claims.HOLDS, 0.005, n="narrow"),
-        _row("F6.baseline_dead", claims.HOLDS, 0.5, "06", n="wide"),
-        _row("F6.asi_dead", claims.FAILS, 0.25, "06", n="wide"),
+        _row("F6.baseline_dead", paper_claims.DIRECTION, 0.1, n="narrow"),
+        _row("F6.asi_dead", paper_claims.HOLDS, 0.005, n="narrow"),
+        _row("F6.baseline_dead", paper_claims.HOLDS, 0.5, "06", n="wide"),
+        _row("F6.asi_dead", paper_claims.FAILS, 0.25, "06", n="wide"),
     ]
     paper, here, where, verdict = _line(rows, "ASI saves features")
     assert paper == "87 % → < 1 %"
@@ -142,14 +142,18 @@ def test_a_claim_that_holds_in_one_regime_and_fails_in_another_is_mixed_and_both
 
 
 def test_what_goes_beyond_the_paper_is_no_verdict_on_the_papers_finding():
-    rows = [_row("F5.correlation", claims.HOLDS), _row("F5.forecast", claims.FAILS)]
+    rows = [_row("F5.correlation", paper_claims.HOLDS), _row("F5.forecast", paper_claims.FAILS)]
     *_, where, verdict = _line(rows, "Features die where the rank is low")
     assert "✘" not in where + verdict
 
 
 def test_findings_are_counted_by_verdict_above_their_table():
-    rows = [_row(claim, claims.HOLDS) for claim in claims.load_claims() if claim.startswith("F4.")]
-    rows += [_row("F9.best", claims.FAILS), _row("F12.twins", claims.DIRECTION)]
+    rows = [
+        _row(claim, paper_claims.HOLDS)
+        for claim in paper_claims.load_claims()
+        if claim.startswith("F4.")
+    ]
+    rows += [_row("F9.best", paper_claims.FAILS), _row("F12.twins", paper_claims.DIRECTION)]
     told = publish["summary_table"](rows).splitlines()[0]
     assert told == "Findings that hold in full: 1. Mixed: 1. Do not hold: 1."
 

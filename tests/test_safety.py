@@ -31,7 +31,7 @@ from saesub.loading.corpora import load_corpus
 from saesub.loading.download import fetch
 from saesub.loading.models import load_model
 from saesub.loading.registry import Packaged, PackagedFile, Part, packaged, read_registry
-from saesub.reproduce import claims
+from saesub.reproduce import claims, claims_table
 from saesub.reproduce.report import Outcome, report_page
 from saesub.training.checkpoint import write_checkpoint_state
 from saesub.training.trainer import SubspaceSAETrainer
@@ -244,14 +244,14 @@ def test_text_of_contexts_is_escaped(faults: Faults) -> None:
 
 def test_texts_of_claims_are_escaped(faults: Faults) -> None:
     rows = claims.compare([claims.Measurement("F6.fvu", 0.0, n=SCRIPT, note=SCRIPT)], "05").rows
-    assert_shown_as_text(claims.ClaimsTable(rows)._repr_html_())
+    assert_shown_as_text(claims_table.ClaimsTable(rows)._repr_html_())
     for column in ("id", "claim", "paper", "verdict"):
         bad = [rows[0] | {column: SCRIPT}]
         if column == "verdict":
             with pytest.raises(SaesubError, match="verdict"):
-                claims.ClaimsTable(bad)
+                claims_table.ClaimsTable(bad)
         else:
-            assert_shown_as_text(claims.ClaimsTable(bad)._repr_html_())
+            assert_shown_as_text(claims_table.ClaimsTable(bad)._repr_html_())
     faults.survived("markup in a text, shown as text", 5)
 
 
@@ -262,7 +262,7 @@ def test_the_reports_own_texts_are_escaped(tmp_path: Path, faults: Faults) -> No
     cell = nbformat.v4.new_code_cell("x", outputs=[output, shown])
     nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "00_x.ipynb")
     runs = [Outcome("00_x", "", 1.0, SCRIPT), Outcome(SCRIPT, "", 1.0)]
-    page = report_page(tmp_path, "smoke", claims.ClaimsTable([]), runs)
+    page = report_page(tmp_path, "smoke", claims_table.ClaimsTable([]), runs)
     assert_shown_as_text(page)
     assert Tags(page).text.count(SCRIPT) == 4
     faults.survived("markup in a text, shown as text", 4)

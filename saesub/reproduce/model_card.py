@@ -1,6 +1,6 @@
-"""What the hub shows of an SAE: how it started, where it reads, what was measured, whose weights.
+"""Writes an SAE's model card: its initialisation, spectrum, measured claims and licence.
 
-SAELens uploads the SAE (`sae_lens.upload_saes_to_huggingface`); its own card names files alone.
+SAELens uploads the SAE (`sae_lens.upload_saes_to_huggingface`); its own card only names the files.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from sae_lens import SAE
 from saesub.activations.spectrum import Spectrum
 from saesub.errors import SaesubError
 from saesub.loading.registry import packaged
-from saesub.reproduce.claims import ClaimsTable
+from saesub.reproduce.claims_table import ClaimsTable
 
 _PAPER = "arXiv 2508.16929, *Attention Layers Add Into Low-Dimensional Residual Subspaces*"
 _USE = """## Use
@@ -37,8 +37,8 @@ def model_card(
     """A model card in the hub's format: YAML front matter and Markdown.
 
     Args:
-        sae: trained; its metadata tell how it started and what was counted in training.
-        spectrum: of the activations that it reconstructs; names the model and the hook point.
+        sae: trained; its metadata hold its initialisation and what was counted in training.
+        spectrum: of the activations that it reconstructs; its metadata name the model.
         claims: what was measured on it, from `saesub.reproduce.claims.compare`.
         licence: of the model it was trained on, an identifier of the hub ("apache-2.0", "gemma")
             or words; packaged models bring theirs.
@@ -53,13 +53,16 @@ def model_card(
             "the spectrum does not name its model: measure it with saesub.measure_spectrum"
         )
     if spectrum.d != sae.W_dec.shape[1]:
-        raise SaesubError(f"the spectrum is {spectrum.d} wide, the SAE writes {sae.W_dec.shape[1]}")
+        raise SaesubError(
+            f"the spectrum is {spectrum.d} wide, the SAE writes {sae.W_dec.shape[1]}: "
+            "give the spectrum of the activations that it reconstructs"
+        )
     source, licence = _source(name, licence)
     sections = [
         f"# {sae.cfg.architecture()} SAE, {sae.cfg.d_sae:,} features, for {name}",
         _list("Where it reads", spectrum.metadata),
         _list("The spectrum there", _summary(spectrum)),
-        _list("How it started", _start(sae)),
+        _list("How it was initialised", _initialisation(sae)),
         _list("How it was trained", _training(sae)),
         f"## Claims of {_PAPER}\n\n" + (claims.markdown() if claims else "Not measured."),
         f"## Licence\n\nTrained on activations of {source}, whose licence is: {licence}.",
@@ -101,7 +104,7 @@ def _summary(spectrum: Spectrum) -> dict[str, Any]:
     }
 
 
-def _start(sae: SAE[Any]) -> dict[str, Any]:
+def _initialisation(sae: SAE[Any]) -> dict[str, Any]:
     return sae.cfg.metadata.subspace_init or {"directions": "SAELens' own random ones"}
 
 

@@ -1,0 +1,107 @@
+"""The table of claims: one set of texts for each row, shown as HTML, text or Markdown."""
+
+from __future__ import annotations
+
+import html
+import textwrap
+from collections.abc import Sequence
+
+from saesub.errors import SaesubError, near_names
+from saesub.reproduce.paper_claims import DIRECTION, FAILS, HOLDS, UNTESTED, doubt, find
+
+# Okabe-Ito colours darkened for text, each with its own symbol.
+_LOOK = {
+    HOLDS: ("✔", "#005f8f"),
+    DIRECTION: ("↗", "#8a5a00"),
+    FAILS: ("✘", "#b33c00"),
+    UNTESTED: ("–", "#666666"),
+}
+VERDICTS = tuple(_LOOK)
+_HEAD = ("Claim", "Paper", "Here", "Verdict")
+_STYLE = "text-align:left;vertical-align:top;white-space:normal"
+
+
+class ClaimsTable:
+    """Rows of claim, paper's figure, value here and verdict; shows itself as HTML or text.
+
+    Raises `SaesubError` for a verdict that does not exist.
+    """
+
+    def __init__(self, rows: Sequence[dict]) -> None:
+        self.rows = list(rows)
+        if bad := [row["verdict"] for row in rows if row["verdict"] not in VERDICTS]:
+            raise SaesubError(f"no verdict {bad[0]!r}; {near_names(bad[0], VERDICTS)}")
+
+    def counts(self) -> dict[str, int]:
+        """How many rows have each verdict."""
+        return {v: sum(row["verdict"] == v for row in self.rows) for v in VERDICTS}
+
+    def __str__(self) -> str:
+        counts = self.counts().items()
+        totals = "   ".join(f"{_LOOK[v][0]} {n} {v}" for v, n in counts if n)
+        return "\n".join([totals, *(_text(_texts(row)) for row in self.rows)])
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th style='text-align:left'>{h}</th>" for h in _HEAD)
+        body = "".join(map(html_row, self.rows))
+        return (
+            "<div style='overflow-x:auto'><table class='saesub-claims'>"
+            f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        )
+
+    def markdown(self) -> str:
+        """A Markdown table, one line per claim, with the notebook and without the notes.
+
+        Raises `SaesubError` for a claim that is not in the paper's list.
+        """
+        lines = [(*_HEAD, "Notebook"), ("---",) * 5]
+        for row in self.rows:
+            unsure = doubt(find(row["id"]), row["value"], row["interval"])
+            t = {key: text.replace("|", "\\|") for key, text in _texts(row).items()}
+            judged = f"{t['symbol']} {t['verdict']}" + f" ({unsure})" * bool(unsure)
+            lines.append(
+                (f"**{t['id']}** {t['claim']}", t["paper"], t["here"], judged, t["notebook"])
+            )
+        return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _texts(row: dict) -> dict[str, str]:
+    """What every form of the table shows of a row."""
+    symbol, colour = _LOOK[row["verdict"]]
+    texts = {key: row[key] for key in ("id", "claim", "verdict", "n", "note", "notebook")}
+    paper = row["paper"] or "none given"
+    return texts | {"symbol": symbol, "colour": colour, "paper": paper, "here": _here(row)}
+
+
+def _text(t: dict[str, str]) -> str:
+    figures = f"paper {t['paper']} · here {t['here']}"
+    lines = [f"\n{t['symbol']} {t['id']}: {t['verdict']}"]
+    for text in (t["claim"], " · ".join(filter(None, [figures, t["n"], t["note"]]))):
+        lines += textwrap.wrap(text, 96, initial_indent="    ", subsequent_indent="    ")
+    return "\n".join(lines)
+
+
+def html_row(row: dict) -> str:
+    """A row of the HTML table, every text escaped."""
+    t = {key: html.escape(text) for key, text in _texts(row).items()}
+    n, note = (f"<small>{t[key]}</small>" if t[key] else "" for key in ("n", "note"))
+    cells = (
+        f"<b>{t['id']}</b><br>{t['claim']}",
+        t["paper"],
+        "<br>".join(filter(None, [t["here"], n])),
+        f"<b style='color:{t['colour']}'>{t['symbol']} {t['verdict']}</b><br>{note}",
+    )
+    return "<tr>" + "".join(f"<td style='{_STYLE}'>{cell}</td>" for cell in cells) + "</tr>"
+
+
+def _here(row: dict) -> str:
+    if row["value"] is None:
+        return "not measured"
+    show = _percent if row["unit"].startswith("share") else "{:.3g}".format
+    interval = [show(end) for end in row["interval"] or ()]
+    return show(row["value"]) + f" [{', '.join(interval)}]" * bool(interval)
+
+
+def _percent(value: float) -> str:
+    digits = 1 if abs(value) >= 0.01 or value == 0 else 2
+    return f"{100 * value:.{digits}f} %"

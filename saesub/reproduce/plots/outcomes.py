@@ -1,0 +1,226 @@
+"""Figures on trained SAEs: what is dead or unexplained by rank, condition, kind and hook point.
+
+Each takes a tidy DataFrame and returns a closed Figure, as all of `saesub.reproduce.plots` do.
+"""
+
+from __future__ import annotations
+
+from itertools import cycle, product
+from typing import cast
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.transforms import Bbox
+
+from saesub.reproduce.plots import drawing as draw
+from saesub.reproduce.plots.training import OUTCOMES
+
+# Okabe and Ito's colours, and after one round of them the next marker.
+_MITIGATIONS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"]
+_LINEAR_BELOW = 1e-3  # of the features: there the axis of shares passes from linear to logarithmic
+_LEAST = 1e-4  # of the features: the forecast draws smaller shares there
+
+
+def dead_against_rank(frame: pd.DataFrame) -> Figure:
+    """Share of dead features against the rank of the site, one point per SAE.
+
+    `frame`: rank_share, dead_share, site, label. A label is drawn where there is room for it.
+    """
+    draw.checked(frame, "rank_share", "dead_share", "site", "label")
+    with draw.closed_figure(size=(draw.WIDE, 4.4)) as (figure, (axes,)):
+        for rows, look in draw.series(frame, "site"):
+            axes.scatter(rows["rank_share"], rows["dead_share"], s=34, **look)
+        axes.set(xlabel="rank at 99 % of variance (share of width)", ylabel="dead features")
+        axes.margins(0.08)
+        draw.percent(axes.xaxis, axes.yaxis)
+        draw.legend_above(figure)
+        _label_points(figure, axes, frame)
+    return figure
+
+
+def _label_points(figure: Figure, axes: Axes, frame: pd.DataFrame) -> None:
+    """Writes each point's label beside it, unless that would cover a point or another label."""
+    figure.draw_without_rendering()
+    points = frame[["rank_share", "dead_share"]].to_numpy(dtype=float)
+    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in axes.transData.transform(points)]
+    sides = (((7, 0), "left"), ((-7, 0), "right"), ((0, 9), "center"), ((0, -9), "center"))
+    for point, text in zip(points, frame["label"], strict=True):
+        for shift, side in sides:
+            place = {"xytext": shift, "textcoords": "offset points", "ha": side, "va": "center"}
+            note = axes.annotate(str(text), tuple(point), fontsize=8.5, color=draw.NOTE, **place)
+            box = note.get_window_extent()
+            if box.count_overlaps(taken) == 0 and axes.bbox.containsx(box.x1):
+                taken.append(box)
+                break
+            note.remove()
+
+
+def overlap_by_fate(frame: pd.DataFrame) -> Figure:
+    """How far features lay in the active subspace at initialisation, by whether they lived.
+
+    `frame`: overlap (share of the initial direction's squared norm), alive (bool).
+    """
+    draw.checked(frame, "overlap", "alive")
+    alive = frame["alive"].astype(bool)
+    bins = np.histogram_bin_edges(frame["overlap"], bins=40)
+    with draw.closed_figure(size=(draw.WIDE, 3.6)) as (figure, (axes,)):
+        for rows, name, color in ((alive, "alive", "#0072B2"), (~alive, "dead", "#D55E00")):
+            values = frame.loc[rows, "overlap"].to_numpy(dtype=float)
+            if len(values):
+                look = {"color": color, "label": f"{name} at the end ({len(values):,})"}
+                draw.outlined(axes, values, bins, len(values), look)
+                axes.axvline(float(np.median(values)), color=color, lw=1.4, ls="--")
+        axes.set_xlabel(
+            "share of the initial direction inside the active subspace (dashed: median)"
+        )
+        axes.set_ylabel("share of features of that fate")
+        draw.percent(axes.xaxis, axes.yaxis)
+    return figure
+
+
+def dead_and_fvu(frame: pd.DataFrame) -> Figure:
+    """Dead features and FVU by condition and width, a point per seed, a bar at their mean.
+
+    `frame`: condition, d_sae, dead_share, fvu, seed.
+    """
+    draw.checked(frame, "condition", "d_sae", "dead_share", "fvu", "seed")
+    markers = dict(zip(sorted(frame["d_sae"].unique()), cycle(draw.MARKERS), strict=False))
+    groups = [
+        (look, d, seeds)
+        for rows, look in draw.series(frame, "condition")
+        for d, seeds in rows.groupby("d_sae")
+    ]
+    width = "\n{:,} features" if len(markers) > 1 else ""
+    names = [look["label"] + width.format(d) for look, d, _ in groups]
+    with draw.closed_figure(2, size=(draw.WIDE, 1.3 + 0.42 * len(groups))) as (figure, panels):
+        for axes, (column, label) in zip(panels, OUTCOMES.items(), strict=True):
+            for place, (look, d, seeds) in enumerate(groups):
+                color, values = look["color"], seeds[column]
+                axes.plot(values, [place] * len(values), markers[d], color=color, ms=7, alpha=0.75)
+                axes.plot([values.mean()] * 2, [place - 0.3, place + 0.3], color=color, lw=2)
+            axes.set_yticks(range(len(groups)), names if axes is panels[0] else [])
+            axes.set_ylim(len(groups) - 0.5, -0.5)
+            axes.margins(x=0.1)
+            axes.set_xlabel(label)
+            axes.xaxis.set_major_locator(MaxNLocator(4))
+        draw.percent_from_zero(panels[0].xaxis)
+    return figure
+
+
+def dead_by_dictionary(frame: pd.DataFrame) -> Figure:
+    """Dead features of each kind of dictionary, a line from its least to its most condition.
+
+    Large marks are means over seeds, small ones the seeds. `frame`: dictionary, condition,
+    dead_share; one row per seed. Dictionaries stand in the order of the frame.
+    """
+    draw.checked(frame, "dictionary", "condition", "dead_share")
+    names = list(dict.fromkeys(frame["dictionary"]))
+    with draw.closed_figure(size=(draw.WIDE, 1.5 + 0.36 * len(names))) as (figure, (axes,)):
+        for place, (_, rows) in enumerate(frame.groupby("dictionary", sort=False)):
+            means = draw.over_seeds(rows, "condition", "dead_share")["mean"]
+            ends = means.min(), means.max()
+            axes.plot(ends, [place] * 2, color="#bbbbbb", lw=2.5, zorder=1)
+        for rows, look in draw.series(frame, "condition"):
+            mark = {"color": look["color"], "marker": look["marker"], "zorder": 2}
+            means = draw.over_seeds(rows, "dictionary", "dead_share")["mean"]
+            for shares, sizes in (
+                (rows.set_index("dictionary")["dead_share"], {"s": 12, "lw": 0}),
+                (means, {"s": 62, "label": look["label"]}),
+            ):
+                places = [names.index(name) for name in shares.index]
+                axes.scatter(shares, places, **sizes, **mark)
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_xlabel("dead features (heads, for Lorsa)")
+        axes.grid(axis="y", visible=False)
+        draw.percent_from_zero(axes.xaxis)
+    return figure
+
+
+def dead_by_hook_point(frame: pd.DataFrame) -> Figure:
+    """Dead features with a random and with a subspace initialisation, one line for each place.
+
+    The title counts the places at which the subspace initialisation leaves fewer features dead. The
+    marks are joined by a solid line there and by a dotted line elsewhere. `frame`: place, random,
+    asi (shares of features that are dead); one row for each place, from the top.
+    """
+    draw.checked(frame, "place", "random", "asi")
+    fewer, heights = (frame["asi"] < frame["random"]).sum(), range(len(frame))
+    size = draw.WIDE + 1.2, 1.5 + 0.28 * len(frame)
+    with draw.closed_figure(size=size) as (figure, (axes,)):
+        for height, row in enumerate(frame.to_dict("records")):
+            line = "-" if row["asi"] < row["random"] else ":"
+            axes.plot([row["random"], row["asi"]], [height] * 2, line, color="#9a9a9a", zorder=1)
+            draw.in_margin(axes, height, f"{100 * row['random']:.2f} % → {100 * row['asi']:.2f} %")
+        names = {"random": "random initialisation", "asi": "active subspace initialisation (ASI)"}
+        for (column, label), mark in zip(names.items(), "oD", strict=True):
+            look = {"ms": 7, "color": draw.CONDITIONS[column], "label": label}
+            axes.plot(frame[column], heights, mark, **look)
+        axes.set_yticks(heights, frame["place"].tolist())
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        draw.percent_from_zero(axes.xaxis)
+        axes.set_xlabel(
+            "dead features: share of the SAE's features that never fire on held-out text"
+        )
+        title = f"ASI leaves fewer features dead at {fewer} of {len(frame)} hook points"
+        axes.set_title(title)
+        figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+def pareto(frame: pd.DataFrame) -> Figure:
+    """Dead features against FVU, a mark for each mitigation at its mean over seeds.
+
+    Mitigations that no other beats in both are joined by a line and named first, the others follow
+    by FVU. `frame`: condition, dead_share, fvu.
+    """
+    draw.checked(frame, "condition", "dead_share", "fvu")
+    means = pd.DataFrame(frame.groupby("condition", sort=False)[["dead_share", "fvu"]].mean())
+    means = means.sort_values(by=["dead_share", "fvu"])
+    best = means[means["fvu"] < means["fvu"].cummin().shift(fill_value=float("inf"))]
+    others = means.drop(index=best.index).sort_values(by="fvu")
+    marks = cycle(product(draw.MARKERS, _MITIGATIONS))
+    with draw.closed_figure(size=(9.0, 4.8)) as (figure, (axes,)):
+        axes.step(best["dead_share"], best["fvu"], where="post", color="#999999", zorder=1)
+        for (condition, point), (mark, color) in zip(
+            pd.concat([best, others]).iterrows(), marks, strict=False
+        ):
+            axes.plot(*point, mark, ms=8, color=color, mec="white", label=str(condition))
+        axes.set_xscale("symlog", linthresh=_LINEAR_BELOW)
+        axes.set_xlim(left=-0.1 * _LINEAR_BELOW)
+        axes.set_yscale("log")
+        draw.percent(axes.xaxis)
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_locator(MaxNLocator(7))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda fvu, _: f"{fvu:.4g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.set(xlabel=OUTCOMES["dead_share"], ylabel=OUTCOMES["fvu"])
+        figure.legend(loc="outside right upper", fontsize=8.5)
+    return figure
+
+
+def forecast_and_outcome(frame: pd.DataFrame) -> Figure:
+    """Forecast dead features against measured ones; a filled mark had no part in the fit.
+
+    `frame`: hook_name, model, test (bool), forecast, dead_share.
+    """
+    draw.checked(frame, "hook_name", "model", "test", "forecast", "dead_share")
+    markers = dict(zip(dict.fromkeys(frame["model"]), cycle(draw.MARKERS), strict=False))
+    site = frame["hook_name"].str.split("hook_").str[-1]
+    looks = draw.looks(site)
+    with draw.closed_figure(size=(6.4, 4.8)) as (figure, (axes,)):
+        axes.plot([_LEAST, 1], [_LEAST, 1], color="#888888", lw=1.2, zorder=1)
+        for kind, rows in frame.groupby([site, "model", "test"], sort=False):
+            name, model, test = cast(tuple[str, str, bool], kind)
+            drawn = rows[["forecast", "dead_share"]].clip(lower=_LEAST)
+            label = f"{looks[name]['label']}, {model}, {'test' if test else 'fitted'}"
+            look = {"color": looks[name]["color"], "fillstyle": "full" if test else "none"}
+            axes.plot(*drawn.to_numpy().T, markers[model], ms=6, alpha=0.8, label=label, **look)
+        axes.set(xscale="log", yscale="log", xlabel="forecast dead share", ylabel="dead share")
+        draw.percent(axes.xaxis, axes.yaxis)
+        figure.legend(loc="outside right upper", fontsize=8.5)
+    return figure
