@@ -22,9 +22,9 @@ from sae_lens import (
 from saesub.optim import SparseAdam, parameter_groups
 from saesub.topk import cpu, triton_backend
 from saesub.topk.backend import AdamSettings, RowBackend, RowGradients
+from saesub.topk.eligibility import lay_out_by_feature
 from saesub.topk.ops import Selected, row_products, select_topk
 from saesub.topk.step import autograd_pass, row_step
-from saesub.training.trainer import lay_out_by_feature
 
 needs_native = pytest.mark.skipif(cpu.library() is None, reason="no C++ compiler here")
 needs_triton = pytest.mark.skipif(not triton_backend.available(), reason="no Triton here")

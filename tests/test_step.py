@@ -24,9 +24,10 @@ from saesub.activations.spectrum import Spectrum
 from saesub.errors import SaesubError
 from saesub.init.subspace import initialize_in_subspace
 from saesub.topk import cpu, int8_search, triton_backend
+from saesub.topk.eligibility import lay_out_by_feature, takes_sparse_step
 from saesub.topk.step import autograd_pass, row_step
 from saesub.training.mitigations import GhostGradients
-from saesub.training.trainer import SubspaceSAETrainer, lay_out_by_feature, takes_sparse_step
+from saesub.training.trainer import SubspaceSAETrainer
 
 D_SAE, K, BATCH = 1152, 8, 128
 pytestmark = pytest.mark.model
@@ -284,7 +285,7 @@ def test_each_backend_takes_the_step_it_is_named_for(
         taken.append(rows)
         return row_step(rows, *arguments, **settings)
 
-    monkeypatch.setattr("saesub.training.trainer.row_step", step)
+    monkeypatch.setattr("saesub.training.step_choice.row_step", step)
     sae = _sae("topk", aux_loss_coefficient=0.0)
     SubspaceSAETrainer(_cfg(3), sae, _batches(activations), backend=backend).fit()
     assert (len(taken), len(searched)) == (row_steps, searches)
