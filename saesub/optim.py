@@ -158,10 +158,14 @@ class SparseAdam(torch.optim.Adam):
 
 def _fused_adam(rows: list[Tensor], step: Tensor, group: dict[str, Any]) -> None:
     """torch's fused Adam on (parameter, gradient, moments), without a copy where they match."""
-    if rows[1].stride() != rows[0].stride():
-        rows = [rows[0], torch.empty_like(rows[0]).copy_(rows[1]), *rows[2:]]
+    parameter, grad, average, square = rows
+    if grad.stride() != parameter.stride():
+        grad = torch.empty_like(parameter).copy_(grad)
     adam(
-        *([t] for t in rows),  # pyright: ignore[reportArgumentType]
+        [parameter],
+        [grad],
+        [average],
+        [square],
         max_exp_avg_sqs=[],
         state_steps=[step],
         fused=True,

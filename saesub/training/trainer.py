@@ -93,6 +93,7 @@ class SubspaceSAETrainer(TokenCountingTrainer):
             lay_out_by_feature(sae)
         super().__init__(cfg, sae, data_provider, dead_window_tokens, evaluator, save_checkpoint_fn)
         self.backend, self.optimizer_name = backend, optimizer
+        assert cfg.lr_end is not None  # `_completed` sets it
         betas = (cfg.adam_beta1, cfg.adam_beta2)
         self.optimizer = make_optimizer(optimizer, sae, lr=cfg.lr, betas=betas)
         self.lr_scheduler = get_lr_scheduler(
@@ -102,7 +103,7 @@ class SubspaceSAETrainer(TokenCountingTrainer):
             warm_up_steps=cfg.lr_warm_up_steps,
             decay_steps=cfg.lr_decay_steps,
             training_steps=cfg.total_training_steps,
-            lr_end=cfg.lr_end,  # pyright: ignore[reportArgumentType]
+            lr_end=cfg.lr_end,
             num_cycles=cfg.n_restart_cycles,
         )
         self.mitigations = one_of_each(mitigations)
