@@ -243,7 +243,9 @@ def test_bad_batches_are_refused_before_any_weight_moves(store):
     before = copy.deepcopy(sae.state_dict())
     bad = store.rows(0, BATCH).clone()
     bad[7, 3] = float("nan")
-    with pytest.raises(SaesubError, match=r"activations of batch 0 .* first nan in row 7, column 3"):
+    with pytest.raises(
+        SaesubError, match=r"activations of batch 0 .* first nan in row 7, column 3"
+    ):
         trainer.step(bad)
     with pytest.raises(SaesubError, match="the SAE reads"):
         trainer.step(torch.zeros(BATCH, 100))

@@ -35,19 +35,14 @@ class _AdamStruct(ctypes.Structure):
     """The struct AdamSettings of cpu.cpp."""
 
     _fields_ = [
-        ("lr", ctypes.c_double),
-        ("beta1", ctypes.c_double),
-        ("beta2", ctypes.c_double),
-        ("eps", ctypes.c_double),
-        ("step", ctypes.c_int64),
-        ("lazy", ctypes.c_int64),
-        ("clip", ctypes.c_double),
+        *((name, ctypes.c_double) for name in ("lr", "beta1", "beta2", "eps", "clip")),
+        *((name, ctypes.c_int64) for name in ("step", "lazy")),
     ]
 
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled functions, or None where they cannot be had (which is said once)."""
+    """The compiled functions, or None if they cannot be built, with one warning."""
     if os.environ.get("SAESUB_NATIVE") == "0":
         return None
     try:
@@ -55,16 +50,16 @@ def library() -> ctypes.CDLL | None:
     except (OSError, SaesubError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or str(error)
         warnings.warn(
-            f"saesub trains on torch operators alone, at half the speed it could or less: its C++ "
+            f"saesub trains by torch operators alone, at half the speed or less, because its C++ "
             f"functions were not built ({reason.strip()[-300:]}). Install a C++ compiler (g++ or "
-            "clang++), or set SAESUB_NATIVE=0 to be rid of this message.",
+            "clang++), or set SAESUB_NATIVE=0 to silence this warning.",
             stacklevel=2,
         )
         return None
 
 
 def has_int8_search() -> bool:
-    """Whether `search` works in 8 bits here: the processor needs AVX-512 VNNI."""
+    """Whether the search works in 8 bits here: the processor needs AVX-512 VNNI."""
     lib = library()
     return lib is not None and bool(lib.saesub_has_int8_search())
 
@@ -80,7 +75,7 @@ class RowGradients(backend.RowGradients):
 
     def _adam(self, settings, step, clip, tensors, moved) -> None:
         s, lazy = settings, moved is not None
-        passed = _AdamStruct(s.lr, s.beta1, s.beta2, s.eps, int(step), lazy, float(clip))
+        passed = _AdamStruct(s.lr, s.beta1, s.beta2, s.eps, float(clip), int(step), lazy)
         where = [*self._entries(), *self._sizes()]
         _call("adam_rows", *where, ctypes.byref(passed), *tensors, moved, _threads())
 
@@ -171,7 +166,7 @@ def _threads() -> int:
 
 
 def _built() -> Path:
-    """The shared library for this source, compiler and processor, compiled if need be."""
+    """The shared library for this source, compiler and processor, compiled if it is not there."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise OSError("no C++ compiler was found")

@@ -1,4 +1,4 @@
-"""What saesub keeps beside SAELens' files in a checkpoint: its own state, settings, checksums."""
+"""Checkpoints of a trainer: what SAELens' files lack, the settings, and checksums of all files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _UNREADABLE = (
 )
 _MITIGATION = "mitigation."  # before the names of what mitigations keep
 _FOLDED = ("normalize_activations", "rescale_acts_by_decoder_norm")
-# Where a run is done and what is kept of it; and what the folding at its end changes in the SAE.
+# Where a run is made and what is kept of it, and what folding changes in the SAE at its end.
 _FREE_TO_CHANGE = {
     *("device", "logger", "metadata", "sae_lens_training_version"),
     *("checkpoint_path", "n_checkpoints", "save_final_checkpoint"),
@@ -52,7 +52,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, err
 
 @contextmanager
 def writing(checkpoint_name: str) -> Iterator[None]:
-    """Raise SaesubError for a checkpoint that the disk does not take."""
+    """Turn the errors of a disk that is full or read-only into a SaesubError."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -65,11 +65,16 @@ def writing(checkpoint_name: str) -> Iterator[None]:
 
 
 def save_state(trainer: SubspaceSAETrainer, folder: Path) -> None:
-    """Write what SAELens' files lack, as the last file of a checkpoint."""
+    """Write what SAELens' files lack, and the checksums of these, as a checkpoint's last file."""
     state = {"tokens_since_fired": trainer.tokens_since_fired} | trainer.recorder.state()
     state |= {f"{_MITIGATION}{name}": kept for name, kept in trainer.mitigation_state.items()}
-    state |= random_state(trainer.cfg.device)
-    write_checkpoint_state(folder, state, trainer.settings())
+    state["random.cpu"] = torch.get_rng_state()
+    if torch.device(trainer.cfg.device).type == "cuda":
+        state["random.cuda"] = torch.cuda.get_rng_state(trainer.cfg.device)
+    others = [p for p in sorted(folder.iterdir()) if p.is_file() and p.name != STATE_FILENAME]
+    checksums = {path.name: file_sha256(path) for path in others}
+    record = json.dumps({"settings": trainer.settings(), "files": checksums})
+    write_checksummed(folder / STATE_FILENAME, _FORM, state, record)
 
 
 def load_state(
@@ -92,7 +97,9 @@ def load_state(
     check_same_shapes(folder, state, trainer.optimizer, trainer.sae.cfg.d_sae)
     steps = {float(kept["step"]) for kept in trainer.optimizer.state.values()}
     trainer.step_choice.equal_steps = len(steps) <= 1
-    restore_random_state(state, trainer.cfg.device)
+    torch.set_rng_state(state["random.cpu"])
+    if "random.cuda" in state and torch.device(trainer.cfg.device).type == "cuda":
+        torch.cuda.set_rng_state(state["random.cuda"], trainer.cfg.device)
     state = {name: kept.to(trainer.cfg.device) for name, kept in state.items()}
     trainer.tokens_since_fired = state["tokens_since_fired"]
     trainer.mitigation_state = {
@@ -106,21 +113,8 @@ def load_state(
     trainer.n_training_steps = trainer.n_training_samples // trainer.cfg.train_batch_size_samples
 
 
-def write_checkpoint_state(
-    folder: Path, state: dict[str, Tensor], settings: dict[str, Any]
-) -> None:
-    """Write the last file of a checkpoint, with the checksums of all that are there before it."""
-    others = [p for p in sorted(folder.iterdir()) if p.is_file() and p.name != STATE_FILENAME]
-    checksums = {path.name: file_sha256(path) for path in others}
-    record = json.dumps({"settings": settings, "files": checksums})
-    write_checksummed(folder / STATE_FILENAME, _FORM, state, record)
-
-
 def read_checkpoint_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state and settings of a checkpoint, all of whose files are as they were.
-
-    Raises SaesubError for a file that is missing or has changed.
-    """
+    """The state and settings of a checkpoint. Raises SaesubError if a file is lost or changed."""
     path = folder / STATE_FILENAME
     state, text = read_checksummed(path, _FORM)
     try:
@@ -152,7 +146,7 @@ def settings_of(trainer: SubspaceSAETrainer) -> dict[str, Any]:
 
 
 def check_same_settings(folder: Path, kept: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raises SaesubError, naming what differs, where a checkpoint is of other settings."""
+    """Raise SaesubError, which names the differences, if a checkpoint is of other settings."""
     differing = [
         f"{name} {kept.get(name)!r} (here {wanted.get(name)!r})"
         for name in sorted(kept.keys() | wanted.keys())
@@ -168,7 +162,7 @@ def check_same_settings(folder: Path, kept: dict[str, Any], wanted: dict[str, An
 def check_same_shapes(
     folder: Path, state: dict[str, Tensor], optimizer: torch.optim.Optimizer, d_sae: int
 ) -> None:
-    """Raises SaesubError where a checkpoint's counts or loaded moments are of another SAE."""
+    """Raise SaesubError if a checkpoint's counts or loaded moments are of another SAE."""
     if len(state["tokens_since_fired"]) != d_sae:
         raise SaesubError(
             f"The checkpoint {folder} holds {len(state['tokens_since_fired'])} features, "
@@ -184,7 +178,7 @@ def check_same_shapes(
 
 
 def follow_folding(sae: Any, folder: Path) -> None:
-    """The weights of a finished run have their input scaling folded in: say so in the config.
+    """Take over the config of a finished run, whose weights have their input scaling folded in.
 
     SAELens saves the config with the weights but loads the weights alone.
     """
@@ -195,23 +189,8 @@ def follow_folding(sae: Any, folder: Path) -> None:
             setattr(sae.cfg, name, saved[name])
 
 
-def random_state(device: str) -> dict[str, Tensor]:
-    """The states of torch's global random numbers on the CPU and on the device."""
-    states = {"random.cpu": torch.get_rng_state()}
-    if torch.device(device).type == "cuda":
-        states["random.cuda"] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def restore_random_state(state: dict[str, Tensor], device: str) -> None:
-    """Set torch's global random numbers to where `random_state` found them."""
-    torch.set_rng_state(state["random.cpu"])
-    if torch.device(device).type == "cuda" and "random.cuda" in state:
-        torch.cuda.set_rng_state(state["random.cuda"], device)
-
-
 def _is_write_failure(error: Exception) -> bool:
-    """Whether an error of torch's, safetensors' or the system's says that a file was not taken."""
+    """Whether torch, safetensors or the system says that a file could not be written."""
     if isinstance(error, OSError):
         return error.errno in _FULL
     text = str(error)

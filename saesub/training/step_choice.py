@@ -33,12 +33,12 @@ class StepChoice:
         SaesubError: an unknown backend, or "triton" where Triton does not run.
     """
 
-    def __init__(self, backend: Backend, device: torch.device) -> None:
+    def __init__(self, backend: Backend, sae: Any) -> None:
         if backend not in get_args(Backend):
             raise SaesubError(
                 f"Unknown backend {backend!r}: {near_names(backend, get_args(Backend))}"
             )
-        if backend == "triton" and row_backend(device, triton=True) is None:
+        if backend == "triton" and row_backend(sae.W_enc.device, triton=True) is None:
             raise SaesubError(
                 "backend='triton' needs the SAE on a CUDA device and a Triton that runs there: "
                 "move it with sae.to('cuda'), install triton, or pass backend='torch'."

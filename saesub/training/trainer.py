@@ -88,7 +88,7 @@ class SubspaceSAETrainer(TokenCountingTrainer):
                 f"data_provider must be an iterator of batches, not {type(data_provider).__name__}:"
                 " of a store pass store.batches(batch_size, seed=0), of a list iter(...)."
             )
-        self.step_choice = StepChoice(backend, sae.W_enc.device)
+        self.step_choice = StepChoice(backend, sae)
         if is_topk(sae) and backend != "dense":
             lay_out_by_feature(sae)
         super().__init__(cfg, sae, data_provider, dead_window_tokens, evaluator, save_checkpoint_fn)
