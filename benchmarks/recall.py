@@ -23,7 +23,7 @@ from saesub.topk.ops import dense_search
 LAYER, N_TOKENS, D_SAE, K = 12, 8192, 36_864, 32
 BLOCK = 1024  # tokens whose float64 scores are held at a time: 300 MB
 ROUNDING = 1e-6  # of the largest score a token could have
-SEARCHES = {"native": cpu.search, "torch": int8_search.search}
+SEARCHES = {"native": cpu.BACKEND.search, "torch": int8_search.search}
 
 
 def main() -> None:

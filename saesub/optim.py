@@ -1,20 +1,24 @@
-"""Optimizers for sparse dictionaries: Adam that leaves alone the features that got no gradient.
+"""Adam for sparse dictionaries: a feature without a gradient does not move.
 
-With plain Adam a feature that fired once keeps moving for hundreds of steps on stale momentum,
-without any gradient to correct it; rare features are pushed away from the data and die (paper,
-finding on SparseAdam). The mitigation is the paper authors' masked Adam: moments decay at every step,
-parameters move only where the gradient is non-zero.
+With plain Adam, a feature that fired once keeps moving for hundreds of steps on stale momentum,
+and no gradient corrects it. Rare features drift away from the data and die (paper, section on
+SparseAdam). The paper's masked Adam prevents this: moments decay at every step, and parameters
+move only where the gradient is non-zero.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.optim.adam import adam
+
+from saesub.errors import SaesubError
+
+OptimizerName = Literal["adam", "sparse_adam"]
 
 # Which axis of each SAELens parameter counts features. Parameters not named here (b_dec, W_skip)
 # have no such axis: they get a gradient at every step and move at every step.
@@ -28,8 +32,20 @@ FEATURE_AXIS = {
     "threshold": 0,
 }
 
-# Below this share of rows with gradient, updating them alone beats torch's fused Adam over all.
+# If fewer features than this share have a gradient, updating them alone is faster than torch's
+# fused Adam over all.
 _LAZY_BELOW = 0.2
+
+
+def make_optimizer(
+    name: str, module: nn.Module, *, lr: float, betas: tuple[float, float]
+) -> torch.optim.Adam:
+    """torch's Adam or `SparseAdam` over all parameters. Raises SaesubError for another name."""
+    if name == "sparse_adam":
+        return SparseAdam(parameter_groups(module), lr=lr, betas=betas)
+    if name == "adam":
+        return torch.optim.Adam(module.parameters(), lr=lr, betas=betas, fused=True)
+    raise SaesubError(f"Unknown optimizer {name!r}: pass 'adam' or 'sparse_adam'.")
 
 
 def parameter_groups(sae: nn.Module) -> list[dict[str, Any]]:
@@ -43,7 +59,7 @@ def parameter_groups(sae: nn.Module) -> list[dict[str, Any]]:
 def moments(optimizer: torch.optim.Adam, parameter: nn.Parameter) -> tuple[Tensor, Tensor, Tensor]:
     """(step, exp_avg, exp_avg_sq) of a parameter, as torch's Adam keeps them; zeros at first.
 
-    The moments lie in memory as the parameter does.
+    The moments have the parameter's strides.
     """
     state = optimizer.state[parameter]
     if "step" not in state:
@@ -60,17 +76,17 @@ def moments(optimizer: torch.optim.Adam, parameter: nn.Parameter) -> tuple[Tenso
 class SparseAdam(torch.optim.Adam):
     """Adam in which a feature moves only in steps where it has a gradient.
 
-    Moments of every entry decay at every step, as in Adam; a feature (a row along the group's
+    The moments of every entry decay at every step, as in Adam. A feature (a row along the group's
     `feature_axis`) whose whole gradient is zero keeps its parameters. This is the masked Adam of
-    arXiv 2508.16929, not `torch.optim.SparseAdam`, which takes sparse gradients only and leaves
-    the moments of untouched rows undecayed.
+    arXiv 2508.16929. `torch.optim.SparseAdam` differs: it takes sparse gradients only, and moments
+    of rows without a gradient do not decay.
 
-    Where few features have a gradient only their rows are touched: the decay that a row's moments
-    missed is applied when it next moves. `state[parameter]["moved"]` (d_sae,) holds the step up to
-    which each row's moments are decayed.
+    Where few features have a gradient, only their rows are touched: a row's moments catch up on
+    the decay they missed when the row next moves. `state[parameter]["moved"]` (d_sae,) holds the
+    step up to which each row's moments are decayed.
 
     Args:
-        params: groups made by `parameter_groups`; a group whose `feature_axis` is None, or a plain
+        params: groups made by `parameter_groups`. A group whose `feature_axis` is None, or a plain
             list of parameters, is updated as by Adam.
         lr, betas, eps: as in `torch.optim.Adam`. There is no weight decay: it would move every row.
     """
@@ -90,16 +106,12 @@ class SparseAdam(torch.optim.Adam):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore
-        """One update from the parameters' gradients."""
+        """Update every parameter that has a gradient."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                if group["feature_axis"] is None:
-                    self._move_all(parameter, group)
-                else:
-                    self._move_features(parameter, group)
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad, group)
         return loss
 
     def moved(self, parameter: nn.Parameter, axis: int) -> Int[Tensor, " d_sae"]:
@@ -123,82 +135,75 @@ class SparseAdam(torch.optim.Adam):
         for group, axis in zip(self.param_groups, axes, strict=True):
             group["feature_axis"] = axis
 
-    def _move_features(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+    def _update(self, parameter: nn.Parameter, grad: Tensor, group: dict[str, Any]) -> None:
         axis = group["feature_axis"]
-        moves = _rows_with_gradient(_rows(parameter.grad, axis))  # pyright: ignore
+        step, *averages = moments(self, parameter)
+        # Views with one row per feature, contiguous if features lie together in memory.
+        rows = [t.detach().movedim(axis or 0, 0) for t in (parameter, grad, *averages)]
+        if axis is None:
+            return _fused_adam(rows, step, group)
+        moved, moves = self.moved(parameter, axis), _rows_with_gradient(rows[1])
         if int(moves.sum()) < _LAZY_BELOW * len(moves):
-            return self._move_rows(parameter, group, moves.nonzero().squeeze(1))
-        self._settle(parameter, group)
-        rows, still = _rows(parameter, axis), (~moves).nonzero().squeeze(1)
-        kept = rows.index_select(0, still)
-        self._move_all(parameter, group)
-        rows.index_copy_(0, still, kept)
-        self.moved(parameter, axis).fill_(int(self.state[parameter]["step"]))
-
-    def _move_all(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
-        """torch's fused Adam, on the rows as they lie: it copies what is not contiguous."""
-        step, *averages = moments(self, parameter)
-        grad = parameter.grad
-        if grad.stride() != parameter.stride():  # pyright: ignore
-            grad = torch.empty_like(parameter).copy_(grad)  # pyright: ignore
-        tensors = [parameter, grad, *averages]
-        as_they_lie = [[_rows(t, group["feature_axis"] or 0)] for t in tensors]  # pyright: ignore
-        beta1, beta2 = group["betas"]
-        adam(
-            *as_they_lie,
-            max_exp_avg_sqs=[],
-            state_steps=[step],
-            fused=True,
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=0.0,
-            eps=group["eps"],
-            maximize=False,
-        )
-
-    def _move_rows(self, parameter: nn.Parameter, group: dict[str, Any], index: Tensor) -> None:
-        """The update of the rows `index` alone, with the decay that their moments have missed."""
-        step, *averages = moments(self, parameter)
-        axis, betas = group["feature_axis"], group["betas"]
-        moved = self.moved(parameter, axis)
-        step += 1
-        missed = step - moved[index]
-        grad = _rows(parameter.grad, axis).index_select(0, index)  # pyright: ignore
-        updated = []
-        for average, power, beta in zip(averages, (grad, grad.square()), betas, strict=True):
-            kept = _rows(average, axis).index_select(0, index) * _decay(beta, missed, grad)
-            updated.append(kept.add_(power, alpha=1 - beta))
-            _rows(average, axis).index_copy_(0, index, updated[-1])
-        t = step.item()
-        root = updated[1].sqrt() / (1 - betas[1] ** t) ** 0.5 + group["eps"]
-        rate = group["lr"] / (1 - betas[0] ** t)
-        _rows(parameter, axis).index_add_(0, index, updated[0] / root, alpha=-rate)
-        moved[index] = int(t)
-
-    def _settle(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
-        """Apply the decay that rows have missed, so that torch's Adam may go over all of them."""
-        step, *averages = moments(self, parameter)
-        axis = group["feature_axis"]
-        missed = int(step) - self.moved(parameter, axis)
+            return _update_rows(rows, moves.nonzero().squeeze(1), moved, step, group)
+        missed = int(step) - moved
         if bool(missed.any()):
-            for average, beta in zip(averages, group["betas"], strict=True):
-                _rows(average, axis).mul_(_decay(beta, missed, _rows(average, axis)))
+            for average, beta in zip(rows[2:], group["betas"], strict=True):
+                average.mul_(_decay(beta, missed, average))
+        still = (~moves).nonzero().squeeze(1)
+        kept = rows[0].index_select(0, still)
+        _fused_adam(rows, step, group)
+        rows[0].index_copy_(0, still, kept)
+        moved.fill_(int(step))
 
 
-def _rows(tensor: Tensor, axis: int) -> Tensor:
-    """A view with one row per feature, contiguous if features lie together in memory."""
-    return tensor.detach().movedim(axis, 0)
+def _fused_adam(rows: list[Tensor], step: Tensor, group: dict[str, Any]) -> None:
+    """torch's fused Adam on (parameter, gradient, moments), without a copy where they match."""
+    parameter, grad, average, square = rows
+    if grad.stride() != parameter.stride():
+        grad = torch.empty_like(parameter).copy_(grad)
+    adam(
+        [parameter],
+        [grad],
+        [average],
+        [square],
+        max_exp_avg_sqs=[],
+        state_steps=[step],
+        fused=True,
+        amsgrad=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=group["lr"],
+        weight_decay=0.0,
+        eps=group["eps"],
+        maximize=False,
+    )
+
+
+def _update_rows(
+    rows: list[Tensor], index: Tensor, moved: Tensor, step: Tensor, group: dict[str, Any]
+) -> None:
+    """Update the rows `index` alone, after the decay that their moments have missed."""
+    parameter, gradient, *averages = rows
+    step += 1
+    missed, grad, betas = step - moved[index], gradient.index_select(0, index), group["betas"]
+    updated = []
+    for average, power, beta in zip(averages, (grad, grad.square()), betas, strict=True):
+        kept = average.index_select(0, index) * _decay(beta, missed, grad)
+        updated.append(kept.add_(power, alpha=1 - beta))
+        average.index_copy_(0, index, updated[-1])
+    t = step.item()
+    root = updated[1].sqrt() / (1 - betas[1] ** t) ** 0.5 + group["eps"]
+    parameter.index_add_(0, index, updated[0] / root, alpha=-group["lr"] / (1 - betas[0] ** t))
+    moved[index] = int(t)
 
 
 def _decay(beta: float, missed: Tensor, like: Tensor) -> Tensor:
-    """beta to the steps missed, shaped to multiply rows."""
+    """beta to the power of the steps missed, shaped to multiply rows."""
     decay = torch.pow(beta, missed.cpu().double())  # not every device has float64
     return decay.to(like.device, like.dtype).view(-1, *[1] * (like.ndim - 1))
 
 
-def _rows_with_gradient(rows: Tensor) -> Tensor:
+def _rows_with_gradient(rows: Tensor) -> Bool[Tensor, " d_sae"]:
     if rows.ndim == 1:
         return rows != 0
     # Not "> 0": a row of NaN has a gradient, and must show.

@@ -22,20 +22,20 @@ from sae_lens import (
 from saesub.optim import SparseAdam, parameter_groups
 from saesub.topk import cpu, triton_backend
 from saesub.topk.backend import AdamSettings, RowBackend, RowGradients
+from saesub.topk.eligibility import lay_out_by_feature
 from saesub.topk.ops import Selected, row_products, select_topk
 from saesub.topk.step import autograd_pass, row_step
-from saesub.training.trainer import lay_out_by_feature
 
 needs_native = pytest.mark.skipif(cpu.library() is None, reason="no C++ compiler here")
 needs_triton = pytest.mark.skipif(not triton_backend.available(), reason="no Triton here")
 BACKENDS = [
-    pytest.param(cpu, marks=needs_native, id="native"),
-    pytest.param(triton_backend, marks=needs_triton, id="triton"),
+    pytest.param(cpu.BACKEND, marks=needs_native, id="native"),
+    pytest.param(triton_backend.BACKEND, marks=needs_triton, id="triton"),
 ]
 
 
 def _device(backend: RowBackend) -> str:
-    return "cuda" if backend is triton_backend and torch.cuda.is_available() else "cpu"
+    return backend.device_type
 
 
 def _problem(n: int, d: int, d_sae: int, seed: int, device: str = "cpu"):
@@ -56,7 +56,7 @@ def _problem(n: int, d: int, d_sae: int, seed: int, device: str = "cpu"):
     seed=st.integers(0, 1000),
 )
 def test_native_rows_equal_float64_autograd(n, d, d_sae, data, seed):
-    _equals_float64_autograd(cpu, n, d, d_sae, data.draw(st.integers(1, d_sae)), seed)
+    _equals_float64_autograd(cpu.BACKEND, n, d, d_sae, data.draw(st.integers(1, d_sae)), seed)
 
 
 @needs_triton
@@ -70,14 +70,14 @@ def test_native_rows_equal_float64_autograd(n, d, d_sae, data, seed):
 )
 def test_triton_rows_equal_float64_autograd(n, d, d_sae, data, seed):
     k = data.draw(st.integers(1, min(12, d_sae)))
-    _equals_float64_autograd(triton_backend, n, d, d_sae, k, seed)
+    _equals_float64_autograd(triton_backend.BACKEND, n, d, d_sae, k, seed)
 
 
 @needs_triton
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="too large for the interpreter")
 @pytest.mark.parametrize(("n", "d", "d_sae", "k"), [(2000, 576, 4608, 32), (500, 4608, 1000, 100)])
 def test_triton_rows_equal_float64_autograd_at_full_size(n, d, d_sae, k):
-    _equals_float64_autograd(triton_backend, n, d, d_sae, k, seed=0)
+    _equals_float64_autograd(triton_backend.BACKEND, n, d, d_sae, k, seed=0)
 
 
 def _equals_float64_autograd(backend: RowBackend, n, d, d_sae, k, seed):
@@ -169,9 +169,11 @@ def test_adam_rows_equals_torch_adam_and_the_masked_adam_of_the_paper(backend, l
 @needs_triton
 @pytest.mark.parametrize("d", [1, 24, 80])
 def test_row_products_equal_those_of_torch(d):
-    x, W_enc, b_enc, _, _ = _problem(7, d, 60, 0, _device(triton_backend))
+    x, W_enc, b_enc, _, _ = _problem(7, d, 60, 0, _device(triton_backend.BACKEND))
     selected = _ragged(select_topk(x, W_enc, b_enc, 9), seed=1)
-    ours, theirs = (f(x, selected, W_enc.T) for f in (triton_backend.row_products, row_products))
+    ours, theirs = (
+        f(x, selected, W_enc.T) for f in (triton_backend.BACKEND.row_products, row_products)
+    )
     torch.testing.assert_close(ours, theirs)
 
 

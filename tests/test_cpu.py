@@ -36,7 +36,7 @@ def _problem(n: int, d: int, d_sae: int, seed: int):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (lambda x, W, b: (x.double(), W, b), TypeError, "float32 tensor on the CPU is wanted"),
+        (lambda x, W, b: (x.double(), W, b), TypeError, "float32 tensor on cpu is wanted"),
         (lambda x, W, b: (x, W.contiguous(), b), TypeError, "strides"),
         (lambda x, W, b: (x, W, b[:-1]), ValueError, r"\(1023,\) where \(1024,\)"),
         (lambda x, W, b: (x, W[:-1], b), ValueError, "is wanted"),
@@ -45,15 +45,15 @@ def _problem(n: int, d: int, d_sae: int, seed: int):
 def test_tensors_that_the_compiled_code_would_misread_are_refused(change, error, message):
     x, W_enc, b_enc, _ = _problem(10, 16, 1024, 0)
     with pytest.raises(error, match=message):
-        cpu.search(*change(x, W_enc, b_enc), 8)
+        cpu.BACKEND.search(*change(x, W_enc, b_enc), 8)
 
 
 def test_the_users_default_dtype_does_not_matter():
     x, W_enc, b_enc, _ = _problem(10, 16, 1024, 0)
-    expected = cpu.search(x, W_enc, b_enc, 8)
+    expected = cpu.BACKEND.search(x, W_enc, b_enc, 8)
     torch.set_default_dtype(torch.float64)
     try:
-        found = cpu.search(x, W_enc, b_enc, 8)
+        found = cpu.BACKEND.search(x, W_enc, b_enc, 8)
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(found[1], expected[1])
@@ -64,10 +64,10 @@ def test_results_do_not_depend_on_the_number_of_threads(monkeypatch):
     results = []
     for threads in (1, 2, 5):
         monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
-        selected = select_topk(x, W_enc, b_enc, 8, search=cpu.search)
+        selected = select_topk(x, W_enc, b_enc, 8, search=cpu.BACKEND.search)
         values = selected.pre.relu()
-        decoded = cpu.decode(selected, values, W_dec, None, x, 1.0)
-        rows = cpu.row_gradients(
+        decoded = cpu.BACKEND.decode(selected, values, W_dec, None, x, 1.0)
+        rows = cpu.BACKEND.row_gradients(
             selected.features, selected.tokens, values, decoded.g_pre, x, decoded.g_out, 1024
         )
         weights = [W_enc.T.clone(), W_dec.clone(), b_enc.clone()]

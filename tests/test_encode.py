@@ -100,9 +100,9 @@ def test_a_reconstruction_by_the_search_is_that_without_it(activations, monkeypa
     blocks = activations.split(600)
     if not compiled:
         monkeypatch.setattr(cpu, "library", lambda: None)
-    searched, module = [], cpu if compiled else int8_search
-    find = module.search
-    monkeypatch.setattr(module, "search", lambda *given: searched.append(1) or find(*given))
+    searched, (owner, name) = [], (cpu.BACKEND, "_search") if compiled else (int8_search, "search")
+    find = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *given: searched.append(1) or find(*given))
     found = reconstruction(sae, blocks)
     assert searched
     monkeypatch.setattr("saesub.topk.encode._suits_search", lambda sae: False)

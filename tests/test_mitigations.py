@@ -1,4 +1,4 @@
-"""Each mitigation against its definition, on a real model's activations, and all of them together."""
+"""Each mitigation against its definition, on a real model's activations, and all together."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ from saesub.loading.models import load_model
 from saesub.loading.registry import Packaged, PackagedFile, Part, packaged, read_registry
 from saesub.reproduce import claims, claims_table
 from saesub.reproduce.report import Outcome, report_page
-from saesub.training.checkpoint import write_checkpoint_state
+from saesub.training.checkpoint import save_state
 from saesub.training.trainer import SubspaceSAETrainer
 
 SOURCES = sorted((Path(__file__).parents[1] / "saesub").rglob("*.py"))
@@ -72,7 +72,7 @@ def test_a_pickle_in_a_checkpoint_is_not_run(tmp_path: Path, faults: Faults) -> 
         save(Bomb(tmp_path / "trace"), file)
         with pytest.raises(SaesubError, match=r"trainer_state\.pt is not the file"):
             trainer.load_trainer_state(tmp_path)
-        write_checkpoint_state(tmp_path, trainer._own_state(), trainer._settings())
+        save_state(trainer, tmp_path)
         with pytest.raises(SaesubError, match="damaged or incomplete"):
             trainer.load_trainer_state(tmp_path)
         assert not (tmp_path / "trace").exists()

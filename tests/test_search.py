@@ -42,7 +42,7 @@ SEARCHES = pytest.mark.parametrize(
     "search",
     [
         pytest.param(
-            cpu.search,
+            cpu.BACKEND.search,
             marks=pytest.mark.skipif(not cpu.has_int8_search(), reason="no compiler or VNNI"),
             id="native",
         ),
@@ -112,7 +112,7 @@ def test_features_that_crowd_near_the_top_do_not_send_a_token_to_the_whole_produ
     x += 5 * W_enc[:, 0]
     expected = dense_search(x, W_enc, b_enc, 32)
     with mock.patch.object(cpu, "dense_search", side_effect=AssertionError("not needed")):
-        found = cpu.search(x, W_enc, b_enc, 32)
+        found = cpu.BACKEND.search(x, W_enc, b_enc, 32)
     crowded = (expected[0] >= 4000) & (expected[0] < 5100)
     assert crowded.any(1).float().mean() > 0.9
     _same_sets(x, W_enc, b_enc, None, found, expected)

@@ -24,9 +24,10 @@ from saesub.activations.spectrum import Spectrum
 from saesub.errors import SaesubError
 from saesub.init.subspace import initialize_in_subspace
 from saesub.topk import cpu, int8_search, triton_backend
+from saesub.topk.eligibility import lay_out_by_feature, takes_sparse_step
 from saesub.topk.step import autograd_pass, row_step
 from saesub.training.mitigations import GhostGradients
-from saesub.training.trainer import SubspaceSAETrainer, lay_out_by_feature, takes_sparse_step
+from saesub.training.trainer import SubspaceSAETrainer
 
 D_SAE, K, BATCH = 1152, 8, 128
 pytestmark = pytest.mark.model
@@ -124,7 +125,7 @@ def test_native_gradients_are_within_1e_5_of_float64(activations, spectrum, kind
     lay_out_by_feature(sae)
     x, dead = activations[:300], torch.arange(D_SAE) % 10 < 10 * n_dead / D_SAE
     optimizer = _GradientAsState(sae.parameters())
-    ours = row_step(cpu, sae, optimizer, x, dead).output
+    ours = row_step(cpu.BACKEND, sae, optimizer, x, dead).output
     expected = autograd_pass(double, x.double(), dead).output
     expected.loss.backward()
     torch.nn.utils.clip_grad_norm_(double.parameters(), 1.0)
@@ -262,6 +263,13 @@ def test_a_gpu_too_small_is_met_with_the_number_of_features_that_fit(monkeypatch
         trainer.step(torch.zeros(BATCH, 576))
 
 
+def _searches_in_8_bits(monkeypatch) -> list:
+    """What grows by one for every search that the compiled code makes in few bits."""
+    searched, find = [], cpu.BACKEND._search
+    monkeypatch.setattr(cpu.BACKEND, "_search", lambda *given: searched.append(1) or find(*given))
+    return searched
+
+
 @needs_native
 @pytest.mark.parametrize(
     ("backend", "row_steps", "searches"),
@@ -271,18 +279,13 @@ def test_each_backend_takes_the_step_it_is_named_for(
     activations, monkeypatch, backend, row_steps, searches
 ):
     """All end alike, so a step that fell back in silence would not show in what is learnt."""
-    taken, searched, find = [], [], cpu.search
-
-    def search(*arguments):
-        searched.append(arguments)
-        return find(*arguments)
+    taken, searched = [], _searches_in_8_bits(monkeypatch)
 
     def step(rows, *arguments, **settings):
         taken.append(rows)
         return row_step(rows, *arguments, **settings)
 
-    monkeypatch.setattr(cpu, "search", search)
-    monkeypatch.setattr("saesub.training.trainer.row_step", step)
+    monkeypatch.setattr("saesub.training.step_choice.row_step", step)
     sae = _sae("topk", aux_loss_coefficient=0.0)
     SubspaceSAETrainer(_cfg(3), sae, _batches(activations), backend=backend).fit()
     assert (len(taken), len(searched)) == (row_steps, searches)
@@ -294,8 +297,7 @@ def test_each_backend_takes_the_step_it_is_named_for(
 def test_a_step_that_autograd_takes_still_searches_by_the_backend(
     activations, monkeypatch, backend, searches, why
 ):
-    searched, find = [], cpu.search
-    monkeypatch.setattr(cpu, "search", lambda *given: searched.append(1) or find(*given))
+    searched = _searches_in_8_bits(monkeypatch)
     sae = _sae("topk", aux_loss_coefficient=0.0)
     sae.W_dec.requires_grad_(why != "frozen")
     mitigations = [GhostGradients()] if why == "a loss is added" else []
@@ -307,17 +309,17 @@ def test_a_step_that_autograd_takes_still_searches_by_the_backend(
 @needs_native
 def test_auxk_through_the_8_bit_search_equals_saelens_own(activations, spectrum, monkeypatch):
     """Enough dead features for AuxK's own search (288 of each token) not to go by the product."""
-    kept = []
-    monkeypatch.setattr(cpu, "has_int8_search", lambda: kept.append(1) or HAS_INT8)
     torch.manual_seed(0)
     sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=576, d_sae=4096, k=K))
     initialize_in_subspace(sae, spectrum, d_init=200)
+    kept = []
+    monkeypatch.setattr(cpu, "has_int8_search", lambda: kept.append(1) or HAS_INT8)
     double = copy.deepcopy(sae).double()
     double.dtype = torch.float64
     lay_out_by_feature(sae)
     x, dead = activations[:200], torch.arange(4096) % 4 > 0
     optimizer = _GradientAsState(sae.parameters())
-    ours = row_step(cpu, sae, optimizer, x, dead).output
+    ours = row_step(cpu.BACKEND, sae, optimizer, x, dead).output
     assert len(kept) == 2  # the search of the step, and that of AuxK
     expected = double.training_forward_pass(TrainStepInput(x.double(), {}, dead, 0, False))
     expected.loss.backward()

@@ -1,66 +1,27 @@
-"""What a device must be able to do for `saesub.topk.step.row_step`, and what it hands back.
+"""The interface of the code that runs a TopK step on one kind of device.
 
 The gradient of a feature's rows of `W_enc` and `W_dec` is a sum over the few entries that use the
-feature. It is added up where it is needed, once for the norm and once inside Adam, and never held.
-`saesub.topk.cpu` does so on the CPU, `saesub.topk.triton_backend` on CUDA.
+feature. A backend adds it up where it is needed, once for the norm and once inside Adam, and never
+stores it. `saesub.topk.cpu` does so on the CPU, `saesub.topk.triton_backend` on CUDA.
+
+The public methods check shapes, types and devices; the private ones hold the device's own code.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saesub.topk.ops import Search, Selected
-
-
-class RowBackend(Protocol):
-    """A module with the loops of a TopK step for one kind of device, all in float32.
-
-    Attributes:
-        search: by products in few bits, refined in float32.
-        exact_search: by the whole float32 product.
-    """
-
-    @property
-    def search(self) -> Search: ...
-
-    @property
-    def exact_search(self) -> Search: ...
-
-    def decode(
-        self,
-        selected: Selected,
-        values: Float[Tensor, " m"],
-        W_dec: Float[Tensor, "d_sae d_out"],
-        b_dec: Float[Tensor, " d_out"] | None,
-        target: Float[Tensor, "n d_out"],
-        weight: float,
-    ) -> Decoded:
-        """Reconstruct, and differentiate `weight * sum of (x_hat - target)²`."""
-        ...
-
-    def row_gradients(
-        self,
-        features: Int[Tensor, " m"],
-        tokens: Int[Tensor, " m"],
-        values: Float[Tensor, " m"],
-        g_pre: Float[Tensor, " m"],
-        x: Float[Tensor, "n d_in"],
-        g_out: Float[Tensor, "n d_out"],
-        d_sae: int,
-    ) -> RowGradients:
-        """Sort entries by feature; those of value zero have no gradient and are left out."""
-        ...
+from saesub.topk.ops import Selected, dense_search
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """A reconstruction and what goes back from it.
+    """A reconstruction and the gradients of its loss.
 
     Attributes:
         x_hat: (n, d_out) the reconstruction.
@@ -89,7 +50,7 @@ class AdamSettings:
 
 @dataclass(frozen=True)
 class RowGradients(ABC):
-    """The gradients of all features' rows, held as the entries they are sums of.
+    """The gradients of all features' rows, stored as the entries that they are sums of.
 
     With entries i of feature f, `start[f] <= i < start[f + 1]`: the encoder row's gradient is
     `sum g_pre[i] * x[token[i]]`, the decoder row's `sum value[i] * g_out[token[i]]`, the bias's
@@ -108,19 +69,13 @@ class RowGradients(ABC):
         """Number of features."""
         return len(self.start) - 1
 
-    def check_parameters(self, tensors: Sequence[Tensor]) -> None:
-        """Refuse `tensors` of other shapes than `adam` takes."""
-        enc, dec = (self.d_sae, self.x.shape[1]), (self.d_sae, self.g_out.shape[1])
-        shapes = [enc] * 3 + [dec] * 3 + [(self.d_sae,)] * 3
-        check_shapes(*(part for pair in zip(tensors, shapes, strict=True) for part in pair))
-
-    @abstractmethod
     def norms(
         self, W_enc: Float[Tensor, "d_in d_sae"]
     ) -> tuple[Float[Tensor, ""], Float[Tensor, " d_in"]]:
         """Squared norm of all gradients, float64; and `W_enc @ gradient of b_enc`."""
+        check(self.x.device.type, (W_enc.T, (self.d_sae, self.x.shape[1])))
+        return self._norms(W_enc)
 
-    @abstractmethod
     def adam(
         self,
         settings: AdamSettings,
@@ -129,16 +84,121 @@ class RowGradients(ABC):
         *tensors: Tensor,
         moved: Int[Tensor, " d_sae"] | None,
     ) -> None:
-        """One update of W_enc, W_dec and b_enc, each given with its two moments, W_enc transposed.
+        """Update W_enc, W_dec and b_enc, each given with its two moments, W_enc transposed.
 
         `step` is this update's number, from 1; `clip` a factor on every gradient. With `moved`,
         the last step at which each feature was updated, features without entries stay, and their
         moments decay when next updated; without it every feature moves.
         """
+        enc, dec = (self.d_sae, self.x.shape[1]), (self.d_sae, self.g_out.shape[1])
+        shapes = [enc] * 3 + [dec] * 3 + [(self.d_sae,)] * 3
+        check(self.x.device.type, *zip(tensors, shapes, strict=True))
+        check(self.x.device.type, (moved, (self.d_sae,)), dtype=torch.int64)
+        self._adam(settings, step, clip, tensors, moved)
+
+    # What a device does with the checked arguments of the methods above, in the same order.
+    @abstractmethod
+    def _norms(self, W_enc) -> tuple[Tensor, Tensor]: ...
+
+    @abstractmethod
+    def _adam(self, settings, step, clip, tensors, moved) -> None: ...
 
 
-def check_shapes(*tensors_and_shapes: Any) -> None:
-    """Compiled code trusts its sizes, so that a wrong one would read beyond a tensor's end."""
-    for tensor, shape in zip(tensors_and_shapes[::2], tensors_and_shapes[1::2], strict=True):
-        if tensor is not None and tensor.shape != shape:
+class RowBackend(ABC):
+    """The loops of a TopK step for one kind of device, all in float32.
+
+    Attributes:
+        device_type: the kind of device that all tensors must be on.
+    """
+
+    device_type: str
+
+    @torch.no_grad()
+    def search(
+        self,
+        x: Float[Tensor, "n d_in"],
+        W_enc: Float[Tensor, "d_in d_sae"],
+        b_enc: Float[Tensor, " d_sae"],
+        k: int,
+        feature_scale: Float[Tensor, " d_sae"] | None = None,
+        *,
+        exact: bool = False,
+    ) -> tuple[Int[Tensor, "n k"], Float[Tensor, "n k"]]:
+        """`ops.dense_search` by products in few bits, refined in float32; `exact`: in float32.
+
+        `W_enc` must be feature-major in memory.
+        """
+        (n, d), d_sae = x.shape, W_enc.shape[1]
+        wanted = [(x, (n, d)), (W_enc.T, (d_sae, d)), (b_enc, (d_sae,)), (feature_scale, (d_sae,))]
+        check(self.device_type, *wanted)
+        find = self._exact_search if exact else self._search
+        return find(x, W_enc, b_enc, k, feature_scale)
+
+    def decode(
+        self,
+        selected: Selected,
+        values: Float[Tensor, " m"],
+        W_dec: Float[Tensor, "d_sae d_out"],
+        b_dec: Float[Tensor, " d_out"] | None,
+        target: Float[Tensor, "n d_out"],
+        weight: float,
+    ) -> Decoded:
+        """Reconstruct, and differentiate `weight * sum of (x_hat - target)²`."""
+        (n, d), m = target.shape, len(selected.features)
+        wanted = [(values, (m,)), (W_dec, (len(W_dec), d)), (b_dec, (d,)), (target, (n, d))]
+        check(self.device_type, *wanted)
+        where = [(selected.features, (m,)), (selected.offsets, (n + 1,))]
+        check(self.device_type, *where, dtype=torch.int64)
+        return self._decode(selected, values, W_dec, b_dec, target, weight)
+
+    def row_gradients(
+        self,
+        features: Int[Tensor, " m"],
+        tokens: Int[Tensor, " m"],
+        values: Float[Tensor, " m"],
+        g_pre: Float[Tensor, " m"],
+        x: Float[Tensor, "n d_in"],
+        g_out: Float[Tensor, "n d_out"],
+        d_sae: int,
+    ) -> RowGradients:
+        """Sort the entries by feature, without those of value zero, which have no gradient."""
+        n, m = len(x), len(features)
+        check(self.device_type, (features, (m,)), (tokens, (m,)), dtype=torch.int64)
+        of_tokens = [(x, (n, x.shape[1])), (g_out, (n, g_out.shape[1]))]
+        check(self.device_type, (values, (m,)), (g_pre, (m,)), *of_tokens)
+        return self._row_gradients(features, tokens, values, g_pre, x, g_out, d_sae)
+
+    # What a device does with the checked arguments of the methods above, in the same order.
+    @abstractmethod
+    def _search(self, x, W_enc, b_enc, k, feature_scale) -> tuple[Tensor, Tensor]: ...
+
+    def _exact_search(self, x, W_enc, b_enc, k, feature_scale) -> tuple[Tensor, Tensor]:
+        return dense_search(x, W_enc, b_enc, k, feature_scale)
+
+    @abstractmethod
+    def _decode(self, selected, values, W_dec, b_dec, target, weight) -> Decoded: ...
+
+    @abstractmethod
+    def _row_gradients(self, features, tokens, values, g_pre, x, g_out, d_sae) -> RowGradients: ...
+
+
+def check(
+    device_type: str,
+    *tensors_and_shapes: tuple[Tensor | None, tuple[int, ...]],
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Refuse what the device's code would misread: it trusts sizes and types, and checks nothing.
+
+    Raises ValueError for another shape, TypeError for another type, device or layout in memory.
+    """
+    for tensor, shape in tensors_and_shapes:
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
             raise ValueError(f"a tensor of shape {tuple(tensor.shape)} where {shape} is wanted")
+        on_device = tensor.dtype == dtype and tensor.device.type == device_type
+        if not (on_device and tensor.is_contiguous()):
+            raise TypeError(
+                f"a contiguous {dtype} tensor on {device_type} is wanted, not {tensor.dtype} on "
+                f"{tensor.device} with strides {tensor.stride()}"
+            )

@@ -402,9 +402,9 @@ constexpr int64_t kTokensPerDecode = TOKENS_PER_BLOCK;
 
 struct AdamSettings {
   double lr, beta1, beta2, eps;
-  int64_t step;   // of this update, counted from 1
-  int64_t lazy;   // rows without gradient stay, and their moments decay when next touched
-  double clip;    // factor on every gradient
+  double clip;   // factor on every gradient
+  int64_t step;  // of this update, counted from 1
+  int64_t lazy;  // rows without gradient stay, and their moments decay when next touched
 };
 
 void adam_row(const AdamSettings& s, int64_t missed, const float* g, float* p, float* m, float* v,

@@ -1,4 +1,4 @@
-"""What the sparse TopK step asks of an SAE, and how many features a device holds for it."""
+"""Which SAEs take the sparse TopK step, and how many features of one a device can hold."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def takes_sparse_step(sae: Any, cfg: SAETrainerConfig) -> bool:
 
 
 def is_hooked(sae: Any) -> bool:
-    """Whether someone listens at a hook point of the SAE, to whom all pre-activations belong."""
+    """Whether a hook point of the SAE has a hook, which must see all pre-activations."""
     return any(hook.fwd_hooks or hook.bwd_hooks for hook in sae.hook_dict.values())
 
 
@@ -42,9 +42,9 @@ def check_sae(sae: Any) -> None:
 
 
 def lay_out_by_feature(sae: Any) -> None:
-    """Let each feature's encoder weights lie together in memory, as its decoder weights do.
+    """Put each feature's encoder weights together in memory, as its decoder weights are.
 
-    Only strides change. States are still saved contiguous, as safetensors asks.
+    Only strides change. States are still saved contiguous, as safetensors requires.
     """
     sae.W_dec.data = sae.W_dec.data.contiguous()
     if sae.W_enc.T.is_contiguous():
@@ -59,18 +59,17 @@ def _make_contiguous(module: Any, state: dict[str, Any], prefix: str, metadata: 
 
 
 def features_that_fit(total_bytes: int, d_in: int, d_out: int, batch_size: int, copies: int) -> int:
-    """Features of which a device holds `copies` of the float32 weights beside a batch's tensors.
+    """How many features' float32 weights, in so many copies, fit on a device beside a batch.
 
-    Weights and two Adam moments make three copies; autograd adds gradients and a working copy.
-
-    The batch counts as ten tensors of its own size, and a GB for the scores of the search.
+    Weights and two Adam moments make three copies; autograd adds gradients and a working copy. The
+    batch counts as ten tensors of its own size, and the scores of the search as a GB.
     """
     of_batch = 10 * 4 * batch_size * max(d_in, d_out) + 10**9
     return max(0, (total_bytes - of_batch) // (copies * 4 * (d_in + d_out + 1)))
 
 
 def memory_advice(sae: Any, batch_size: int, copies: int) -> str:
-    """What to say when the SAE's GPU ran out of memory."""
+    """The message for a GPU that ran out of memory."""
     total = torch.cuda.get_device_properties(sae.device).total_memory
     d_in, d_out, d_sae = sae.cfg.d_in, sae.W_dec.shape[1], sae.cfg.d_sae
     fit = features_that_fit(total, d_in, d_out, batch_size, copies)

@@ -23,8 +23,8 @@ def encoder_of(sae: Any) -> Encode:
     """The function from activations to features, without gradients; valid until weights change.
 
     It takes activations (n, d_in) on any device; a hook_z SAE also takes (n, heads, d_head). A TopK
-    SAE on a CPU gives sparse COO tensors, found by `saesub.topk.cpu.search` or, without a C++
-    compiler, by `saesub.topk.int8_search.search`. These searches may choose another of two features
+    SAE on a CPU gives sparse COO tensors, found by `saesub.topk.cpu` or, without a C++ compiler,
+    by `saesub.topk.int8_search`. These searches may choose another of two features
     that are equal within rounding, and their bounds are statistical.
 
     The function raises SaesubError for activations of another shape.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,9 +78,9 @@ def row_backend(device: torch.device, *, triton: bool = False) -> RowBackend | N
     """What searches there and runs `row_step`: on the CPU that takes a C++ compiler, on CUDA
     `triton`."""
     if device.type == "cpu" and not triton and cpu.library() is not None:
-        return cpu
+        return cpu.BACKEND
     if device.type == "cuda" and triton and triton_backend.available():
-        return triton_backend
+        return triton_backend.BACKEND
     return None
 
 
@@ -87,7 +88,7 @@ def search_of(backend: RowBackend | None, exact: bool) -> Search:
     """How a step finds its entries: by a backend's search, or by torch operators alone."""
     if backend is None:
         return dense_search if exact else int8_search.search
-    return backend.exact_search if exact else backend.search
+    return partial(backend.search, exact=exact)
 
 
 @torch.no_grad()

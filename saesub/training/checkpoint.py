@@ -1,23 +1,26 @@
-"""What saesub keeps beside SAELens' files in a checkpoint: its own state, settings, checksums."""
+"""Checkpoints of a trainer: what SAELens' files lack, the settings, and checksums of all files."""
 
 from __future__ import annotations
 
 import errno
 import json
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from sae_lens.config import SAETrainerConfig
 from sae_lens.constants import SAE_CFG_FILENAME
 from safetensors import SafetensorError
 from torch import Tensor
 
 from saesub.errors import SaesubError
 from saesub.files import Form, damaged, file_sha256, read_checksummed, write_checksummed
+
+if TYPE_CHECKING:  # the trainer imports this module
+    from saesub.training.trainer import SubspaceSAETrainer
 
 STATE_FILENAME = "saesub_state.safetensors"
 _FORM = Form(
@@ -27,8 +30,7 @@ _FORM = Form(
     missing="the checkpoint is damaged or incomplete; resume from an earlier one, or start anew",
     damaged="resume from an earlier checkpoint, or start anew",
 )
-# What reading a file that is not as it was written raises.
-UNREADABLE = (
+_UNREADABLE = (
     OSError,
     SafetensorError,
     RuntimeError,
@@ -37,32 +39,82 @@ UNREADABLE = (
     EOFError,
     pickle.UnpicklingError,
 )
+_MITIGATION = "mitigation."  # before the names of what mitigations keep
 _FOLDED = ("normalize_activations", "rescale_acts_by_decoder_norm")
-# Where a run is done and what is kept of it; and what the folding at its end changes in the SAE.
+# Where a run is made and what is kept of it, and what folding changes in the SAE at its end.
 _FREE_TO_CHANGE = {
     *("device", "logger", "metadata", "sae_lens_training_version"),
     *("checkpoint_path", "n_checkpoints", "save_final_checkpoint"),
     *_FOLDED,
 }
-_HISTORY = ("tokens", "mse", "dead_share")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO)
 
 
-def write_checkpoint_state(
-    folder: Path, state: dict[str, Tensor], settings: dict[str, Any]
-) -> None:
-    """Write the last file of a checkpoint, with the checksums of all that are there before it."""
+@contextmanager
+def writing(checkpoint_name: str) -> Iterator[None]:
+    """Turn the errors of a disk that is full or read-only into a SaesubError."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if not _is_write_failure(error):
+            raise
+        raise SaesubError(
+            f"The checkpoint {checkpoint_name!r} could not be written ({error}): make room, or "
+            "name another folder; the checkpoints before it are as they were."
+        ) from error
+
+
+def save_state(trainer: SubspaceSAETrainer, folder: Path) -> None:
+    """Write what SAELens' files lack, and the checksums of these, as a checkpoint's last file."""
+    state = {"tokens_since_fired": trainer.tokens_since_fired} | trainer.recorder.state()
+    state |= {f"{_MITIGATION}{name}": kept for name, kept in trainer.mitigation_state.items()}
+    state["random.cpu"] = torch.get_rng_state()
+    if torch.device(trainer.cfg.device).type == "cuda":
+        state["random.cuda"] = torch.cuda.get_rng_state(trainer.cfg.device)
     others = [p for p in sorted(folder.iterdir()) if p.is_file() and p.name != STATE_FILENAME]
     checksums = {path.name: file_sha256(path) for path in others}
-    record = json.dumps({"settings": settings, "files": checksums})
+    record = json.dumps({"settings": trainer.settings(), "files": checksums})
     write_checksummed(folder / STATE_FILENAME, _FORM, state, record)
 
 
-def read_checkpoint_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state and settings of a checkpoint, all of whose files are as they were.
+def load_state(
+    trainer: SubspaceSAETrainer, folder: Path, load_saelens: Callable[[Path], None]
+) -> None:
+    """Restore a checkpoint, SAELens' part by `load_saelens`.
 
-    Raises SaesubError for a file that is missing or has changed.
+    Raises:
+        SaesubError: the checkpoint is damaged, half-written, or of another SAE or settings.
     """
+    state, kept_settings = read_checkpoint_state(folder)
+    check_same_settings(folder, kept_settings, trainer.settings())
+    try:
+        load_saelens(folder)
+    except _UNREADABLE as error:
+        raise SaesubError(
+            f"The checkpoint {folder} is damaged or incomplete, or another optimizer's "
+            f"({type(error).__name__}): resume from an earlier one, or start anew."
+        ) from error
+    check_same_shapes(folder, state, trainer.optimizer, trainer.sae.cfg.d_sae)
+    steps = {float(kept["step"]) for kept in trainer.optimizer.state.values()}
+    trainer.step_choice.equal_steps = len(steps) <= 1
+    torch.set_rng_state(state["random.cpu"])
+    if "random.cuda" in state and torch.device(trainer.cfg.device).type == "cuda":
+        torch.cuda.set_rng_state(state["random.cuda"], trainer.cfg.device)
+    state = {name: kept.to(trainer.cfg.device) for name, kept in state.items()}
+    trainer.tokens_since_fired = state["tokens_since_fired"]
+    trainer.mitigation_state = {
+        name.removeprefix(_MITIGATION): kept
+        for name, kept in state.items()
+        if name.startswith(_MITIGATION)
+    }
+    trainer.recorder.load_state(state)
+    follow_folding(trainer.sae, folder)
+    # SAELens saves in the middle of a step: its step counter lags the steps taken by one.
+    trainer.n_training_steps = trainer.n_training_samples // trainer.cfg.train_batch_size_samples
+
+
+def read_checkpoint_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state and settings of a checkpoint. Raises SaesubError if a file is lost or changed."""
     path = folder / STATE_FILENAME
     state, text = read_checksummed(path, _FORM)
     try:
@@ -80,16 +132,21 @@ def read_checkpoint_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, An
     return state, settings
 
 
-def settings_of(cfg: SAETrainerConfig, sae: Any, own: dict[str, Any]) -> dict[str, Any]:
-    """What a run that is gone on with must have in common with its first part."""
-    trainer = {k: v for k, v in asdict(cfg).items() if k not in _FREE_TO_CHANGE}
-    of_sae = {k: v for k, v in sae.cfg.to_dict().items() if k not in _FREE_TO_CHANGE}
+def settings_of(trainer: SubspaceSAETrainer) -> dict[str, Any]:
+    """What a run that continues must have in common with its first part."""
+    own = {
+        "optimizer": trainer.optimizer_name,
+        "dead_window_tokens": trainer.dead_window_tokens,
+        "mitigations": [repr(mitigation) for mitigation in trainer.mitigations],
+    }
+    given = asdict(trainer.cfg) | trainer.sae.cfg.to_dict()
+    own |= {name: value for name, value in given.items() if name not in _FREE_TO_CHANGE}
     # As JSON gives them back, so that they compare equal with kept ones.
-    return json.loads(json.dumps(own | trainer | of_sae, default=str))
+    return json.loads(json.dumps(own, default=str))
 
 
 def check_same_settings(folder: Path, kept: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raises SaesubError, naming what differs, where a checkpoint is of other settings."""
+    """Raise SaesubError, which names the differences, if a checkpoint is of other settings."""
     differing = [
         f"{name} {kept.get(name)!r} (here {wanted.get(name)!r})"
         for name in sorted(kept.keys() | wanted.keys())
@@ -105,7 +162,7 @@ def check_same_settings(folder: Path, kept: dict[str, Any], wanted: dict[str, An
 def check_same_shapes(
     folder: Path, state: dict[str, Tensor], optimizer: torch.optim.Optimizer, d_sae: int
 ) -> None:
-    """Raises SaesubError where a checkpoint's counts or loaded moments are of another SAE."""
+    """Raise SaesubError if a checkpoint's counts or loaded moments are of another SAE."""
     if len(state["tokens_since_fired"]) != d_sae:
         raise SaesubError(
             f"The checkpoint {folder} holds {len(state['tokens_since_fired'])} features, "
@@ -121,7 +178,7 @@ def check_same_shapes(
 
 
 def follow_folding(sae: Any, folder: Path) -> None:
-    """The weights of a finished run have their input scaling folded in: say so in the config.
+    """Take over the config of a finished run, whose weights have their input scaling folded in.
 
     SAELens saves the config with the weights but loads the weights alone.
     """
@@ -132,36 +189,8 @@ def follow_folding(sae: Any, folder: Path) -> None:
             setattr(sae.cfg, name, saved[name])
 
 
-def history_tensors(history: Sequence[dict[str, float]]) -> dict[str, Tensor]:
-    """A trainer's history by column, in float64."""
-    columns = {f"history.{name}": [point[name] for point in history] for name in _HISTORY}
-    return {name: torch.tensor(kept, dtype=torch.float64) for name, kept in columns.items()}
-
-
-def history_of(state: dict[str, Tensor]) -> list[dict[str, float]]:
-    """What `history_tensors` was given."""
-    columns = {name: state[f"history.{name}"].tolist() for name in _HISTORY}
-    columns["tokens"] = [int(tokens) for tokens in columns["tokens"]]
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-
-
-def random_state(device: str) -> dict[str, Tensor]:
-    """The states of torch's global random numbers on the CPU and on the device."""
-    states = {"random.cpu": torch.get_rng_state()}
-    if torch.device(device).type == "cuda":
-        states["random.cuda"] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def restore_random_state(state: dict[str, Tensor], device: str) -> None:
-    """Set torch's global random numbers to where `random_state` found them."""
-    torch.set_rng_state(state["random.cpu"])
-    if torch.device(device).type == "cuda" and "random.cuda" in state:
-        torch.cuda.set_rng_state(state["random.cuda"], device)
-
-
-def is_write_failure(error: Exception) -> bool:
-    """Whether an error of torch's, safetensors' or the system's says that a file was not taken."""
+def _is_write_failure(error: Exception) -> bool:
+    """Whether torch, safetensors or the system says that a file could not be written."""
     if isinstance(error, OSError):
         return error.errno in _FULL
     text = str(error)

@@ -1,4 +1,4 @@
-"""Conditions of an experiment: several SAEs trained on the same batches, resumable."""
+"""Training of several SAEs on the same batches, for comparisons; interrupted runs continue."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 from filelock import FileLock, Timeout
 from jaxtyping import Float
@@ -21,22 +21,25 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from saesub.activations.store import ActivationStore
-from saesub.errors import SaesubError
+from saesub.errors import SaesubError, needs_extra
 from saesub.paths import source_digest
 from saesub.training.trainer import SubspaceSAETrainer
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _FINAL = "final"
 _COMPLETE = "complete"  # an empty file, written when a checkpoint is whole
 
 
 class ComparisonTrainer(MultiSAETrainer):
-    """SAELens' lockstep trainer, driving `SubspaceSAETrainer`s that may differ in everything.
+    """SAELens' lockstep trainer of several SAEs, for `SubspaceSAETrainer`s of any settings.
 
     Args:
-        conditions: name -> trainer. All must ask for the same number of tokens and the same batch.
-        sites: name -> key of the batch that condition trains on.
-        checkpoint_folder: where checkpoints go, or None for none.
-        n_checkpoints: how many on the way, besides the final one.
+        conditions: name -> trainer. All must train on as many tokens in batches of the same size.
+        sites: name -> key of the batch that the condition trains on.
+        checkpoint_folder: for checkpoints, or None.
+        n_checkpoints: how many are written before the final one.
     """
 
     def __init__(
@@ -47,17 +50,15 @@ class ComparisonTrainer(MultiSAETrainer):
         checkpoint_folder: Path | None = None,
         n_checkpoints: int = 0,
     ) -> None:
-        shapes = {
-            (t.cfg.total_training_samples, t.cfg.train_batch_size_samples)
-            for t in conditions.values()
-        }
-        if len(shapes) != 1:
+        cfgs = [trainer.cfg for trainer in conditions.values()]
+        sizes = {(cfg.total_training_samples, cfg.train_batch_size_samples) for cfg in cfgs}
+        if len(sizes) != 1:
             raise SaesubError(
-                "Conditions are compared at equal tokens: give all the same total_training_samples and "
-                f"train_batch_size_samples, not {sorted(shapes)}."
+                "Conditions are compared at equal tokens: give all the same total_training_samples "
+                f"and train_batch_size_samples, not {sorted(sizes)}."
             )
         cfg = replace(
-            next(iter(conditions.values())).cfg,
+            cfgs[0],
             checkpoint_path=str(checkpoint_folder) if checkpoint_folder else None,
             n_checkpoints=n_checkpoints if checkpoint_folder else 0,
             save_final_checkpoint=False,
@@ -69,8 +70,8 @@ class ComparisonTrainer(MultiSAETrainer):
     def fit_from(self, batches: Callable[[int], Iterator[dict[str, Tensor]]]) -> None:
         """Train from the step that was reached; input scales come from the first batches.
 
-        SAELens would estimate them from the training stream itself, which would then start
-        elsewhere than the stream of a resumed run.
+        SAELens would take these batches out of the training stream, and a resumed run would then
+        train on other batches than an uninterrupted one.
         """
         self.data_provider = batches(0)
         self._estimate_scaling_factors()
@@ -78,7 +79,7 @@ class ComparisonTrainer(MultiSAETrainer):
         self.fit()
 
     def save_checkpoint(self, checkpoint_name: str, wandb_aliases: list[str] | None = None) -> None:
-        """SAELens' checkpoint; what a full disk took of one is deleted, to make room."""
+        """SAELens' checkpoint. If the disk is full, what was written of it is deleted."""
         try:
             super().save_checkpoint(checkpoint_name, wandb_aliases)
         except SaesubError:
@@ -104,54 +105,53 @@ def train_together(
 ) -> pd.DataFrame:
     """Train every condition on the same batches and return their histories as one table.
 
-    With a `folder`, an interrupted call continues from its last checkpoint when it is made again,
-    and a finished one returns at once with the trained weights. Checkpoints lie in a subfolder
-    named by a hash of all settings and initial weights, so a changed experiment starts anew and
-    loses nothing of the old one. Calls that share a folder wait for one another.
+    With a `folder`, run an interrupted call again and it continues from its last checkpoint; a
+    finished call returns the trained weights at once. Checkpoints are in a subfolder named by a
+    hash of all settings and initial weights, so a changed experiment starts anew and the
+    checkpoints of the old one stay. Calls that share a folder wait for one another.
 
     Args:
-        conditions: name -> trainer, not yet stepped. Their SAEs are trained in place.
+        conditions: name -> trainer that has made no step. Its SAE is trained in place.
         batches: start step -> iterator of {site: (batch, d_in)}, which must give the same batches
-            from a step on whenever it is asked (`joint_batches` does).
-        sites: name -> site of the batch. May be left out if there is one site only.
+            from a step on whenever it is called (`joint_batches` does).
+        sites: name -> site of the batch. It may be left out if there is one site only.
         folder: for checkpoints, or None.
-        n_checkpoints: how many on the way; each holds the weights and optimizer of every condition.
+        n_checkpoints: how many are written before the final one; each holds the weights and the
+            optimizer of every condition.
 
     Returns:
         columns condition, tokens, mse, dead_share (see `SubspaceSAETrainer.history`).
 
     Raises:
-        SaesubError: conditions that ask for different numbers of tokens, or were trained before; bad
-            batches; a damaged checkpoint; a folder that is full or cannot be written.
+        SaesubError: no conditions, or conditions that train on different numbers of tokens or were
+            trained before; bad batches; a damaged checkpoint; a folder that is full or cannot be
+            written; pandas is not installed.
     """
-    if stepped := sorted(
-        name for name, condition in conditions.items() if condition.n_training_samples
-    ):
+    with needs_extra("train_together"):
+        import pandas as pd
+
+    stepped = sorted(name for name, trainer in conditions.items() if trainer.n_training_samples)
+    if stepped:
         raise SaesubError(
-            f"Conditions {stepped} were trained before, perhaps by an interrupted call: make them anew; "
-            "with the same folder the call then goes on from its last checkpoint."
+            f"Conditions {stepped} were trained before, perhaps by an interrupted call: make them "
+            "anew; with the same folder the call then continues from its last checkpoint."
         )
-    sites = sites or dict.fromkeys(conditions, next(iter(next(batches(0)))))
-    place = (
-        None if folder is None else Path(folder) / _fingerprint(conditions, sites, next(batches(0)))
-    )
-    trainer = ComparisonTrainer(
+    first = next(batches(0))
+    sites = sites or dict.fromkeys(conditions, next(iter(first)))
+    place = None if folder is None else Path(folder) / _fingerprint(conditions, sites, first)
+    together = ComparisonTrainer(
         conditions, sites, checkpoint_folder=place, n_checkpoints=n_checkpoints
     )
-    with nullcontext() if place is None else _alone_in(place):
-        if not (place and _load_latest(trainer, place)):
-            trainer.fit_from(batches)
-            if place:
-                trainer.save_checkpoint(_FINAL)
-        if place:
+    if place is None:
+        together.fit_from(batches)
+    else:
+        with _alone_in(place):
+            if not _load_latest(together, place):
+                together.fit_from(batches)
+                together.save_checkpoint(_FINAL)
             _drop_intermediate(place)
-    return pd.DataFrame(
-        [
-            {"condition": name, **point}
-            for name, condition in conditions.items()
-            for point in condition.history
-        ]
-    )
+    points = [(name, point) for name, trainer in conditions.items() for point in trainer.history]
+    return pd.DataFrame([{"condition": name, **point} for name, point in points])
 
 
 def joint_batches(
@@ -172,7 +172,7 @@ def joint_batches(
 
 @contextmanager
 def _alone_in(place: Path) -> Iterator[None]:
-    """Waits until no other process trains in this folder."""
+    """Wait until no other process trains in this folder."""
     lock = FileLock(place / ".lock")
     try:
         place.mkdir(parents=True, exist_ok=True)
@@ -202,8 +202,8 @@ def _load_latest(trainer: ComparisonTrainer, place: Path) -> bool:
         trainer.load_checkpoint(complete[newest])
     except (SaesubError, FileNotFoundError) as error:
         raise SaesubError(
-            f"{str(error).rstrip('.')}. To go on from the checkpoint before it, or from the start: "
-            f"delete {complete[newest]} and make the conditions anew."
+            f"{str(error).rstrip('.')}. To continue from the checkpoint before it, or from the "
+            f"first step, delete {complete[newest]} and make the conditions anew."
         ) from error
     passed = trainer.n_training_samples
     trainer.checkpoint_thresholds = [t for t in trainer.checkpoint_thresholds if t >= passed]

@@ -90,7 +90,7 @@ class DataParallelSAETrainer(RanksTrainer):
         n_here, weight = len(sae_in), len(sae_in) / self._n_in_batch
         if n_here == 0:  # a row of weight 0: without rows there is no mean to differentiate
             sae_in = sae_in.new_zeros(1, sae_in.shape[1])
-        found = autograd_pass(sae, sae_in, self._dead_for_auxk(sae))
+        found = autograd_pass(sae, sae_in, self.dead_for_auxk(sae))
         # Only now, AuxK having taken the features dead before the step; `step` adds the rows here.
         self.tokens_since_fired += self._n_in_batch - n_here
         output, fired = found.output, found.selected.times_fired()

@@ -163,7 +163,7 @@ class ShardedSAETrainer(RanksTrainer):
     @torch.no_grad()
     def _train_step(self, sae: Any, sae_in: Tensor) -> TrainStepOutput:
         sae.train()
-        rows = self._row_backend(sae)
+        rows = self.step_choice.row_backend(sae)
         search = search_of(rows, self.backend == "exact_search")
         x = sae_in.to(sae.dtype).contiguous()
         b_in, scale = input_bias(sae), feature_scale(sae)

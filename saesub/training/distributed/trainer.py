@@ -24,7 +24,7 @@ from saesub.training.trainer import Backend, OptimizerName, SubspaceSAETrainer
 
 Batches = Callable[[int], Iterator[Tensor]]
 _COUNTS = ("tokens_since_fired", "n_forward_passes_since_fired", "act_freq_scores")
-_PROGRESS = ("n_training_samples", "n_frac_active_samples", "history")
+_PROGRESS = ("n_training_samples", "n_frac_active_samples")
 
 
 class RanksTrainer(SubspaceSAETrainer):
@@ -61,7 +61,7 @@ class RanksTrainer(SubspaceSAETrainer):
         )
         self.ranks = ranks
         self._share_start()
-        ranks.check_same("set of settings", self._settings())
+        ranks.check_same("set of settings", self.settings())
         if cfg.checkpoint_path is not None:
             newest = newest_state(ranks, Path(cfg.checkpoint_path))
             if newest is not None:
@@ -128,14 +128,15 @@ class RanksTrainer(SubspaceSAETrainer):
             "steps": self.lr_scheduler.last_epoch,  # SAELens saves before it counts the step
             "lr": [group["lr"] for group in self.optimizer.param_groups],
             "lr_scheduler": self.lr_scheduler.state_dict(),
-            "since_record": self._since_record.tolist(),
+            "history": self.history,
+            "since_record": self.recorder.since.tolist(),
         }
         tokens = self.n_training_samples
-        settings = self._settings()
+        settings = self.settings()
         write_state(self.ranks, Path(base), tokens, self._tensors(), settings, progress)
 
     def _resume(self, path: Path) -> None:
-        progress = read_state(self.ranks, path, self._tensors(), self._settings())
+        progress = read_state(self.ranks, path, self._tensors(), self.settings())
         for name in _PROGRESS:
             setattr(self, name, progress[name])
         self.n_training_steps = progress["steps"]
@@ -144,13 +145,14 @@ class RanksTrainer(SubspaceSAETrainer):
         for group, lr in zip(self.optimizer.param_groups, progress["lr"], strict=True):
             group["lr"] = lr
         self.lr_scheduler.load_state_dict(progress["lr_scheduler"])
-        self._since_record.copy_(torch.tensor(progress["since_record"], dtype=torch.float64))
+        self.recorder.points = progress["history"]
+        self.recorder.since.copy_(torch.tensor(progress["since_record"], dtype=torch.float64))
         self.checkpoint_thresholds = [
             t for t in self.checkpoint_thresholds if t >= self.n_training_samples
         ]
 
-    def _settings(self) -> dict[str, Any]:
-        return super()._settings() | {"d_sae": self.n_features}
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | {"d_sae": self.n_features}
 
     def _tensors(self) -> dict[str, Tensor]:
         """Views of all that a run changes: weights, their moments, counts of firing."""

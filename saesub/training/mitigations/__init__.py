@@ -1,9 +1,9 @@
-"""Known mitigations against dead features, each to be combined with the others and with any start.
+"""Known mitigations against dead features, which combine with one another and any initialisation.
 
-`Resampling`, `GhostGradients` and `KAnnealing` are given to `SubspaceSAETrainer(mitigations=[...])`.
-The others are settings of the SAE or the trainer: AuxK is SAELens' `aux_loss_coefficient`,
-whitening its `normalize_activations="covariance_whitening"`, masked Adam
-`optimizer="sparse_adam"`. What is done before training is in `saesub.init`.
+`SubspaceSAETrainer(mitigations=[...])` takes `Resampling`, `GhostGradients` and `KAnnealing`. The
+others are settings of the SAE or the trainer: AuxK is SAELens' `aux_loss_coefficient`, whitening
+its `normalize_activations="covariance_whitening"`, masked Adam `optimizer="sparse_adam"`.
+Initialisations are in `saesub.init`.
 """
 
 from saesub.training.mitigations.ghost_gradients import GhostGradients

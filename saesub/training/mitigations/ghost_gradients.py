@@ -23,7 +23,7 @@ _GHOST_ENTRIES = 2**23  # pre-activations of dead features held at a time
 
 @dataclass(frozen=True)
 class GhostGradients(Mitigation):
-    """Dead features learn to reconstruct what the living leave over.
+    """Dead features learn to reconstruct the residual of the others.
 
     Jermyn & Templeton 2024, "Ghost Grads" (Anthropic, Circuits Updates, January 2024): in a second
     pass the dead features alone reconstruct the residual x - x̂, with exp in place of the
@@ -31,10 +31,10 @@ class GhostGradients(Mitigation):
     error to the size of the ordinary one. Both scales, the residual and the decoder bias count as
     constants, so gradients reach the dead features' weights and nothing else.
 
-    exp is taken of the plain pre-activations, whatever the SAE makes of them (TopK, thresholds,
-    `rescale_acts_by_decoder_norm`). It costs two products of tokens × dead features × d_in,
+    exp is taken of the plain pre-activations, before TopK, thresholds and
+    `rescale_acts_by_decoder_norm`. The cost is two products of tokens × dead features × d_in,
     forward, and their backward passes, block by block. AuxK asks dead features for the same
-    residual in another way: both together are two losses, not a contradiction.
+    residual in another way; the two losses can be used together.
 
     Raises:
         SaesubError: when a trainer is made: an SAE without W_enc and b_enc (gated, matching

@@ -1,4 +1,4 @@
-"""k annealing: more features take part in the first steps."""
+"""k annealing: more features fire in the first steps."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:  # the trainer imports what a mitigation is
 class KAnnealing(Mitigation):
     """k falls linearly from `k_start` to the SAE's own k over the first `share` of the steps.
 
-    More features take part while directions are still random. k is `k_start` at the first step and
-    the SAE's own from step `share * n_steps` on, rounded to a whole number for TopK; outside of
-    steps (in checkpoints, evaluation and the finished SAE) it is always the SAE's own. A BatchTopK
-    SAE's threshold follows its activations slowly: leave it some hundred steps at the final k.
+    More features fire while directions are still random. k is `k_start` at the first step and the
+    SAE's own from step `share * n_steps` on, rounded to a whole number for TopK. Outside of steps
+    (in checkpoints, evaluation and the finished SAE) it is always the SAE's own. A BatchTopK SAE's
+    threshold follows its activations slowly: leave it some hundred steps at the final k.
 
     Args:
         k_start: from the SAE's k to d_sae; a whole number, for BatchTopK any.

@@ -1,11 +1,8 @@
-"""What a mitigation against dead features can do to a training run.
-
-`saesub.training.mitigations` has the known.
-"""
+"""What a mitigation against dead features can do to a training run."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
@@ -16,15 +13,15 @@ from saesub.errors import SaesubError
 
 
 class Mitigation:
-    """Something done about dead features while an SAE trains, beside whatever else is done.
+    """Something done about dead features while an SAE trains; any number of them combine.
 
-    Subclasses are frozen dataclasses of their settings. What they do follows from these and from
-    what the trainer saves (`n_training_samples`, the optimizer, `mitigation_state`), so that a resumed
-    run goes on as an uninterrupted one would. `trainer` is a `saesub.SubspaceSAETrainer`.
+    Subclasses are frozen dataclasses of their settings. What they do must depend on these and on
+    what the trainer saves (`n_training_samples`, the optimizer, `mitigation_state`) alone: then a
+    resumed run equals an uninterrupted one. `trainer` is a `saesub.SubspaceSAETrainer`.
 
     Attributes:
-        loss_name: name of the loss that `extra_loss` returns, None if there is none. With a loss
-            the step goes through autograd.
+        loss_name: name of the loss that `extra_loss` returns, or None. With a loss, autograd
+            makes the step.
     """
 
     loss_name: ClassVar[str | None] = None
@@ -33,11 +30,11 @@ class Mitigation:
         """Raise SaesubError if the trainer's SAE or schedule cannot take this mitigation."""
 
     def around_step(self, trainer: Any) -> AbstractContextManager[None]:
-        """Entered before every step and left after it, also where the step fails."""
+        """A context around every step; it is left also if the step fails."""
         return nullcontext()
 
     def extra_loss(self, trainer: Any, output: TrainStepOutput) -> Tensor:
-        """Added to the loss of the pass that gave `output`, where there is a `loss_name`."""
+        """What is added to the loss of the pass that gave `output`, if there is a `loss_name`."""
         raise NotImplementedError
 
     def after_step(self, trainer: Any, output: TrainStepOutput) -> None:
@@ -46,19 +43,19 @@ class Mitigation:
 
 def one_of_each(mitigations: Sequence[Mitigation]) -> tuple[Mitigation, ...]:
     """The mitigations as a tuple. Raises SaesubError for anything else, and for two of one kind."""
-    if isinstance(mitigations, Mitigation) or not all(
-        isinstance(r, Mitigation) for r in mitigations
-    ):
+    several = isinstance(mitigations, Iterable)
+    given = tuple(mitigations) if several else ()
+    if not (several and all(isinstance(mitigation, Mitigation) for mitigation in given)):
         raise SaesubError(
-            f"mitigations={mitigations!r} is not a sequence of mitigations: pass a list of objects such as "
-            "[KAnnealing(k_start=64, share=0.5)]."
+            f"mitigations={mitigations!r} is not a sequence of mitigations: pass a list of objects "
+            "such as [KAnnealing(k_start=64, share=0.5)]."
         )
-    kinds = [type(mitigation).__name__ for mitigation in mitigations]
+    kinds = [type(mitigation).__name__ for mitigation in given]
     if len(set(kinds)) < len(kinds):
         raise SaesubError(
             f"Two mitigations of one kind contradict each other: give one of each, not {kinds}."
         )
-    return tuple(mitigations)
+    return given
 
 
 def need_parameters(mitigation: Mitigation, sae: Any, *names: str) -> None:

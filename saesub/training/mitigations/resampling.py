@@ -1,4 +1,4 @@
-"""Resampling: dead features start anew at inputs that the SAE reconstructs badly."""
+"""Resampling: dead features get new weights from inputs that the SAE reconstructs badly."""
 
 from __future__ import annotations
 
@@ -24,25 +24,24 @@ _NORMS = "resampling.alive_norms"
 
 @dataclass(frozen=True)
 class Resampling(Mitigation):
-    """Dead features start anew at inputs that the SAE reconstructs badly.
+    """Dead features get new weights from inputs that the SAE reconstructs badly.
 
     Bricken et al. 2023, "Towards Monosemanticity", appendix on neuron resampling: a dead feature's
     decoder row becomes the direction of an input drawn with probability proportional to its squared
     loss, its encoder the same direction at `encoder_norm` times the mean norm of the living, its
-    bias 0, its Adam moments 0. Four things are settled here that the source leaves open:
+    bias 0, its Adam moments 0. The source leaves four things open; here:
 
     - The input's direction is taken from the decoder bias, as the encoder sees it. Where the
       encoder does not subtract that bias (`apply_b_dec_to_input=False`), its own bias does.
     - The decoder row gets the mean norm of the living (1 in the source, where all are 1).
     - Inputs come from the training batches, an equal part of the dead at each of `n_batches`
-      successive steps. No input is drawn twice, or two features would stay equal for ever; the
-      dead beyond one an input stay dead until the next time.
-    - A gated SAE's r_mag becomes 0 and a JumpReLU threshold what it was at the start.
+      successive steps. No input is drawn twice, or two features would stay equal forever; if there
+      are more dead features than inputs, the rest stay dead until the next resampling.
+    - A gated SAE's r_mag becomes 0 and a JumpReLU threshold its initial value.
 
     Args:
-        every_tokens: resample whenever this many more tokens have been seen, up to the share
-            `until` of the run.
-        at_tokens: token counts to resample at, instead.
+        every_tokens: resample after every so many tokens, up to the share `until` of the run.
+        at_tokens: token counts to resample at, instead of `every_tokens`.
         encoder_norm: of a resampled feature, in mean norms of the living.
         n_batches: how many training batches one resampling draws from.
         seed: of the draws.
@@ -111,7 +110,7 @@ class Resampling(Mitigation):
 
     @torch.no_grad()
     def after_step(self, trainer: SubspaceSAETrainer, output: TrainStepOutput) -> None:
-        """Resample this batch's part of the dead features, if a resampling is on."""
+        """Resample this batch's part of the dead features, if the step is part of a resampling."""
         batch = self._batch_of_resampling(trainer)
         dead = trainer.dead_neurons
         if batch is None:

@@ -1,0 +1,107 @@
+"""A SAELens trainer that counts in tokens how long each feature is silent, and keeps a history."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from sae_lens import SAETrainer
+from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.sae import TrainStepOutput
+from sae_lens.training.sae_trainer import Evaluator, SaveCheckpointFn
+from torch import Tensor
+
+from saesub.errors import SaesubError
+from saesub.training.history import History
+
+_FIELD_WINDOW = 10_000_000  # tokens; what papers on SAEs use
+
+
+class TokenCountingTrainer(SAETrainer[Any, Any]):
+    """`SAETrainer` whose dead features are those silent over a window of tokens, not of steps.
+
+    AuxK takes these too. Arguments and attributes are as in `SubspaceSAETrainer`.
+    """
+
+    def __init__(
+        self,
+        cfg: SAETrainerConfig,
+        sae: Any,
+        data_provider: Iterator[Tensor],
+        dead_window_tokens: int | None,
+        evaluator: Evaluator[Any] | None,
+        save_checkpoint_fn: SaveCheckpointFn | None,
+    ) -> None:
+        super().__init__(cfg, sae, data_provider, evaluator, save_checkpoint_fn)
+        if dead_window_tokens is None:
+            dead_window_tokens = min(_FIELD_WINDOW, max(1, cfg.total_training_samples // 5))
+        if dead_window_tokens < 1:
+            raise SaesubError(f"dead_window_tokens must be at least 1, not {dead_window_tokens}.")
+        self.dead_window_tokens = int(dead_window_tokens)
+        self.tokens_since_fired = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=cfg.device)
+        exact = torch.promote_types(sae.dtype, torch.float32)
+        since = torch.zeros(2, dtype=exact, device=cfg.device)
+        self.recorder = History(cfg.total_training_steps, since)
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        """The points recorded so far."""
+        return self.recorder.points
+
+    @property
+    def dead_neurons(self) -> Bool[Tensor, " d_sae"]:
+        """(d_sae,) bool: silent for the whole window of tokens. SAELens' AuxK reads this."""
+        return self.tokens_since_fired >= self.dead_window_tokens
+
+    @property
+    def has_seen_window(self) -> bool:
+        """Whether as many tokens as the window has were trained on."""
+        return self.n_training_samples >= self.dead_window_tokens
+
+    def dead_fraction(self) -> float:
+        """Share of features silent over the last `dead_window_tokens` training tokens.
+
+        Raises:
+            SaesubError: fewer tokens than the window has were trained on.
+        """
+        if not self.has_seen_window:
+            raise SaesubError(
+                f"Only {self.n_training_samples} tokens were trained on, less than the window of "
+                f"{self.dead_window_tokens}: pass a smaller dead_window_tokens, or train longer."
+            )
+        return self.dead_neurons.float().mean().item()
+
+    def step(self, batch: Tensor) -> TrainStepOutput:
+        """One training step on raw activations (batch, d_in), counted and recorded."""
+        output = super().step(batch)
+        self.tokens_since_fired += len(batch)
+        # `_train_step` has just set the counter of steps to zero where a feature fired.
+        self.tokens_since_fired[self.n_forward_passes_since_fired == 0] = 0
+        self.recorder.add(output.losses["mse_loss"])
+        if (self.n_training_steps + 1) % self.recorder.every == 0:
+            dead_share = self.dead_fraction() if self.has_seen_window else float("nan")
+            self.recorder.record(self.n_training_samples, dead_share)
+        return output
+
+    @torch.no_grad()
+    def _count_firing(self, counts: Int[Tensor, " d_sae"], n_tokens: int) -> None:
+        """Keep SAELens' own counters of a step in which each feature fired `counts` times."""
+        self.n_forward_passes_since_fired += 1
+        self.n_forward_passes_since_fired[counts > 0] = 0
+        self.act_freq_scores += counts
+        self.n_frac_active_samples += n_tokens
+
+    def build_train_step_log_dict(
+        self, output: TrainStepOutput, n_training_samples: int
+    ) -> dict[str, Any]:
+        """What SAELens logs of a step, the batch's FVU and, after one window, the dead share.
+
+        It is logged if `cfg.logger` says so, which by default it does not.
+        """
+        figures = super().build_train_step_log_dict(output, n_training_samples)
+        figures["metrics/fvu"] = 1 - figures["metrics/explained_variance"]
+        if n_training_samples >= self.dead_window_tokens:
+            figures["sparsity/dead_share"] = self.dead_fraction()
+        return figures
