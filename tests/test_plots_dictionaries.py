@@ -1,4 +1,4 @@
-"""The figure on kinds of dictionary draws every seed, every mean, and the line between conditions."""
+"""The figure on kinds of dictionary: every seed, every mean, the line between conditions."""
 
 from __future__ import annotations
 

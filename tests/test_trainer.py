@@ -24,11 +24,8 @@ from saesub.activations.store import ActivationStore, StoreWriter
 from saesub.errors import SaesubError
 from saesub.init.biases import center_biases
 from saesub.init.subspace import initialize_in_subspace
-<<<<<<< HEAD
-from saesub.topk.encode import times_fired
-=======
 from saesub.topk.eligibility import takes_sparse_step
->>>>>>> 488c9bb (Trainer in parts: firing by tokens, history, choice of the step, checkpoints each in a module; a test watches storages, not the number of live tensors)
+from saesub.topk.encode import times_fired
 from saesub.training import checkpoint
 from saesub.training.checkpoint import check_same_shapes
 from saesub.training.comparison import joint_batches, train_together

@@ -1,4 +1,4 @@
-"""The proposal to SAELens: applied to the version that it is written against, its hooks are called."""
+"""The proposal to SAELens: applied to the version that it names, its hooks are called."""
 
 from __future__ import annotations
 

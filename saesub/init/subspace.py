@@ -219,11 +219,11 @@ def choose_d_init(spectrum: Spectrum, d_init: int | float | str = "auto") -> int
     """The dimension that `d_init` means for this spectrum.
 
     "auto" is half the effective rank of the singular values. In a sweep it left the fewest or
-    nearly the fewest dead features at attention outputs, MLP outputs and most residual streams, but not at an early
-    residual stream, where a random initialisation was better (`notebooks/studies/d_init.py`). In a
-    larger subspace features point to where little happens; in a smaller one they crowd. It takes
-    singular values, not variances, because one or two massive directions of a residual stream hold
-    nearly all of its variance.
+    nearly the fewest dead features at attention outputs, MLP outputs and most residual streams, but
+    not at an early residual stream, where a random initialisation was better
+    (`notebooks/studies/d_init.py`). In a larger subspace features point to where little happens; in
+    a smaller one they crowd. It takes singular values, not variances, because one or two massive
+    directions of a residual stream hold nearly all of its variance.
 
     Raises:
         SaesubError: `d_init` is not a whole number in 1…d, a share in (0, 1) or "auto".
