@@ -57,14 +57,14 @@ def sha(*parts: bytes) -> str:
 
 def count_passes(tick: Tick) -> None:
     """Have every forward pass ticked off, and the state kept after each."""
-    forward = forward_pass._capture
+    forward = forward_pass.capture
     forward_pass.KEEP_EVERY = 0.0
 
     def counted(*args: Any) -> None:
         tick()
         forward(*args)
 
-    forward_pass._capture = counted
+    forward_pass.capture = counted
 
 
 def do_convert(folder: Path, tick: Tick) -> str:

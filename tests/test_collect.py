@@ -158,7 +158,7 @@ def test_a_finished_store_is_reused_and_a_damaged_one_redone(
     first = again().rows(0, 200)
     data, marker = tmp_path / f"{ATTN}.bin", tmp_path / f"{ATTN}.json"
     with monkeypatch.context() as patch:
-        patch.setattr(forward_pass, "_capture", lambda *_: pytest.fail("ran the model"))
+        patch.setattr(forward_pass, "capture", lambda *_: pytest.fail("ran the model"))
         torch.testing.assert_close(again(batch_size=2).rows(0, 200), first)
         with pytest.raises(SaesubError, match="another n_tokens"):
             again(n_tokens=100)

@@ -327,7 +327,7 @@ def test_an_unfinished_harvest_with_damaged_progress_starts_anew(
         pass
 
     monkeypatch.setattr(forward_pass, "KEEP_EVERY", 0.0)
-    capture, passes = forward_pass._capture, [0]
+    capture, passes = forward_pass.capture, [0]
 
     def stop_at_five(*args: Any) -> None:
         passes[0] += 1
@@ -335,7 +335,7 @@ def test_an_unfinished_harvest_with_damaged_progress_starts_anew(
             raise StopError
         capture(*args)
 
-    monkeypatch.setattr(forward_pass, "_capture", stop_at_five)
+    monkeypatch.setattr(forward_pass, "capture", stop_at_five)
     with pytest.raises(StopError):
         harvest(model, few, HOOKS, tmp_path / "left", **PASS)
     left = {path.name: path.read_bytes() for path in (tmp_path / "left").iterdir()}

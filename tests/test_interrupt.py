@@ -39,7 +39,7 @@ folder = Path({folder!r})
 model, few = load_model("smollm2-135m", device="cpu"), load_corpus("wiki-en").select(range(200))
 LONG = PASS | {{"n_tokens": 3000}}
 forward_pass.KEEP_EVERY = 0.0
-capture, finish, batches = forward_pass._capture, StoreWriter.finish, test_faults.joint_batches
+capture, finish, batches = forward_pass.capture, StoreWriter.finish, test_faults.joint_batches
 steps = (folder / "steps").open("ab", buffering=0)
 
 def wait():
@@ -62,7 +62,7 @@ def counted_batches(*args, start_step, **settings):
             wait()
         yield batch
 
-forward_pass._capture, StoreWriter.finish = counted_capture, gated_finish
+forward_pass.capture, StoreWriter.finish = counted_capture, gated_finish
 test_faults.joint_batches = counted_batches
 stores = harvest(model, few, HOOKS, folder / "whole", **LONG)
 """

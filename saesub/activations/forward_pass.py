@@ -59,7 +59,7 @@ def hook_points(model: TransformerBridge, names: Sequence[str]) -> dict[str, Hoo
     return {name: known[name] for name in names}
 
 
-def _capture(
+def capture(
     model: TransformerBridge, tokens: Tensor, points: dict[str, HookPoint], receive: Receive
 ) -> None:
     """Run the model until the last of the points has fired, and no further.
@@ -198,4 +198,4 @@ class ModelPass:
             except SaesubError as error:
                 raise SaesubError(f"{name}, batch {batch}: {error}") from error
 
-        _capture(self.model, tokens, self.points, select)
+        capture(self.model, tokens, self.points, select)

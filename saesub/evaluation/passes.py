@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from sae_lens import SAE
-from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from saesub.activations.checks import require_finite
-from saesub.activations.forward_pass import hook_points
+from saesub.activations.forward_pass import capture, hook_points
 from saesub.errors import SaesubError
 from saesub.progress import bar
 from saesub.topk.encode import encoder_of
@@ -42,8 +41,8 @@ def encoded(
     with bar(total=n_tokens, unit="tok", desc="encoding", delay=1, progress=progress) as shown:
         for block in (block for part in given for block in part.split(_TOKENS_PER_BLOCK)):
             block = block if n_tokens is None else block[: n_tokens - n]
-            features = encode(block)  # refuses another shape
-            require_finite(block.flatten(1))
+            require_finite(block)
+            features = encode(block)
             yield block.flatten(1).to(sae.device), features
             n += len(block)
             shown.update(len(block))
@@ -56,7 +55,6 @@ def encoded(
         )
 
 
-@torch.no_grad()
 def site_activations(
     model: TransformerBridge, tokens: Int[Tensor, "batch pos"], hook_name: str
 ) -> Float[Tensor, "batch pos d"]:
@@ -64,13 +62,10 @@ def site_activations(
 
     Raises SaesubError for an unknown hook point.
     """
-    hook_points(model, [hook_name])
-    _, cache = model.run_with_cache(
-        tokens.to(model.cfg.device),
-        names_filter=[hook_name],
-        stop_at_layer=extract_stop_at_layer_from_tlens_hook_name(hook_name),
-    )
-    return cache[hook_name].flatten(2)
+    found: dict[str, Tensor] = {}
+    points = hook_points(model, [hook_name])
+    capture(model, tokens.to(model.cfg.device), points, found.__setitem__)
+    return found[hook_name].flatten(2)
 
 
 def check_contexts(tokens: Tensor, batch_size: int) -> None:

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformer_lens.model_bridge import TransformerBridge
 
 from saesub.activations.tokens import kept_positions
-from saesub.errors import SaesubError, near_names
+from saesub.errors import SaesubError, near_names, needs_extra
 from saesub.evaluation.passes import site_activations
 from saesub.loading.models import Model, context_tokens, load_model
 from saesub.progress import bar
@@ -113,9 +113,10 @@ def sparse_probe(
     Raises:
         SaesubError: k outside 1..d, a class without training texts, or shapes that do not fit.
     """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
+    with needs_extra("sparse_probe"):
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
 
     d = train.shape[1]
     if test.shape[1] != d or len(is_positive) != len(train) or len(test_is_positive) != len(test):
@@ -156,7 +157,8 @@ def probe_tasks(
     Raises:
         SaesubError: unknown class, or too few texts for a test.
     """
-    import pandas as pd
+    with needs_extra("probe_tasks"):
+        import pandas as pd
 
     results = []
     for task, names in tasks.items():

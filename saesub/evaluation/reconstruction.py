@@ -28,8 +28,8 @@ def reconstruction(
 ) -> Reconstruction:
     """FVU = Σ‖x − x̂‖² / Σ‖x − mean‖² and mean L0; the mean is that of these activations.
 
-    SAELens' own explained variance is a difference of float32 sums, which a large mean ruins.
-    Blocks hold at most 1,024 tokens, over which a BatchTopK SAE in training form shares out its features.
+    SAELens' own explained variance is a difference of float32 sums, which a large mean ruins. A
+    BatchTopK SAE in training form shares out its features over each block of at most 1,024 tokens.
 
     Args:
         sae: any SAELens SAE, in training or inference form.
