@@ -1,4 +1,4 @@
-"""The figure on kinds of dictionary draws every seed, every mean, and the line between conditions."""
+"""The figure on kinds of dictionary draws every seed, every mean, and the line that joins them."""
 
 from __future__ import annotations
 
