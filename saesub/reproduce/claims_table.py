@@ -54,15 +54,14 @@ class ClaimsTable:
 
         Raises `SaesubError` for a claim that is not in the paper's list.
         """
-        lines = [(*_HEAD, "Notebook"), ("---",) * 5]
+        lines = ["| " + " | ".join((*_HEAD, "Notebook")) + " |", "|---" * 5 + "|"]
         for row in self.rows:
             unsure = doubt(find(row["id"]), row["value"], row["interval"])
             t = {key: text.replace("|", "\\|") for key, text in _texts(row).items()}
             judged = f"{t['symbol']} {t['verdict']}" + f" ({unsure})" * bool(unsure)
-            lines.append(
-                (f"**{t['id']}** {t['claim']}", t["paper"], t["here"], judged, t["notebook"])
-            )
-        return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+            cells = (f"**{t['id']}** {t['claim']}", t["paper"], t["here"], judged, t["notebook"])
+            lines.append("| " + " | ".join(cells) + " |")
+        return "\n".join(lines)
 
 
 def _texts(row: dict) -> dict[str, str]:

@@ -7,9 +7,9 @@ below.
 """
 
 from saesub.errors import needs_extra
-from saesub.reproduce.plots.drawing import CONDITIONS, SITES, style
 
 with needs_extra("saesub.reproduce.plots"):
+    from saesub.reproduce.plots.drawing import CONDITIONS, SITES, style
     from saesub.reproduce.plots.features import (
         cosine_histogram,
         density_histogram,
