@@ -73,8 +73,8 @@ def times_fired(features: Float[Tensor, "n d_sae"]) -> Int[Tensor, " d_sae"]:
     """On how many of the n tokens each feature fires; features may be dense or sparse."""
     if features.is_sparse:
         entries = features.coalesce()
-        active = entries.indices()[-1][entries.values() != 0]
-        return torch.bincount(active, minlength=features.shape[-1])
+        fired = (entries.values() != 0).long()  # a selection of them would wait for a GPU
+        return fired.new_zeros(features.shape[-1]).index_add_(0, entries.indices()[-1], fired)
     return (features != 0).sum(0)
 
 

@@ -87,15 +87,6 @@ class Selected:
         return fired.new_zeros(self.d_sae).index_add_(0, self.features, fired)
 
 
-def times_fired(feature_acts: Float[Tensor, "n d_sae"]) -> Int[Tensor, " d_sae"]:
-    """On how many of the tokens each feature fires; dense or sparse activations."""
-    if not feature_acts.is_sparse:
-        return (feature_acts != 0).sum(0)
-    entries = feature_acts.coalesce()
-    fired = (entries.values() != 0).long()
-    return fired.new_zeros(feature_acts.shape[-1]).index_add_(0, entries.indices()[-1], fired)
-
-
 @torch.no_grad()
 def select_topk(
     x: Float[Tensor, "n d_in"],

@@ -21,7 +21,7 @@ from saesub.activations.checks import require_finite
 from saesub.errors import SaesubError
 from saesub.optim import OptimizerName, make_optimizer
 from saesub.topk.eligibility import check_sae, is_topk, lay_out_by_feature, memory_advice
-from saesub.topk.ops import times_fired
+from saesub.topk.encode import times_fired
 from saesub.training.checkpoint import load_state, save_state, settings_of, writing
 from saesub.training.firing import TokenCountingTrainer
 from saesub.training.mitigations.mitigation import Mitigation, one_of_each
