@@ -81,6 +81,15 @@ class Selected:
         offsets = torch.arange(0, n * k + 1, k, device=features.device)
         return cls(features.flatten(), offsets, pre.flatten(), d_sae)
 
+    def then(self, other: Selected) -> Selected:
+        """These entries and those of `other`, whose tokens follow as a second copy of the batch."""
+        return Selected(
+            torch.cat([self.features, other.features]),
+            torch.cat([self.offsets, self.offsets[-1] + other.offsets[1:]]),
+            torch.cat([self.pre, other.pre]),
+            self.d_sae,
+        )
+
     def times_fired(self) -> Int[Tensor, " d_sae"]:
         """On how many of the tokens each feature is active."""
         fired = (self.pre > 0).long()

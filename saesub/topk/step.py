@@ -3,14 +3,14 @@
 `autograd_pass` builds the loss with `saesub.topk.ops`, for any optimizer and device; `row_step`
 is the same step without autograd, by the `RowBackend` of the device, which also updates the
 parameters and never holds a gradient of the weights. Both equal SAELens' dense pass, AuxK included.
+`WholeDictionary` has what differs where each of several processes holds a slice of the features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from saesub.optim import SparseAdam, moments
 from saesub.topk import cpu, int8_search, triton_backend
-from saesub.topk.backend import AdamSettings, RowBackend, RowGradients
+from saesub.topk.backend import AdamSettings, Decoded, RowBackend, RowGradients
 from saesub.topk.ops import (
     Search,
     Selected,
@@ -42,12 +42,60 @@ class EntriesOutput:
     selected: Selected
 
 
+class WholeDictionary:
+    """What a step does in one process, which holds all features.
+
+    A subclass, `SlicedDictionary` in `saesub.training.distributed`, holds some of them.
+    """
+
+    def select(
+        self,
+        x: Float[Tensor, "n d_in"],
+        W_enc: Float[Tensor, "d_in d_sae"],
+        b_enc: Float[Tensor, " d_sae"],
+        k: int,
+        scale: Float[Tensor, " d_sae"] | None,
+        search: Search,
+    ) -> Selected:
+        """The entries among each token's k best that are features of this process."""
+        return select_topk(x, W_enc, b_enc, k, scale, search=search)
+
+    def sum(self, here: Tensor) -> Tensor:
+        """A sum over all features, from that over the features of this process."""
+        return here
+
+    def shared(self, parameter: Tensor) -> Tensor:
+        """A parameter that the features of all processes use; its gradient is the sum of theirs."""
+        return parameter
+
+    def decode(
+        self,
+        backend: RowBackend,
+        selected: Selected,
+        values: Float[Tensor, " m"],
+        W_dec: Float[Tensor, "d_sae d_out"],
+        b_dec: Float[Tensor, " d_out"] | None,
+        target: Float[Tensor, "n d_out"],
+        weight: float,
+    ) -> Decoded:
+        """`RowBackend.decode`."""
+        return backend.decode(selected, values, W_dec, b_dec, target, weight)
+
+    def clip_gradients(self, sae: TopKTrainingSAE) -> None:
+        """Scale the gradients of all parameters to a norm of at most `MAX_NORM`."""
+        torch.nn.utils.clip_grad_norm_(sae.parameters(), MAX_NORM)
+
+
+WHOLE = WholeDictionary()
+
+
 def autograd_pass(
     sae: TopKTrainingSAE,
     sae_in: Float[Tensor, "n d_in"],
     dead: Bool[Tensor, " d_sae"] | None,
     *,
     search: Search = int8_search.search,
+    dictionary: WholeDictionary = WHOLE,
 ) -> EntriesOutput:
     """`training_forward_pass` of a TopK or BatchTopK SAE through its active entries.
 
@@ -56,21 +104,23 @@ def autograd_pass(
     backend (`search_of`) wants `W_enc` feature-major in memory, and float32.
     """
     x = sae_in.to(sae.dtype).contiguous()
-    b_in, scale = input_bias(sae), feature_scale(sae)
-    selected = _select(sae, x, scale, search)
-    pre = encode_at(selected, x, b_in, sae.W_enc, sae.b_enc)
-    sae_out = decode_at(selected, pre.relu(), sae.W_dec, sae.b_dec)
+    scale = feature_scale(sae)
+    selected, aux = _select(sae, x, dead, scale, search, dictionary)
+    entries, inputs = selected, x
+    if aux is not None:
+        entries, inputs = selected.then(aux.selected), x.repeat(2, 1)
+    b_in = input_bias(sae)
+    b_in = None if b_in is None else dictionary.shared(b_in)
+    pre = encode_at(entries, inputs, b_in, sae.W_enc, sae.b_enc)
+    m = len(selected.pre)
+    values = torch.cat([pre[:m].relu(), pre[m:]])
+    decoded = dictionary.sum(decode_at(entries, values, sae.W_dec))
+    sae_out = decoded[: len(x)] + sae.b_dec
     mse_loss = (sae_out - x).square().sum(-1).mean()
     aux_loss = mse_loss.new_zeros(())
-    if dead is not None and bool(dead.any()):
-        aux = AuxK.of(sae, int(dead.sum()))
-        rows = dead.nonzero().squeeze(1)
-        W_enc, b_enc = sae.W_enc.index_select(1, rows), sae.b_enc.index_select(0, rows)
-        chosen = _select_aux(sae, x, aux, rows, scale, search)
-        aux_pre = encode_at(chosen, x, b_in, W_enc, b_enc)
-        recons = decode_at(chosen, aux_pre, sae.W_dec.index_select(0, rows))
+    if aux is not None:
         residual = (x - sae_out).detach()
-        aux_loss = aux.weight * (recons - residual).square().sum(-1).mean()
+        aux_loss = aux.weight * (decoded[len(x) :] - residual).square().sum(-1).mean()
     return entries_output(sae, x, sae_out, selected, scale, mse_loss, aux_loss)
 
 
@@ -100,57 +150,40 @@ def row_step(
     dead: Bool[Tensor, " d_sae"] | None,
     *,
     exact_search: bool = False,
+    dictionary: WholeDictionary = WHOLE,
 ) -> EntriesOutput:
     """Forward, backward, clipping and update in float32, by the loops of `backend`.
 
     The optimizer is torch's Adam or `SparseAdam`; its state is used and advanced in place. The
     SAE's `W_enc` must lie feature-major in memory.
     """
-    search = search_of(backend, exact_search)
     x = sae_in.to(sae.dtype).contiguous()
-    b_in, scale = input_bias(sae), feature_scale(sae)
-    centred = x if b_in is None else x - b_in
-    selected = _select(sae, x, scale, search)
-    values = selected.pre.relu()
-    decoded = backend.decode(selected, values, sae.W_dec, sae.b_dec, x, 1 / len(x))
-    mse_loss, aux_loss = decoded.squared_error / len(x), x.new_zeros(())
-    parts = [(selected.features, selected.tokens, values, decoded.g_pre)]
-    inputs, outputs = [centred], [decoded.g_out]
-    if dead is not None and bool(dead.any()):
-        aux, rows = AuxK.of(sae, int(dead.sum())), dead.nonzero().squeeze(1)
-        chosen = _select_aux(sae, x, aux, rows, scale, search)
-        in_full = Selected(rows[chosen.features], chosen.offsets, chosen.pre, selected.d_sae)
-        residual, weight = x - decoded.x_hat, aux.weight / len(x)
-        back = backend.decode(in_full, chosen.pre, sae.W_dec, None, residual, weight)
-        aux_loss = aux.weight * back.squared_error / len(x)
-        # The auxiliary entries join the others as those of a second copy of the batch.
-        parts.append((in_full.features, in_full.tokens + len(x), chosen.pre, back.g_pre))
-        inputs, outputs = [centred, centred], [decoded.g_out, back.g_out]
-    features, tokens, weights, g_pre = (_joined(part) for part in zip(*parts, strict=True))
-    x_rows, g_rows = _joined(inputs), _joined(outputs)
+    n, b_in, scale = len(x), input_bias(sae), feature_scale(sae)
+    search = search_of(backend, exact_search)
+    selected, aux = _select(sae, x, dead, scale, search, dictionary)
+    entries, values = selected, selected.pre.relu()
+    decoded = dictionary.decode(backend, selected, values, sae.W_dec, sae.b_dec, x, 1 / n)
+    g_pre, g_out, aux_loss = decoded.g_pre, decoded.g_out, x.new_zeros(())
+    inputs = x if b_in is None else x - b_in
+    if aux is not None:
+        weight, residual, chosen = aux.weight / n, x - decoded.x_hat, aux.selected
+        back = dictionary.decode(backend, chosen, chosen.pre, sae.W_dec, None, residual, weight)
+        aux_loss = weight * back.squared_error
+        entries, values = selected.then(chosen), torch.cat([values, chosen.pre])
+        g_pre, g_out = torch.cat([g_pre, back.g_pre]), torch.cat([g_out, back.g_out])
+        inputs = inputs.repeat(2, 1)
     gradients = backend.row_gradients(
-        features, tokens, weights, g_pre, x_rows, g_rows, selected.d_sae
+        entries.features, entries.tokens, values, g_pre, inputs, g_out, entries.d_sae
     )
-    _update(sae, optimizer, gradients, decoded.g_bias)
-    return entries_output(sae, x, decoded.x_hat, selected, scale, mse_loss, aux_loss)
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """`torch.cat`, which would copy a single part too."""
-    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts))
-
-
-def _update(
-    sae: TopKTrainingSAE,
-    optimizer: torch.optim.Adam,
-    gradients: RowGradients,
-    g_b_dec: Float[Tensor, " d_in"],
-) -> None:
     squared_norm, through_encoder = gradients.norms(sae.W_enc)
-    if input_bias(sae) is not None:
-        g_b_dec = g_b_dec - through_encoder
-    clip = clip_factor(squared_norm + g_b_dec.double().square().sum())
+    totals = dictionary.sum(torch.cat([squared_norm.double().view(1), through_encoder.double()]))
+    g_b_dec = decoded.g_bias
+    if b_in is not None:
+        g_b_dec = g_b_dec - totals[1:].to(g_b_dec.dtype)
+    clip = clip_factor(totals[0] + g_b_dec.double().square().sum())
     update_rows(sae, optimizer, gradients, g_b_dec, clip)
+    mse_loss = decoded.squared_error / n
+    return entries_output(sae, x, decoded.x_hat, selected, scale, mse_loss, aux_loss)
 
 
 def clip_factor(squared_norm: Float[Tensor, ""]) -> Float[Tensor, ""]:
@@ -191,43 +224,39 @@ def update_rows(
     sae.b_dec.grad = None
 
 
-@dataclass(frozen=True)
-class AuxK:
-    """How many dead features AuxK asks of each token, and the weight of its loss (SAELens')."""
+class AuxEntries(NamedTuple):
+    """The entries that reconstruct AuxK's residual, and the weight of its loss (SAELens')."""
 
-    k: int
+    selected: Selected
     weight: float
-
-    @classmethod
-    def of(cls, sae: TopKTrainingSAE, n_dead: int) -> AuxK:
-        """Of an SAE with so many dead features."""
-        most = sae.cfg.d_in // 2
-        return cls(min(most, n_dead), sae.cfg.aux_loss_coefficient * min(n_dead / most, 1.0))
-
-
-def _select(sae: TopKTrainingSAE, x: Tensor, scale: Tensor | None, search: Search) -> Selected:
-    b_in = input_bias(sae)
-    centred = x if b_in is None else x - b_in
-    if isinstance(sae, BatchTopKTrainingSAE):
-        return select_batch_topk(centred, sae.W_enc, sae.b_enc, sae.cfg.k, scale, search=search)
-    return select_topk(centred, sae.W_enc, sae.b_enc, int(sae.cfg.k), scale, search=search)
 
 
 @torch.no_grad()
-def _select_aux(
+def _select(
     sae: TopKTrainingSAE,
-    x: Tensor,
-    aux: AuxK,
-    rows: Tensor,
-    scale: Tensor | None,
+    x: Float[Tensor, "n d_in"],
+    dead: Bool[Tensor, " d_sae"] | None,
+    scale: Float[Tensor, " d_sae"] | None,
     search: Search,
-) -> Selected:
-    """The `aux.k` best of the features `rows` for every token, numbered within `rows`."""
+    dictionary: WholeDictionary,
+) -> tuple[Selected, AuxEntries | None]:
+    """The active entries, and those of dead features if AuxK applies."""
     b_in = input_bias(sae)
     centred = x if b_in is None else x - b_in
-    W_enc = sae.W_enc.T.index_select(0, rows).T  # feature-major, as the search wants it
+    W_enc, b_enc, k = sae.W_enc, sae.b_enc, sae.cfg.k
+    if isinstance(sae, BatchTopKTrainingSAE):
+        selected = select_batch_topk(centred, W_enc, b_enc, k, scale, search=search)
+    else:
+        selected = dictionary.select(centred, W_enc, b_enc, int(k), scale, search)
+    n_dead = 0 if dead is None else int(dictionary.sum(dead.sum()))
+    if dead is None or not n_dead:
+        return selected, None
+    rows, most = dead.nonzero().squeeze(1), sae.cfg.d_in // 2
+    W_enc = W_enc.T.index_select(0, rows).T  # feature-major, as the search wants it
     scale = None if scale is None else scale[rows]
-    return select_topk(centred, W_enc, sae.b_enc[rows], aux.k, scale, search=search)
+    found = dictionary.select(centred, W_enc, b_enc[rows], min(most, n_dead), scale, search)
+    found = Selected(rows[found.features], found.offsets, found.pre, selected.d_sae)
+    return selected, AuxEntries(found, sae.cfg.aux_loss_coefficient * min(n_dead / most, 1.0))
 
 
 def input_bias(sae: TopKTrainingSAE) -> Tensor | None:
