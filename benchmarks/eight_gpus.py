@@ -1,7 +1,7 @@
 """Writes the tables of docs/eight_gpus.md: `python benchmarks/eight_gpus.py`.
 
 Bytes and seconds are those of `benchmarks/parallel_cost.py`; what was measured on a CPU is what
-`benchmarks/ranks.py` recorded.
+`benchmarks/processes.py` recorded.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from parallel_cost import Job, Rates, memory, seconds, traffic
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, RESULTS = ROOT / "docs" / "eight_gpus.md", ROOT / "benchmarks" / "results"
-JOB = Job(d_in=4096, d_sae=2**22, k=64, batch=4096, ranks=8)
+JOB = Job(d_in=4096, d_sae=2**22, k=64, batch=4096, processes=8)
 JOBS = {
     "features, SparseAdam": JOB,
     "features, Adam": replace(JOB, optimizer="adam"),
@@ -54,15 +54,15 @@ def what_it_says() -> str:
     return "\n".join(
         [
             f"- Data parallelism does not fit: {held['data, SparseAdam']:.0f} GB on every GPU.",
-            f"- Sharded by features it takes {held['features, SparseAdam']:.1f} GB, which leaves "
+            f"- Split by features it takes {held['features, SparseAdam']:.1f} GB, which leaves "
             "an 80 GB card next to nothing for the allocator: take 141 GB cards, or "
             "`rescale_acts_by_decoder_norm=False`, which saves "
             f'{parts["encoder scaled by decoder norms"] / 1e9:.1f} GB. `backend="triton"`, which '
             f"has not run on a GPU, holds no gradients ({parts['gradients'] / 1e9:.1f} GB).",
-            f"- A checkpoint is {state(JOB) * JOB.ranks / 1e9:.0f} GB on disk, each rank writing "
-            f"its {state(JOB) / 1e9:.0f} GB, of which it holds a copy in host memory meanwhile. "
-            f"The gathered SAE is {whole / 1e9:.0f} GB, of which rank 0 holds two copies in host "
-            "memory.",
+            f"- A checkpoint is {state(JOB) * JOB.processes / 1e9:.0f} GB on disk, of which each "
+            f"process writes {state(JOB) / 1e9:.0f} GB and holds a copy in host memory meanwhile. "
+            f"The gathered SAE is {whole / 1e9:.0f} GB, of which the first process holds two "
+            "copies in host memory.",
             f"- AuxK takes up to d_in / 2 = {JOB.d_in // 2:,} dead features of each token: where "
             "so many are dead, their scores travel too, and a second reconstruction.",
         ]
@@ -70,16 +70,16 @@ def what_it_says() -> str:
 
 
 def measured() -> str:
-    """What `benchmarks/ranks.py` recorded, beside the plan."""
+    """What `benchmarks/processes.py` recorded, beside the plan."""
     lines = [
-        "| ranks | sharded by | seconds per step | bytes sent by rank 0 | planned |",
+        "| processes | split by | seconds per step | bytes sent by the first process | planned |",
         "|---:|---|---:|---:|---:|",
     ]
-    paths = sorted(RESULTS.glob("ranks-*.json"))
+    paths = sorted(RESULTS.glob("processes-*.json"))
     records = [json.loads(path.read_text()) for path in paths]
     for record in records:
         for row in record["rows"]:
-            job = Job(**record["job"], ranks=record["ranks"], mode=row["mode"])
+            job = Job(**record["job"], processes=record["ranks"], mode=row["mode"])
             planned = sum(traffic(job).values())
             lines.append(
                 f"| {record['ranks']} | {row['mode']} | {row['seconds']:.2f} "
@@ -89,7 +89,7 @@ def measured() -> str:
     sizes = {name: value for name, value in r["job"].items() if name != "auxk"}
     job = ", ".join(f"{name} {value:,}" for name, value in sizes.items()) + ", AuxK at work"
     made = "{machine[processor]}, {machine[cores]} cores, torch {torch}, {date}".format(**r)
-    return "\n".join([*lines, "", f"{job}; one thread a rank; {made}."])
+    return "\n".join([*lines, "", f"{job}; one thread a process; {made}."])
 
 
 def blocks() -> dict[str, str]:
@@ -103,7 +103,7 @@ def blocks() -> dict[str, str]:
     times = {name: seconds(job, RATES) for name, job in JOBS.items()}
     job = f"{JOB.d_sae:,} features, d_in {JOB.d_in:,}, k {JOB.k}, {JOB.batch:,} tokens a step"
     return {
-        "job": f"{job}, {JOB.ranks} GPUs, float32.",
+        "job": f"{job}, {JOB.processes} GPUs, float32.",
         "memory": table(memories, 1e9, 2),  # pyright: ignore
         "traffic": table(sent, 1e6, 1),  # pyright: ignore
         "seconds": table(times, 1e-3, 1),

@@ -22,7 +22,7 @@ class Job:
 
     Attributes:
         k: active features of a token.
-        batch: tokens in a step, over all ranks.
+        batch: tokens in a step, over all processes.
         mode: "features" for `saesub.training.distributed.feature_parallel`, "data" for
             `saesub.training.distributed.data_parallel`.
         auxk: whether so many features are dead that AuxK takes d_in / 2 of each token.
@@ -32,24 +32,24 @@ class Job:
     d_sae: int
     k: int
     batch: int
-    ranks: int
+    processes: int
     optimizer: OptimizerName = "sparse_adam"
     mode: Mode = "features"
     auxk: bool = False
 
     @property
     def features_here(self) -> int:
-        """Features that the fullest rank holds."""
-        return self.d_sae if self.mode == "data" else -(-self.d_sae // self.ranks)
+        """Features that the fullest process holds."""
+        return self.d_sae if self.mode == "data" else -(-self.d_sae // self.processes)
 
     @property
     def rows_here(self) -> int:
-        """Rows of the batch that a rank works on."""
-        return -(-self.batch // self.ranks) if self.mode == "data" else self.batch
+        """Rows of the batch that a process works on."""
+        return -(-self.batch // self.processes) if self.mode == "data" else self.batch
 
     @property
     def weights_here(self) -> int:
-        """Weights that the fullest rank holds."""
+        """Weights that the fullest process holds."""
         return self.features_here * (2 * self.d_in + 1) + self.d_in
 
 
@@ -63,7 +63,7 @@ class Rates:
 
 
 def memory(job: Job) -> dict[str, int]:
-    """Bytes on the fullest rank, of the step made of torch operators, without AuxK.
+    """Bytes that the fullest process holds, in the step made of torch operators, without AuxK.
 
     What torch's allocator and libraries take is not counted; `batch` is ten tensors of the size of
     the batch, as in `saesub.topk.eligibility`.
@@ -84,16 +84,16 @@ def memory(job: Job) -> dict[str, int]:
 
 
 def traffic(job: Job) -> dict[str, int]:
-    """Bytes that a rank sends in a step, rows being dealt out evenly.
+    """Bytes that a process sends in a step, rows being dealt out evenly.
 
-    A ring, as gloo and NCCL have it, gathers s bytes of every rank by sending (ranks - 1) s, and
-    sums S bytes by sending 2 (ranks - 1) / ranks · S.
+    In a ring, which gloo and NCCL use, each of p processes sends (p - 1) s bytes to gather s bytes
+    of each, and 2 (p - 1) / p · S to sum S bytes.
     """
-    others, n, d = job.ranks - 1, job.batch, job.d_in
-    own_rows = -(-n // job.ranks)
+    others, n, d = job.processes - 1, job.batch, job.d_in
+    own_rows = -(-n // job.processes)
 
     def total(size: int) -> int:
-        return 2 * others * size // job.ranks
+        return 2 * others * size // job.processes
 
     if job.mode == "data":
         firing = _INT * job.features_here

@@ -1,9 +1,8 @@
-"""What the ranks of `test_distributed.py` do, as forks of one process or under torchrun.
+"""What the processes of `test_distributed.py` do, all of them forks of one process.
 
 Importing torch and saesub takes longer than a training run here, so it is done once:
 
-    python distributed_worker.py cases FOLDER      # forks one rank, then two, then four
-    torchrun … distributed_worker.py train FOLDER  # one run with checkpoints
+    python distributed_worker.py FOLDER
 """
 
 from __future__ import annotations
@@ -26,27 +25,32 @@ from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import elastic_launch
 
 from saesub.activations.spectrum import Spectrum
 from saesub.errors import SaesubError
+from saesub.init.norm import fit_norm
+from saesub.init.subspace import initialize_in_subspace
 from saesub.loading.corpora import load_corpus
 from saesub.loading.models import load_model
-from saesub.training import distributed
-from saesub.training import trainer as trainer_module
+from saesub.training import distributed, history
 from saesub.training.distributed import (
     DataParallelSAETrainer,
-    Ranks,
-    ShardedSAETrainer,
+    FeatureParallelSAETrainer,
+    Processes,
     take_features,
 )
-from saesub.training.distributed.trainer import RanksTrainer
+from saesub.training.distributed.trainer import MultiProcessTrainer
 from saesub.training.trainer import SubspaceSAETrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-from ranks import bytes_sent
+from processes import bytes_sent
 
-D_SAE, BATCH = 515, 64  # two and four ranks get slices of different sizes
-DEAD_WINDOW = 20 * BATCH - 10  # ends within a batch, of which ranks have unlike parts
+WIDTH = 192  # of the model's 576 coordinates; AuxK takes half as many features of each token
+D_SAE, BATCH = 515, 64  # two and four processes get slices of unlike sizes
+DEAD_WINDOW = 20 * BATCH - 10  # ends within a batch, of which processes have unlike parts
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ class Case:
 
 AUX = 1 / 32
 FEW = {"k": 8, "aux": AUX}  # more features are dead than AuxK takes of a token
-CASES = {  # by the number of ranks
+CASES = {  # by the number of processes
     2: [
         Case(optimizer="adam", **FEW),
         Case(mode="data"),
@@ -101,14 +105,14 @@ CASES = {  # by the number of ranks
         Case(backend="exact_search", dtype="float32", optimizer="adam", steps=40),
     ],
 }
-MOVED = [Case(mode=mode, steps=40, aux=AUX) for mode in ("features", "data")]  # to other ranks
+MOVED = [Case(mode=mode, steps=40, aux=AUX) for mode in ("features", "data")]  # to other processes
 WEIGHED = [
     replace(case, dtype="float32") for case in (Case(), Case(optimizer="adam"), Case("data"))
 ]
 PASS = {"context_size": 32, "batch_size": 2, "progress": False}
 HOOKS = ("blocks.0.hook_attn_out", "blocks.1.hook_mlp_out")
-KILLED = (3, 1)  # of three ranks the second
-TOKENS = {"many": 1000, "few": 100}  # few: two batches, so that some of four ranks have none
+KILLED = (3, 1)  # of three processes, the second
+TOKENS = {"many": 1000, "few": 100}  # few: two batches, so that some of four processes have none
 
 
 def batches(x: Tensor, start: int = 0) -> Iterator[Tensor]:
@@ -120,33 +124,33 @@ def batches(x: Tensor, start: int = 0) -> Iterator[Tensor]:
         step += 1
 
 
-def own_rows(batch: Tensor, step: int, ranks: Ranks) -> Tensor:
-    """Uneven parts of a batch: the last rank has five rows, and in every third step none."""
-    cuts = [BATCH * i // ranks.world for i in range(ranks.world)]
+def own_rows(batch: Tensor, step: int, processes: Processes) -> Tensor:
+    """Uneven parts of a batch: the last process has five rows, and in every third step none."""
+    cuts = [BATCH * i // processes.count for i in range(processes.count)]
     cuts.append(BATCH)
-    if ranks.world > 1:
+    if processes.count > 1:
         cuts[-2] = BATCH if step % 3 == 0 else BATCH - 5
-    return batch[cuts[ranks.rank] : cuts[ranks.rank + 1]]
+    return batch[cuts[processes.index] : cuts[processes.index + 1]]
 
 
 def make_trainer(
-    ranks: Ranks,
+    processes: Processes,
     case: Case,
     x: Tensor,
     folder: Path | None = None,
     before_step: Callable[[int], None] = lambda step: None,
-) -> RanksTrainer:
+) -> MultiProcessTrainer:
     def rows(start: int) -> Iterator[Tensor]:
         for step, batch in enumerate(batches(x, start), start):
             before_step(step)
-            yield own_rows(batch, step, ranks)
+            yield own_rows(batch, step, processes)
 
     sae, cfg = case.sae(x.mean(0)), case.cfg(folder)
     settings = {"optimizer": case.optimizer, "dead_window_tokens": DEAD_WINDOW}
     if case.mode == "data":
-        return DataParallelSAETrainer(ranks, cfg, sae, rows, **settings)
-    here = take_features(sae, ranks.share(D_SAE))
-    return ShardedSAETrainer(ranks, cfg, here, rows, backend=case.backend, **settings)
+        return DataParallelSAETrainer(processes, cfg, sae, rows, **settings)
+    here = take_features(sae, processes.share(D_SAE))
+    return FeatureParallelSAETrainer(processes, cfg, here, rows, backend=case.backend, **settings)
 
 
 def outcome(trainer: SubspaceSAETrainer, sae: Any) -> dict[str, Tensor]:
@@ -159,7 +163,7 @@ def outcome(trainer: SubspaceSAETrainer, sae: Any) -> dict[str, Tensor]:
 
 
 def train_alone(x: Tensor, folder: Path) -> None:
-    """What several ranks are held to: saesub's trainer, in one process, on whole batches."""
+    """What several processes are held to: saesub's trainer, in one process, on whole batches."""
     for case in [*CASES[2], *CASES[4], *MOVED]:
         backend = "torch" if case.mode == "data" else case.backend
         trainer = SubspaceSAETrainer(
@@ -174,16 +178,16 @@ def train_alone(x: Tensor, folder: Path) -> None:
         save_file(outcome(trainer, trainer.sae), folder / f"1-{case}.safetensors")
 
 
-def train_together(ranks: Ranks, x: Tensor, folder: Path) -> None:
+def train_together(processes: Processes, x: Tensor, folder: Path) -> None:
     """Each case's gathered SAE in a file; that `b_dec` is the same bits everywhere."""
-    for case in CASES[ranks.world]:
-        trainer = make_trainer(ranks, case, x)
+    for case in CASES[processes.count]:
+        trainer = make_trainer(processes, case, x)
         trainer.fit()
-        ranks.check_same("b_dec", trainer.sae.b_dec.tolist())
-        keep(ranks, trainer, folder / f"{ranks.world}-{case}")
+        processes.check_same("b_dec", trainer.sae.b_dec.tolist())
+        keep(processes, trainer, folder / f"{processes.count}-{case}")
 
 
-def keep(ranks: Ranks, trainer: RanksTrainer, path: Path) -> None:
+def keep(processes: Processes, trainer: MultiProcessTrainer, path: Path) -> None:
     trainer.dead_fraction()
     said = outcome(trainer, trainer.sae)["said"]
     whole = trainer.gather()
@@ -197,9 +201,9 @@ class _StopError(Exception):
     pass
 
 
-def stop_or_go_on(ranks: Ranks, x: Tensor, folder: Path) -> None:
-    """Four ranks stop within a run; two go on, each kind of trainer from the other's state."""
-    four = ranks.world == 4
+def stop_or_continue(processes: Processes, x: Tensor, folder: Path) -> None:
+    """Four processes stop in mid-run; two continue, each kind of trainer from the other's state."""
+    four = processes.count == 4
 
     def stop(step: int) -> None:
         if four and step == 25:
@@ -207,26 +211,26 @@ def stop_or_go_on(ranks: Ranks, x: Tensor, folder: Path) -> None:
 
     for case, other in (MOVED, MOVED[::-1]):
         ours = case if four else other
-        trainer = make_trainer(ranks, ours, x, folder / f"moved-{case.mode}", stop)
+        trainer = make_trainer(processes, ours, x, folder / f"moved-{case.mode}", stop)
         assert trainer.n_training_steps == (0 if four else 21)
         try:
             trainer.fit()
         except _StopError:
             continue
-        keep(ranks, trainer, folder / f"{ranks.world}-{ours}")
+        keep(processes, trainer, folder / f"{processes.count}-{ours}")
 
 
-def run_whole(ranks: Ranks, x: Tensor, folder: Path) -> None:
+def run_uninterrupted(processes: Processes, x: Tensor, folder: Path) -> None:
     """What a run under torchrun, killed and run again, must end with."""
-    trainer = make_trainer(ranks, MOVED[0], x, folder / "uninterrupted")
+    trainer = make_trainer(processes, MOVED[0], x, folder / "uninterrupted")
     trainer.fit()
     whole = trainer.gather()
     if whole is not None:
         whole.save_inference_model(folder / "whole")
 
 
-def refuse(ranks: Ranks, x: Tensor, folder: Path) -> None:
-    """What each rank is told of mistakes, in a file."""
+def refuse(processes: Processes, x: Tensor, folder: Path) -> None:
+    """What each process is told of mistakes, in a file."""
     said = []
 
     def attempt(what: Callable[[], Any]) -> None:
@@ -236,51 +240,75 @@ def refuse(ranks: Ranks, x: Tensor, folder: Path) -> None:
             said.append(str(error))
 
     place = folder / "moved-data"
-    attempt(lambda: make_trainer(ranks, replace(MOVED[0], optimizer="adam"), x, place))
-    attempt(lambda: make_trainer(ranks, replace(MOVED[0], steps=40 + ranks.rank), x))
-    slice_ = take_features(MOVED[0].sae(x[0]), range(200 + ranks.rank))
-    attempt(lambda: ShardedSAETrainer(ranks, MOVED[0].cfg(None), slice_, lambda start: iter(())))
-    attempt(lambda: make_trainer(ranks, MOVED[0], x).step(x[:0]))
-    attempt(lambda: make_trainer(ranks, MOVED[1], x).step(x[:0]))
-    if ranks.rank == 0:
+    attempt(lambda: make_trainer(processes, replace(MOVED[0], optimizer="adam"), x, place))
+    attempt(lambda: make_trainer(processes, replace(MOVED[0], steps=40 + processes.index), x))
+    slice_ = take_features(MOVED[0].sae(x[0]), range(200 + processes.index))
+    nothing: Any = lambda start: iter(())  # noqa: E731
+    attempt(lambda: FeatureParallelSAETrainer(processes, MOVED[0].cfg(None), slice_, nothing))
+    slice_ = take_features(MOVED[0].sae(x[0]), processes.share(D_SAE))
+    initialize_in_subspace(slice_, Spectrum.from_activations(x), seed=processes.index)
+    attempt(lambda: FeatureParallelSAETrainer(processes, MOVED[0].cfg(None), slice_, nothing))
+    sample = x[processes.index : processes.index + 9]
+    spectrum = Spectrum.from_activations(x)
+    attempt(lambda: distributed.fit_norm(processes, slice_, spectrum, activations=sample))
+    attempt(lambda: make_trainer(processes, MOVED[0], x).step(x[:0]))
+    attempt(lambda: make_trainer(processes, MOVED[1], x).step(x[:0]))
+    if processes.index == 0:
         damaged = next(next(place.glob("state-*")).glob("shard-*"))
         content = bytearray(damaged.read_bytes())
         content[-1] ^= 1
         damaged.write_bytes(content)
-    ranks.barrier()
-    attempt(lambda: make_trainer(ranks, MOVED[0], x, place))
-    (folder / f"refused-{ranks.rank}").write_text("\n".join(said))
+    processes.barrier()
+    attempt(lambda: make_trainer(processes, MOVED[0], x, place))
+    (folder / f"refused-{processes.index}").write_text("\n".join(said))
 
 
-def merge(ranks: Ranks, x: Tensor, folder: Path) -> None:
-    """Spectra of uneven parts of the rows, the last rank having none."""
-    cuts = [0, len(x), len(x)] if ranks.world == 2 else [0, 100, 1900, len(x), len(x)]
-    part = x[cuts[ranks.rank] : cuts[ranks.rank + 1]]
+def merge(processes: Processes, x: Tensor, folder: Path) -> None:
+    """Spectra of uneven parts of the rows, the last process having none."""
+    cuts = [0, len(x), len(x)] if processes.count == 2 else [0, 100, 1900, len(x), len(x)]
+    part = x[cuts[processes.index] : cuts[processes.index + 1]]
     own = {"all": Spectrum.from_activations(part)} if len(part) else {}
-    for name, spectrum in distributed.merge_spectra(ranks, own).items():
-        spectrum.save(folder / f"{name}-{ranks.world}-{ranks.rank}")
-    with pytest.raises(SaesubError, match="No rank measured a token"):
-        distributed.merge_spectra(ranks, {})
+    for name, spectrum in distributed.merge_spectra(processes, own).items():
+        spectrum.save(folder / f"{name}-{processes.count}-{processes.index}")
+    with pytest.raises(SaesubError, match="No process measured a token"):
+        distributed.merge_spectra(processes, {})
 
 
-def measure(ranks: Ranks, folder: Path) -> None:
-    """Spectra of a model's activations, its batches dealt out to the ranks."""
+def measure(processes: Processes, folder: Path) -> None:
+    """Spectra of a model's activations, its batches dealt out to the processes."""
     for name, n_tokens in TOKENS.items():
         found = distributed.measure_spectra(
-            ranks, MODEL, CORPUS, HOOKS, n_tokens=n_tokens, checkpoint=folder / name, **PASS
+            processes, MODEL, CORPUS, HOOKS, n_tokens=n_tokens, checkpoint=folder / name, **PASS
         )
         for hook, spectrum in found.items():
-            spectrum.save(folder / f"{name}-{hook}-{ranks.world}-{ranks.rank}")
+            spectrum.save(folder / f"{name}-{hook}-{processes.count}-{processes.index}")
 
 
-def weigh(ranks: Ranks, x: Tensor, folder: Path) -> None:
-    """What a rank holds, and what it sends in a step, in files."""
+def fit(processes: Processes, x: Tensor, folder: Path) -> None:
+    """The norm fitted to slices together, to the whole SAE, and to one slice, in files."""
+    spectrum, whole = Spectrum.from_activations(x), Case(dtype="float32").sae(x.mean(0))
+    initialize_in_subspace(whole, spectrum, norm="keep")
+    here, by_itself = (take_features(whole, processes.share(D_SAE)) for _ in range(2))
+    norms = {
+        "together": distributed.fit_norm(processes, here, spectrum),
+        "whole": fit_norm(whole, spectrum),
+        "slice": fit_norm(by_itself, spectrum),
+    }
+    (folder / f"norms-{processes.count}-{processes.index}").write_text(json.dumps(norms))
+    for name, expected in take_features(whole, processes.share(D_SAE)).named_parameters():
+        torch.testing.assert_close(getattr(here, name), expected, rtol=1e-4, atol=1e-7)
+    cfg = Case().cfg(None)
+    FeatureParallelSAETrainer(processes, cfg, here, lambda start: iter(()))  # is not refused
+
+
+def weigh(processes: Processes, x: Tensor, folder: Path) -> None:
+    """What a process holds, and what it sends in a step, in files."""
     for case in WEIGHED:
-        trainer = make_trainer(ranks, case, x)
-        share = ranks.share(BATCH)
+        trainer = make_trainer(processes, case, x)
+        share = processes.share(BATCH)
         parts = [x[i * BATCH :][share.start : share.stop] for i in range(6)]
         trainer.step(parts[0])
-        ranks.barrier()
+        processes.barrier()
         before = bytes_sent()
         for part in parts[1:]:
             trainer.step(part)
@@ -294,106 +322,134 @@ def weigh(ranks: Ranks, x: Tensor, folder: Path) -> None:
             + trainer.n_forward_passes_since_fired.nbytes
             + trainer.act_freq_scores.nbytes,
         }
-        (folder / f"weighed-{case}-{ranks.world}-{ranks.rank}").write_text(
+        (folder / f"weighed-{case}-{processes.count}-{processes.index}").write_text(
             json.dumps({"sent": sent, "held": held})
         )
 
 
-def lose_a_rank(ranks: Ranks, x: Tensor, folder: Path) -> None:
-    """Rank 1 kills itself in the middle; what the others say, in files."""
+def lose_a_process(processes: Processes, x: Tensor, folder: Path) -> None:
+    """Process 1 kills itself in the middle; what the others say, in files."""
 
     def die(step: int) -> None:
-        if (ranks.world, ranks.rank) == KILLED and step == 5:
+        if (processes.count, processes.index) == KILLED and step == 5:
             os.kill(os.getpid(), signal.SIGKILL)
-        if ranks.rank == 2 and step == 5:  # so that it misses rank 1 later than rank 0 does
+        if processes.index == 2 and step == 5:  # to notice the loss later than process 0
             time.sleep(1)
 
     try:
-        make_trainer(ranks, MOVED[0], x, None, die).fit()
+        make_trainer(processes, MOVED[0], x, None, die).fit()
     except SaesubError as error:
-        (folder / f"lost-{ranks.rank}").write_text(str(error))
+        (folder / f"lost-{processes.index}").write_text(str(error))
 
 
-def as_rank(rank: int, world: int, port: int, folder: Path) -> None:
+def as_process(index: int, count: int, port: int, folder: Path) -> None:
     x = load_file(folder / "x.safetensors")["x"]
-    if world == 1:
+    if count == 1:
         return train_alone(x, folder)
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ.update(address, RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
-    with distributed.join(60) as ranks:
-        if world == 3:
-            return lose_a_rank(ranks, x, folder)
-        merge(ranks, x, folder)
-        measure(ranks, folder)
-        weigh(ranks, x, folder)
-        stop_or_go_on(ranks, x, folder)
-        if world == 2:
-            refuse(ranks, x, folder)
-            run_whole(ranks, x, folder)
-        train_together(ranks, x, folder)
+    os.environ.update(address, RANK=str(index), WORLD_SIZE=str(count), LOCAL_RANK=str(index))
+    with distributed.join(60) as processes:
+        if count == 3:
+            return lose_a_process(processes, x, folder)
+        merge(processes, x, folder)
+        measure(processes, folder)
+        fit(processes, x, folder)
+        weigh(processes, x, folder)
+        stop_or_continue(processes, x, folder)
+        if count == 2:
+            refuse(processes, x, folder)
+            run_uninterrupted(processes, x, folder)
+        train_together(processes, x, folder)
 
 
-def fork_ranks(world: int, folder: Path) -> list[int]:
-    """The process ids of the ranks, whose output goes to files."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = []
-    for rank in range(world):
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                with (folder / f"output-{world}-{rank}").open("w") as output:
-                    os.dup2(output.fileno(), 1)
-                    os.dup2(output.fileno(), 2)
-                as_rank(rank, world, port, folder)
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
-        started.append(pid)
-    return started
+def under_torchrun(folder: Path) -> None:
+    """What `torchrun --standalone --nproc-per-node 2` does, twice; the first job loses a process.
 
-
-def fork_all(folder: Path) -> None:
-    failed = []
-    for worlds in ([3, 1], [4], [2]):
-        started = {
-            (world, r): pid for world in worlds for r, pid in enumerate(fork_ranks(world, folder))
-        }
-        for rank, pid in started.items():
-            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-            failed += [(rank, code)] * (code != (-signal.SIGKILL if rank == KILLED else 0))
-    if failed:
-        sys.exit(f"World, rank and exit code of those that failed: {failed}")
+    Its processes are forks, since a script would import torch and saesub anew.
+    """
+    standalone = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    command = [*standalone, "--nproc-per-node", "2", "--start-method", "fork", "script"]
+    config, _, _ = torchrun.config_from_args(torchrun.parse_args(command))
+    for die_at in ("0:25", ""):
+        os.environ["DIE_AT"] = die_at
+        try:
+            elastic_launch(config, train_and_save)(folder)
+        except ChildFailedError as error:
+            print(f"torchrun: process {error.get_first_failure()[0]} failed", flush=True)
 
 
 def train_and_save(folder: Path) -> None:
-    """Under torchrun: train, going on from what is there; rank 0 saves the whole SAE."""
-    with distributed.join(60) as ranks:
+    """Train, continuing from the state that is there; the first process saves the whole SAE."""
+    with distributed.join(60) as processes:
 
         def die(step: int) -> None:
-            if os.environ.get("DIE_AT") == f"{ranks.rank}:{step}":
+            if os.environ["DIE_AT"] == f"{processes.index}:{step}":
                 os.kill(os.getpid(), signal.SIGKILL)
 
         x = load_file(folder / "x.safetensors")["x"]
-        trainer = make_trainer(ranks, MOVED[0], x, folder / "run", die)
-        print(f"rank {ranks.rank} starts at step {trainer.n_training_steps}", flush=True)
-        trainer.fit()
+        trainer = make_trainer(processes, MOVED[0], x, folder / "run", die)
+        print(f"process {processes.index} begins at step {trainer.n_training_steps}\n", end="")
+        try:
+            trainer.fit()
+        except SaesubError as error:  # torchrun prints it where it started a script
+            print(error, flush=True)
+            raise
         sae = trainer.gather()
         if sae is not None:
             sae.save_inference_model(folder / "sae")
 
 
+def fork(output: Path, work: Callable[[], None]) -> int:
+    """The id of a process that does `work`, its output going to a file."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        with output.open("w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        work()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def fork_job(count: int, folder: Path) -> dict[tuple[int, int], int]:
+    """The ids of the processes of a job, by number of processes and index."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return {
+        (count, i): fork(
+            folder / f"output-{count}-{i}", lambda i=i: as_process(i, count, port, folder)
+        )
+        for i in range(count)
+    }
+
+
+def fork_all(folder: Path) -> None:
+    failed = []
+    by_torchrun = {(0, 0): fork(folder / "torchrun", lambda: under_torchrun(folder))}
+    for counts in ([3, 1], [4], [2]):
+        started = by_torchrun
+        for count in counts:
+            started = started | fork_job(count, folder)
+        by_torchrun = {}
+        for process, pid in started.items():
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            failed += [(process, code)] * (code != (-signal.SIGKILL if process == KILLED else 0))
+    if failed:
+        sys.exit(f"Number of processes, index and exit code of those that failed: {failed}")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)  # a fork inherits no other threads
-    trainer_module._HISTORY_POINTS = 8  # so that checkpoints lie between two points
-    if sys.argv[1] == "cases":
-        MODEL = load_model("smollm2-135m", device="cpu")
-        CORPUS = load_corpus("wiki-en").select(range(200))
-        fork_all(Path(sys.argv[2]))
-    else:
-        train_and_save(Path(sys.argv[2]))
+    history._POINTS = 8  # so that checkpoints lie between two points
+    MODEL = load_model("smollm2-135m", device="cpu")
+    CORPUS = load_corpus("wiki-en").select(range(200))
+    fork_all(Path(sys.argv[1]))

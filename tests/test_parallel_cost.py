@@ -14,9 +14,9 @@ import pytest
 from parallel_cost import Job, Rates, memory, seconds, traffic
 
 ROOT = Path(__file__).resolve().parent.parent
-RECORDS = sorted((ROOT / "benchmarks" / "results").glob("ranks-*.json"))
+RECORDS = sorted((ROOT / "benchmarks" / "results").glob("processes-*.json"))
 eight_gpus = runpy.run_path(str(ROOT / "benchmarks" / "eight_gpus.py"))
-JOB = Job(d_in=576, d_sae=4608, k=32, batch=2048, ranks=4)
+JOB = Job(d_in=576, d_sae=4608, k=32, batch=2048, processes=4)
 
 
 def test_the_page_is_up_to_date():
@@ -28,7 +28,7 @@ def test_the_page_is_up_to_date():
 def test_the_recorded_bytes_are_those_planned(path: Path):
     record = json.loads(path.read_text())
     for row in record["rows"]:
-        job = Job(**record["job"], ranks=record["ranks"], mode=row["mode"])
+        job = Job(**record["job"], processes=record["ranks"], mode=row["mode"])
         planned = sum(traffic(job).values())
         assert planned <= 1.001 * row["bytes_sent"]
         assert row["bytes_sent"] <= 1.01 * planned + 4000
@@ -41,7 +41,7 @@ def test_sharding_divides_memory_and_keeps_traffic_from_growing_with_the_diction
     data = replace(JOB, mode="data")
     assert traffic(replace(wider, mode="data"))["gradients"] > 1.9 * traffic(data)["gradients"]
     assert memory(data)["gradients"] == pytest.approx(4 * memory(JOB)["gradients"], rel=1e-3)
-    assert sum(traffic(replace(JOB, ranks=1)).values()) == 0
+    assert sum(traffic(replace(JOB, processes=1)).values()) == 0
 
 
 def test_a_faster_device_or_link_takes_that_part_s_time_down():

@@ -10,7 +10,7 @@ the best c is the root of a least-squares factor, and one pass over some thousan
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from math import exp, isfinite, log, sqrt
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ from saesub.init.biases import ENCODER_BIASES, check_autoencoder, check_fits, in
 from saesub.topk.encode import encoder_of, flat_heads
 
 _TOKENS = 4096
-_TOKENS_PER_BLOCK = 1024  # bounds the (tokens, d_sae) block of features
+TOKENS_PER_BLOCK = 1024  # bounds the (tokens, d_sae) block of features
 _LEAST, _MOST, _GRID = 0.01, 10.0, 13  # norms tried where no factor gives the best
 _TOKENS_OF_SEARCH = 1024
 _MOST_SPREAD = 1.5  # of the logarithm of tokens' lengths
@@ -177,19 +177,27 @@ def set_best_norm(sae: SAE[Any], pairs: Pairs) -> float:
     """
     if not _has_encoder(sae):
         return 1.0  # SAELens' matching pursuit divides by no norm and prescribes this one
+    set_unit_norms(sae)
+    if hasattr(sae, "threshold"):
+        norm = _searched_norm(sae, Pairs(*(t[:_TOKENS_OF_SEARCH] for t in pairs)))
+    else:
+        norm = sqrt(_least_squares_factor(sae, pairs))
+    scale_features(sae, norm)
+    # For trainers whose processes hold a slice of the features: the norm depends on their number.
+    sae.cfg.metadata.norm_fitted_to_d_sae = sae.cfg.d_sae
+    return norm
+
+
+def set_unit_norms(sae: SAE[Any]) -> None:
+    """Give decoder rows norm 1 and scale each encoder column alike. Raises SaesubError for a row
+    that is zero."""
     lengths = sae.W_dec.norm(dim=-1)
     if not bool((lengths > 0).all()):
         raise SaesubError(
             f"{int((lengths == 0).sum())} decoder rows are zero and have no direction to give a "
             "norm: set the directions first, with initialize_in_subspace."
         )
-    _scale_features(sae, 1 / lengths)
-    if hasattr(sae, "threshold"):
-        norm = _searched_norm(sae, Pairs(*(t[:_TOKENS_OF_SEARCH] for t in pairs)))
-    else:
-        norm = sqrt(_least_squares_factor(sae, pairs))
-    _scale_features(sae, norm)
-    return norm
+    scale_features(sae, 1 / lengths)
 
 
 @contextmanager
@@ -207,17 +215,34 @@ def unchanged_on_error(sae: SAE[Any]) -> Iterator[None]:
 def _least_squares_factor(sae: SAE[Any], pairs: Pairs, scale: float = 1.0) -> float:
     """The factor on what the SAE's features write that brings it nearest to what they should."""
     encode = encoder_of(sae)
-    overlap = energy = 0.0
-    blocks = (part.split(_TOKENS_PER_BLOCK) for part in pairs)
-    with flat_heads(sae):
+    blocks = (part.split(TOKENS_PER_BLOCK) for part in pairs)
+
+    def target_and_written() -> Iterator[tuple[Tensor, Tensor]]:
         for read, target in zip(*blocks, strict=True):
             x, y = ((part * scale).to(sae.W_dec) for part in (read, target))
             reconstructed = sae.decode(encode(x))
             sae.process_sae_in(x)  # notes each token's own scale again, which decoding has used up
             silent = sae.run_time_activation_norm_fn_out(sae.b_dec.expand_as(y)).double()
-            written = reconstructed.double() - silent
-            overlap += ((y - silent) * written).sum().item()
-            energy += written.square().sum().item()
+            yield y - silent, reconstructed.double() - silent
+
+    with flat_heads(sae):
+        return least_squares_factor(target_and_written())
+
+
+def least_squares_factor(blocks: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """The factor on the second tensors that brings them nearest to the first.
+
+    Args:
+        blocks: pairs (n, d_out) of what an SAE's features are to write and what they do write.
+
+    Raises:
+        SaesubError: the features write nothing of it, or values that are not finite.
+    """
+    overlap = energy = 0.0
+    for target, written in blocks:
+        written = written.double()
+        overlap += (target * written).sum().item()
+        energy += written.square().sum().item()
     if not isfinite(energy):
         raise SaesubError("The SAE's reconstructions of these activations are not finite.")
     if not overlap > 0:
@@ -234,9 +259,9 @@ def _searched_norm(sae: SAE[Any], pairs: Pairs) -> float:
 
     def error(log_norm: float) -> float:
         nonlocal now
-        _scale_features(sae, exp(log_norm) / now)
+        scale_features(sae, exp(log_norm) / now)
         now = exp(log_norm)
-        blocks = (part.split(_TOKENS_PER_BLOCK) for part in pairs)
+        blocks = (part.split(TOKENS_PER_BLOCK) for part in pairs)
         with flat_heads(sae):
             return sum(
                 (sae.decode(sae.encode(x.to(sae.W_dec))) - y.to(sae.W_dec)).square().sum().item()
@@ -250,11 +275,11 @@ def _searched_norm(sae: SAE[Any], pairs: Pairs) -> float:
     found: Any = minimize_scalar(error, bounds=between, method="bounded", options={"xatol": 1e-3})
     if not isfinite(found.fun):
         raise SaesubError("The SAE's reconstructions of these activations are not finite.")
-    _scale_features(sae, 1 / now)
+    scale_features(sae, 1 / now)
     return exp(found.x)
 
 
-def _scale_features(sae: SAE[Any], factor: float | Float[Tensor, " d_sae"]) -> None:
+def scale_features(sae: SAE[Any], factor: float | Float[Tensor, " d_sae"]) -> None:
     """Multiply decoder rows, encoder columns and encoder biases, each feature's by its factor."""
     sae.W_dec.mul_(factor.unsqueeze(-1) if isinstance(factor, Tensor) else factor)
     _scale_encoder(sae, factor)

@@ -48,17 +48,13 @@ class WholeDictionary:
     A subclass, `SlicedDictionary` in `saesub.training.distributed`, holds some of them.
     """
 
-    def select(
-        self,
-        x: Float[Tensor, "n d_in"],
-        W_enc: Float[Tensor, "d_in d_sae"],
-        b_enc: Float[Tensor, " d_sae"],
-        k: int,
-        scale: Float[Tensor, " d_sae"] | None,
-        search: Search,
-    ) -> Selected:
-        """The entries among each token's k best that are features of this process."""
-        return select_topk(x, W_enc, b_enc, k, scale, search=search)
+    def select(self, *arguments: Any, search: Search) -> Selected:
+        """`ops.select_topk`; only the entries of features of this process."""
+        return select_topk(*arguments, search=search)
+
+    def decode(self, backend: RowBackend, *arguments: Any) -> Decoded:
+        """`RowBackend.decode`."""
+        return backend.decode(*arguments)
 
     def sum(self, here: Tensor) -> Tensor:
         """A sum over all features, from that over the features of this process."""
@@ -67,19 +63,6 @@ class WholeDictionary:
     def shared(self, parameter: Tensor) -> Tensor:
         """A parameter that the features of all processes use; its gradient is the sum of theirs."""
         return parameter
-
-    def decode(
-        self,
-        backend: RowBackend,
-        selected: Selected,
-        values: Float[Tensor, " m"],
-        W_dec: Float[Tensor, "d_sae d_out"],
-        b_dec: Float[Tensor, " d_out"] | None,
-        target: Float[Tensor, "n d_out"],
-        weight: float,
-    ) -> Decoded:
-        """`RowBackend.decode`."""
-        return backend.decode(selected, values, W_dec, b_dec, target, weight)
 
     def clip_gradients(self, sae: TopKTrainingSAE) -> None:
         """Scale the gradients of all parameters to a norm of at most `MAX_NORM`."""
@@ -247,14 +230,15 @@ def _select(
     if isinstance(sae, BatchTopKTrainingSAE):
         selected = select_batch_topk(centred, W_enc, b_enc, k, scale, search=search)
     else:
-        selected = dictionary.select(centred, W_enc, b_enc, int(k), scale, search)
+        selected = dictionary.select(centred, W_enc, b_enc, int(k), scale, search=search)
     n_dead = 0 if dead is None else int(dictionary.sum(dead.sum()))
     if dead is None or not n_dead:
         return selected, None
     rows, most = dead.nonzero().squeeze(1), sae.cfg.d_in // 2
     W_enc = W_enc.T.index_select(0, rows).T  # feature-major, as the search wants it
     scale = None if scale is None else scale[rows]
-    found = dictionary.select(centred, W_enc, b_enc[rows], min(most, n_dead), scale, search)
+    k = min(most, n_dead)
+    found = dictionary.select(centred, W_enc, b_enc[rows], k, scale, search=search)
     found = Selected(rows[found.features], found.offsets, found.pre, selected.d_sae)
     return selected, AuxEntries(found, sae.cfg.aux_loss_coefficient * min(n_dead / most, 1.0))
 

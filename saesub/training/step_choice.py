@@ -13,7 +13,7 @@ from saesub.errors import SaesubError, near_names
 from saesub.topk.backend import RowBackend
 from saesub.topk.eligibility import lay_out_by_feature, takes_sparse_step
 from saesub.topk.ops import Search
-from saesub.topk.step import MAX_NORM, autograd_pass, row_backend, row_step, search_of
+from saesub.topk.step import autograd_pass, row_backend, row_step, search_of
 
 if TYPE_CHECKING:  # the trainer imports this module
     from saesub.training.trainer import SubspaceSAETrainer
@@ -60,15 +60,27 @@ class StepChoice:
         rows = self.row_backend(sae) if sparse and not adds_loss else None
         if rows is None:
             return self._by_autograd(trainer, sae, sae_in, sparse)
-        dead, optimizer = trainer.dead_for_auxk(sae), trainer.optimizer
-        return row_step(rows, sae, optimizer, sae_in, dead, exact_search=self.exact).output
+        return row_step(
+            rows,
+            sae,
+            trainer.optimizer,
+            sae_in,
+            trainer.dead_for_auxk(sae),
+            exact_search=self.exact,
+            dictionary=trainer.dictionary,
+        ).output
 
     def _by_autograd(
         self, trainer: SubspaceSAETrainer, sae: Any, sae_in: Tensor, sparse: bool
     ) -> TrainStepOutput:
         if sparse:
-            dead, search = trainer.dead_for_auxk(sae), self.search(sae)
-            output = autograd_pass(sae, sae_in, dead, search=search).output
+            dead, search, dictionary = (
+                trainer.dead_for_auxk(sae),
+                self.search(sae),
+                trainer.dictionary,
+            )
+            found = autograd_pass(sae, sae_in, dead, search=search, dictionary=dictionary)
+            output = found.output
         else:
             step_input = TrainStepInput(
                 sae_in=sae_in,
@@ -84,7 +96,7 @@ class StepChoice:
                 output.losses[mitigation.loss_name] = mitigation.extra_loss(trainer, output)
                 output.loss = output.loss + output.losses[mitigation.loss_name]
         output.loss.backward()
-        torch.nn.utils.clip_grad_norm_(sae.parameters(), MAX_NORM)
+        trainer.dictionary.clip_gradients(sae)
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
         return output

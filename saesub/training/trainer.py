@@ -22,6 +22,7 @@ from saesub.errors import SaesubError
 from saesub.optim import OptimizerName, make_optimizer
 from saesub.topk.eligibility import check_sae, is_topk, lay_out_by_feature, memory_advice
 from saesub.topk.encode import times_fired
+from saesub.topk.step import WHOLE, WholeDictionary
 from saesub.training.checkpoint import load_state, save_state, settings_of, writing
 from saesub.training.firing import TokenCountingTrainer
 from saesub.training.mitigations.mitigation import Mitigation, one_of_each
@@ -67,6 +68,8 @@ class SubspaceSAETrainer(TokenCountingTrainer):
             Inf in a batch (before any weight is touched), or more features than the GPU's memory
             holds.
     """
+
+    dictionary: WholeDictionary = WHOLE  # another in trainers on several processes
 
     def __init__(
         self,

@@ -1,8 +1,8 @@
-"""One TopK SAE on several ranks, each with the whole of it and a part of every batch.
+"""One TopK SAE on several processes, each with the whole of it and a part of every batch.
 
-The gradients travel, four bytes for each weight in a step; torch's DistributedDataParallel would
-weigh ranks alike, however many rows each has. For dictionaries too large for that, or for one
-device, see `saesub.training.distributed.feature_parallel`.
+Each process sends the gradients, four bytes for each weight in a step. torch's
+DistributedDataParallel would weigh processes alike, however many tokens each has. For dictionaries
+too large for this, use `saesub.training.distributed.feature_parallel`.
 """
 
 from __future__ import annotations
@@ -15,34 +15,51 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import TrainStepOutput
 from torch import Tensor
 
-from saesub.topk.step import MAX_NORM, autograd_pass
-from saesub.training.distributed.processes import Ranks
-from saesub.training.distributed.trainer import Batches, RanksTrainer, whole_sae
+from saesub.topk.step import WholeDictionary
+from saesub.training.distributed.processes import Processes
+from saesub.training.distributed.trainer import Batches, MultiProcessTrainer, sae_with
 from saesub.training.trainer import OptimizerName
 
 
-class DataParallelSAETrainer(RanksTrainer):
-    """`SubspaceSAETrainer` on several ranks; the weights are those of one process with all rows.
+class _SummedGradients(WholeDictionary):
+    """In a step, `weight` is this process's share of the batch's tokens."""
 
-    Each gradient is the mean over the rows of all ranks, however many each of them has, and AuxK's
-    dead features are those that fired on no rank.
+    weight = 1.0
+
+    def __init__(self, processes: Processes) -> None:
+        self.processes = processes
+
+    def clip_gradients(self, sae: TopKTrainingSAE) -> None:
+        """Turn gradients of this process's mean loss into those of the batch's, and clip these."""
+        for parameter in sae.parameters():
+            gradient: Any = parameter.grad
+            gradient = gradient.T if parameter is sae.W_enc else gradient
+            self.processes.sum_(gradient.mul_(self.weight))
+        super().clip_gradients(sae)
+
+
+class DataParallelSAETrainer(MultiProcessTrainer):
+    """`SubspaceSAETrainer` on several processes; the weights are those of one with all tokens.
+
+    Each gradient is the mean over the tokens of all processes, however many each of them has, and
+    AuxK's dead features are those that fired in no process.
 
     Args:
-        ranks: from `saesub.training.distributed.join`.
-        cfg: as `SAETrainer` takes it; `train_batch_size_samples` is that of all ranks together.
-        sae: the whole SAE; the weights of rank 0 are taken.
-        batches: called with a step's number, gives this rank's rows (n_here, d_in) of that step
-            and the following; n_here may differ between ranks and steps, and be 0.
+        processes: from `saesub.training.distributed.join`.
+        cfg: as `SAETrainer` takes it; `train_batch_size_samples` is that of all processes together.
+        sae: the whole SAE; the weights of the first process are taken.
+        batches: called with a step's number, gives this process's tokens (n_here, d_in) of that
+            step and the following; n_here may differ between processes and steps, and be 0.
         optimizer, dead_window_tokens: as `SubspaceSAETrainer` takes them.
 
     Raises:
-        SaesubError: the SAE is not a plain TopK SAE, the ranks were given different settings, a
-            damaged state, a step without a row, or what `SubspaceSAETrainer` raises.
+        SaesubError: the SAE is not a plain TopK SAE, the processes were given different settings, a
+            damaged state, a step without a token, or what `SubspaceSAETrainer` raises.
     """
 
     def __init__(
         self,
-        ranks: Ranks,
+        processes: Processes,
         cfg: SAETrainerConfig,
         sae: TopKTrainingSAE,
         batches: Batches,
@@ -51,7 +68,7 @@ class DataParallelSAETrainer(RanksTrainer):
         dead_window_tokens: int | None = None,
     ) -> None:
         super().__init__(
-            ranks,
+            processes,
             cfg,
             sae,
             batches,
@@ -60,55 +77,45 @@ class DataParallelSAETrainer(RanksTrainer):
             dead_window_tokens=dead_window_tokens,
         )
 
-    def _share_start(self) -> None:
+    def _agree(self) -> None:
+        self.dictionary = self._gradients = _SummedGradients(self.processes)
         self.n_features = self.sae.cfg.d_sae
-        self.ranks.check_same("d_sae", self.n_features)
+        self.processes.check_same("d_sae", self.n_features)
         for parameter in self.sae.parameters():
             lying = parameter.data.T if parameter is self.sae.W_enc else parameter.data
-            self.ranks.broadcast_(lying)
+            self.processes.broadcast_(lying)
 
     def _as_part(self, rows: Tensor) -> Tensor:
         return rows
 
     def _total(self, here: float) -> float:
-        return here  # every rank holds every feature
+        return here  # every process holds every feature
 
     def gather(self) -> TopKTrainingSAE | None:
-        """The SAE on the CPU of rank 0, to be saved as any SAELens SAE; None elsewhere."""
-        return None if self.ranks.rank else whole_sae(self.sae, self.sae.state_dict())
+        """The SAE, on the CPU of the first process; None elsewhere."""
+        return None if self.processes.index else sae_with(self.sae, self.sae.state_dict())
 
     def step(self, batch: Tensor) -> TrainStepOutput:
-        """One step on this rank's rows (n_here, d_in) of the batch; collective."""
-        n = int(self.ranks.sum_(torch.tensor(len(batch))))
-        self._require_rows(n)
-        self._n_in_batch = n
-        self.n_training_samples += n - len(batch)
+        """One step on this process's tokens (n_here, d_in) of the batch; collective."""
+        n = int(self.processes.sum_(torch.tensor(len(batch))))
+        self._require_tokens(n)
+        self._n_elsewhere = n - len(batch)
+        self._gradients.weight = len(batch) / n
+        self.n_training_samples += self._n_elsewhere
         return super().step(batch)
 
     def _train_step(self, sae: Any, sae_in: Tensor) -> TrainStepOutput:
-        sae.train()
-        n_here, weight = len(sae_in), len(sae_in) / self._n_in_batch
-        if n_here == 0:  # a row of weight 0: without rows there is no mean to differentiate
+        if len(sae_in) == 0:  # no mean can be differentiated: take a token of weight 0
             sae_in = sae_in.new_zeros(1, sae_in.shape[1])
-        found = autograd_pass(sae, sae_in, self.dead_for_auxk(sae))
-        # Only now, AuxK having taken the features dead before the step; `step` adds the rows here.
-        self.tokens_since_fired += self._n_in_batch - n_here
-        output, fired = found.output, found.selected.times_fired()
-        (output.loss * weight).backward()
-        self._sum_over_ranks(sae, output, weight)
-        self._count_firing(self.ranks.sum_(fired * (weight > 0)), self._n_in_batch)
-        torch.nn.utils.clip_grad_norm_(sae.parameters(), MAX_NORM)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.lr_scheduler.step()
+        output = super()._train_step(sae, sae_in)
+        for name, loss in output.losses.items():
+            output.losses[name] = self.processes.sum_(loss.detach() * self._gradients.weight)
+        output.loss = torch.stack(list(output.losses.values())).sum()
         return output
 
-    @torch.no_grad()
-    def _sum_over_ranks(self, sae: Any, output: TrainStepOutput, weight: float) -> None:
-        """Turn this rank's gradients and losses into those of the whole batch."""
-        for parameter in sae.parameters():
-            gradient = parameter.grad
-            self.ranks.sum_(gradient.T if parameter is sae.W_enc else gradient)
-        for name, loss in output.losses.items():
-            output.losses[name] = self.ranks.sum_(loss.detach() * weight)  # pyright: ignore
-        output.loss = sum(output.losses.values(), torch.zeros_like(output.loss))  # pyright: ignore
+    def _count_firing(self, counts: Tensor, n_tokens: int) -> None:
+        """Count in all processes; called when AuxK has taken the features dead before the step."""
+        weight = self._gradients.weight
+        counts = self.processes.sum_(counts * (weight > 0))
+        super()._count_firing(counts, self._n_elsewhere + n_tokens * (weight > 0))
+        self.tokens_since_fired += self._n_elsewhere  # `step` adds the tokens of this process

@@ -1,10 +1,10 @@
-"""What trainers on several processes share: equal settings, totals, and a state to go on from."""
+"""What both trainers on several processes share: checks, totals, and the state of a run."""
 
 from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from saesub.errors import SaesubError
 from saesub.optim import FEATURE_AXIS, SparseAdam, moments
 from saesub.topk.eligibility import takes_sparse_step
 from saesub.training.distributed.checkpoint import newest_state, read_state, write_state
-from saesub.training.distributed.processes import Ranks
+from saesub.training.distributed.processes import Processes
 from saesub.training.trainer import Backend, OptimizerName, SubspaceSAETrainer
 
 Batches = Callable[[int], Iterator[Tensor]]
@@ -27,65 +27,66 @@ _COUNTS = ("tokens_since_fired", "n_forward_passes_since_fired", "act_freq_score
 _PROGRESS = ("n_training_samples", "n_frac_active_samples")
 
 
-class RanksTrainer(SubspaceSAETrainer):
-    """A `SubspaceSAETrainer` of a TopK SAE that is one of several, in step with the others.
+class MultiProcessTrainer(SubspaceSAETrainer):
+    """A `SubspaceSAETrainer` of a TopK SAE in one of several processes, which train together.
 
     With `cfg.checkpoint_path` the state is written there `cfg.n_checkpoints` times, evenly, the
-    newest replacing the one before, and once more at the end if `cfg.save_final_checkpoint`; a
-    trainer made with a state there goes on from it, on as many ranks as one likes.
+    newest replacing the one before, and once more at the end if `cfg.save_final_checkpoint`. A
+    trainer made with a state there continues from it, on any number of processes.
 
-    `fit` and all that follows it is collective: every rank calls it.
+    `fit` and all that follows it is collective: every process calls it.
     """
 
-    n_features: int  # over all ranks
+    n_features: int  # over all processes
 
     def __init__(
         self,
-        ranks: Ranks,
+        processes: Processes,
         cfg: SAETrainerConfig,
         sae: TopKTrainingSAE,
         batches: Batches,
         *,
-        optimizer: OptimizerName,
-        backend: Backend,
-        dead_window_tokens: int | None,
+        optimizer: OptimizerName = "sparse_adam",
+        backend: Backend = "auto",
+        dead_window_tokens: int | None = None,
     ) -> None:
-        _check_suits(sae, cfg)
+        check_suits(sae)
+        _check_settings(sae, cfg)
         super().__init__(
             cfg,
             sae,
             iter(()),
             optimizer=optimizer,
-            backend=backend,
+            backend="torch" if backend == "dense" else backend,
             dead_window_tokens=dead_window_tokens,
         )
-        self.ranks = ranks
-        self._share_start()
-        ranks.check_same("set of settings", self.settings())
+        self.processes = processes
+        self._agree()
+        processes.check_same("set of settings", self.settings())
         if cfg.checkpoint_path is not None:
-            newest = newest_state(ranks, Path(cfg.checkpoint_path))
+            newest = newest_state(processes, Path(cfg.checkpoint_path))
             if newest is not None:
                 self._resume(newest)
         self.data_provider = batches(self.n_training_steps)
 
     @abstractmethod
-    def _share_start(self) -> None:
-        """Find `n_features`, and take from rank 0 what must be equal."""
+    def _agree(self) -> None:
+        """Set `n_features`, and take from the first process what must be equal in all."""
 
     @abstractmethod
     def _as_part(self, rows: Tensor) -> Tensor:
-        """A tensor with a row per feature held here, as torch.distributed.checkpoint takes it."""
+        """A tensor with a row for each feature here, as torch.distributed.checkpoint takes it."""
 
     @abstractmethod
     def _total(self, here: float) -> float:
-        """A sum over features, from that over the features held here."""
+        """A sum over all features, from that over the features here."""
 
     @abstractmethod
     def gather(self) -> TopKTrainingSAE | None:
-        """The whole SAE, on the CPU of rank 0, to be saved as any SAELens SAE; None elsewhere."""
+        """The whole SAE, on the CPU of the first process; None elsewhere."""
 
     def dead_fraction(self) -> float:
-        """Share of all ranks' features silent over the last `dead_window_tokens`; collective.
+        """Share of all processes' features silent over the last `dead_window_tokens`; collective.
 
         Raises:
             SaesubError: less than one window has been trained on, so nothing can be said.
@@ -96,15 +97,15 @@ class RanksTrainer(SubspaceSAETrainer):
     def _update_pbar(
         self, step_output: TrainStepOutput, pbar: Any, update_interval: int = 10
     ) -> None:
-        """Rank 0's bar alone: SAELens opens one in every rank, the others' go with a step."""
-        if self.ranks.rank:
+        """Only the first process keeps its bar; SAELens opens one in every process."""
+        if self.processes.index:
             pbar.leave = False
             pbar.close()
         else:
             super()._update_pbar(step_output, pbar, update_interval)
 
     def set_final_sae_metadata(self) -> None:
-        """As `SubspaceSAETrainer`'s, over the features of all ranks; collective."""
+        """As `SubspaceSAETrainer`'s, over the features of all processes; collective."""
         super().set_final_sae_metadata()
         for name in ("l0", "num_dead_features"):
             here = getattr(self.sae.cfg.metadata, name, None)
@@ -117,10 +118,7 @@ class RanksTrainer(SubspaceSAETrainer):
         base_path: Path | str | None = None,
         wandb_aliases: list[str] | None = None,
     ) -> None:
-        """Write the state; collective.
-
-        It goes by the name of `saesub.training.distributed.checkpoint`.
-        """
+        """Write the state, under the name that `write_state` gives it; collective."""
         base = base_path if base_path is not None else self.cfg.checkpoint_path
         if base is None:
             return
@@ -133,10 +131,10 @@ class RanksTrainer(SubspaceSAETrainer):
         }
         tokens = self.n_training_samples
         settings = self.settings()
-        write_state(self.ranks, Path(base), tokens, self._tensors(), settings, progress)
+        write_state(self.processes, Path(base), tokens, self._tensors(), settings, progress)
 
     def _resume(self, path: Path) -> None:
-        progress = read_state(self.ranks, path, self._tensors(), self.settings())
+        progress = read_state(self.processes, path, self._tensors(), self.settings())
         for name in _PROGRESS:
             setattr(self, name, progress[name])
         self.n_training_steps = progress["steps"]
@@ -169,37 +167,46 @@ class RanksTrainer(SubspaceSAETrainer):
         _, average, square = moments(self.optimizer, parameter)
         return {name: parameter.data, f"{name}.exp_avg": average, f"{name}.exp_avg_sq": square}
 
-    def _require_rows(self, n: int) -> None:
+    def _require_tokens(self, n: int) -> None:
         if n == 0:
             raise SaesubError(
-                f"No rank has a row in step {self.n_training_steps}: give at least one of them "
-                "some."
+                f"No process has a token in step {self.n_training_steps}: give one to at least one "
+                "of them."
             )
 
 
-def _check_suits(sae: Any, cfg: SAETrainerConfig) -> None:
+def check_suits(sae: Any) -> None:
+    """Raises SaesubError for an SAE that several processes do not train."""
     if type(sae) is not TopKTrainingSAE:
         raise SaesubError(
-            f"Only SAELens' TopKTrainingSAE trains on several ranks, not {type(sae).__name__}: "
+            f"Several processes train SAELens' TopKTrainingSAE alone, not {type(sae).__name__}: "
             "train it in one process."
         )
-    if sae.cfg.normalize_activations != "none" or not takes_sparse_step(sae, cfg):
+    if sae.cfg.normalize_activations != "none":
         raise SaesubError(
-            "Several ranks train an SAE in float32 or float64 with normalize_activations='none', "
-            "autocast off and no hooks: scale the activations before they are handed over."
+            "Several processes train an SAE with normalize_activations='none': scale the "
+            "activations before you pass them."
+        )
+
+
+def _check_settings(sae: Any, cfg: SAETrainerConfig) -> None:
+    if not takes_sparse_step(sae, cfg):
+        raise SaesubError(
+            "Several processes train an SAE in float32 or float64 without autocast and hooks: "
+            "switch autocast off and remove the hooks."
         )
     if not all(parameter.requires_grad for parameter in sae.parameters()):
-        raise SaesubError("Several ranks train all of an SAE's parameters: unfreeze them.")
+        raise SaesubError("Several processes train all of an SAE's parameters: unfreeze them.")
     if cfg.logger.log_to_wandb:
         raise SaesubError(
-            "Several ranks do not log to Weights & Biases: switch logger.log_to_wandb off and log "
-            "the trainer's history."
+            "Several processes do not log to Weights & Biases: switch logger.log_to_wandb off and "
+            "log the trainer's history."
         )
 
 
-def whole_sae(sae: TopKTrainingSAE, tensors: dict[str, Tensor]) -> TopKTrainingSAE:
-    """An SAE on the CPU with the settings of `sae`, its metadata too, and these parameters."""
-    cfg = replace(copy.deepcopy(sae.cfg), d_sae=len(tensors["b_enc"]), device="cpu")
+def sae_with(sae: TopKTrainingSAE, weights: Mapping[str, Any]) -> TopKTrainingSAE:
+    """A copy on the CPU with the settings and metadata of `sae`, and these weights."""
+    cfg = replace(copy.deepcopy(sae.cfg), d_sae=len(weights["b_enc"]), device="cpu")
     made = TopKTrainingSAE(cfg)
-    made.load_state_dict(tensors)
+    made.load_state_dict(weights)
     return made

@@ -1,6 +1,6 @@
 """Seconds and bytes of a training step on several processes of this machine, over gloo.
 
-for n in 1 2 4; do torchrun --standalone --nproc-per-node $n benchmarks/ranks.py; done
+for n in 1 2 4; do torchrun --standalone --nproc-per-node $n benchmarks/processes.py; done
 python benchmarks/eight_gpus.py
 
 Two cores are no place to time eight GPUs: what carries over is the bytes, which the kernel counts.
@@ -27,8 +27,8 @@ from saesub import stream_activations
 from saesub.reproduce.report import processor
 from saesub.training.distributed import (
     DataParallelSAETrainer,
-    Ranks,
-    ShardedSAETrainer,
+    FeatureParallelSAETrainer,
+    Processes,
     join,
     take_features,
 )
@@ -53,24 +53,24 @@ def bytes_sent() -> int:
     return total
 
 
-def measured(ranks: Ranks, x: Tensor, mode: str) -> dict[str, Any]:
-    """The median step of rank 0, after one to warm up."""
+def measured(processes: Processes, x: Tensor, mode: str) -> dict[str, Any]:
+    """The median step of the first process, after one to warm up."""
     torch.manual_seed(0)
     sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=D_IN, d_sae=D_SAE, k=K))
     cfg = SAETrainerConfig(STEPS * BATCH, BATCH, lr=1e-3)
     rows: Any = lambda _: iter(())  # noqa: E731
     window = 1  # token: features are dead at once, so that AuxK is at work
     if mode == "data":
-        trainer = DataParallelSAETrainer(ranks, cfg, sae, rows, dead_window_tokens=window)
+        trainer = DataParallelSAETrainer(processes, cfg, sae, rows, dead_window_tokens=window)
     else:
-        sae = take_features(sae, ranks.share(D_SAE))
-        trainer = ShardedSAETrainer(
-            ranks, cfg, sae, rows, backend="torch", dead_window_tokens=window
+        sae = take_features(sae, processes.share(D_SAE))
+        trainer = FeatureParallelSAETrainer(
+            processes, cfg, sae, rows, backend="torch", dead_window_tokens=window
         )
-    share, seconds, sent = ranks.share(BATCH), [], []
+    share, seconds, sent = processes.share(BATCH), [], []
     for step in range(STEPS + 1):
         batch = x[step * BATCH :][share.start : share.stop]
-        ranks.barrier()
+        processes.barrier()
         before, start = bytes_sent(), time.perf_counter()
         trainer.step(batch)
         seconds.append(time.perf_counter() - start)
@@ -85,23 +85,23 @@ def measured(ranks: Ranks, x: Tensor, mode: str) -> dict[str, Any]:
 def main() -> None:
     torch.set_num_threads(1)
     n_tokens = (STEPS + 1) * BATCH
-    with join() as ranks:
+    with join() as processes:
         x = torch.empty(n_tokens, D_IN)
-        if ranks.rank == 0:
+        if processes.index == 0:
             parts = stream_activations(MODEL, CORPUS, [HOOK], n_tokens=n_tokens, progress=False)
             x = torch.cat([part[HOOK] for part in parts]).float()
-        ranks.broadcast_(x)
-        rows = [measured(ranks, x, mode) for mode in ("features", "data")]
-        if ranks.rank == 0:
+        processes.broadcast_(x)
+        rows = [measured(processes, x, mode) for mode in ("features", "data")]
+        if processes.index == 0:
             record = {
                 "job": {"d_in": D_IN, "d_sae": D_SAE, "k": K, "batch": BATCH, "auxk": True},
-                "ranks": ranks.world,
+                "ranks": processes.count,
                 "machine": {"processor": processor(), "cores": os.cpu_count()},
                 "torch": torch.__version__,
                 "date": time.strftime("%Y-%m-%d"),
                 "rows": rows,
             }
-            path = RESULTS / f"ranks-{ranks.world}.json"
+            path = RESULTS / f"processes-{processes.count}.json"
             path.write_text(json.dumps(record, indent=1) + "\n")
 
 
