@@ -476,7 +476,7 @@ def test_widths_and_spectra_that_do_not_fit(model, lorsa, data, spectra):
     foreign = Lorsa(LorsaConfig(576, 12, 4, 2, (1.0,), LAYER, "none"))
     with pytest.raises(SaesubError, match=r"4 circuits .* 9 heads .*: make it by from_attention"):
         initialize_lorsa(foreign, model, spectra[Z])
-    with pytest.raises(SaesubError, match=r"contexts .* from pack_contexts"):
+    with pytest.raises(SaesubError, match=r"shape \(5,\) cannot be read"):
         attention_sequences(model, torch.zeros(5, dtype=torch.int64), LAYER)
     with pytest.raises(SaesubError, match=r"measure it at blocks.12.attn.hook_z"):
         initialize_lorsa(lorsa, model, Spectrum.from_activations(torch.randn(50, 7)))
@@ -494,7 +494,7 @@ def test_training_settings_that_cannot_be(lorsa, data):
         train_lorsa(lorsa, data, optimizer=cast(Any, "sgd"))
     broken = AttentionSequences(data.x * float("nan"), data.y, data.kept)
     before = {name: kept.clone() for name, kept in lorsa.state_dict().items()}
-    with pytest.raises(SaesubError, match="NaN or Inf in the activations of batch 0"):
+    with pytest.raises(SaesubError, match=r"activations of batch 0 .* first nan in row 0"):
         train_lorsa(lorsa, broken, progress=False)
     assert all(torch.equal(kept, before[name]) for name, kept in lorsa.state_dict().items())
     with torch.no_grad():

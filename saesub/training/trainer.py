@@ -134,9 +134,6 @@ class SubspaceSAETrainer(TokenCountingTrainer):
                 "pass activations of its own hook point, flattened, or those of a transcoder's two "
                 "hook points side by side."
             )
-        self._require_finite(batch)
-
-    def _require_finite(self, batch: Tensor) -> None:
         what = f"the activations of batch {self.n_training_steps}"
         advice = "leave that batch out and continue; the weights are as they were"
         require_finite(batch, f"{what} (after {self.n_training_samples} tokens)", advice)

@@ -14,6 +14,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from saesub.activations.checks import all_finite
 from saesub.activations.tokens import kept_positions
 from saesub.errors import SaesubError
+from saesub.evaluation.passes import check_contexts
 from saesub.loading.models import Model, load_model, model_name
 from saesub.progress import bar
 
@@ -62,8 +63,7 @@ def read_and_written(
 ) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "batch pos d_model"]]:
     """What the layer's projections read (after its norm), and what the layer adds to the stream."""
     names = [f"blocks.{layer}.attn.hook_in", f"blocks.{layer}.hook_attn_out"]
-    stop = layer + 1 if layer + 1 < bridge.cfg.n_layers else None
-    _, cache = bridge.run_with_cache(tokens, names_filter=names, stop_at_layer=stop)
+    _, cache = bridge.run_with_cache(tokens, names_filter=names, stop_at_layer=layer + 1)
     return cache[names[0]], cache[names[1]]
 
 
@@ -120,11 +120,7 @@ def attention_sequences(
     """
     bridge = load_model(model)
     check_layer(bridge, layer)
-    if tokens.ndim != 2 or not len(tokens) or batch_size < 1:
-        raise SaesubError(
-            f"attention_sequences needs contexts (n_ctx, pos) from pack_contexts and a batch_size "
-            f"of at least 1, not tokens of shape {tuple(tokens.shape)} and {batch_size}."
-        )
+    check_contexts(tokens, batch_size)
     x, y = torch.empty((2, *tokens.shape, bridge.cfg.d_model), dtype=torch.float16)
     firsts = range(0, len(tokens), batch_size)
     for first in bar(firsts, unit="batch", desc="activations", progress=progress):

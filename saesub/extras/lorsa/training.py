@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from jaxtyping import Bool
@@ -188,7 +187,7 @@ def evaluate_lorsa(
     _check_width(lorsa, held_out)
     dead = torch.ones(lorsa.cfg.n_heads, dtype=torch.bool, device=lorsa.W_V.device)
 
-    def judged() -> Iterator[Any]:
+    def judged() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for batch in held_out.batches(batch_size):
             x, y, kept = (t.to(dead.device) for t in batch)
             output, active = lorsa(x)
