@@ -20,8 +20,8 @@ from saesub.errors import SaesubError
 
 OptimizerName = Literal["adam", "sparse_adam"]
 
-# Which axis of each SAELens parameter counts features. Parameters not named here (b_dec, W_skip)
-# have no such axis: they get a gradient at every step and move at every step.
+# Which axis of each parameter of an SAELens dictionary or a Lorsa counts features. Parameters not
+# named here (b_dec, W_skip, W_Q) have no such axis: they get a gradient and move at every step.
 FEATURE_AXIS = {
     "W_enc": 1,
     "W_dec": 0,
@@ -30,6 +30,9 @@ FEATURE_AXIS = {
     "b_mag": 0,
     "r_mag": 0,
     "threshold": 0,
+    "W_V": 0,
+    "b_V": 0,
+    "W_O": 0,
 }
 
 # If fewer features than this share have a gradient, updating them alone is faster than torch's
@@ -49,9 +52,10 @@ def make_optimizer(
 
 
 def parameter_groups(sae: nn.Module) -> list[dict[str, Any]]:
-    """One optimizer group per parameter of an SAELens dictionary, marked with its feature axis."""
+    """One optimizer group per parameter of a dictionary, also one that lies inside another module,
+    marked with its feature axis."""
     return [
-        {"params": [parameter], "feature_axis": FEATURE_AXIS.get(name)}
+        {"params": [parameter], "feature_axis": FEATURE_AXIS.get(name.rpartition(".")[2])}
         for name, parameter in sae.named_parameters()
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -34,7 +35,6 @@ from saesub.extras.lorsa import (
     evaluate_lorsa,
     initialize_lorsa,
     train_lorsa,
-    training,
 )
 from saesub.init.subspace import choose_d_init
 from saesub.loading.models import load_model
@@ -268,20 +268,78 @@ def test_training_lowers_the_error_and_repeats_bit_for_bit(model, data, spectra)
     assert results[0][1] == results[1][1]
 
 
-def test_a_point_of_the_history_averages_the_steps_since_the_last(
-    model, data, spectra, monkeypatch
-):
-    histories = []
-    for points in (40, 1):  # a point for every step, and one for all
-        monkeypatch.setattr(training, "_HISTORY_POINTS", points)
-        lorsa = Lorsa.from_attention(model, LAYER, n_heads=36, k=8)
-        initialize_lorsa(lorsa, model, spectra[Z])
-        calibrate_lorsa(lorsa, data)
-        histories.append(train_lorsa(lorsa, data, epochs=3, lr=3e-3, progress=False))
-    steps, (whole,) = histories
-    assert len(steps) > 1
-    assert whole["fvu"] == pytest.approx(sum(point["fvu"] for point in steps) / len(steps))
-    assert whole["tokens"] == steps[-1]["tokens"]
+def _small_case() -> tuple[Lorsa, AttentionSequences]:
+    """A calibrated Lorsa and ten contexts that a linear attention wrote."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(10, 9, 12, generator=generator)
+    mixed = x.cumsum(1) / torch.arange(1, 10)[:, None]
+    y = mixed @ torch.randn(12, 12, generator=generator)
+    y += 0.1 * torch.randn(10, 9, 12, generator=generator)
+    kept = torch.ones(10, 9, dtype=torch.bool)
+    kept[:, 0] = kept[3, 4:] = False
+    data = AttentionSequences(x.half(), y.half(), kept)
+    lorsa = Lorsa(LorsaConfig(12, 24, 3, 4, (1.0, 0.1), layer=0, model="none", seed=1))
+    calibrate_lorsa(lorsa, data)
+    return lorsa, data
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "fvu", "norms"),
+    [
+        (
+            "sparse_adam",
+            {0: 1.941371, 9: 1.516336, 29: 0.778350, 59: 0.537253, None: 0.514200},
+            {"W_V": 6.703294, "W_O": 6.920293, "W_Q": 3.454713, "b_K": 0.398621, "b_V": 1.154482},
+        ),
+        (
+            "adam",
+            {0: 1.941371, 9: 1.481370, 29: 0.737346, 59: 0.403226, None: 0.432801},
+            {"W_V": 6.712691, "W_O": 6.954502, "W_Q": 3.431060, "b_K": 0.412431, "b_V": 1.120789},
+        ),
+    ],
+)
+def test_training_gives_the_numbers_of_a_loop_of_its_own(optimizer, fvu, norms):
+    """The numbers are those of a plain loop of autograd, clipping, Adam and schedule, which Lorsa
+    had before `SubspaceSAETrainer` trained it; None is the evaluation."""
+    lorsa, data = _small_case()
+    settings = {"epochs": 20, "batch_size": 3, "lr": 1e-2, "seed": 5, "progress": False}
+    history = train_lorsa(lorsa, data, optimizer=optimizer, **settings)
+    assert [history[i]["tokens"] for i in (0, 9, 29, 59)] == [24, 220, 670, 1345]
+    found = {i: evaluate_lorsa(lorsa, data).fvu if i is None else history[i]["fvu"] for i in fvu}
+    assert found == pytest.approx(fvu, rel=1e-4)
+    lengths = {name: lorsa.get_parameter(name).norm().item() for name in norms}
+    assert lengths == pytest.approx(norms, rel=1e-4)
+
+
+def test_a_point_of_the_history_averages_the_steps_since_the_last():
+    """Of 90 steps every second is recorded; at so small a rate the weights stay as they are."""
+    lorsa, data = _small_case()
+    settings = {"epochs": 30, "batch_size": 3, "lr": 1e-12, "seed": 5, "progress": False}
+    history = train_lorsa(lorsa, data, **settings)
+    assert len(history) == 45
+    order, again = torch.Generator().manual_seed(5), []
+    for _ in range(30):
+        again += torch.randperm(10, generator=order)[:9].split(3)
+    variance, tokens = data.mean_and_variance()[1], 0
+    for point, pair in zip(history, zip(again[::2], again[1::2], strict=True), strict=True):
+        parts = [AttentionSequences(data.x[i], data.y[i], data.kept[i]) for i in pair]
+        errors = [evaluate_lorsa(lorsa, p).fvu * p.mean_and_variance()[1] / variance for p in parts]
+        assert point["fvu"] == pytest.approx(sum(errors) / 2, rel=1e-4)
+        tokens += sum(part.n_tokens for part in parts)
+        assert point["tokens"] == tokens
+
+
+def test_a_full_gpu_is_named(monkeypatch):
+    lorsa, data = _small_case()
+    gpu = SimpleNamespace(total_memory=80 * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(lorsa, "encode", full)
+    with pytest.raises(SaesubError, match=r"memory with d_sae=24.*smaller batches"):
+        train_lorsa(lorsa, data, progress=False)
 
 
 @pytest.mark.parametrize(("optimizer", "stays"), [("sparse_adam", True), ("adam", False)])
@@ -415,6 +473,11 @@ def test_widths_and_spectra_that_do_not_fit(model, lorsa, data, spectra):
     for use in (calibrate_lorsa, train_lorsa, evaluate_lorsa):
         with pytest.raises(SaesubError, match="reads and writes 576 dimensions"):
             use(lorsa, narrow)
+    foreign = Lorsa(LorsaConfig(576, 12, 4, 2, (1.0,), LAYER, "none"))
+    with pytest.raises(SaesubError, match=r"4 circuits .* 9 heads .*: make it by from_attention"):
+        initialize_lorsa(foreign, model, spectra[Z])
+    with pytest.raises(SaesubError, match=r"shape \(5,\) cannot be read"):
+        attention_sequences(model, torch.zeros(5, dtype=torch.int64), LAYER)
     with pytest.raises(SaesubError, match=r"measure it at blocks.12.attn.hook_z"):
         initialize_lorsa(lorsa, model, Spectrum.from_activations(torch.randn(50, 7)))
     with pytest.raises(SaesubError, match="from 1 to 64"):
@@ -427,14 +490,25 @@ def test_training_settings_that_cannot_be(lorsa, data):
         train_lorsa(lorsa, data, batch_size=21)
     with pytest.raises(SaesubError, match="epochs must be at least 1"):
         train_lorsa(lorsa, data, epochs=0)
-    with pytest.raises(SaesubError, match="Unknown optimizer 'sgd': known adam, sparse_adam"):
+    with pytest.raises(SaesubError, match="Unknown optimizer 'sgd': pass 'adam' or"):
         train_lorsa(lorsa, data, optimizer=cast(Any, "sgd"))
     broken = AttentionSequences(data.x * float("nan"), data.y, data.kept)
-    with pytest.raises(SaesubError, match="the loss is nan at step"):
+    before = {name: kept.clone() for name, kept in lorsa.state_dict().items()}
+    with pytest.raises(SaesubError, match=r"activations of batch 0 .* first nan in row 0"):
         train_lorsa(lorsa, broken, progress=False)
+    assert all(torch.equal(kept, before[name]) for name, kept in lorsa.state_dict().items())
+    with torch.no_grad():
+        lorsa.W_O[0] = float("inf")
+    with pytest.raises(SaesubError, match=r"the loss is \w+ at step 1: pass a smaller lr"):
+        train_lorsa(lorsa, data, progress=False)
     still = AttentionSequences(data.x, torch.zeros_like(data.y), data.kept)
-    with pytest.raises(SaesubError, match="do not vary"):
+    with pytest.raises(SaesubError, match="that vary"):
         evaluate_lorsa(lorsa, still)
+    for use in (calibrate_lorsa, train_lorsa):
+        with pytest.raises(SaesubError, match="do not vary"):
+            use(lorsa, still)
+    with pytest.raises(SaesubError, match="at least 1 context"):
+        evaluate_lorsa(lorsa, data, batch_size=0)
 
 
 def test_config_alone_makes_a_lorsa():
@@ -443,3 +517,32 @@ def test_config_alone_makes_a_lorsa():
     output, active = Lorsa(cfg)(torch.randn(2, 5, 16))
     assert output.shape == (2, 5, 16)
     assert active.z.shape == active.heads.shape == (2, 5, 2)
+
+
+def test_a_model_handed_over_is_as_it_was_after_a_failure_too(model, tokens, monkeypatch):
+    seen: list[str] = []
+    point = model.hook_dict[Z]
+    point.add_hook(lambda value, hook: seen.append(hook.name))
+    weight = next(model.parameters())
+    weight.requires_grad_(True)
+    model.blocks[0].train()
+
+    def state():
+        hooks = {name: len(p.fwd_hooks) for name, p in model.hook_dict.items() if p.fwd_hooks}
+        flags = [module.training for module in model.modules()]
+        return hooks, flags, [p.requires_grad for p in model.parameters()]
+
+    try:
+        before = state()
+        attention_sequences(model, tokens[:1], LAYER, progress=False)
+        assert seen
+        assert state() == before
+        point.add_hook(lambda value, hook: 1 / 0)
+        before = state()
+        with pytest.raises(ZeroDivisionError):
+            dense_lorsa(model, LAYER)
+        assert state() == before
+    finally:
+        point.remove_hooks()
+        weight.requires_grad_(False)
+        model.blocks[0].eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import struct
 import zipfile
 from pathlib import Path
@@ -320,3 +321,61 @@ def ctranslate2(path: Path, *, version=6, kind=b"WhisperSpec\0", number=4, cut=N
 def test_other_files_are_refused(tmp_path, change, message):
     with pytest.raises(SaesubError, match=message):
         whisper_state_dict(ctranslate2(tmp_path / "model.bin", **change))
+
+
+# --- the models stay as they were -----------------------------------------------------------------
+
+
+def flags(model: nn.Module) -> list[tuple]:
+    """What a borrowed model must keep: modes, hooks, and which weights take gradients."""
+    return [
+        (name, module.training, len(module._forward_hooks), len(module._forward_pre_hooks))
+        for name, module in model.named_modules()
+    ] + [(name, p.requires_grad, p.grad) for name, p in model.named_parameters()]
+
+
+def test_models_are_as_they_were_after_failures_too(minilm, corpus):
+    encoder, tokenizer = minilm
+    heard = []
+    handle = encoder.encoder.register_forward_hook(lambda *_: heard.append(1))
+    encoder.embeddings.requires_grad_(True)
+    try:
+        before = flags(encoder)
+        sites, texts = block_sites(encoder), corpus.select(range(2))
+        measure_module_spectra(encoder, text_batches(tokenizer, texts), sites, progress=False)
+        assert flags(encoder) == before
+        assert heard
+        wrong = [({"input_ids": torch.tensor([[7, 12]])}, torch.ones(1, 3, dtype=torch.bool))]
+        with pytest.raises(SaesubError, match="choose another module"):
+            measure_module_spectra(encoder, wrong, sites, progress=False)
+        assert flags(encoder) == before
+    finally:
+        handle.remove()
+        encoder.embeddings.requires_grad_(False)
+
+
+def test_one_module_in_training_mode_is_enough_to_refuse():
+    toy = Toy().eval()
+    toy.linear.train()
+    batch = {"x": torch.randn(2, 3, 4)}, torch.ones(2, 3, dtype=torch.bool)
+    with pytest.raises(SaesubError, match=r"call model\.eval\(\)"):
+        measure_module_spectra(toy, [batch], {"s": Site("linear", "output")}, progress=False)
+
+
+def test_sites_of_a_model_inside_another_and_of_a_part_of_one():
+    config = GPT2Config(vocab_size=50, n_positions=16, n_embd=24, n_layer=2, n_head=2)
+    whole = GPT2LMHeadModel(config).eval()
+    assert block_sites(whole, "decoder")[1, "z"] == Site("transformer.h.1.attn.c_proj", "input")
+    inner = block_sites(whole.transformer, "decoder")
+    assert inner[1, "resid_post"] == Site("h.1", "output")
+    part = whole.transformer.h[0]
+    part.config = config
+    with pytest.raises(SaesubError, match=r"decoder of 'gpt2' are not listed.*Site"):
+        block_sites(part, "decoder")
+
+
+def test_a_tokenizer_that_cannot_pad(minilm, corpus):
+    tokenizer = copy.deepcopy(minilm[1])
+    tokenizer.pad_token = None
+    with pytest.raises(SaesubError, match="no padding token"):
+        next(text_batches(tokenizer, corpus))

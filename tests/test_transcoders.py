@@ -31,7 +31,6 @@ from saesub.extras.transcoders import (
     TrainingSkipTranscoderConfig,
     TrainingTranscoder,
     TrainingTranscoderConfig,
-    TranscoderTrainer,
     paired_batches,
     transcoder_reconstruction,
 )
@@ -39,6 +38,8 @@ from saesub.init.biases import center_biases
 from saesub.init.subspace import initialize_in_subspace
 from saesub.topk.encode import times_fired
 from saesub.training.comparison import train_together
+from saesub.training.mitigations import GhostGradients, KAnnealing, Resampling
+from saesub.training.trainer import SubspaceSAETrainer
 
 READS, WRITES = "blocks.1.ln2.hook_normalized", "blocks.1.hook_mlp_out"
 D, D_SAE, BATCH, N = 576, 300, 64, 1200
@@ -115,7 +116,7 @@ def test_fit_learns_the_target_and_saves_a_plain_saelens_transcoder(
     initialize_in_subspace(transcoder, spectra[1], input_spectrum=spectra[0])
     x, y = (s.rows(0, 500) for s in stores)
     before = transcoder_reconstruction(transcoder, [(x, y)])
-    trainer = TranscoderTrainer(_cfg(60), transcoder, _batches(stores))
+    trainer = SubspaceSAETrainer(_cfg(60), transcoder, _batches(stores))
     assert trainer.fit() is transcoder
     after = transcoder_reconstruction(transcoder, [(x, y)])
     assert after.fvu < 0.9 * min(before.fvu, 1.0)
@@ -134,7 +135,7 @@ def test_a_stronger_penalty_leaves_fewer_features(stores, spectra):
     for l1 in (0.1, 10.0):
         transcoder = _transcoder(l1_coefficient=l1)
         center_biases(transcoder, spectra[1], input_spectrum=spectra[0])
-        TranscoderTrainer(_cfg(30), transcoder, _batches(stores)).fit()
+        SubspaceSAETrainer(_cfg(30), transcoder, _batches(stores)).fit()
         pairs = [tuple(s.rows(0, 300) for s in stores)]
         l0.append(transcoder_reconstruction(transcoder, pairs).l0)
     assert 2 * l0[1] < l0[0]
@@ -142,7 +143,7 @@ def test_a_stronger_penalty_leaves_fewer_features(stores, spectra):
 
 def test_the_dead_are_counted_in_tokens(stores):
     transcoder = _transcoder(l1_coefficient=20.0)
-    trainer = TranscoderTrainer(
+    trainer = SubspaceSAETrainer(
         _cfg(30), transcoder, _batches(stores), optimizer="adam", dead_window_tokens=5 * BATCH
     )
     fired = []
@@ -166,7 +167,7 @@ def test_an_interrupted_run_of_conditions_ends_with_the_same_weights(stores, spe
         for name, kind in (("random", "transcoder"), ("asi", "skip_transcoder")):
             transcoder = _transcoder(kind, l1_coefficient=3.0, l1_warm_up_steps=10)
             initialize_in_subspace(transcoder, spectra[1], input_spectrum=spectra[0])
-            made[name] = TranscoderTrainer(_cfg(16), transcoder, iter(()))
+            made[name] = SubspaceSAETrainer(_cfg(16), transcoder, iter(()))
         return made
 
     def batches(start, stop_at=None):
@@ -224,13 +225,18 @@ def test_fvu_and_l0_of_a_target_against_brute_force(kind):
 def test_what_does_not_fit_is_refused(stores):
     reads, writes = stores
     plain = Transcoder(TranscoderConfig(d_in=D, d_sae=8, d_out=D, apply_b_dec_to_input=False))
-    with pytest.raises(SaesubError, match="cannot be trained as a transcoder"):
-        TranscoderTrainer(_cfg(1), plain, iter(()))  # pyright: ignore
+    with pytest.raises(SaesubError, match=r"Transcoder has no loss .* TrainingTranscoder"):
+        SubspaceSAETrainer(_cfg(1), plain, iter(()))
     for scaled in ("expected_average_only_in", "covariance_whitening"):
         with pytest.raises(SaesubError, match=f"normalize_activations='{scaled}'"):
-            TranscoderTrainer(_cfg(1), _transcoder(normalize_activations=scaled), iter(()))
-    with pytest.raises(SaesubError, match="Mitigations read a batch"):
-        TranscoderTrainer(_cfg(1), _transcoder(), iter(()), mitigations=[object()])
+            _transcoder(normalize_activations=scaled)
+    for mitigation, message in (
+        (GhostGradients(), "batch holds x and y"),
+        (Resampling(every_tokens=BATCH), "batch holds x and y"),
+        (KAnnealing(k_start=8, share=0.5), "needs an SAE with a k"),
+    ):
+        with pytest.raises(SaesubError, match=message):
+            SubspaceSAETrainer(_cfg(9), _transcoder(), iter(()), mitigations=[mitigation])
     with pytest.raises(SaesubError, match="different lengths"):
         next(paired_batches(reads, writes.split(100)[0], BATCH, seed=0))
     with pytest.raises(SaesubError, match="different text or settings"):
@@ -241,7 +247,7 @@ def test_what_does_not_fit_is_refused(stores):
 
 def test_bad_batches_are_refused_before_any_weight_moves(stores):
     transcoder = _transcoder()
-    trainer = TranscoderTrainer(_cfg(5), transcoder, _batches(stores))
+    trainer = SubspaceSAETrainer(_cfg(5), transcoder, _batches(stores))
     before = copy.deepcopy(transcoder.state_dict())
     batch = next(_batches(stores))
     with pytest.raises(SaesubError, match="side by side"):

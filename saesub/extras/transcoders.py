@@ -11,12 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from sae_lens import SkipTranscoder, SkipTranscoderConfig, Transcoder, TranscoderConfig
-from sae_lens.config import SAETrainerConfig
 from sae_lens.constants import SAE_WEIGHTS_FILENAME
 from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput, TrainStepOutput
 from safetensors.torch import load_file
@@ -26,35 +24,57 @@ from saesub.activations.store import ActivationStore
 from saesub.errors import SaesubError
 from saesub.evaluation.reconstruction import Reconstruction, unexplained
 from saesub.training.comparison import joint_batches
-from saesub.training.trainer import SubspaceSAETrainer
 
 
 @dataclass
-class _L1Settings:
-    """The penalty's settings, by the names that SAELens' standard training SAE gives them."""
+class TrainingTranscoderConfig(TranscoderConfig):
+    """SAELens' `TranscoderConfig` (d_in, d_out, d_sae, ...) with `l1_coefficient`, in the units of
+    the target (twice the target's scale asks for twice the coefficient), and `l1_warm_up_steps`.
+
+    Raises SaesubError for an input that is rescaled, which SAELens cannot fold into a transcoder.
+    """
 
     apply_b_dec_to_input: bool = False  # b_dec lives in the target's space; True is refused
     l1_coefficient: float = 1.0
     l1_warm_up_steps: int = 0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.normalize_activations != "none":
+            raise SaesubError(
+                f"normalize_activations={self.normalize_activations!r} scales x alone or x and y "
+                "alike, and SAELens cannot fold that into a transcoder: use 'none'."
+            )
+
 
 @dataclass
-class TrainingTranscoderConfig(_L1Settings, TranscoderConfig):
-    """SAELens' `TranscoderConfig` (d_in, d_out, d_sae, ...) with `l1_coefficient`, in the units of
-    the target (twice the target's scale asks for twice the coefficient), and `l1_warm_up_steps`."""
-
-
-@dataclass
-class TrainingSkipTranscoderConfig(_L1Settings, SkipTranscoderConfig):
+class TrainingSkipTranscoderConfig(TrainingTranscoderConfig, SkipTranscoderConfig):
     """`TrainingTranscoderConfig` of a skip transcoder."""
 
 
-class _TrainedByL1(Transcoder):
-    """What `SAETrainer` asks of an SAE, with the loss of SAELens' `StandardTrainingSAE`."""
+class TrainingTranscoder(Transcoder):
+    """SAELens' `Transcoder`, ReLU, with the loss of its `StandardTrainingSAE`.
+
+    `saesub.SubspaceSAETrainer` trains it on batches that hold x and y side by side,
+    (batch, d_in + d_out), as in the values of `paired_batches`.
+
+    Example:
+        >>> cfg = TrainingTranscoderConfig(d_in=576, d_sae=4608, d_out=576, l1_coefficient=3.0)
+        >>> transcoder = TrainingTranscoder(cfg)
+        >>> initialize_in_subspace(transcoder, target, input_spectrum=source)  # doctest: +SKIP
+        >>> SubspaceSAETrainer(recipe, transcoder, batches).fit()  # doctest: +SKIP
+    """
+
+    cfg: TrainingTranscoderConfig
+
+    @property
+    def batch_width(self) -> int:
+        """Width of a training batch: d_in + d_out."""
+        return self.cfg.d_in + self.cfg.d_out
 
     def get_coefficients(self) -> dict[str, TrainCoefficientConfig]:
-        settings: Any = self.cfg
-        return {"l1": TrainCoefficientConfig(settings.l1_coefficient, settings.l1_warm_up_steps)}
+        """The coefficient of the penalty, as `SAETrainer` asks for it."""
+        return {"l1": TrainCoefficientConfig(self.cfg.l1_coefficient, self.cfg.l1_warm_up_steps)}
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """‖y − ŷ‖² + l1 Σ_i f_i ‖W_dec_i‖, both averaged over tokens.
@@ -82,68 +102,10 @@ class _TrainedByL1(Transcoder):
         self.load_state_dict(load_file(Path(checkpoint_path) / SAE_WEIGHTS_FILENAME))
 
 
-class TrainingTranscoder(_TrainedByL1, Transcoder):
-    """SAELens' `Transcoder`, ReLU, that `TranscoderTrainer` can train."""
+class TrainingSkipTranscoder(TrainingTranscoder, SkipTranscoder):
+    """`TrainingTranscoder` of SAELens' `SkipTranscoder`, which adds a linear map of x."""
 
-
-class TrainingSkipTranscoder(_TrainedByL1, SkipTranscoder):
-    """SAELens' `SkipTranscoder`, ReLU, that `TranscoderTrainer` can train."""
-
-
-class TranscoderTrainer(SubspaceSAETrainer):
-    """`SubspaceSAETrainer` for transcoders: batches hold x and y side by side.
-
-    Args:
-        cfg: as `SAETrainer` takes it.
-        transcoder: `TrainingTranscoder` or `TrainingSkipTranscoder`.
-        data_provider: iterator of (batch, d_in + d_out), as in the values of `paired_batches`.
-        settings: of `SubspaceSAETrainer`: optimizer, dead_window_tokens and so on.
-
-    Raises:
-        SaesubError: another kind of SAE (SAELens' own transcoders have no loss to train by), or one
-            that rescales its input, or mitigations; and as `SubspaceSAETrainer`.
-
-    Example:
-        >>> cfg = TrainingTranscoderConfig(d_in=576, d_sae=4608, d_out=576, l1_coefficient=3.0)
-        >>> transcoder = TrainingTranscoder(cfg)
-        >>> initialize_in_subspace(transcoder, target, input_spectrum=source)  # doctest: +SKIP
-        >>> TranscoderTrainer(recipe, transcoder, batches).fit()  # doctest: +SKIP
-    """
-
-    def __init__(
-        self,
-        cfg: SAETrainerConfig,
-        transcoder: TrainingTranscoder | TrainingSkipTranscoder,
-        data_provider: Iterator[Tensor],
-        **settings: Any,
-    ) -> None:
-        if not isinstance(transcoder, _TrainedByL1):
-            raise SaesubError(
-                f"{type(transcoder).__name__} cannot be trained as a transcoder: make a "
-                "TrainingTranscoder or a TrainingSkipTranscoder, and load your weights into it "
-                "with load_state_dict where you have some."
-            )
-        if transcoder.cfg.normalize_activations != "none":
-            raise SaesubError(
-                f"normalize_activations={transcoder.cfg.normalize_activations!r} scales x alone or "
-                "x and y alike, and SAELens cannot fold that into a transcoder: use 'none'."
-            )
-        if settings.get("mitigations"):
-            raise SaesubError(
-                "Mitigations read a batch as what is reconstructed, and a transcoder's holds x and y: "
-                "leave them out."
-            )
-        super().__init__(cfg, transcoder, data_provider, **settings)
-
-    def _check_batch(self, batch: Tensor) -> None:
-        d_in, d_out = self.sae.cfg.d_in, self.sae.cfg.d_out
-        if batch.ndim != 2 or batch.shape[1] != d_in + d_out:
-            raise SaesubError(
-                f"A batch of shape {tuple(batch.shape)} came, but this transcoder takes x and y "
-                f"side by side, (batch, {d_in} + {d_out}): use paired_batches with the stores of "
-                "its own two hook points."
-            )
-        self._require_finite(batch)
+    cfg: TrainingSkipTranscoderConfig
 
 
 def paired_batches(
@@ -187,15 +149,16 @@ def transcoder_reconstruction(
             autoencoder.
     """
     if not hasattr(transcoder.cfg, "d_out"):
-        raise SaesubError("this SAE predicts what it reads: judge it by saesub.reconstruction")
+        raise SaesubError("this SAE predicts what it reads: judge it by saesub.reconstruction.")
     widths = (transcoder.cfg.d_in, transcoder.cfg.d_out)
 
     def judged() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for x, y in pairs:
             if len(x) != len(y) or (x.shape[-1], y.shape[-1]) != widths:
                 raise SaesubError(
-                    f"blocks of shapes {tuple(x.shape)} and {tuple(y.shape)} came; the transcoder "
-                    f"reads (n, {widths[0]}) and predicts (n, {widths[1]}) at the same tokens"
+                    f"blocks of shapes {tuple(x.shape)} and {tuple(y.shape)} came, but the "
+                    f"transcoder reads (n, {widths[0]}) and predicts (n, {widths[1]}) at the same "
+                    "tokens."
                 )
             x, y = (t.to(transcoder.device, torch.float32) for t in (x, y))
             yield y, *transcoder.forward_with_activations(x)

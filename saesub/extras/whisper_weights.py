@@ -1,13 +1,14 @@
-"""Whisper weights out of a CTranslate2 file, as a Hugging Face state dict.
+"""Reads Whisper weights from a CTranslate2 file, as a Hugging Face state dict.
 
 CTranslate2 (github.com/OpenNMT/CTranslate2, `Model::load`) writes little-endian: the format's
 version, the model's kind and revision, then for each variable its name, shape, type and bytes, and
-last the aliases. Here only what Whisper needs is read: float32 and float16 weights, in which
-queries, keys and values stand in one matrix.
+last the aliases. This module reads only what Whisper needs: float32 and float16 weights, in which
+queries, keys and values share one matrix.
 """
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator
 from io import BufferedReader
@@ -22,26 +23,23 @@ from saesub.errors import SaesubError
 _VERSION = 6
 _FLOATS = {0: np.float32, 4: np.float16}
 
-# Where a block's parts stand in CTranslate2 and in transformers, and what each fused matrix holds.
-_ATTENTION = {"self_attention": "self_attn", "attention": "encoder_attn"}
-_FUSED = {
-    "self_attention/linear_0": ("q_proj", "k_proj", "v_proj"),
-    "self_attention/linear_1": ("out_proj",),
-    "attention/linear_0": ("q_proj",),
-    "attention/linear_1": ("k_proj", "v_proj"),
-    "attention/linear_2": ("out_proj",),
-}
-_RENAMED = {
-    "self_attention/layer_norm": "self_attn_layer_norm",
-    "attention/layer_norm": "encoder_attn_layer_norm",
-    "ffn/layer_norm": "final_layer_norm",
-    "ffn/linear_0": "fc1",
-    "ffn/linear_1": "fc2",
-    "layer_norm": "layer_norm",
-    "embeddings": "embed_tokens",
-    "position_encodings": "embed_positions",
-    "conv1": "conv1",
-    "conv2": "conv2",
+# The parts of a stack or a block by CTranslate2's names, and what each holds by transformers'.
+_PARTS = {
+    "self_attention/linear_0": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "self_attention/linear_1": ("self_attn.out_proj",),
+    "self_attention/layer_norm": ("self_attn_layer_norm",),
+    "attention/linear_0": ("encoder_attn.q_proj",),
+    "attention/linear_1": ("encoder_attn.k_proj", "encoder_attn.v_proj"),
+    "attention/linear_2": ("encoder_attn.out_proj",),
+    "attention/layer_norm": ("encoder_attn_layer_norm",),
+    "ffn/layer_norm": ("final_layer_norm",),
+    "ffn/linear_0": ("fc1",),
+    "ffn/linear_1": ("fc2",),
+    "layer_norm": ("layer_norm",),
+    "embeddings": ("embed_tokens",),
+    "position_encodings": ("embed_positions",),
+    "conv1": ("conv1",),
+    "conv2": ("conv2",),
 }
 _LEAVES = {"gamma": "weight", "beta": "bias", "encodings": "weight"}
 
@@ -73,17 +71,16 @@ def _variables(file: BufferedReader) -> Iterator[tuple[str, np.ndarray]]:
     _, count = _read(file, "II")
     for _ in range(count):
         name = _string(file)
-        (rank,) = _read(file, "B")
-        shape = _read(file, f"{rank}I")
-        kind_of_number, size = _read(file, "BI")
+        (n_axes,) = _read(file, "B")
+        *shape, number, size = _read(file, f"{n_axes}IBI")
         data = file.read(size)
         if not shape or name == "decoder/alignment_heads":  # settings, not weights
             continue
-        if kind_of_number not in _FLOATS:
+        if number not in _FLOATS:
             raise SaesubError(
                 f"{name} is quantised: convert the model without --quantization int8."
             )
-        yield name, np.frombuffer(data, _FLOATS[kind_of_number]).reshape(shape)
+        yield name, np.frombuffer(data, _FLOATS[number]).reshape(shape)
 
 
 def _read(file: BufferedReader, layout: str) -> tuple[int, ...]:
@@ -95,16 +92,10 @@ def _string(file: BufferedReader) -> str:
 
 
 def _renamed(name: str, value: np.ndarray) -> Iterator[tuple[str, Tensor]]:
+    stack, block, part, leaf = re.findall(r"(\w+?)/(?:layer_(\d+)/)?(.+)/(\w+)", name)[0]
+    prefix = f"model.{stack}." + (f"layers.{block}." if block else "")
+    leaf, pieces = _LEAVES.get(leaf, leaf), _PARTS[part]
     weight = torch.from_numpy(value.astype(np.float32))
-    stack, *middle, leaf = name.split("/")
-    prefix = f"model.{stack}."
-    if middle[0].startswith("layer_") and middle[0] != "layer_norm":
-        prefix += f"layers.{middle.pop(0).removeprefix('layer_')}."
-    part, leaf = "/".join(middle), _LEAVES.get(leaf, leaf)
-    if part in _RENAMED:
-        yield f"{prefix}{_RENAMED[part]}.{leaf}", weight
-        return
-    pieces = _FUSED[part]
     for piece, rows in zip(pieces, weight.chunk(len(pieces)), strict=True):
-        if (piece, leaf) != ("k_proj", "bias"):  # Whisper's keys have none: zeros stand there
-            yield f"{prefix}{_ATTENTION[middle[0]]}.{piece}.{leaf}", rows.clone()
+        if not (leaf == "bias" and piece.endswith("k_proj")):  # Whisper's keys have no bias
+            yield f"{prefix}{piece}.{leaf}", rows.clone()

@@ -31,7 +31,16 @@ def is_topk(sae: Any) -> bool:
 
 
 def check_sae(sae: Any) -> None:
-    """Refuse k outside 1..d_sae and weights in float16. Raises SaesubError."""
+    """Refuse an SAE without a loss, k outside 1..d_sae and weights in float16.
+
+    Raises SaesubError.
+    """
+    if not hasattr(sae, "training_forward_pass"):
+        raise SaesubError(
+            f"{type(sae).__name__} has no loss to train by: make SAELens' training class of it (of "
+            "a transcoder a TrainingTranscoder or TrainingSkipTranscoder of "
+            "saesub.extras.transcoders) and load_state_dict the weights."
+        )
     k, d_sae = getattr(sae.cfg, "k", 1), sae.cfg.d_sae
     if not 0 < k <= d_sae:
         raise SaesubError(f"k must lie in 1..{d_sae} (d_sae), not {k}: set it in the SAE's config.")

@@ -130,14 +130,13 @@ class SubspaceSAETrainer(TokenCountingTrainer):
         return output
 
     def _check_batch(self, batch: Tensor) -> None:
-        if batch.ndim != 2 or batch.shape[1] != self.sae.cfg.d_in:
+        width = getattr(self.sae, "batch_width", self.sae.cfg.d_in)
+        if batch.ndim != 2 or batch.shape[1] != width:
             raise SaesubError(
-                f"A batch of shape {tuple(batch.shape)} came, but the SAE reads "
-                f"(batch, {self.sae.cfg.d_in}): pass activations of its own hook point, flattened."
+                f"A batch of shape {tuple(batch.shape)} came, but the SAE reads (batch, {width}): "
+                "pass activations of its own hook point, flattened, or those of a transcoder's two "
+                "hook points side by side."
             )
-        self._require_finite(batch)
-
-    def _require_finite(self, batch: Tensor) -> None:
         what = f"the activations of batch {self.n_training_steps}"
         advice = "leave that batch out and continue; the weights are as they were"
         require_finite(batch, f"{what} (after {self.n_training_samples} tokens)", advice)

@@ -1,11 +1,8 @@
-"""Low-rank sparse attention (Lorsa), by one name: what it is, its starts, its data, its training.
+"""Low-rank sparse attention (Lorsa): the model, its initialisation, its data and its training."""
 
-`saesub.extras.lorsa.model` says what it computes.
-"""
-
+from saesub.extras.lorsa.attention import AttentionSequences, attention_sequences
 from saesub.extras.lorsa.init import initialize_lorsa
 from saesub.extras.lorsa.model import ActiveHeads, Lorsa, LorsaConfig, dense_lorsa
-from saesub.extras.lorsa.sequences import AttentionSequences, attention_sequences
 from saesub.extras.lorsa.training import LorsaReport, calibrate_lorsa, evaluate_lorsa, train_lorsa
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Active Subspace Initialization for Lorsa: its heads start inside the active subspace."""
+"""Active Subspace Initialization for Lorsa: draws the heads inside the active subspace."""
 
 from __future__ import annotations
 
@@ -24,62 +24,67 @@ def initialize_lorsa(
     per_head: bool = True,
     seed: int = 0,
 ) -> tuple[int, ...]:
-    """Re-draw the rank-one heads inside the active subspace, in place; returns its dimension for
+    """Draw the rank-one heads anew inside the active subspace, in place; returns its dimension for
     each query-key circuit.
 
     Every w_o is a random unit vector in the subspace, and w_v = W_V W_O w_o with the weights of the
-    model's head h whose circuit it shares: z is then the part of that head's own output along w_o,
-    as the pre-activation of a tied autoencoder is (the tie is that of the authors' library).
+    model's head h whose circuit it shares. Then z is the part of that head's own output along w_o,
+    like the pre-activation of a tied autoencoder (the authors' library ties in the same way).
 
     Args:
         lorsa: from `Lorsa.from_attention` on this model.
         z_spectrum: of the layer's `hook_z`, heads concatenated, (n_query_heads * d_head,). What the
-            heads write is linear in z, so it holds the spectrum of every head's output, and of
+            heads write is linear in z, so this gives the spectrum of every head's output, and of
             their sum.
-        d_init: as for `choose_d_init`, of the space it is taken in.
-        per_head: the principal directions of z_h W_O, head h's own output, at most d_head of them;
-            else those of the whole attention output, for all heads alike. There `d_init=d_model`
-            leaves w_o isotropic and keeps the tie: a baseline that differs in the subspace alone.
+        d_init: as for `choose_d_init`, of the space that the directions are taken from.
+        per_head: whether the directions are the principal ones of z_h W_O, head h's own output (at
+            most d_head of them), or those of the whole attention output, the same for all heads.
+            With False and `d_init=d_model`, w_o is isotropic and w_v still tied: a baseline that
+            differs in the subspace alone.
         seed: of the random directions.
 
     Raises:
-        SaesubError: the spectrum is of another width, or `d_init` is out of range.
+        SaesubError: a Lorsa or a spectrum of another model, or `d_init` is out of range.
     """
     own = dense_lorsa(model, lorsa.cfg.layer)
+    n_query, repeats = own.cfg.n_qk, lorsa.cfg.n_qk // own.cfg.n_qk
+    if lorsa.cfg.d_model != own.cfg.d_model or lorsa.cfg.n_qk != repeats * n_query:
+        raise SaesubError(
+            f"this Lorsa has {lorsa.cfg.n_qk} circuits and width {lorsa.cfg.d_model}, but the "
+            f"model has {n_query} heads and width {own.cfg.d_model}: make it by from_attention."
+        )
     if z_spectrum.d != own.cfg.n_heads:
         raise SaesubError(
             f"z_spectrum is {z_spectrum.d} wide but the heads of layer {own.cfg.layer} are "
-            f"{own.cfg.n_heads} together: measure it at blocks.{own.cfg.layer}.attn.hook_z"
+            f"{own.cfg.n_heads} together: measure it at blocks.{own.cfg.layer}.attn.hook_z."
         )
     generator = torch.Generator().manual_seed(seed)
-    W_V, W_O = (w.unflatten(0, (own.cfg.n_qk, -1)).cpu() for w in (own.W_V, own.W_O))
-    z_heads = torch.arange(z_spectrum.d).view(own.cfg.n_qk, -1)
+    W_V, W_O = (w.unflatten(0, (n_query, -1)).cpu() for w in (own.W_V, own.W_O))
+    z_of_head = torch.arange(z_spectrum.d).view(n_query, -1)
     if per_head:
-        bases = [_output_basis(z_spectrum, z, w, d_init) for z, w in zip(z_heads, W_O, strict=True)]
+        bases = [
+            _output_basis(z_spectrum, z, w, d_init) for z, w in zip(z_of_head, W_O, strict=True)
+        ]
     else:
-        bases = [_output_basis(z_spectrum, z_heads.flatten(), W_O.flatten(0, 1), d_init)]
-        bases *= own.cfg.n_qk
-    repeats, size = lorsa.cfg.n_qk // own.cfg.n_qk, lorsa.cfg.n_heads // lorsa.cfg.n_qk
-    ranks = tuple(basis.shape[1] for basis in bases for _ in range(repeats))
-    for circuit, rank in enumerate(ranks):
-        head, rows = circuit // repeats, slice(circuit * size, (circuit + 1) * size)
-        coordinates = F.normalize(torch.randn(size, rank, generator=generator), dim=-1)
-        w_o = coordinates @ bases[head].T
-        lorsa.W_O[rows] = w_o.to(lorsa.W_O)
-        lorsa.W_V[rows] = (w_o @ W_O[head].T @ W_V[head]).to(lorsa.W_V)
-    return ranks
+        bases = [_output_basis(z_spectrum, z_of_head.flatten(), W_O.flatten(0, 1), d_init)]
+        bases *= n_query
+    size = lorsa.cfg.n_heads // lorsa.cfg.n_qk
+    for circuit in range(lorsa.cfg.n_qk):
+        head, heads = circuit // repeats, slice(circuit * size, (circuit + 1) * size)
+        shape = size, bases[head].shape[1]
+        w_o = F.normalize(torch.randn(shape, generator=generator), dim=-1) @ bases[head].T
+        lorsa.W_O[heads] = w_o.to(lorsa.W_O)
+        lorsa.W_V[heads] = (w_o @ W_O[head].T @ W_V[head]).to(lorsa.W_V)
+    return tuple(basis.shape[1] for basis in bases for _ in range(repeats))
 
 
 def _output_basis(
     z: Spectrum, columns: Int[Tensor, " n"], W_O: Float[Tensor, "n d"], d_init: int | float | str
 ) -> Float[Tensor, "d r"]:
-    """Principal directions of z[columns] @ W_O, `d_init` of them, from the statistics of z."""
-    # In an orthonormal basis of W_O's row space, so that a rank is counted within that space.
+    """The top `d_init` principal directions of z[columns] @ W_O, from the statistics of z."""
+    # In an orthonormal basis of W_O's row space, so that d_init counts within that space.
     Q, R = torch.linalg.qr(W_O.double().T)
-    output = Spectrum(
-        z.n_tokens,
-        R @ z.mean[columns],
-        R @ z.covariance[columns][:, columns] @ R.T,
-        mean_norm=float("nan"),  # not to be had from moments, and not used here
-    )
+    covariance = R @ z.covariance[columns][:, columns] @ R.T
+    # The mean norm does not follow from moments, and is not used here.
+    output = Spectrum(z.n_tokens, R @ z.mean[columns], covariance, mean_norm=float("nan"))
     return Q.float() @ output.basis(choose_d_init(output, d_init))

@@ -3,10 +3,10 @@
 He et al. 2025, "Towards Understanding the Nature of Attention with Low-Rank Sparse Decomposition"
 (arXiv 2504.20938). Head i reads w_v (d_model,), moves what it read along the attention pattern of
 its group's query-key circuit, z_i = Σ_s pattern[t, s] (w_v · x_s) + b_v, and writes z_i w_o. Only
-the k heads that write most at a token, by z_i ‖w_o‖, are kept there, and only while z_i > 0.
-Ranking by what a head writes is the default of the authors' library (llamascopium), and its TopK
-keeps the same heads wherever at least k are positive; their first code kept the largest
-|z_i| ‖w_o‖ instead. The query-key circuits start as the model's own, and are trained with the rest.
+the k heads that write most at a token, by z_i ‖w_o‖, are kept there, and only while z_i > 0. The
+authors' library (llamascopium) selects heads by the same size; their first code kept the largest
+|z_i| ‖w_o‖ instead. The query-key circuits are the model's own at first and are trained with the
+rest.
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformer_lens.model_bridge import TransformerBridge
 
 from saesub.errors import SaesubError
-from saesub.extras.lorsa.attention import read_and_written, rotary_attention
+from saesub.extras.lorsa.attention import WHAT_FITS, read_and_written, rotary_attention
 from saesub.files import Form, damaged, read_checksummed, write_checksummed
 from saesub.loading.models import Model, load_model, model_name
 from saesub.topk.ops import Selected, decode_at, top_k
@@ -36,8 +35,6 @@ _FORM = Form(
     damaged="train it again",
 )
 _CHECK_TOKENS = 32
-_CHECK_ERROR = {torch.float32: 1e-3}  # relative
-_CHECK_ERROR_HALF = 0.02  # a model in bfloat16 is within 0.01 of its weights' own output
 
 
 @dataclass(frozen=True)
@@ -47,8 +44,8 @@ class LorsaConfig:
     Attributes:
         d_model: width of what it reads and writes.
         n_heads: number of rank-one heads, the dictionary's size; a multiple of `n_qk`.
-        n_qk: number of query-key circuits; consecutive heads, n_heads / n_qk of them, share one.
-        k: most heads active at a token.
+        n_qk: number of query-key circuits; each serves n_heads / n_qk consecutive heads.
+        k: largest number of heads active at a token.
         frequencies: of the rotary embedding, radians a position, one for each of the d_qk / 2
             planes (i, i + d_qk / 2).
         layer, model: whose attention it replaces, for the record.
@@ -70,10 +67,10 @@ class LorsaConfig:
         if self.n_qk < 1 or self.n_heads < 1 or self.n_heads % self.n_qk:
             raise SaesubError(
                 f"n_heads={self.n_heads} must be a multiple of n_qk={self.n_qk}: every query-key "
-                "circuit serves the same number of heads"
+                "circuit serves the same number of heads."
             )
         if not 1 <= self.k <= self.n_heads:
-            raise SaesubError(f"k must lie in 1..{self.n_heads} (n_heads), not {self.k}")
+            raise SaesubError(f"k must lie in 1..{self.n_heads} (n_heads), not {self.k}.")
 
     @property
     def d_qk(self) -> int:
@@ -82,18 +79,23 @@ class LorsaConfig:
 
 
 class ActiveHeads(NamedTuple):
-    """The k selected heads of every token, unordered, and their z; z is 0 where z was not positive,
-    and the head then silent."""
+    """The k selected heads of every token, in no order, and their z, which is 0 for a head that is
+    selected but not active."""
 
     heads: Int[Tensor, "batch pos k"]
     z: Float[Tensor, "batch pos k"]
+
+    def dense(self, n_heads: int) -> Float[Tensor, "batch pos n_heads"]:
+        """z of all heads, 0 where a head is not active; not differentiable."""
+        z = self.z.detach()
+        return z.new_zeros(*z.shape[:2], n_heads).scatter_(-1, self.heads, z)
 
 
 class Lorsa(nn.Module):
     """Low-rank sparse attention in float32; the module's docstring says what it computes.
 
     Parameters: W_Q, W_K (n_qk, d_model, d_qk), b_Q, b_K (n_qk, d_qk); W_V, W_O (n_heads, d_model),
-    b_V (n_heads,), b_O (d_model,). Read and write directions start as random unit vectors.
+    b_V (n_heads,), b_O (d_model,). A new Lorsa reads and writes along random unit vectors.
     """
 
     def __init__(self, cfg: LorsaConfig) -> None:
@@ -129,34 +131,37 @@ class Lorsa(nn.Module):
         `n_qk` is the model's number of query heads, or a multiple, which repeats each of them.
 
         Raises:
-            SaesubError: the model has no such layer, `k`, `n_heads` or `n_qk` do not fit, or the
-                attention is of a kind that Lorsa does not compute: no rotary embedding or a partial
-                one, a sliding window, normalised queries, and so on.
+            SaesubError: the model has no such layer, `k`, `n_heads` or `n_qk` do not fit, or Lorsa
+                cannot compute this kind of attention (no rotary embedding or a partial one, a
+                sliding window, normalised queries, and so on).
         """
         own = dense_lorsa(model, layer)
         n_qk = own.cfg.n_qk if n_qk is None else n_qk
         if n_qk < 1 or n_qk % own.cfg.n_qk:
             raise SaesubError(
-                f"n_qk={n_qk} must be a multiple of the {own.cfg.n_qk} query heads of the model"
+                f"n_qk={n_qk} must be a multiple of the {own.cfg.n_qk} query heads of the model."
             )
         cfg = replace(own.cfg, n_heads=n_heads, n_qk=n_qk, k=k, seed=seed)
         lorsa = cls(cfg).to(own.W_Q.device)
-        with torch.no_grad():
-            for name in ("W_Q", "W_K", "b_Q", "b_K"):
-                circuits = getattr(own, name).repeat_interleave(n_qk // own.cfg.n_qk, 0)
-                getattr(lorsa, name).copy_(circuits)
-            lorsa.b_O.copy_(own.b_O)
+        kept = {
+            name: getattr(own, name).repeat_interleave(n_qk // own.cfg.n_qk, 0)
+            for name in ("W_Q", "W_K", "b_Q", "b_K")
+        }
+        lorsa.load_state_dict(kept | {"b_O": own.b_O}, strict=False)
         return lorsa
 
     def pre_activations(
         self, x: Float[Tensor, "batch pos d_model"]
     ) -> Float[Tensor, "batch pos n_heads"]:
-        """z of every head, before any is left out. `x` is what the attention layer reads, one
-        context a row from its first position on. Raises SaesubError for another shape."""
+        """z of every head, before the selection.
+
+        `x` is what the attention layer reads at all positions of each context, from the first on.
+        Raises SaesubError for another shape.
+        """
         if x.ndim != 3 or x.shape[-1] != self.cfg.d_model:
             raise SaesubError(
                 f"Lorsa reads whole contexts (batch, pos, {self.cfg.d_model}), not a tensor of "
-                f"shape {tuple(x.shape)}"
+                f"shape {tuple(x.shape)}: pass x of attention_sequences."
             )
         x = x.to(self.W_V)
         q, k = (
@@ -165,7 +170,7 @@ class Lorsa(nn.Module):
         )
         v = (x @ self.W_V.T).unflatten(-1, (self.cfg.n_qk, -1)).transpose(1, 2)
         z = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return z.transpose(1, 2).flatten(2) + self.b_V  # a pattern's rows sum to one
+        return z.transpose(1, 2).flatten(2) + self.b_V  # each token's attention sums to one
 
     def encode(self, x: Float[Tensor, "batch pos d_model"]) -> ActiveHeads:
         """The heads that write at each token."""
@@ -175,7 +180,7 @@ class Lorsa(nn.Module):
         return ActiveHeads(heads, z.gather(-1, heads).relu())
 
     def decode(self, active: ActiveHeads) -> Float[Tensor, "batch pos d_model"]:
-        """What those heads write, and the output bias."""
+        """What those heads write, plus the output bias."""
         heads, z = active.heads.flatten(0, 1), active.z.flatten(0, 1)
         selected = Selected.equally(heads, z.detach(), self.cfg.n_heads)
         return decode_at(selected, z.flatten(), self.W_O, self.b_O).view(*active.z.shape[:2], -1)
@@ -217,46 +222,34 @@ class Lorsa(nn.Module):
 def dense_lorsa(model: Model, layer: int) -> Lorsa:
     """The attention layer itself as a Lorsa: one head for each dimension of each of its heads.
 
-    The sum over all of its heads, `pre_activations(x) @ W_O + b_O`, is the layer's output (which is
-    checked here on a few tokens), and `pre_activations` is its hook_z. `forward` is not, for it
-    leaves negative z out.
+    `pre_activations` is then the layer's hook_z, and the sum over all heads, `pre_activations(x) @
+    W_O + b_O`, is the layer's output; a few tokens are run to check this. `forward` is not the
+    layer's output, since it leaves out negative z.
 
     Raises:
         SaesubError: as `Lorsa.from_attention`.
     """
     bridge = load_model(model)
     attention, frequencies = rotary_attention(bridge, layer)
-    n_heads, d_head, d_model = attention.W_O.shape
-    share = n_heads // len(attention.W_K)  # query heads that share a key and a value head
-    dense = (n_heads * d_head, d_model)
-    cfg = LorsaConfig(d_model, dense[0], n_heads, dense[0], frequencies, layer, model_name(bridge))
+    n_qk, d_head, d_model = attention.W_O.shape
+    n_heads = n_qk * d_head
+    cfg = LorsaConfig(d_model, n_heads, n_qk, n_heads, frequencies, layer, model_name(bridge))
     lorsa = Lorsa(cfg).to(bridge.cfg.device)
-    weights = {
-        "W_Q": attention.W_Q,
-        "W_K": attention.W_K.repeat_interleave(share, 0),
-        "W_V": attention.W_V.repeat_interleave(share, 0).transpose(1, 2).reshape(dense),
-        "W_O": attention.W_O.reshape(dense),
-    }
-    for name, shared in (("b_Q", 1), ("b_K", share), ("b_V", share), ("b_O", 1)):
-        bias = getattr(attention, name)
-        if bias is not None:
-            own_shape = getattr(lorsa, name).shape
-            weights[name] = bias.repeat_interleave(shared, 0).reshape(own_shape)
-    for name, values in weights.items():
-        getattr(lorsa, name).copy_(values)
-    _check_same(lorsa, bridge)
-    return lorsa
-
-
-def _check_same(dense: Lorsa, bridge: TransformerBridge) -> None:
-    """Raises SaesubError unless `dense` computes what the model's layer does, on a few tokens."""
+    for name, parameter in lorsa.named_parameters():
+        own = getattr(attention, name)
+        if own is None:  # a layer without this bias: it is 0 in the Lorsa
+            continue
+        if name[2:] in ("K", "V"):  # several query heads share a key and a value head
+            own = own.repeat_interleave(n_qk // len(own), 0)
+        parameter.copy_((own.transpose(1, 2) if name == "W_V" else own).reshape(parameter.shape))
     tokens = torch.arange(_CHECK_TOKENS, device=bridge.cfg.device)[None] + bridge.cfg.d_vocab // 2
-    x, y = read_and_written(bridge, tokens, dense.cfg.layer)
-    error = (dense.pre_activations(x) @ dense.W_O + dense.b_O - y).norm() / y.float().norm()
-    if not error < _CHECK_ERROR.get(y.dtype, _CHECK_ERROR_HALF):
+    x, y = read_and_written(bridge, tokens, layer)
+    error = (lorsa.pre_activations(x) @ lorsa.W_O + lorsa.b_O - y).norm() / y.float().norm()
+    # A model in bfloat16 is within 0.01 of its weights' own output.
+    if not error < (1e-3 if y.dtype == torch.float32 else 0.02):
         raise SaesubError(
-            f"layer {dense.cfg.layer} of {dense.cfg.model} is no plain rotary attention: computed "
-            f"from its weights its output is {error:.1%} off, so it does more (normalises queries, "
-            "caps scores, gates heads, or rotates in another way); choose a model of the Llama or "
-            "Qwen2 family"
+            f"layer {layer} of {cfg.model} is no plain rotary attention, for the output computed "
+            f"from its weights is {error:.1%} off (it may normalise queries, cap scores, gate "
+            f"heads or rotate in another way): {WHAT_FITS}."
         )
+    return lorsa

@@ -1,26 +1,25 @@
-"""Lorsa calibrated, trained and judged on what an attention layer read and wrote."""
+"""How a Lorsa is calibrated, trained and evaluated on what an attention layer read and wrote."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import get_args
+from types import SimpleNamespace
 
 import torch
 from jaxtyping import Bool
-from sae_lens.training.optim import get_lr_scheduler
-from torch import Tensor
+from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from torch import Tensor, nn
 
 from saesub.errors import SaesubError
+from saesub.evaluation.reconstruction import unexplained
+from saesub.extras.lorsa.attention import AttentionSequences
 from saesub.extras.lorsa.model import Lorsa
-from saesub.extras.lorsa.sequences import AttentionSequences
-from saesub.optim import SparseAdam
 from saesub.progress import bar
-from saesub.topk.step import MAX_NORM
-from saesub.training.trainer import OptimizerName
+from saesub.training.trainer import OptimizerName, SubspaceSAETrainer
 
-_FEATURE_AXIS = {"W_V": 0, "b_V": 0, "W_O": 0}
 _CALIBRATION_CONTEXTS = 16
-_HISTORY_POINTS = 40
 
 
 @torch.no_grad()
@@ -29,8 +28,10 @@ def calibrate_lorsa(lorsa: Lorsa, data: AttentionSequences) -> None:
 
     The output bias becomes the mean output, each b_V takes the mean out of its head's z, and
     directions are scaled so that what the heads write has the variance of the outputs, reading and
-    writing vectors being equally long on average. To be done alike with every start that is
-    compared, so that starts differ in their directions alone.
+    writing vectors being equally long on average. Calibrate every initialisation that you compare,
+    so that they differ in their directions alone.
+
+    Raises SaesubError for another width, or outputs that do not vary.
     """
     _check_width(lorsa, data)
     mean, variance = data.mean_and_variance()
@@ -60,15 +61,15 @@ def train_lorsa(
 ) -> list[dict[str, float]]:
     """Train in place on the squared error at kept positions, over their variance.
 
-    The rate rises over the first tenth of the steps and falls to zero over the last fifth;
-    gradients are clipped at norm 1 as in SAELens; every epoch is a new order of the contexts.
+    The steps are those of `SubspaceSAETrainer`. The rate rises over the first tenth of them and
+    falls to zero over the last fifth; every epoch takes the contexts in a new order.
 
     Args:
         lorsa: from `Lorsa.from_attention`, calibrated.
         data: on the CPU; batches go to the Lorsa's device.
         batch_size: contexts in a step.
-        optimizer: "sparse_adam" (`saesub.optim.SparseAdam`: a head moves only when it is active)
-            or "adam".
+        optimizer: as `SubspaceSAETrainer` takes it; with "sparse_adam" a head moves only in steps
+            where it is active.
         seed: of the order of contexts.
 
     Returns:
@@ -76,70 +77,91 @@ def train_lorsa(
         averaged since the last point.
 
     Raises:
-        SaesubError: another width, fewer contexts than a batch, an unknown optimizer, or a loss
-            that is no longer finite.
+        SaesubError: another width, fewer contexts than a batch, an unknown optimizer, NaN or Inf
+            in the data, or a loss that is no longer finite.
     """
     _check_width(lorsa, data)
-    n = len(data.x)
+    n, positions = data.kept.shape
     if epochs < 1 or not 1 <= batch_size <= n:
-        raise SaesubError(f"epochs must be at least 1, batch_size in 1..{n} (contexts)")
+        raise SaesubError(f"epochs must be at least 1, and batch_size in 1..{n} (contexts).")
     generator = torch.Generator().manual_seed(seed)
-    whole = n // batch_size * batch_size
-    orders = [torch.randperm(n, generator=generator)[:whole] for _ in range(epochs)]
-    steps = torch.cat(orders).split(batch_size)
-    variance = data.mean_and_variance()[1]
-    adam = _make_optimizer(optimizer, lorsa, lr)
-    schedule = get_lr_scheduler(
-        "constant",
-        optimizer=adam,
-        training_steps=len(steps),
+    orders = [torch.randperm(n, generator=generator) for _ in range(epochs)]
+    steps = [rows for o in orders for rows in o.split(batch_size) if len(rows) == batch_size]
+    size = batch_size * positions
+    recipe = SAETrainerConfig(
+        total_training_samples=len(steps) * size,
+        train_batch_size_samples=size,
         lr=lr,
-        warm_up_steps=len(steps) // 10,
-        decay_steps=len(steps) // 5,
-        lr_end=lr,
-        num_cycles=1,
+        lr_warm_up_steps=len(steps) // 10,
+        lr_decay_steps=len(steps) // 5,
+        device=str(lorsa.W_V.device),
     )
-    history: list[dict[str, float]] = []
-    since, tokens = torch.zeros((), device=lorsa.W_V.device), 0
-    record_every = max(1, len(steps) // _HISTORY_POINTS)
-    for step, rows in enumerate(bar(steps, unit="step", desc="Lorsa", progress=progress), 1):
-        x, y, kept = (t[rows].to(lorsa.W_V.device) for t in (data.x, data.y, data.kept))
-        loss = (lorsa(x)[0] - y)[kept].square().sum(-1).mean() / variance
-        if not loss.isfinite():
-            raise SaesubError(f"the loss is {loss.item()} at step {step}: pass a smaller lr")
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(lorsa.parameters(), MAX_NORM)
-        adam.step()
-        adam.zero_grad()
-        schedule.step()
-        since += loss.detach()
-        tokens += int(kept.sum())
-        if step % record_every == 0:
-            history.append({"tokens": tokens, "fvu": since.item() / record_every})
-            since.zero_()
-    return history
-
-
-def _make_optimizer(name: str, lorsa: Lorsa, lr: float) -> torch.optim.Adam:
-    if name == "adam":
-        return torch.optim.Adam(lorsa.parameters(), lr=lr)
-    if name != "sparse_adam":
-        raise SaesubError(f"Unknown optimizer {name!r}: known {', '.join(get_args(OptimizerName))}")
-    groups = [
-        {"params": [parameter], "feature_axis": _FEATURE_AXIS.get(name)}
-        for name, parameter in lorsa.named_parameters()
+    variance = data.mean_and_variance()[1]
+    batches = (_side_by_side(data.x[rows], data.y[rows], data.kept[rows]) for rows in steps)
+    trained = _TrainedOnSequences(lorsa, positions, variance)
+    trainer = SubspaceSAETrainer(recipe, trained, batches, optimizer=optimizer)
+    for batch in bar(batches, total=len(steps), unit="step", desc="Lorsa", progress=progress):
+        trainer.step(batch)
+        trainer.n_training_steps += 1
+    tokens = torch.stack([data.kept[rows].sum() for rows in steps]).cumsum(0).tolist()
+    return [
+        {"tokens": tokens[int(point["tokens"]) // size - 1], "fvu": point["mse"] / variance}
+        for point in trainer.history
     ]
-    return SparseAdam(groups, lr=lr)
+
+
+def _side_by_side(x: Tensor, y: Tensor, kept: Tensor) -> Tensor:
+    """(batch * pos, 2 d_model + 1): one tensor of vectors, which is what the trainer takes."""
+    return torch.cat([x, y, kept[..., None].to(x)], dim=-1).flatten(0, 1)
+
+
+class _TrainedOnSequences(nn.Module):
+    """What `SubspaceSAETrainer` asks of an SAE, for a Lorsa on batches of `_side_by_side`."""
+
+    def __init__(self, lorsa: Lorsa, positions: int, variance: float) -> None:
+        super().__init__()
+        self.lorsa, self.positions, self.variance = lorsa, positions, variance
+        self.cfg = SimpleNamespace(d_in=2 * lorsa.cfg.d_model + 1, d_sae=lorsa.cfg.n_heads)
+        self.device, self.dtype = lorsa.W_V.device, lorsa.W_V.dtype
+
+    @property
+    def W_dec(self) -> Tensor:  # noqa: N802 - the trainer advises by it when a GPU's memory is full
+        return self.lorsa.W_O
+
+    def get_coefficients(self) -> dict[str, float]:
+        return {}
+
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        width = self.lorsa.cfg.d_model
+        x, y, kept = step_input.sae_in.unflatten(0, (-1, self.positions)).split(
+            [width, width, 1], dim=-1
+        )
+        kept = kept.squeeze(-1).bool()
+        output, active = self.lorsa(x)
+        y, output, heads = (t[kept] for t in (y, output, active.dense(self.cfg.d_sae)))
+        mse = (output - y).square().sum(-1).mean()
+        loss = mse / self.variance
+        if not loss.isfinite():
+            step = step_input.n_training_steps + 1
+            raise SaesubError(f"the loss is {loss.item()} at step {step}: pass a smaller lr.")
+        return TrainStepOutput(
+            sae_in=y,
+            sae_out=output,
+            feature_acts=heads,
+            hidden_pre=heads,  # SAELens' trainer passes it on and never reads it
+            loss=loss,
+            losses={"mse_loss": mse},
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class LorsaReport:
-    """How well a Lorsa stands for its layer on `n_tokens` tokens it was not trained on.
+    """How well a Lorsa replaces its layer on `n_tokens` tokens that it was not trained on.
 
     Attributes:
         fvu: Σ‖y − ŷ‖² / Σ‖y − mean(y)‖² over the tokens.
         l0: mean number of heads active at a token.
-        dead: (n_heads,) bool: never active in these tokens, which are thus the window.
+        dead: (n_heads,) bool: not active at any of these tokens, which are thus the window.
         n_tokens: kept tokens.
     """
 
@@ -158,25 +180,28 @@ class LorsaReport:
 def evaluate_lorsa(
     lorsa: Lorsa, held_out: AttentionSequences, *, batch_size: int = 4
 ) -> LorsaReport:
-    """Error, active heads and dead heads over every kept token of `held_out`. Raises SaesubError
-    for another width."""
+    """Error, active heads and dead heads over every kept token of `held_out`.
+
+    Raises SaesubError for another width, a batch_size below 1, or outputs that do not vary.
+    """
     _check_width(lorsa, held_out)
-    device = lorsa.W_V.device
-    error, active, fired = 0.0, 0, torch.zeros(lorsa.cfg.n_heads, dtype=torch.bool, device=device)
-    for x, y, kept in held_out.batches(batch_size):
-        output, (heads, z) = lorsa(x.to(device))
-        error += float((output - y.to(device))[kept].double().square().sum())
-        writing = heads[kept][z[kept] > 0]
-        active += len(writing)
-        fired[writing] = True
-    n = held_out.n_tokens
-    fvu = error / (n * held_out.mean_and_variance()[1])
-    return LorsaReport(fvu, active / n, ~fired, n)
+    dead = torch.ones(lorsa.cfg.n_heads, dtype=torch.bool, device=lorsa.W_V.device)
+
+    def judged() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for batch in held_out.batches(batch_size):
+            x, y, kept = (t.to(dead.device) for t in batch)
+            output, active = lorsa(x)
+            heads = active.dense(lorsa.cfg.n_heads)[kept]
+            dead.logical_and_((heads == 0).all(0))
+            yield y[kept].float(), output[kept], heads
+
+    fit = unexplained(judged())
+    return LorsaReport(fit.fvu, fit.l0, dead, fit.n_tokens)
 
 
 def _check_width(lorsa: Lorsa, data: AttentionSequences) -> None:
     if data.x.shape[-1] != lorsa.cfg.d_model or data.y.shape != data.x.shape:
         raise SaesubError(
             f"this Lorsa reads and writes {lorsa.cfg.d_model} dimensions, the sequences hold "
-            f"{tuple(data.x.shape)} and {tuple(data.y.shape)}: take them from the same model"
+            f"{tuple(data.x.shape)} and {tuple(data.y.shape)}: take them from the same model."
         )

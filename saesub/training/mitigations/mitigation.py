@@ -59,7 +59,12 @@ def one_of_each(mitigations: Sequence[Mitigation]) -> tuple[Mitigation, ...]:
 
 
 def need_parameters(mitigation: Mitigation, sae: Any, *names: str) -> None:
-    """Raise SaesubError if the SAE lacks one of the parameters that a mitigation works on."""
+    """Raise SaesubError for a transcoder, or if the SAE lacks a parameter that is worked on."""
+    if hasattr(sae.cfg, "d_out"):
+        raise SaesubError(
+            f"{type(mitigation).__name__} reads a batch as what is reconstructed, and a "
+            "transcoder's batch holds x and y: leave it out."
+        )
     missing = [name for name in names if name not in dict(sae.named_parameters())]
     if missing:
         raise SaesubError(
