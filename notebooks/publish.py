@@ -209,6 +209,7 @@ def with_tables(page: str, record: dict) -> str:
         "notebooks": _notebook_table(record),
         "sweep": sweep_table(d_init),
         "starts": starts_table(d_init),
+        "norm": norm_sentence(json.loads((STUDIES / "defaults.json").read_text())),
         "defaults": defaults_table(json.loads((STUDIES / "defaults.json").read_text())),
         "wide": wide_table(*(json.loads((STUDIES / f"{n}.json").read_text()) for n in WIDE)),
         "faults": faults_table(json.loads(FAULTS_FILE.read_text())),
@@ -325,18 +326,24 @@ def _value(row: dict) -> str:
 
 
 def _where(rows: Sequence[dict], shown: Sequence[dict]) -> str:
-    """Where the shown claims hold and none of them fails, then every claim that does not hold or
-    was not measured."""
+    """Where the shown claims hold and none of them fails; then every claim that fails or was
+    not measured; where there is none, those that hold in direction."""
     failing = {row["n"] for row in shown if row["verdict"] == paper_claims.FAILS}
     held = [r["n"] for r in shown if r["verdict"] == paper_claims.HOLDS and r["n"] not in failing]
     lines = [f"✔ {'; '.join(dict.fromkeys(held))}"] if held else []
-    for symbol, verdict in (("✘", paper_claims.FAILS), ("–", paper_claims.UNTESTED)):
-        for row in rows:
-            if row["verdict"] == verdict:
-                lines.append(
-                    f"{symbol} {row['claim'].split(':')[0]} ({row['n'] or 'not measured'})"
-                )
-    return "<br>".join(lines)
+    against = _named(rows, "✘", paper_claims.FAILS) + _named(rows, "–", paper_claims.UNTESTED)
+    return "<br>".join(lines + (against or _named(rows, "↗", paper_claims.DIRECTION)))
+
+
+def _named(rows: Sequence[dict], symbol: str, verdict: str) -> list[str]:
+    """The claims of a verdict, each with its regime and, where it fails, the notebook's note."""
+    lines = []
+    for row in rows:
+        if row["verdict"] == verdict:
+            note = row["note"].split("; interval")[0] if symbol == "✘" else ""
+            regime = "; ".join(filter(None, [row["n"], note])) or "not measured"
+            lines.append(f"{symbol} *{row['claim'].split(':')[0]}* ({regime})")
+    return lines
 
 
 def _verdict(rows: Sequence[dict]) -> tuple[str, str]:
@@ -491,6 +498,33 @@ def starts_table(study: dict) -> str:
             cells.append(_dead_and_fvu(runs))
         lines.append(f"| {model} | `{hook_name}` | {' | '.join(cells)} | {seeds} |")
     return "\n".join(lines)
+
+
+def norm_sentence(study: dict) -> str:
+    """What the norm does beside what the directions do, for the README."""
+    settings, rows = study["settings"], pd.DataFrame(study["rows"])
+    rows = rows[rows["architecture"] == "topk, k 32"]
+    lr = rows["lr"].max()
+    means = rows[rows["lr"] == lr].groupby("condition")[["dead_share", "fvu"]].mean()
+    names = {
+        "random, kept": "random at SAELens' norm",
+        "random, fitted": "random with the fitted norm",
+        "subspace, kept": "ASI at SAELens' norm",
+        "subspace, fitted": "ASI with the fitted norm (the two lines below)",
+    }
+    told = [
+        f"{name} {100 * means.loc[condition, 'dead_share']:.1f} % "
+        f"(FVU {means.loc[condition, 'fvu']:.3f})"
+        for condition, name in names.items()
+    ]
+    return (
+        "**At SAELens' own defaults the norm matters more than the directions.** SAELens gives "
+        "decoder rows norm 0.1; the figure has norm 1 on both sides. Dead features of a TopK SAE "
+        f"(k 32, {settings['d_sae']:,} features, {settings['batch'] * settings['steps']:,} tokens, "
+        f"Adam at {lr:g}, `{settings['hook_name']}`, {settings['held_out_tokens']:,} held-out "
+        f"tokens, one seed): {'; '.join(told)}. "
+        "[All architectures](docs/initialisations.md#norm)."
+    )
 
 
 def defaults_table(study: dict) -> str:

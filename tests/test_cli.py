@@ -181,5 +181,5 @@ def test_quiet_reaches_the_bars_in_a_notebook(notebooks, tmp_path, capsys, quiet
     notebook = nbformat.read(tmp_path / "results/smoke/notebooks/01_bars.ipynb", as_version=4)
     outputs = [out for cell in notebook.cells if "outputs" in cell for out in cell.outputs]
     shown = json.dumps(outputs)
-    assert ("dead features" in shown) != quiet
+    assert ("encoding" in shown) != quiet
     assert ("Map" in shown) != quiet
