@@ -23,7 +23,8 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time `_MODULES` says 
     from saesub.evaluation.language_model_loss import sae_loss, subspace_loss_recovered
     from saesub.evaluation.reconstruction import reconstruction
     from saesub.init.biases import center_at, center_biases, geometric_median
-    from saesub.init.norm import fit_encoder_scale, fit_norm, scale_encoder
+    from saesub.init.encoder_scale import fit_encoder_scale, scale_encoder
+    from saesub.init.norm import fit_norm
     from saesub.init.subspace import SubspaceInit, choose_d_init, initialize_in_subspace
     from saesub.loading.corpora import load_corpus
     from saesub.loading.download import fetch
@@ -54,7 +55,8 @@ _MODULES = {
     "evaluation.language_model_loss": "sae_loss subspace_loss_recovered",
     "evaluation.reconstruction": "reconstruction",
     "init.biases": "center_at center_biases geometric_median",
-    "init.norm": "fit_encoder_scale fit_norm scale_encoder",
+    "init.encoder_scale": "fit_encoder_scale scale_encoder",
+    "init.norm": "fit_norm",
     "init.subspace": "SubspaceInit choose_d_init initialize_in_subspace",
     "loading.corpora": "load_corpus",
     "loading.download": "fetch",

@@ -29,7 +29,7 @@ from saesub.activations.spectrum import Spectrum
 from saesub.activations.store import ActivationStore, StoreWriter
 from saesub.errors import SaesubError
 from saesub.init.biases import center_biases
-from saesub.init.norm import scale_encoder
+from saesub.init.encoder_scale import scale_encoder
 from saesub.init.subspace import initialize_in_subspace
 from saesub.topk import cpu
 from saesub.topk.encode import times_fired

@@ -29,7 +29,8 @@ from saesub.errors import SaesubError
 from saesub.evaluation.dead_features import dead_features
 from saesub.evaluation.reconstruction import reconstruction
 from saesub.init.biases import center_at, center_biases, geometric_median
-from saesub.init.norm import fit_encoder_scale, fit_norm, sample_of, scale_encoder
+from saesub.init.encoder_scale import fit_encoder_scale, scale_encoder
+from saesub.init.norm import fit_norm, sample_of
 from saesub.init.subspace import initialize_in_subspace
 
 D_SAE = 700

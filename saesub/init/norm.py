@@ -80,56 +80,6 @@ def fit_norm(
         return set_best_norm(sae, Pairs(scaled, scaled))
 
 
-@torch.no_grad()
-def fit_encoder_scale(sae: SAE[Any], activations: Float[Tensor, "n d_in"]) -> float:
-    """Scale the encoder alone so that the SAE as it is reconstructs best; returns the factor.
-
-    `fit_norm`, which scales both sides, leaves fewer features dead and fits better; this is for an
-    SAE whose decoder rows are to keep their length. Call it last, after directions and biases are
-    set; a baseline that is compared with gets it as well.
-
-    Args:
-        sae: a SAELens training SAE whose activations grow with its encoder.
-        activations: a few thousand tokens at the SAE's hook point, unscaled. Where the trainer
-            scales its input (`expected_average_only_in`) they are scaled alike, √d_in / mean norm.
-
-    Raises:
-        SaesubError: activations of another shape, none, all zero or not finite; a transcoder, an
-            SAE that whitens its input, has fixed thresholds (JumpReLU) or no encoder of its own; or
-            reconstructions that are not finite, or have nothing of these activations.
-    """
-    check_autoencoder(sae, "fit_encoder_scale")
-    check_activations(sae, activations, "fit_encoder_scale")
-    _check_encoder(sae)
-    if hasattr(sae, "threshold"):
-        raise SaesubError(
-            "fit_encoder_scale needs activations that grow with the encoder, and a JumpReLU's "
-            "thresholds stay where they are: use scale_encoder with a factor of your own."
-        )
-    if not activations.any():
-        raise SaesubError("The activations are all zero: they have no scale to fit.")
-    scale = 1.0
-    if sae.cfg.normalize_activations == "expected_average_only_in":
-        dtype = torch.promote_types(activations.dtype, torch.float32)  # float16 norms may overflow
-        scale = sae.cfg.d_in**0.5 / activations.norm(dim=-1, dtype=dtype).mean().item()
-    factor = _least_squares_factor(sae, Pairs(activations, activations), scale)
-    scale_encoder(sae, factor)
-    return factor
-
-
-@torch.no_grad()
-def scale_encoder(sae: SAE[Any], factor: float) -> None:
-    """Make every pre-activation `factor` times as large: encoder weights and biases, in place.
-
-    Raises:
-        SaesubError: `factor` is not above 0 and finite, or the SAE has no encoder of its own.
-    """
-    if not 0 < factor < float("inf"):
-        raise SaesubError(f"factor={factor} must be above 0 and finite.")
-    _check_encoder(sae)
-    _scale_encoder(sae, factor)
-
-
 def sample_of(
     spectrum: Spectrum, activations: Float[Tensor, "n d"] | None, seed: int
 ) -> Float[Tensor, "n d"]:
@@ -175,13 +125,13 @@ def set_best_norm(sae: SAE[Any], pairs: Pairs) -> float:
 
     Raises SaesubError for an SAE that writes nothing of what it is to write, or not finite.
     """
-    if not _has_encoder(sae):
+    if not has_encoder(sae):
         return 1.0  # SAELens' matching pursuit divides by no norm and prescribes this one
     set_unit_norms(sae)
     if hasattr(sae, "threshold"):
         norm = _searched_norm(sae, Pairs(*(t[:_TOKENS_OF_SEARCH] for t in pairs)))
     else:
-        norm = sqrt(_least_squares_factor(sae, pairs))
+        norm = sqrt(encoder_factor(sae, pairs))
     scale_features(sae, norm)
     # For trainers whose processes hold a slice of the features: the norm depends on their number.
     sae.cfg.metadata.norm_fitted_to_d_sae = sae.cfg.d_sae
@@ -212,7 +162,7 @@ def unchanged_on_error(sae: SAE[Any]) -> Iterator[None]:
         raise
 
 
-def _least_squares_factor(sae: SAE[Any], pairs: Pairs, scale: float = 1.0) -> float:
+def encoder_factor(sae: SAE[Any], pairs: Pairs, scale: float = 1.0) -> float:
     """The factor on what the SAE's features write that brings it nearest to what they should."""
     encode = encoder_of(sae)
     blocks = (part.split(TOKENS_PER_BLOCK) for part in pairs)
@@ -282,10 +232,10 @@ def _searched_norm(sae: SAE[Any], pairs: Pairs) -> float:
 def scale_features(sae: SAE[Any], factor: float | Float[Tensor, " d_sae"]) -> None:
     """Multiply decoder rows, encoder columns and encoder biases, each feature's by its factor."""
     sae.W_dec.mul_(factor.unsqueeze(-1) if isinstance(factor, Tensor) else factor)
-    _scale_encoder(sae, factor)
+    scale_encoder_columns(sae, factor)
 
 
-def _scale_encoder(sae: SAE[Any], factor: float | Float[Tensor, " d_sae"]) -> None:
+def scale_encoder_columns(sae: SAE[Any], factor: float | Float[Tensor, " d_sae"]) -> None:
     for name, parameter in sae.named_parameters():
         if name in ("W_enc", *ENCODER_BIASES):
             parameter.mul_(factor)
@@ -301,12 +251,5 @@ def check_activations(sae: SAE[Any], given: Tensor, name: str) -> None:
     require_finite(given)
 
 
-def _has_encoder(sae: SAE[Any]) -> bool:
+def has_encoder(sae: SAE[Any]) -> bool:
     return "W_enc" in dict(sae.named_parameters())
-
-
-def _check_encoder(sae: SAE[Any]) -> None:
-    if not _has_encoder(sae):
-        raise SaesubError(
-            f"An SAE of architecture {sae.cfg.architecture()!r} has no encoder to scale."
-        )
