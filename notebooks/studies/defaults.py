@@ -49,7 +49,7 @@ ARCHITECTURES = {
     "jumprelu": {},
 }
 CONDITIONS = ("random, kept", "random, fitted", "subspace, kept", "subspace, fitted")
-RATES, SEEDS = (1e-3, 3e-4), (0, 1, 2)
+RATES, SEEDS = (1e-3,), (0,)
 
 
 def initialised(architecture: str, condition: str, seed: int, spectrum: saesub.Spectrum):
