@@ -81,8 +81,11 @@ class Notebook:
 
     def run(self, code: str) -> int:
         """Runs a cell that must succeed, and returns how many steps it took."""
-        before = self._steps()
-        reply = self._reply(self.client.execute(code), 600) or {"status": "no answer"}
+        before, deadline = self._steps(), time.monotonic() + 600
+        reply = {"status": "aborted"}
+        # For a moment after an error the kernel drops, unrun, what is sent to it next.
+        while reply["status"] == "aborted" and time.monotonic() < deadline:
+            reply = self._reply(self.client.execute(code), 600) or {"status": "no answer"}
         assert reply["status"] == "ok", "\n".join(reply.get("traceback", [reply["status"]]))
         return self._steps() - before
 
