@@ -62,7 +62,7 @@ def initialised(architecture: str, condition: str, seed: int, spectrum: saesub.S
         rule = "fit" if norm == "fitted" else "keep"
         return sae, saesub.initialize_in_subspace(sae, spectrum, norm=rule, seed=seed).norm
     saesub.center_biases(sae, spectrum)
-    return sae, saesub.fit_norm(sae, spectrum) if norm == "fitted" else None
+    return sae, saesub.fit_norm(sae, spectrum, seed=seed) if norm == "fitted" else None
 
 
 def outcome(architecture: str, condition: str, lr: float, seed: int, data: tuple) -> dict:

@@ -45,8 +45,14 @@ def center_biases(
         SaesubError: a spectrum of another width, an SAE that whitens its input, a transcoder
             without its input spectrum, or an autoencoder with one.
     """
-    is_transcoder = check_fits(sae, spectrum, input_spectrum)
-    _note_source(sae, spectrum, input_spectrum)
+    check_fits(sae, spectrum, input_spectrum)
+    set_biases(sae, spectrum, input_spectrum)
+    note_source(sae, spectrum, input_spectrum)
+
+
+def set_biases(sae: SAE[Any], spectrum: Spectrum, input_spectrum: Spectrum | None) -> None:
+    """`center_biases` without its checks and notes."""
+    is_transcoder = input_spectrum is not None
     sae.b_dec.copy_(spectrum.mean * (1.0 if is_transcoder else input_scale(sae, spectrum)))
     read = input_spectrum or spectrum
     _center_encoder(sae, (read.mean * input_scale(sae, read)).to(sae.W_enc))
@@ -138,8 +144,11 @@ def _pulls(
 
 def input_scale(sae: SAE[Any], spectrum: Spectrum) -> float:
     """What an SAE multiplies its input by, on average, before it encodes: √d / E‖x‖, or 1."""
-    scaled = sae.cfg.normalize_activations != "none"
-    return spectrum.d**0.5 / spectrum.mean_norm if scaled else 1.0
+    if sae.cfg.normalize_activations == "none":
+        return 1.0
+    if not spectrum.mean_norm > 0:
+        raise SaesubError("The spectrum's activations are all zero: they have no scale.")
+    return spectrum.d**0.5 / spectrum.mean_norm
 
 
 def check_fits(sae: SAE[Any], spectrum: Spectrum, input_spectrum: Spectrum | None = None) -> bool:
@@ -159,6 +168,11 @@ def check_fits(sae: SAE[Any], spectrum: Spectrum, input_spectrum: Spectrum | Non
         )
     if not is_transcoder and input_spectrum is not None:
         raise SaesubError("input_spectrum is for transcoders; an autoencoder reads what it writes.")
+    if sae.W_dec.is_meta:
+        raise SaesubError("The SAE is on the meta device and holds no weights: make it on another.")
+    k = getattr(sae.cfg, "k", 1)
+    if not 0 < k <= sae.cfg.d_sae:
+        raise SaesubError(f"k={k} must lie in 1..{sae.cfg.d_sae} (d_sae): set it in the SAE's cfg.")
     pairs = [("spectrum", spectrum, sae.W_dec.shape[1])]
     if input_spectrum is not None:
         pairs.append(("input_spectrum", input_spectrum, sae.W_enc.shape[0]))
@@ -193,7 +207,7 @@ def _center_encoder(sae: SAE[Any], seen: Float[Tensor, " d_in"]) -> None:
             bias.copy_(torch.zeros_like(bias) if subtracts_b_dec else -(seen @ sae.W_enc))
 
 
-def _note_source(sae: SAE[Any], spectrum: Spectrum, input_spectrum: Spectrum | None) -> None:
+def note_source(sae: SAE[Any], spectrum: Spectrum, input_spectrum: Spectrum | None) -> None:
     """SAELens splices an SAE in at `hook_name`; a transcoder writes at `hook_name_out`."""
     read = (input_spectrum or spectrum).metadata
     known = {"hook_name": read.get("hook_name"), "model_name": read.get("model")}

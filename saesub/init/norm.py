@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
-from sae_lens import SAE
+from sae_lens import SAE, BatchTopKTrainingSAE
 from scipy.optimize import brentq, minimize_scalar
 from torch import Tensor
 
@@ -29,9 +29,11 @@ from saesub.topk.encode import encoder_of, flat_heads
 
 _TOKENS = 4096
 TOKENS_PER_BLOCK = 1024  # bounds the (tokens, d_sae) block of features
-_LEAST, _MOST, _GRID = 0.01, 10.0, 13  # norms tried where no factor gives the best
+_LEAST, _MOST, _GRID = 1e-3, 1e3, 19  # norms tried where no factor gives the best
 _TOKENS_OF_SEARCH = 1024
 _MOST_SPREAD = 1.5  # of the logarithm of tokens' lengths
+_MOST_OFFSET = 2.0  # of the mean, in standard deviations, at which E‖x‖ still tells the spread
+_SAMPLE_SEED = 2**32  # added, so that draws are independent of directions of the same seed
 
 
 class Pairs(NamedTuple):
@@ -74,6 +76,8 @@ def fit_norm(
     check_fits(sae, spectrum)
     if activations is not None:
         check_activations(sae, activations, "fit_norm")
+    else:
+        check_draws(sae, spectrum)
     x = sample_of(spectrum, activations, seed)
     scaled = x * scale_in_training(sae, spectrum)
     with unchanged_on_error(sae):
@@ -93,10 +97,10 @@ def sample_of(
     if activations is not None:
         if not activations.any():
             raise SaesubError("The activations are all zero: they have no norm to fit.")
-        return activations[:: max(1, len(activations) // _TOKENS)][:_TOKENS].float()
-    generator = torch.Generator().manual_seed(seed)
-    coordinates = torch.randn(_TOKENS, spectrum.d, generator=generator)
-    lengths = torch.randn(_TOKENS, 1, generator=generator)
+        return _evenly(activations, _TOKENS).float()
+    generator = torch.Generator().manual_seed(_SAMPLE_SEED + seed)
+    coordinates = torch.randn(_TOKENS, spectrum.d, generator=generator, dtype=torch.float32)
+    lengths = torch.randn(_TOKENS, 1, generator=generator, dtype=torch.float32)
     deviations = (
         coordinates * spectrum.eigenvalues.sqrt().float()
     ) @ spectrum.eigenvectors.T.float()
@@ -108,10 +112,31 @@ def sample_of(
     def too_long(spread: float) -> float:
         return drawn(spread).norm(dim=-1).mean().item() - spectrum.mean_norm
 
-    if too_long(0.0) <= 0 or too_long(_MOST_SPREAD) >= 0:
+    if too_long(0.0) <= 0:
         return drawn(0.0)
+    if too_long(_MOST_SPREAD) >= 0:
+        return drawn(_MOST_SPREAD)
     spread: Any = brentq(too_long, 0.0, _MOST_SPREAD, xtol=1e-3)
     return drawn(spread)
+
+
+def check_draws(sae: SAE[Any], spectrum: Spectrum) -> None:
+    """Refuse draws from the spectrum where they cannot tell the norm. Raises SaesubError.
+
+    A BatchTopK SAE shares its active entries over the tokens of a batch by their lengths. Where the
+    mean is far larger than the deviations, the mean norm says nothing about these lengths.
+    """
+    deviation = spectrum.eigenvalues.sum().sqrt()
+    if isinstance(sae, BatchTopKTrainingSAE) and spectrum.mean.norm() > _MOST_OFFSET * deviation:
+        raise SaesubError(
+            "The mean of these activations is so large that the spectrum does not tell the norm of "
+            "a BatchTopK SAE: pass activations=, some thousand tokens of the same hook point."
+        )
+
+
+def _evenly(x: Tensor, n: int) -> Tensor:
+    """At most `n` rows, evenly spaced from the first to the last."""
+    return x[torch.linspace(0, len(x) - 1, min(n, len(x))).long().to(x.device)]
 
 
 def scale_in_training(sae: SAE[Any], spectrum: Spectrum) -> float:
@@ -125,11 +150,11 @@ def set_best_norm(sae: SAE[Any], pairs: Pairs) -> float:
 
     Raises SaesubError for an SAE that writes nothing of what it is to write, or not finite.
     """
+    set_unit_norms(sae)
     if not has_encoder(sae):
         return 1.0  # SAELens' matching pursuit divides by no norm and prescribes this one
-    set_unit_norms(sae)
     if hasattr(sae, "threshold"):
-        norm = _searched_norm(sae, Pairs(*(t[:_TOKENS_OF_SEARCH] for t in pairs)))
+        norm = _searched_norm(sae, Pairs(*(_evenly(part, _TOKENS_OF_SEARCH) for part in pairs)))
     else:
         norm = sqrt(encoder_factor(sae, pairs))
     scale_features(sae, norm)
@@ -170,9 +195,10 @@ def encoder_factor(sae: SAE[Any], pairs: Pairs, scale: float = 1.0) -> float:
     def target_and_written() -> Iterator[tuple[Tensor, Tensor]]:
         for read, target in zip(*blocks, strict=True):
             x, y = ((part * scale).to(sae.W_dec) for part in (read, target))
-            reconstructed = sae.decode(encode(x))
+            features = encode(x)
+            reconstructed = sae.decode(features)
             sae.process_sae_in(x)  # notes each token's own scale again, which decoding has used up
-            silent = sae.run_time_activation_norm_fn_out(sae.b_dec.expand_as(y)).double()
+            silent = sae.decode(features * 0).double()
             yield y - silent, reconstructed.double() - silent
 
     with flat_heads(sae):
@@ -223,9 +249,12 @@ def _searched_norm(sae: SAE[Any], pairs: Pairs) -> float:
     best = min(range(_GRID), key=errors.__getitem__)
     between = grid[max(0, best - 1)], grid[min(_GRID - 1, best + 1)]
     found: Any = minimize_scalar(error, bounds=between, method="bounded", options={"xatol": 1e-3})
-    if not isfinite(found.fun):
-        raise SaesubError("The SAE's reconstructions of these activations are not finite.")
     scale_features(sae, 1 / now)
+    if not found.fun < errors[0]:  # at the least norm the features write nothing
+        raise SaesubError(
+            "No norm lets the SAE's features reconstruct anything of these activations: its "
+            "thresholds may be too high for them; scale the activations, or pass norm='keep'."
+        )
     return exp(found.x)
 
 

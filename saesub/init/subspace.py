@@ -20,7 +20,7 @@ from torch import Tensor
 
 from saesub.activations.spectrum import Spectrum
 from saesub.errors import SaesubError, near_names
-from saesub.init.biases import center_biases, check_fits
+from saesub.init.biases import check_fits, note_source, set_biases
 from saesub.init.directions import (
     FROM_DATA,
     Directions,
@@ -31,7 +31,14 @@ from saesub.init.directions import (
     random_directions,
     reading_directions,
 )
-from saesub.init.norm import Pairs, sample_of, scale_in_training, set_best_norm, unchanged_on_error
+from saesub.init.norm import (
+    Pairs,
+    check_draws,
+    sample_of,
+    scale_in_training,
+    set_best_norm,
+    unchanged_on_error,
+)
 
 Norm = Literal["fit", "keep"]
 
@@ -128,11 +135,14 @@ def initialize_in_subspace(
         read = _Space(input_spectrum, rank, input_activations)
     drawn = _draw(written, read, directions, sae.cfg.d_sae, seed)
     fits = norm == "fit" and (read is None or read.activations is not None)
+    if fits and activations is None:
+        check_draws(sae, spectrum)
     with unchanged_on_error(sae):
         _set_directions(sae, drawn, keep_norms=not fits)
-        center_biases(sae, spectrum, input_spectrum=input_spectrum)
+        set_biases(sae, spectrum, input_spectrum)
         found = set_best_norm(sae, _pairs(sae, written, read, seed)) if fits else None
 
+    note_source(sae, spectrum, input_spectrum)
     source = "spectrum" if activations is None else "activations"
     report = SubspaceInit(
         d_init=written.rank,
