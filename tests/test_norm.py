@@ -282,7 +282,7 @@ def test_the_spectrum_alone_gives_nearly_the_norm_of_the_activations(activations
 
 
 def test_the_two_lines_leave_fewer_dead_than_saelens_norm(activations):
-    """By SAELens' own trainer, at its defaults but for the size: 53 % against 9 % on 100 steps."""
+    """By SAELens' own trainer, at its defaults but for the size."""
     spectrum, dead, fvu = Spectrum.from_activations(activations), {}, {}
     for norm in ("keep", "fit"):
         torch.manual_seed(0)
@@ -321,6 +321,79 @@ def test_the_drawn_sample_has_the_moments_of_the_spectrum(activations):
     assert (drawn.mean - spectrum.mean).norm() < 0.05 * scale
     assert drawn.eigenvalues.sum() == pytest.approx(spectrum.eigenvalues.sum().item(), rel=0.1)
     assert drawn.rank_at(0.99) == pytest.approx(spectrum.rank_at(0.99), rel=0.1)
+
+
+def test_the_drawn_sample_has_the_covariance_of_the_spectrum(activations):
+    """Entry by entry: draws along the right directions, not only of the right sizes."""
+    spectrum = Spectrum.from_activations(activations)
+    drawn = Spectrum.from_activations(sample_of(spectrum, None, seed=1))
+    error = (drawn.covariance - spectrum.covariance).norm() / spectrum.covariance.norm()
+    assert error < 0.3
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("scaling", ["none", "expected_average_only_in"])
+def test_a_baseline_gets_the_best_norm_too(activations, scaling, given):
+    """Against norms around it, in the scale of training."""
+    spectrum, sae = Spectrum.from_activations(activations), _topk(normalize_activations=scaling)
+    center_biases(sae, spectrum)
+    norm = fit_norm(sae, spectrum, activations=activations if given else None)
+    x = activations * (1 if scaling == "none" else 24 / spectrum.mean_norm)
+    torch.testing.assert_close(sae.W_dec.norm(dim=-1), torch.full((D_SAE,), norm))
+
+    def error(factor: float) -> float:
+        _scale_both(sae, factor)
+        found = (sae(x) - x).square().sum().item()
+        _scale_both(sae, 1 / factor)
+        return found
+
+    assert all(error(factor) > error(1.0) for factor in (0.1, 0.93, 1.07, 10.0))
+
+
+def test_the_norm_is_fitted_to_tokens_from_the_first_to_the_last(activations):
+    loud = torch.cat([activations, activations, 100 * activations])
+    chosen = sample_of(Spectrum.from_activations(loud), loud, seed=0)
+    assert len(chosen) == 4096
+    assert torch.equal(chosen[0], loud[0])
+    assert torch.equal(chosen[-1], loud[-1])
+
+
+def test_draws_are_independent_of_directions_of_the_same_seed(activations):
+    spectrum, norms = Spectrum.from_activations(activations), []
+    for given in (activations, None):
+        sae = _topk()
+        report = initialize_in_subspace(sae, spectrum, spectrum.d, activations=given)
+        norms.append(report.norm)
+    assert norms[1] == pytest.approx(norms[0], rel=0.02)
+
+
+def test_a_mean_that_hides_the_lengths_is_refused_for_batchtopk(activations):
+    spectrum = Spectrum.from_activations(activations + 100.0)
+    sae_class, cfg_class = SAE_TRAINING_CLASS_REGISTRY["batchtopk"]
+    sae = sae_class(cfg_class(d_in=576, d_sae=D_SAE, k=8))
+    with pytest.raises(SaesubError, match="pass activations="):
+        initialize_in_subspace(sae, spectrum)
+    assert sae.cfg.metadata.hook_name is None
+    assert initialize_in_subspace(sae, spectrum, activations=activations + 100.0).norm > 0
+    assert initialize_in_subspace(_topk(), spectrum).norm > 0
+
+
+def test_thresholds_that_nothing_passes_are_refused(activations):
+    sae = JumpReLUTrainingSAE(
+        JumpReLUTrainingSAEConfig(d_in=576, d_sae=D_SAE, jumprelu_init_threshold=1e12)
+    )
+    spectrum = Spectrum.from_activations(activations, {"hook_name": "blocks.4.hook_attn_out"})
+    with pytest.raises(SaesubError, match="thresholds may be too high"):
+        initialize_in_subspace(sae, spectrum)
+    assert sae.cfg.metadata.hook_name is None  # nothing is noted of what was not done
+
+
+def test_more_active_features_than_there_are_is_refused(activations):
+    spectrum = Spectrum.from_activations(activations)
+    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=576, d_sae=64, k=100))
+    for act in (initialize_in_subspace, fit_norm):
+        with pytest.raises(SaesubError, match=r"k=100 must lie in 1\.\.64"):
+            act(sae, spectrum)
 
 
 def test_matching_pursuit_keeps_the_unit_norm_that_saelens_prescribes(activations):

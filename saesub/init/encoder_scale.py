@@ -24,9 +24,8 @@ from saesub.init.norm import (
 def fit_encoder_scale(sae: SAE[Any], activations: Float[Tensor, "n d_in"]) -> float:
     """Scale the encoder alone so that the SAE as it is reconstructs best; returns the factor.
 
-    `fit_norm`, which scales both sides, leaves fewer features dead and fits better; this is for an
-    SAE whose decoder rows are to keep their length. Call it last, after directions and biases are
-    set; a baseline that is compared with gets it as well.
+    `fit_norm` scales both sides; this is for an SAE whose decoder rows are to keep their length.
+    Call it last, after directions and biases are set, and on a baseline as well.
 
     Args:
         sae: a SAELens training SAE whose activations grow with its encoder.
