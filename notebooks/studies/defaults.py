@@ -2,7 +2,7 @@
 
     python notebooks/studies/defaults.py
 
-Writes data/results/studies/defaults.json; takes about 40 minutes on one core. Run it again and it
+Writes data/results/studies/defaults.json; takes about 90 minutes on one core. Run it again and it
 continues where it stopped. SAELens' own trainer trains every SAE. Every architecture that SAELens
 registers for training has its default config (but for the widths of a Matryoshka SAE, which have no
 default; TopK with k 32 as well), 4,096 features, Adam with SAELens' own settings, at the attention
@@ -86,8 +86,13 @@ def outcome(architecture: str, condition: str, lr: float, seed: int, data: tuple
     return {
         **{"architecture": architecture, "condition": condition, "lr": lr, "seed": seed},
         **{"norm": norm, "dead_share": dead.float().mean().item()},
-        **{"fvu": judged.fvu, "l0": judged.l0},
+        **{"fvu": judged.fvu, "l0": judged.l0, "commit": commit()},
     }
+
+
+def commit() -> str:
+    """The commit that this code is of."""
+    return subprocess.check_output(["git", "rev-parse", "HEAD"], text=True).strip()
 
 
 def main() -> None:
@@ -99,7 +104,9 @@ def main() -> None:
     done = {tuple(row[key] for key in keys) for row in record["rows"]}
     trials = [
         (architecture, condition, lr, seed)
-        for seed, lr, architecture, condition in product(SEEDS, RATES, ARCHITECTURES, CONDITIONS)
+        for seed, lr, where in product(SEEDS, RATES, ("subspace", "random"))
+        for architecture, condition in product(ARCHITECTURES, CONDITIONS)
+        if condition.startswith(where)
     ]
     folder = STORES / "defaults"
     n_tokens = max(BATCH * STEPS, N_SPECTRUM) + HELD_OUT
@@ -108,7 +115,7 @@ def main() -> None:
     spectrum = saesub.Spectrum.from_activations(train.rows(0, N_SPECTRUM))
     record |= {
         "command": "python notebooks/studies/defaults.py",
-        "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], text=True).strip(),
+        "commit": commit(),
         "run": run_facts(),
         "settings": {
             "model": MODEL,
