@@ -136,7 +136,7 @@ def test_a_claim_that_holds_in_one_regime_and_fails_in_another_is_mixed_and_both
     assert here == "10 % → 0.5 %; 50 % → 25 %"
     holds, fails, *_ = where.split("<br>")
     assert holds == "✔ narrow"
-    assert fails == "✘ Initialised in the active subspace, hardly any feature dies (wide)"
+    assert fails == "✘ *Initialised in the active subspace, hardly any feature dies* (wide)"
     assert verdict.startswith("**mixed**<br>2 mixed, ")
 
 
