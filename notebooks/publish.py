@@ -522,7 +522,7 @@ def norm_sentence(study: dict) -> str:
         "decoder rows norm 0.1; the figure has norm 1 on both sides. Dead features of a TopK SAE "
         f"(k 32, {settings['d_sae']:,} features, {settings['batch'] * settings['steps']:,} tokens, "
         f"Adam at {lr:g}, `{settings['hook_name']}`, {settings['held_out_tokens']:,} held-out "
-        f"tokens, one seed): {'; '.join(told)}. "
+        f"tokens, {rows['seed'].nunique()} seed): {'; '.join(told)}. "
         "[All architectures](docs/initialisations.md#norm)."
     )
 
