@@ -32,6 +32,11 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time `_MODULES` says 
     from saesub.optim import SparseAdam, parameter_groups
     from saesub.paths import cache_dir, data_file
     from saesub.reproduce.model_card import model_card
+    from saesub.topk.sae import (
+        SparseBatchTopKTrainingSAE,
+        SparseTopKTrainingSAE,
+        use_sparse_step,
+    )
     from saesub.training.comparison import ComparisonTrainer, joint_batches, train_together
     from saesub.training.mitigations import GhostGradients, KAnnealing, Resampling
     from saesub.training.trainer import SubspaceSAETrainer
@@ -40,9 +45,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ActivationStore", "GhostGradients", "KAnnealing", "Resampling", "SaesubError", "SparseAdam",
-    "Spectrum", "SubspaceSAETrainer", "center_biases", "choose_d_init", "dead_features", "diagnose",
-    "fit_norm", "harvest", "initialize_in_subspace", "load_corpus", "load_model", "measure_spectra",
-    "measure_spectrum", "reconstruction", "sae_loss", "subspace_loss_recovered", "train_together",
+    "SparseBatchTopKTrainingSAE", "SparseTopKTrainingSAE", "Spectrum", "SubspaceSAETrainer",
+    "center_biases", "choose_d_init", "dead_features", "diagnose", "fit_norm", "harvest",
+    "initialize_in_subspace", "load_corpus", "load_model", "measure_spectra", "measure_spectrum",
+    "reconstruction", "sae_loss", "subspace_loss_recovered", "train_together", "use_sparse_step",
 ]  # fmt: skip
 
 _MODULES = {
@@ -64,6 +70,7 @@ _MODULES = {
     "optim": "SparseAdam parameter_groups",
     "paths": "cache_dir data_file",
     "reproduce.model_card": "model_card",
+    "topk.sae": "SparseBatchTopKTrainingSAE SparseTopKTrainingSAE use_sparse_step",
     "training.comparison": "ComparisonTrainer joint_batches train_together",
     "training.mitigations": "GhostGradients KAnnealing Resampling",
     "training.trainer": "SubspaceSAETrainer",

@@ -47,8 +47,40 @@ def make_optimizer(
     if name == "sparse_adam":
         return SparseAdam(parameter_groups(module), lr=lr, betas=betas)
     if name == "adam":
-        return torch.optim.Adam(module.parameters(), lr=lr, betas=betas, fused=True)
+        adam = torch.optim.Adam(module.parameters(), lr=lr, betas=betas, fused=True)
+        adam.register_step_pre_hook(_align_moments)
+        adam.register_state_dict_post_hook(_leave_fused_out)
+        adam.register_load_state_dict_post_hook(_fuse)
+        return adam
     raise SaesubError(f"Unknown optimizer {name!r}: pass 'adam' or 'sparse_adam'.")
+
+
+def _align_moments(optimizer: Any, *_: Any) -> None:
+    """Give moments their parameter's strides: on a CPU torch's fused Adam takes it for granted,
+    and pairs the wrong entries otherwise."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None and "step" in optimizer.state[parameter]:
+                moments(optimizer, parameter)
+
+
+def _leave_fused_out(_: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    for group in state["param_groups"]:
+        group["fused"] = None  # who loads it may not align moments
+
+
+def _fuse(optimizer: torch.optim.Optimizer) -> None:
+    for group in optimizer.param_groups:
+        group["fused"] = True
+
+
+_OWN_HOOKS = {_align_moments}
+
+
+def has_foreign_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether someone else asked to be called before or after each of an optimizer's steps."""
+    before, after = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+    return bool(after) or not set(before.values()) <= _OWN_HOOKS
 
 
 def parameter_groups(sae: nn.Module) -> list[dict[str, Any]]:
@@ -93,6 +125,9 @@ class SparseAdam(torch.optim.Adam):
         params: groups made by `parameter_groups`. A group whose `feature_axis` is None, or a plain
             list of parameters, is updated as by Adam.
         lr, betas, eps: as in `torch.optim.Adam`. There is no weight decay: it would move every row.
+
+    Raises:
+        SaesubError: in `step`, a group with `weight_decay`, `amsgrad` or `maximize`.
     """
 
     def __init__(
@@ -113,6 +148,7 @@ class SparseAdam(torch.optim.Adam):
         """Update every parameter that has a gradient."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
+            _check_group(group)
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self._update(parameter, parameter.grad, group)
@@ -158,6 +194,15 @@ class SparseAdam(torch.optim.Adam):
         _fused_adam(rows, step, group)
         rows[0].index_copy_(0, still, kept)
         moved.fill_(int(step))
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    for name in ("weight_decay", "amsgrad", "maximize"):
+        if group[name]:
+            raise SaesubError(
+                f"SparseAdam has no {name}, which a group of it asks for: switch it off, or take "
+                "torch's Adam."
+            )
 
 
 def _fused_adam(rows: list[Tensor], step: Tensor, group: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ from saesub.activations.spectrum import Spectrum
 from saesub.errors import SaesubError
 from saesub.init.subspace import initialize_in_subspace
 from saesub.topk import cpu, int8_search, triton_backend
-from saesub.topk.eligibility import lay_out_by_feature, takes_sparse_step
+from saesub.topk.eligibility import lay_out_by_feature, why_dense
 from saesub.topk.step import autograd_pass, row_step
 from saesub.training.mitigations import GhostGradients
 from saesub.training.trainer import SubspaceSAETrainer
@@ -92,7 +92,7 @@ def test_autograd_pass_equals_saelens_own(
     theirs = copy.deepcopy(sae).training_forward_pass(TrainStepInput(x, {}, dead, 0, False))
     twin = copy.deepcopy(sae)
     expected = twin.training_forward_pass(TrainStepInput(x, {}, dead, 0, False))
-    ours = autograd_pass(sae, x, dead).output
+    ours = autograd_pass(sae, x, dead)
     for name, value in expected.losses.items():
         torch.testing.assert_close(ours.losses[name], value)
     assert bool(ours.losses["auxiliary_reconstruction_loss"] > 0) == (n_dead > 0)
@@ -126,8 +126,8 @@ def test_native_gradients_are_within_1e_5_of_float64(activations, spectrum, kind
     lay_out_by_feature(sae)
     x, dead = activations[:300], torch.arange(D_SAE) % 10 < 10 * n_dead / D_SAE
     optimizer = _GradientAsState(sae.parameters())
-    ours = row_step(cpu.BACKEND, sae, optimizer, x, dead).output
-    expected = autograd_pass(double, x.double(), dead).output
+    ours = row_step(cpu.BACKEND, sae, optimizer, x, dead)
+    expected = autograd_pass(double, x.double(), dead)
     expected.loss.backward()
     torch.nn.utils.clip_grad_norm_(double.parameters(), 1.0)
     for name, value in expected.losses.items():
@@ -165,16 +165,12 @@ def _losses_of_200_steps(trainer: SAETrainer, activations) -> torch.Tensor:
 @pytest.mark.parametrize("backend", [*BACKENDS, pytest.param("exact_search", marks=needs_native)])
 @pytest.mark.parametrize("kind", ["topk", "batchtopk"])
 def test_two_hundred_steps_follow_saelens_trainer(activations, saelens_run, kind, backend):
-    """With AuxK, from the 20th step on; SAELens counts its window in steps, and beyond it."""
+    """With AuxK, from the 20th step on; which SAELens' window of steps says."""
     trainer = SubspaceSAETrainer(
-        AUXK_FROM_20,
-        _sae(kind),
-        iter(()),
-        optimizer="adam",
-        backend=backend,
-        dead_window_tokens=21 * BATCH,
+        AUXK_FROM_20, _sae(kind), iter(()), optimizer="adam", backend=backend
     )
-    assert takes_sparse_step(trainer.sae, trainer.cfg)
+    assert trainer.dead_window_tokens == 21 * BATCH
+    assert why_dense(trainer.sae) is None
     losses = _losses_of_200_steps(trainer, activations)
     expected, fired = saelens_run(kind)
     assert expected[-10:].mean() < 0.7 * expected[:10].mean()
@@ -238,10 +234,12 @@ def test_a_resumed_run_ends_with_identical_weights(activations, tmp_path, backen
 
 def test_weights_laid_out_by_feature_are_saved_as_saelens_has_them(activations, tmp_path):
     trainer = SubspaceSAETrainer(_cfg(5), _sae("topk"), _batches(activations))
+    trainer.step(next(_batches(activations)))
+    assert trainer.sae.W_enc.T.is_contiguous()
+    assert all(value.is_contiguous() for value in trainer.sae.state_dict().values())
     sae = trainer.fit()
-    assert sae.W_enc.T.is_contiguous()
+    assert sae.W_enc.is_contiguous()
     assert sae.W_enc.shape == (576, D_SAE)
-    assert all(value.is_contiguous() for value in sae.state_dict().values())
     sae.save_inference_model(tmp_path)
     x = activations[:50]
     torch.testing.assert_close(SAE.load_from_disk(tmp_path)(x), sae(x), rtol=1e-4, atol=1e-4)
@@ -308,7 +306,7 @@ def test_each_backend_takes_the_step_it_is_named_for(
         taken.append(rows)
         return row_step(rows, *arguments, **settings)
 
-    monkeypatch.setattr("saesub.training.step_choice.row_step", step)
+    monkeypatch.setattr("saesub.training.native_step.row_step", step)
     sae = _sae("topk", aux_loss_coefficient=0.0)
     SubspaceSAETrainer(_cfg(3), sae, _batches(activations), backend=backend).fit()
     assert (len(taken), len(searched)) == (row_steps, searches)
@@ -342,7 +340,7 @@ def test_auxk_through_the_8_bit_search_equals_saelens_own(activations, spectrum,
     lay_out_by_feature(sae)
     x, dead = activations[:200], torch.arange(4096) % 4 > 0
     optimizer = _GradientAsState(sae.parameters())
-    ours = row_step(cpu.BACKEND, sae, optimizer, x, dead).output
+    ours = row_step(cpu.BACKEND, sae, optimizer, x, dead)
     assert len(kept) == 2  # the search of the step, and that of AuxK
     expected = double.training_forward_pass(TrainStepInput(x.double(), {}, dead, 0, False))
     expected.loss.backward()
@@ -370,9 +368,9 @@ def test_gradients_through_torchs_8_bit_product_are_within_1e_5_of_float64(
     double.dtype = torch.float64
     lay_out_by_feature(sae)
     x, dead = activations[:200], torch.arange(4096) % 4 > 0
-    ours = autograd_pass(sae, x, dead).output
+    ours = autograd_pass(sae, x, dead)
     assert len(rounded) >= 4  # tokens and features, for the step and for AuxK
-    expected = autograd_pass(double, x.double(), dead).output
+    expected = autograd_pass(double, x.double(), dead)
     for name, value in expected.losses.items():
         torch.testing.assert_close(ours.losses[name].double(), value, rtol=1e-5, atol=1e-9)
     mine = torch.autograd.grad(ours.loss, list(sae.parameters()))

@@ -24,7 +24,7 @@ from saesub.activations.store import ActivationStore, StoreWriter
 from saesub.errors import SaesubError
 from saesub.init.biases import center_biases
 from saesub.init.subspace import initialize_in_subspace
-from saesub.topk.eligibility import takes_sparse_step
+from saesub.topk.eligibility import why_dense
 from saesub.topk.encode import times_fired
 from saesub.training import checkpoint
 from saesub.training.checkpoint import check_same_shapes
@@ -154,7 +154,7 @@ def test_other_architectures_take_saelens_own_step(store, spectrum):
     sae = StandardTrainingSAE(StandardTrainingSAEConfig(d_in=576, d_sae=D_SAE, l1_coefficient=1.0))
     center_biases(sae, spectrum)
     trainer = SubspaceSAETrainer(_cfg(5), sae, _batches(store))
-    assert not takes_sparse_step(sae, trainer.cfg)
+    assert why_dense(sae) == "StandardTrainingSAE is no TopK SAE"
     trainer.fit()
     assert trainer.n_training_samples == 5 * BATCH
 

@@ -6,18 +6,49 @@ from typing import Any
 
 import torch
 from sae_lens import BatchTopKTrainingSAE, TopKTrainingSAE
-from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.batchtopk_sae import BatchTopK
+from sae_lens.saes.sae import mse_loss
+from sae_lens.saes.topk_sae import TopK
+from torch import nn
 
 from saesub.errors import SaesubError
 
+PARAMETERS = ("W_enc", "W_dec", "b_enc", "b_dec")
+# What the sparse pass replaces. It does so only where SAELens' own code would have run.
+_METHODS = (
+    "training_forward_pass",
+    "encode_with_hidden_pre",
+    "process_sae_in",
+    "decode",
+    "calculate_aux_loss",
+    "calculate_topk_aux_loss",
+    "update_topk_threshold",
+)
+_FUNCTIONS = (
+    "reshape_fn_in",
+    "reshape_fn_out",
+    "run_time_activation_norm_fn_in",
+    "run_time_activation_norm_fn_out",
+)
+_REPLACED_CODE = {
+    "sae_lens.saes.sae",
+    "sae_lens.saes.topk_sae",
+    "sae_lens.saes.batchtopk_sae",
+    "saesub.topk.sae",
+}
 
-def takes_sparse_step(sae: Any, cfg: SAETrainerConfig) -> bool:
-    """Whether `saesub.topk.step` computes exactly what this SAE's own training pass would."""
-    if not is_topk(sae) or cfg.autocast or sae.W_enc.device.type == "mps":
-        return False
-    plain_input = sae.cfg.normalize_activations in ("none", "expected_average_only_in")
-    exact_dtype = sae.W_enc.dtype in (torch.float32, torch.float64)
-    return plain_input and exact_dtype and not is_hooked(sae)
+
+def why_dense(sae: Any) -> str | None:
+    """Why the sparse pass would not compute what this SAE's own pass does; None if it would.
+
+    A replaced `training_forward_pass` of the object itself is not looked at: it runs instead of
+    the sparse pass.
+    """
+    for reason in (_other_code, _other_activation, _other_parameters, _other_input):
+        found = reason(sae)
+        if found is not None:
+            return found
+    return None
 
 
 def is_hooked(sae: Any) -> bool:
@@ -25,9 +56,51 @@ def is_hooked(sae: Any) -> bool:
     return any(hook.fwd_hooks or hook.bwd_hooks for hook in sae.hook_dict.values())
 
 
-def is_topk(sae: Any) -> bool:
-    """A TopK or BatchTopK training SAE, and not a subclass with a loss of its own."""
-    return type(sae) in (TopKTrainingSAE, BatchTopKTrainingSAE)
+def _other_code(sae: Any) -> str | None:
+    if not isinstance(sae, TopKTrainingSAE):
+        return f"{type(sae).__name__} is no TopK SAE"
+    of_instance = vars(sae)
+    for name in _METHODS:
+        method = getattr(type(sae), name, None)
+        if method is not None and method.__module__ not in _REPLACED_CODE:
+            return f"{type(sae).__name__} has its own {name}"
+        if name in of_instance and name != "training_forward_pass":
+            return f"{name} of this SAE was replaced"
+    for name in _FUNCTIONS:
+        if getattr(getattr(sae, name), "__module__", None) not in _REPLACED_CODE:
+            return f"{name} of this SAE was replaced"
+    return None if sae.mse_loss_fn is mse_loss else "mse_loss_fn of this SAE was replaced"
+
+
+def _other_activation(sae: Any) -> str | None:
+    function = sae.activation_fn
+    wanted = BatchTopK if isinstance(sae, BatchTopKTrainingSAE) else TopK
+    if type(function) is not wanted or "forward" in vars(function):
+        return f"its activation function is {type(function).__name__}, not SAELens' own"
+    if function._forward_hooks or function._forward_pre_hooks or function._backward_hooks:
+        return "its activation function has hooks"
+    return "its hook points have hooks" if is_hooked(sae) else None
+
+
+def _other_parameters(sae: Any) -> str | None:
+    if not all(isinstance(getattr(sae, name), nn.Parameter) for name in PARAMETERS):
+        return "its weights are parametrised"
+    device, dtype = sae.W_enc.device.type, sae.W_enc.dtype
+    if device == "mps":
+        return "its device is 'mps'"
+    if torch.is_autocast_enabled(device):
+        return "autocast is on"
+    exact = dtype in (torch.float32, torch.float64)
+    return None if exact else f"its weights are in {dtype}, not in float32"
+
+
+def _other_input(sae: Any) -> str | None:
+    if sae.hook_z_reshaping_mode:
+        return "it reshapes hook_z itself"
+    normalised = sae.cfg.normalize_activations
+    if normalised in ("none", "expected_average_only_in", "covariance_whitening"):
+        return None  # the trainer scales or whitens the batch before it comes here
+    return f"normalize_activations={normalised!r} changes each token by itself"
 
 
 def check_sae(sae: Any) -> None:
@@ -53,18 +126,16 @@ def check_sae(sae: Any) -> None:
 def lay_out_by_feature(sae: Any) -> None:
     """Put each feature's encoder weights together in memory, as its decoder weights are.
 
-    Only strides change. States are still saved contiguous, as safetensors requires.
+    Only strides change. Adam's moments take the strides of the first step.
     """
     sae.W_dec.data = sae.W_dec.data.contiguous()
-    if sae.W_enc.T.is_contiguous():
-        return
-    sae.W_enc.data = sae.W_enc.data.T.contiguous().T
-    sae.register_state_dict_post_hook(_make_contiguous)
+    if not sae.W_enc.T.is_contiguous():
+        sae.W_enc.data = sae.W_enc.data.T.contiguous().T
 
 
-def _make_contiguous(module: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    for name, value in state.items():
-        state[name] = value.contiguous()
+def lay_out_contiguous(sae: Any) -> None:
+    """Undo `lay_out_by_feature`."""
+    sae.W_enc.data = sae.W_enc.data.contiguous()
 
 
 def features_that_fit(total_bytes: int, d_in: int, d_out: int, batch_size: int, copies: int) -> int:

@@ -8,7 +8,6 @@ parameters and never holds a gradient of the weights. Both equal SAELens' dense 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from sae_lens import BatchTopKTrainingSAE, TopKTrainingSAE
 from sae_lens.saes.sae import TrainStepOutput
 from torch import Tensor
 
+from saesub.errors import SaesubError
 from saesub.optim import SparseAdam, moments
 from saesub.topk import cpu, int8_search, triton_backend
 from saesub.topk.backend import AdamSettings, Decoded, RowBackend, RowGradients
@@ -34,12 +34,37 @@ from saesub.topk.ops import (
 MAX_NORM = 1.0  # SAELens' trainer clips the norm of all gradients here
 
 
-@dataclass(frozen=True)
-class EntriesOutput:
-    """What SAELens' trainer gets from a pass, and the entries behind it."""
+class SparseStepOutput(TrainStepOutput):
+    """A pass's `TrainStepOutput` that holds active entries only.
 
-    output: TrainStepOutput
-    selected: Selected
+    Attributes:
+        feature_acts: (n, d_sae) sparse COO, or dense, made when read, if `dense_when_read`.
+        hidden_pre: reading it raises SaesubError, since inactive entries were not kept.
+        dense_when_read: for users who did not ask for `use_sparse_activations`.
+    """
+
+    dense_when_read = False
+
+    @property
+    def feature_acts(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self._entries.to_dense() if self.dense_when_read else self._entries
+
+    @feature_acts.setter
+    def feature_acts(self, entries: Tensor) -> None:
+        self._entries = entries
+
+    @property
+    def hidden_pre(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        raise SaesubError(
+            "The sparse step keeps no pre-activations of inactive features: train with "
+            "backend='dense', or read sae.encode_with_hidden_pre(x)[1]."
+        )
+
+    @hidden_pre.setter
+    def hidden_pre(self, _: None) -> None: ...
+
+    def __repr__(self) -> str:  # a dataclass's would read all of the above
+        return f"{type(self).__name__}(loss={self.loss}, losses={self.losses})"
 
 
 class WholeDictionary:
@@ -79,10 +104,9 @@ def autograd_pass(
     *,
     search: Search = int8_search.search,
     dictionary: WholeDictionary = WHOLE,
-) -> EntriesOutput:
+) -> SparseStepOutput:
     """`training_forward_pass` of a TopK or BatchTopK SAE through its active entries.
 
-    The output's `feature_acts` and `hidden_pre` are sparse COO tensors that hold only these.
     `dead` features, if any, add SAELens' AuxK loss. `search` finds the entries; that of a
     backend (`search_of`) wants `W_enc` feature-major in memory, and float32.
     """
@@ -134,7 +158,7 @@ def row_step(
     *,
     exact_search: bool = False,
     dictionary: WholeDictionary = WHOLE,
-) -> EntriesOutput:
+) -> SparseStepOutput:
     """Forward, backward, clipping and update in float32, by the loops of `backend`.
 
     The optimizer is torch's Adam or `SparseAdam`; its state is used and advanced in place. The
@@ -226,7 +250,7 @@ def _select(
     """The active entries, and those of dead features if AuxK applies."""
     b_in = input_bias(sae)
     centred = x if b_in is None else x - b_in
-    W_enc, b_enc, k = sae.W_enc, sae.b_enc, sae.cfg.k
+    W_enc, b_enc, k = sae.W_enc, sae.b_enc, sae.activation_fn.k  # pyright: ignore
     if isinstance(sae, BatchTopKTrainingSAE):
         selected = select_batch_topk(centred, W_enc, b_enc, k, scale, search=search)
     else:
@@ -262,8 +286,8 @@ def entries_output(
     scale: Tensor | None,
     mse_loss: Tensor,
     aux_loss: Tensor,
-) -> EntriesOutput:
-    """The output of a pass, `feature_acts` and `hidden_pre` being sparse."""
+) -> SparseStepOutput:
+    """The output of a pass."""
     ranked = selected.pre if scale is None else selected.pre * scale[selected.features]
     metrics: dict[str, Any] = {}
     if isinstance(sae, BatchTopKTrainingSAE):
@@ -271,16 +295,15 @@ def entries_output(
         metrics["topk_threshold"] = sae.topk_threshold
     with torch.enable_grad():
         loss = mse_loss + aux_loss
-    output = TrainStepOutput(
+    return SparseStepOutput(
         sae_in=x,
         sae_out=sae_out,
         feature_acts=sparse_activations(selected, ranked.relu(), len(x)),
-        hidden_pre=sparse_activations(selected, ranked, len(x)),
+        hidden_pre=None,  # pyright: ignore[reportArgumentType]
         loss=loss,
         losses={"mse_loss": mse_loss, "auxiliary_reconstruction_loss": aux_loss},
         metrics=metrics,
     )
-    return EntriesOutput(output, selected)
 
 
 def sparse_activations(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import pickle
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -40,12 +41,25 @@ _UNREADABLE = (
     pickle.UnpicklingError,
 )
 _MITIGATION = "mitigation."  # before the names of what mitigations keep
+_MARK = "saesub_checkpoint"  # an empty file, the first written: `STATE_FILENAME` must follow
 _FOLDED = ("normalize_activations", "rescale_acts_by_decoder_norm")
 # Where a run is made and what is kept of it, and what folding changes in the SAE at its end.
 _FREE_TO_CHANGE = {
     *("device", "logger", "metadata", "sae_lens_training_version"),
     *("checkpoint_path", "n_checkpoints", "save_final_checkpoint"),
+    *("feature_sampling_window", "n_batches_for_norm_estimate", "autocast"),
     *_FOLDED,
+}
+# What a run may be continued with: its schedule and windows follow.
+_FOLLOWED = (
+    *("total_training_samples", "train_batch_size_samples", "lr", "lr_end", "lr_scheduler_name"),
+    *("lr_warm_up_steps", "lr_decay_steps", "n_restart_cycles"),
+    *("dead_window_tokens", "dead_feature_window"),
+)
+# The fields of torch's schedulers that say what a schedule is, beside those that say how far.
+_SCHEDULE = {
+    *("_milestones", "base_lrs", "start_factor", "end_factor", "total_iters"),
+    *("T_max", "T_0", "T_mult", "eta_min"),
 }
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO)
 
@@ -64,14 +78,21 @@ def writing(checkpoint_name: str) -> Iterator[None]:
         ) from error
 
 
-def save_state(trainer: SubspaceSAETrainer, folder: Path) -> None:
-    """Write what SAELens' files lack, and the checksums of these, as a checkpoint's last file."""
+def save_state(
+    trainer: SubspaceSAETrainer, folder: Path, save_saelens: Callable[[Path], None]
+) -> None:
+    """Write a trainer's state: SAELens' part by `save_saelens`, then what that lacks, and the
+    checksums of all files in the folder."""
+    folder.mkdir(exist_ok=True, parents=True)
+    (folder / _MARK).touch()
+    save_saelens(folder)
     state = {"tokens_since_fired": trainer.tokens_since_fired} | trainer.recorder.state()
     state |= {f"{_MITIGATION}{name}": kept for name, kept in trainer.mitigation_state.items()}
     state["random.cpu"] = torch.get_rng_state()
     if torch.device(trainer.cfg.device).type == "cuda":
         state["random.cuda"] = torch.cuda.get_rng_state(trainer.cfg.device)
-    others = [p for p in sorted(folder.iterdir()) if p.is_file() and p.name != STATE_FILENAME]
+    own = (STATE_FILENAME, _MARK)
+    others = [p for p in sorted(folder.iterdir()) if p.is_file() and p.name not in own]
     checksums = {path.name: file_sha256(path) for path in others}
     record = json.dumps({"settings": trainer.settings(), "files": checksums})
     write_checksummed(folder / STATE_FILENAME, _FORM, state, record)
@@ -80,23 +101,28 @@ def save_state(trainer: SubspaceSAETrainer, folder: Path) -> None:
 def load_state(
     trainer: SubspaceSAETrainer, folder: Path, load_saelens: Callable[[Path], None]
 ) -> None:
-    """Restore a checkpoint, SAELens' part by `load_saelens`.
+    """Restore a checkpoint of saesub or of SAELens, whose part `load_saelens` restores.
+
+    What SAELens' checkpoints lack is filled in: features are silent for as many whole batches as
+    SAELens counted, the history is empty.
 
     Raises:
-        SaesubError: the checkpoint is damaged, half-written, or of another SAE or settings.
+        SaesubError: the checkpoint is damaged, half-written, or of another SAE, optimizer or
+            settings.
     """
-    state, kept_settings = read_checkpoint_state(folder)
+    state: dict[str, Tensor] = {}
+    if (folder / STATE_FILENAME).is_file() or (folder / _MARK).is_file():
+        state, kept_settings = read_checkpoint_state(folder)
+    else:
+        kept_settings = _settings_of_saelens(folder)
     check_same_settings(folder, kept_settings, trainer.settings())
-    try:
-        load_saelens(folder)
-    except _UNREADABLE as error:
-        raise SaesubError(
-            f"The checkpoint {folder} is damaged or incomplete, or another optimizer's "
-            f"({type(error).__name__}): resume from an earlier one, or start anew."
-        ) from error
+    steps = _load_saelens_part(trainer, folder, load_saelens)
+    if not state:
+        state = {"tokens_since_fired": trainer.tokens_of_silent_steps()}
+        state |= trainer.recorder.state() | {"random.cpu": torch.get_rng_state()}
     check_same_shapes(folder, state, trainer.optimizer, trainer.sae.cfg.d_sae)
-    steps = {float(kept["step"]) for kept in trainer.optimizer.state.values()}
-    trainer.step_choice.equal_steps = len(steps) <= 1
+    updates = {float(kept["step"]) for kept in trainer.optimizer.state.values()}
+    trainer.native_step.equal_steps = len(updates) <= 1
     torch.set_rng_state(state["random.cpu"])
     if "random.cuda" in state and torch.device(trainer.cfg.device).type == "cuda":
         torch.cuda.set_rng_state(state["random.cuda"], trainer.cfg.device)
@@ -108,9 +134,73 @@ def load_state(
         if name.startswith(_MITIGATION)
     }
     trainer.recorder.load_state(state)
-    follow_folding(trainer.sae, folder)
+    follow_config(trainer.sae, folder)
     # SAELens saves in the middle of a step: its step counter lags the steps taken by one.
-    trainer.n_training_steps = trainer.n_training_samples // trainer.cfg.train_batch_size_samples
+    trainer.n_training_steps = steps
+    reached = trainer.n_training_samples
+    trainer.checkpoint_thresholds = [t for t in trainer.checkpoint_thresholds if t >= reached]
+
+
+class _KeptState:
+    """Takes the place of a schedule while SAELens loads a checkpoint."""
+
+    state: dict[str, Any]
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+
+def _load_saelens_part(
+    trainer: SubspaceSAETrainer, folder: Path, load_saelens: Callable[[Path], None]
+) -> int:
+    """Load SAELens' files and let the schedule follow; the number of steps that were taken."""
+    schedule, kept = trainer.lr_scheduler, _KeptState()
+    first_lrs = schedule.get_last_lr()
+    trainer.lr_scheduler = kept  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        load_saelens(folder)
+    except _UNREADABLE as error:
+        raise SaesubError(
+            f"The checkpoint {folder} is damaged or incomplete, or of another optimizer than "
+            f"{trainer.optimizer_name!r} ({type(error).__name__}: {error}): resume from an earlier "
+            "one or with the optimizer it was made with, or start anew."
+        ) from error
+    finally:
+        trainer.lr_scheduler = schedule
+    follow_schedule(trainer, kept.state, first_lrs)
+    return kept.state["last_epoch"]
+
+
+def follow_schedule(
+    trainer: SubspaceSAETrainer, kept: dict[str, Any], first_lrs: list[Any]
+) -> None:
+    """Continue the schedule that a checkpoint kept, or the trainer's own where it is another, from
+    the same step. `first_lrs` are the trainer's own rates of its first step."""
+    schedule = trainer.lr_scheduler
+    if _shape_of(kept) == _shape_of(schedule.state_dict()):
+        schedule.load_state_dict(kept)
+        return
+    for group, lr in zip(trainer.optimizer.param_groups, first_lrs, strict=True):
+        group["lr"], group["initial_lr"] = lr, trainer.cfg.lr
+    with warnings.catch_warnings():  # torch would miss the optimizer's steps in between
+        warnings.simplefilter("ignore", UserWarning)
+        for _ in range(kept["last_epoch"]):
+            schedule.step()
+
+
+def _shape_of(schedule: dict[str, Any]) -> list[Any]:
+    """What a schedule is, apart from how far it has come."""
+    parts = [_shape_of(part) for part in schedule.get("_schedulers", [])]
+    return [{name: schedule[name] for name in sorted(_SCHEDULE & schedule.keys())}, *parts]
+
+
+def _settings_of_saelens(folder: Path) -> dict[str, Any]:
+    """What SAELens' checkpoints say of the settings they were made with."""
+    path = folder / SAE_CFG_FILENAME
+    cfg = json.loads(path.read_text()) if path.is_file() else {}
+    return {name: value for name, value in cfg.items() if name not in _FREE_TO_CHANGE} | {
+        "optimizer": "adam"
+    }
 
 
 def read_checkpoint_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -146,17 +236,25 @@ def settings_of(trainer: SubspaceSAETrainer) -> dict[str, Any]:
 
 
 def check_same_settings(folder: Path, kept: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raise SaesubError, which names the differences, if a checkpoint is of other settings."""
-    differing = [
-        f"{name} {kept.get(name)!r} (here {wanted.get(name)!r})"
-        for name in sorted(kept.keys() | wanted.keys())
-        if kept.get(name) != wanted.get(name)
-    ]
-    if differing:
+    """Raise SaesubError, which names them, if settings of a checkpoint contradict the wanted ones;
+    warn of those that its run continues with.
+
+    A setting that one of them does not know is of another version of SAELens, and no difference.
+    """
+    differing = {
+        name: f"{name} {kept[name]!r} (here {wanted[name]!r})"
+        for name in sorted(kept.keys() & wanted.keys())
+        if kept[name] != wanted[name]
+    }
+    contradicting = [text for name, text in differing.items() if name not in _FOLLOWED]
+    if contradicting:
         raise SaesubError(
-            f"The checkpoint {folder} was made with other settings: {', '.join(differing)}. Resume "
-            "with those, or start anew."
+            f"The checkpoint {folder} was made with other settings: {', '.join(contradicting)}. "
+            "Resume with those, or start anew."
         )
+    if differing:
+        text = ", ".join(differing.values())
+        warnings.warn(f"The run of {folder} continues with other settings: {text}.", stacklevel=4)
 
 
 def check_same_shapes(
@@ -177,16 +275,17 @@ def check_same_shapes(
             )
 
 
-def follow_folding(sae: Any, folder: Path) -> None:
-    """Take over the config of a finished run, whose weights have their input scaling folded in.
-
-    SAELens saves the config with the weights but loads the weights alone.
-    """
+def follow_config(sae: Any, folder: Path) -> None:
+    """Take over from the saved config what SAELens does not load with the weights: that a finished
+    run's input scaling is folded into them, and metadata that this SAE lacks."""
     path = folder / SAE_CFG_FILENAME
     saved = json.loads(path.read_text()) if path.exists() else {}
     for name in _FOLDED:
         if name in saved:
             setattr(sae.cfg, name, saved[name])
+    for name, value in saved.get("metadata", {}).items():
+        if getattr(sae.cfg.metadata, name, None) is None:
+            setattr(sae.cfg.metadata, name, value)
 
 
 def _is_write_failure(error: Exception) -> bool:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Int
 from sae_lens import SAETrainer
 from sae_lens.config import SAETrainerConfig
-from sae_lens.saes.sae import TrainStepOutput
+from sae_lens.saes.sae import T_TRAINING_SAE, T_TRAINING_SAE_CONFIG, TrainStepOutput
 from sae_lens.training.sae_trainer import Evaluator, SaveCheckpointFn
 from torch import Tensor
 
@@ -17,9 +17,10 @@ from saesub.errors import SaesubError
 from saesub.training.history import History
 
 _FIELD_WINDOW = 10_000_000  # tokens; what papers on SAEs use
+_DEFAULT_WINDOW = SAETrainerConfig.dead_feature_window  # steps
 
 
-class TokenCountingTrainer(SAETrainer[Any, Any]):
+class TokenCountingTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     """`SAETrainer` whose dead features are those silent over a window of tokens, not of steps.
 
     AuxK takes these too. Arguments and attributes are as in `SubspaceSAETrainer`.
@@ -35,11 +36,8 @@ class TokenCountingTrainer(SAETrainer[Any, Any]):
         save_checkpoint_fn: SaveCheckpointFn | None,
     ) -> None:
         super().__init__(cfg, sae, data_provider, evaluator, save_checkpoint_fn)
-        if dead_window_tokens is None:
-            dead_window_tokens = min(_FIELD_WINDOW, max(1, cfg.total_training_samples // 5))
-        if dead_window_tokens < 1:
-            raise SaesubError(f"dead_window_tokens must be at least 1, not {dead_window_tokens}.")
-        self.dead_window_tokens = int(dead_window_tokens)
+        self.window_in_steps = cfg.dead_feature_window != _DEFAULT_WINDOW
+        self.dead_window_tokens = _window(cfg, dead_window_tokens)
         self.tokens_since_fired = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=cfg.device)
         exact = torch.promote_types(sae.dtype, torch.float32)
         since = torch.zeros(2, dtype=exact, device=cfg.device)
@@ -52,8 +50,18 @@ class TokenCountingTrainer(SAETrainer[Any, Any]):
 
     @property
     def dead_neurons(self) -> Bool[Tensor, " d_sae"]:
-        """(d_sae,) bool: silent for the whole window of tokens. SAELens' AuxK reads this."""
+        """(d_sae,) bool: silent for the whole window. SAELens' AuxK reads this."""
+        if self.window_in_steps:
+            return self._dead_by_steps()
         return self.tokens_since_fired >= self.dead_window_tokens
+
+    def _dead_by_steps(self) -> Bool[Tensor, " d_sae"]:
+        """SAELens' own: silent for more than `cfg.dead_feature_window` steps."""
+        return super().dead_neurons
+
+    def tokens_of_silent_steps(self) -> Int[Tensor, " d_sae"]:
+        """(d_sae,) int64: what SAELens' count of silent steps is in tokens, if all were whole."""
+        return self.n_forward_passes_since_fired.long() * self.cfg.train_batch_size_samples
 
     @property
     def has_seen_window(self) -> bool:
@@ -98,10 +106,39 @@ class TokenCountingTrainer(SAETrainer[Any, Any]):
     ) -> dict[str, Any]:
         """What SAELens logs of a step, the batch's FVU and, after one window, the dead share.
 
-        It is logged if `cfg.logger` says so, which by default it does not.
+        `sparsity/dead_features` is SAELens' count over its window of steps. It is logged if
+        `cfg.logger` says so, which by default it does not.
         """
         figures = super().build_train_step_log_dict(output, n_training_samples)
+        figures["sparsity/dead_features"] = self._dead_by_steps().sum().item()
         figures["metrics/fvu"] = 1 - figures["metrics/explained_variance"]
         if n_training_samples >= self.dead_window_tokens:
             figures["sparsity/dead_share"] = self.dead_fraction()
         return figures
+
+    def set_final_sae_metadata(self) -> None:
+        """SAELens' figures, which count the dead over its window of steps, and the dead share over
+        the window of tokens, or None if less was trained on."""
+        super().set_final_sae_metadata()
+        metadata = self.sae.cfg.metadata
+        if metadata.num_dead_features is not None:
+            metadata.num_dead_features = int(self._dead_by_steps().sum())
+        metadata.dead_window_tokens = self.dead_window_tokens
+        metadata.dead_share = self.dead_fraction() if self.has_seen_window else None
+
+
+def _window(cfg: SAETrainerConfig, dead_window_tokens: int | None) -> int:
+    """The window in tokens. Raises SaesubError for an empty window, and for two of them."""
+    of_steps = cfg.dead_feature_window != _DEFAULT_WINDOW
+    if dead_window_tokens is None:
+        if of_steps:  # SAELens' dead are silent for more steps than its window has
+            return (cfg.dead_feature_window + 1) * cfg.train_batch_size_samples
+        return min(_FIELD_WINDOW, max(1, cfg.total_training_samples // 5))
+    if of_steps:
+        raise SaesubError(
+            f"Two windows were set, cfg.dead_feature_window={cfg.dead_feature_window} steps and "
+            f"dead_window_tokens={dead_window_tokens} tokens: leave one of them out."
+        )
+    if dead_window_tokens < 1:
+        raise SaesubError(f"dead_window_tokens must be at least 1, not {dead_window_tokens}.")
+    return int(dead_window_tokens)

@@ -4,15 +4,21 @@ dead features and a sparse TopK step."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from sae_lens import BatchTopKTrainingSAE, TopKTrainingSAE
 from sae_lens.config import SAETrainerConfig
-from sae_lens.saes.sae import TrainStepOutput
+from sae_lens.saes.sae import (
+    T_TRAINING_SAE,
+    T_TRAINING_SAE_CONFIG,
+    TrainStepInput,
+    TrainStepOutput,
+)
 from sae_lens.training.optim import get_lr_scheduler
 from sae_lens.training.sae_trainer import Evaluator, SaveCheckpointFn
 from torch import Tensor
@@ -20,23 +26,28 @@ from torch import Tensor
 from saesub.activations.checks import require_finite
 from saesub.errors import SaesubError
 from saesub.optim import OptimizerName, make_optimizer
-from saesub.topk.eligibility import check_sae, is_topk, lay_out_by_feature, memory_advice
+from saesub.topk.eligibility import check_sae, lay_out_contiguous, memory_advice
 from saesub.topk.encode import times_fired
-from saesub.topk.step import WHOLE, WholeDictionary
+from saesub.topk.sae import SearchName, use_sparse_step
+from saesub.topk.step import WHOLE, SparseStepOutput, WholeDictionary
 from saesub.training.checkpoint import load_state, save_state, settings_of, writing
 from saesub.training.firing import TokenCountingTrainer
 from saesub.training.mitigations.mitigation import Mitigation, one_of_each
-from saesub.training.step_choice import Backend, StepChoice
+from saesub.training.native_step import Backend, NativeStep
+
+_SPARSE_AFTER = (TopKTrainingSAE, BatchTopKTrainingSAE)  # given the sparse pass
+_SEARCH: dict[str, SearchName] = {"torch": "torch", "exact_search": "exact_search"}
 
 
-class SubspaceSAETrainer(TokenCountingTrainer):
+class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     """`SAETrainer` for any SAELens training SAE, with four differences.
 
     Dead features are counted in tokens (SAELens counts steps), also where AuxK asks for them; the
     optimizer is chosen by name; mitigations against dead features can be added, in any combination;
-    and a TopK or BatchTopK SAE takes the sparse step of `saesub.topk.step`, which has the same loss
-    and gradients as SAELens' dense one. Its `W_enc` is then feature-major in memory (same shape,
-    other strides) until the state is saved.
+    and a TopK or BatchTopK SAE is given the sparse pass of `SparseTopKTrainingSAE`, and where the
+    optimizer allows it a fused step. Loss and gradients are those of SAELens' dense pass; a warning
+    says where that pass is taken, and why. `W_enc` lies feature-major in memory (same shape, other
+    strides) until `fit` ends.
 
     Args:
         cfg, sae, data_provider, evaluator, save_checkpoint_fn: as `SAETrainer` takes them;
@@ -44,13 +55,16 @@ class SubspaceSAETrainer(TokenCountingTrainer):
         optimizer: "sparse_adam" (`saesub.optim.SparseAdam`) or "adam" (torch's).
         backend: how a TopK step is computed. "auto": on the CPU the compiled step with its 8-bit
             candidate search, if there is a C++ compiler, else torch operators; the search alone is
-            compiled if a mitigation adds to the loss or weights are, or were, frozen. "torch":
-            torch operators alone, which on a CPU with AVX-512 VNNI search in 8 bits too.
+            compiled if a mitigation adds to the loss, weights are frozen, or the optimizer is
+            another than Adam and `SparseAdam`. "torch": torch operators alone, which on a CPU with
+            AVX-512 VNNI search in 8 bits too.
             "exact_search": as "auto" with the whole float32 product for the search. "triton":
             Triton kernels on CUDA; only by name, until they have been run on a GPU. "dense":
             SAELens' own step.
         dead_window_tokens: a feature silent for this many tokens is dead. By default 10M, or a
-            fifth of the run if that is less.
+            fifth of the run if that is less. If `cfg.dead_feature_window` is set to another number
+            than SAELens' default, that window of steps counts instead: more than w steps are
+            (w + 1) × `cfg.train_batch_size_samples` tokens.
         mitigations: at most one of each kind, applied in this order. AuxK and whitening are
             settings of the SAE (`aux_loss_coefficient`,
             `normalize_activations="covariance_whitening"`).
@@ -63,10 +77,10 @@ class SubspaceSAETrainer(TokenCountingTrainer):
         mitigation_state: tensors that mitigations keep from step to step, saved with the rest.
 
     Raises:
-        SaesubError: no iterator of batches, unknown optimizer or backend, a mitigation that does
-            not apply, k outside 1..d_sae, weights in float16, a batch of the wrong shape, NaN or
-            Inf in a batch (before any weight is touched), or more features than the GPU's memory
-            holds.
+        SaesubError: no iterator of batches, unknown optimizer or backend, two windows, a
+            mitigation that does not apply, k outside 1..d_sae, weights in float16, a batch of the
+            wrong shape, NaN or Inf in a batch (before any weight is touched), or more features than
+            the GPU's memory holds.
     """
 
     dictionary: WholeDictionary = WHOLE  # another in trainers on several processes
@@ -91,9 +105,9 @@ class SubspaceSAETrainer(TokenCountingTrainer):
                 f"data_provider must be an iterator of batches, not {type(data_provider).__name__}:"
                 " of a store pass store.batches(batch_size, seed=0), of a list iter(...)."
             )
-        self.step_choice = StepChoice(backend, sae)
-        if is_topk(sae) and backend != "dense":
-            lay_out_by_feature(sae)
+        self.native_step = NativeStep(backend, sae)
+        if type(sae) in _SPARSE_AFTER and backend != "dense":
+            use_sparse_step(sae, search=_SEARCH.get(backend, "auto"))
         super().__init__(cfg, sae, data_provider, dead_window_tokens, evaluator, save_checkpoint_fn)
         self.backend, self.optimizer_name = backend, optimizer
         assert cfg.lr_end is not None  # `_completed` sets it
@@ -127,6 +141,8 @@ class SubspaceSAETrainer(TokenCountingTrainer):
             raise SaesubError(memory_advice(self.sae, len(batch), copies)) from error
         for mitigation in self.mitigations:
             mitigation.after_step(self, output)
+        if isinstance(output, SparseStepOutput):
+            output.dense_when_read = not _asks_for_sparse(self.sae)
         return output
 
     def _check_batch(self, batch: Tensor) -> None:
@@ -141,18 +157,59 @@ class SubspaceSAETrainer(TokenCountingTrainer):
         advice = "leave that batch out and continue; the weights are as they were"
         require_finite(batch, f"{what} (after {self.n_training_samples} tokens)", advice)
 
-    def _train_step(self, sae: Any, sae_in: Tensor) -> TrainStepOutput:
+    def _train_step(self, sae: T_TRAINING_SAE, sae_in: Tensor) -> TrainStepOutput:
+        rows = self.native_step.rows(self)
+        if rows is None:
+            with self._added_losses():
+                output = super()._train_step(sae, sae_in)
+            # SAELens counts every batch as one of the configured size.
+            self.n_frac_active_samples += len(sae_in) - self.cfg.train_batch_size_samples
+            return output
         sae.train()
-        output = self.step_choice.take(self, sae, sae_in)
-        self._count_firing(times_fired(output.feature_acts.detach()), len(sae_in))
+        output = self.native_step.take(self, rows, sae_in)
+        self._count_firing(times_fired(output.feature_acts), len(sae_in))
+        self._advance_schedules()
+        return output
+
+    def _advance_schedules(self) -> None:
         self.lr_scheduler.step()
         for scheduler in self.coefficient_schedulers.values():
             scheduler.step()
-        return output
 
-    def dead_for_auxk(self, sae: Any) -> Tensor | None:
-        """(d_sae,) bool: the dead features, if the SAE has a loss for them."""
-        return self.dead_neurons if sae.cfg.aux_loss_coefficient else None
+    @contextmanager
+    def _added_losses(self) -> Iterator[None]:
+        """Let the SAE's pass return the losses of mitigations too, inside the block."""
+        adding = [mitigation for mitigation in self.mitigations if mitigation.loss_name]
+        if not adding:
+            yield
+            return
+        sae, given = self.sae, vars(self.sae).get("training_forward_pass")
+        own_pass = sae.training_forward_pass
+
+        def with_losses(step_input: TrainStepInput) -> TrainStepOutput:
+            output = own_pass(step_input=step_input)
+            with torch.autocast(torch.device(self.cfg.device).type, enabled=False):
+                for mitigation in adding:
+                    loss = mitigation.extra_loss(self, output)
+                    output.losses[str(mitigation.loss_name)] = loss
+                    output.loss = output.loss + loss
+            return output
+
+        sae.training_forward_pass = with_losses
+        try:
+            yield
+        finally:
+            if given is None:
+                del sae.training_forward_pass
+            else:
+                sae.training_forward_pass = given
+
+    def fit(self) -> T_TRAINING_SAE:
+        """SAELens' `fit`; the weights of the SAE it returns are contiguous."""
+        try:
+            return super().fit()
+        finally:
+            lay_out_contiguous(self.sae)
 
     def _update_pbar(
         self, step_output: TrainStepOutput, pbar: Any, update_interval: int = 10
@@ -161,11 +218,10 @@ class SubspaceSAETrainer(TokenCountingTrainer):
         super()._update_pbar(step_output, pbar, update_interval)
 
     def set_final_sae_metadata(self) -> None:
-        """Record, beside SAELens' own figures, the dead window, the optimizer and mitigations."""
+        """Record, beside SAELens' own figures, dead features, the optimizer and mitigations."""
         super().set_final_sae_metadata()
         metadata = self.sae.cfg.metadata
-        metadata.dead_window_tokens, metadata.backend = self.dead_window_tokens, self.backend
-        metadata.optimizer = self.optimizer_name
+        metadata.backend, metadata.optimizer = self.backend, self.optimizer_name
         metadata.mitigations = [repr(mitigation) for mitigation in self.mitigations]
 
     def save_checkpoint(
@@ -181,20 +237,28 @@ class SubspaceSAETrainer(TokenCountingTrainer):
     def save_trainer_state(self, checkpoint_path: Path) -> None:
         """SAELens' trainer state, and beside it the firing counts in tokens, the settings, the
         state of torch's random numbers, and checksums of all files in the folder."""
-        super().save_trainer_state(checkpoint_path)
-        save_state(self, checkpoint_path)
+        save_state(self, checkpoint_path, super().save_trainer_state)
 
     def load_trainer_state(self, checkpoint_path: Path | str) -> None:
-        """Restore a state written by `save_trainer_state`.
+        """Restore a state written by `save_trainer_state`, SAELens' or this one's.
+
+        A run may be continued with more tokens, another batch size, learning rate or dead window:
+        the schedule is then that of `cfg` from the step that was reached, and a warning says so.
 
         Raises:
-            SaesubError: the checkpoint is damaged, half-written, or of another SAE or settings.
+            SaesubError: the checkpoint is damaged, half-written, or of another SAE, optimizer or
+                settings that contradict.
         """
         load_state(self, Path(checkpoint_path), super().load_trainer_state)
 
     def settings(self) -> dict[str, Any]:
         """What a run that continues must have in common with its first part."""
         return settings_of(self)
+
+
+def _asks_for_sparse(sae: Any) -> bool:
+    """Whether SAELens' own pass of this SAE would return sparse activations."""
+    return sae.cfg.use_sparse_activations and not isinstance(sae, BatchTopKTrainingSAE)
 
 
 def _completed(cfg: SAETrainerConfig) -> SAETrainerConfig:

@@ -17,7 +17,11 @@ from torch import Tensor, nn
 
 from saesub.errors import SaesubError
 from saesub.optim import FEATURE_AXIS, SparseAdam, moments
-from saesub.topk.eligibility import takes_sparse_step
+from saesub.topk.eligibility import lay_out_by_feature, why_dense
+from saesub.topk.encode import times_fired
+from saesub.topk.sae import SparseTopKTrainingSAE, search_for
+from saesub.topk.step import autograd_pass
+from saesub.training.checkpoint import follow_schedule
 from saesub.training.distributed.checkpoint import newest_state, read_state, write_state
 from saesub.training.distributed.processes import Processes
 from saesub.training.trainer import Backend, OptimizerName, SubspaceSAETrainer
@@ -94,6 +98,22 @@ class MultiProcessTrainer(SubspaceSAETrainer):
         super().dead_fraction()
         return self._total(int(self.dead_neurons.sum())) / self.n_features
 
+    def _train_step(self, sae: Any, sae_in: Tensor) -> TrainStepOutput:
+        if self.native_step.rows(self) is not None:
+            return super()._train_step(sae, sae_in)
+        sae.train()
+        lay_out_by_feature(sae)
+        dead = self.dead_neurons if sae.cfg.aux_loss_coefficient else None
+        search, dictionary = search_for(sae), self.dictionary
+        output = autograd_pass(sae, sae_in, dead, search=search, dictionary=dictionary)
+        output.loss.backward()
+        dictionary.clip_gradients(sae)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._count_firing(times_fired(output.feature_acts), len(sae_in))
+        self._advance_schedules()
+        return output
+
     def _update_pbar(
         self, step_output: TrainStepOutput, pbar: Any, update_interval: int = 10
     ) -> None:
@@ -140,9 +160,10 @@ class MultiProcessTrainer(SubspaceSAETrainer):
         self.n_training_steps = progress["steps"]
         for parameter in self.sae.parameters():
             moments(self.optimizer, parameter)[0].fill_(progress["steps"])
+        first_lrs = self.lr_scheduler.get_last_lr()
         for group, lr in zip(self.optimizer.param_groups, progress["lr"], strict=True):
             group["lr"] = lr
-        self.lr_scheduler.load_state_dict(progress["lr_scheduler"])
+        follow_schedule(self, progress["lr_scheduler"], first_lrs)
         self.recorder.points = progress["history"]
         self.recorder.since.copy_(torch.tensor(progress["since_record"], dtype=torch.float64))
         self.checkpoint_thresholds = [
@@ -177,7 +198,7 @@ class MultiProcessTrainer(SubspaceSAETrainer):
 
 def check_suits(sae: Any) -> None:
     """Raises SaesubError for an SAE that several processes do not train."""
-    if type(sae) is not TopKTrainingSAE:
+    if type(sae) not in (TopKTrainingSAE, SparseTopKTrainingSAE):
         raise SaesubError(
             f"Several processes train SAELens' TopKTrainingSAE alone, not {type(sae).__name__}: "
             "train it in one process."
@@ -190,10 +211,10 @@ def check_suits(sae: Any) -> None:
 
 
 def _check_settings(sae: Any, cfg: SAETrainerConfig) -> None:
-    if not takes_sparse_step(sae, cfg):
+    reason = "cfg.autocast is on" if cfg.autocast else why_dense(sae)
+    if reason is not None:
         raise SaesubError(
-            "Several processes train an SAE in float32 or float64 without autocast and hooks: "
-            "switch autocast off and remove the hooks."
+            f"Several processes train by the sparse step alone, and it does not suit: {reason}."
         )
     if not all(parameter.requires_grad for parameter in sae.parameters()):
         raise SaesubError("Several processes train all of an SAE's parameters: unfreeze them.")

@@ -1,0 +1,123 @@
+"""SAELens' TopK and BatchTopK training SAEs with a sparse training pass, for any SAELens trainer.
+
+    sae = saesub.SparseTopKTrainingSAE(TopKTrainingSAEConfig(...))
+    LanguageModelSAETrainingRunner(cfg, override_sae=sae).run()
+
+or, for an SAE that is there already, `saesub.use_sparse_step(sae)`. Config, weights, losses and all
+that is saved are SAELens' own; loss and gradients equal those of its dense pass.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Literal, TypeVar
+
+import torch
+from sae_lens import BatchTopKTrainingSAE, TopKTrainingSAE
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+
+from saesub.errors import SaesubError
+from saesub.topk.eligibility import lay_out_by_feature, lay_out_contiguous, why_dense
+from saesub.topk.ops import Search
+from saesub.topk.step import autograd_pass, row_backend, search_of
+
+SearchName = Literal["auto", "exact_search", "torch"]
+SAE = TypeVar("SAE", bound=TopKTrainingSAE)
+
+
+class SparseTopKTrainingSAE(TopKTrainingSAE):
+    """SAELens' `TopKTrainingSAE`; its training pass computes active entries only.
+
+    In SAELens' `SAETrainer`, `MultiSAETrainer` and `LanguageModelSAETrainingRunner` it trains as
+    `TopKTrainingSAE` does, faster. What is saved is a plain SAELens SAE. The pass returns sparse
+    `feature_acts`, as SAELens' own does with `use_sparse_activations=True`. Where the pass would
+    not equal SAELens' (another activation function, hooks, autocast, bfloat16, a replaced method),
+    SAELens' own runs, and one warning says why.
+
+    In training mode `W_enc` lies feature-major in memory (same shape, other strides); `eval()`
+    makes it contiguous. States are contiguous always.
+
+    Attributes:
+        search_name: how a pass finds the active entries. "auto": on a CPU by compiled code with an
+            8-bit candidate search, if there is a C++ compiler, else by torch operators; elsewhere
+            by the whole product. "torch": torch operators alone. "exact_search": the whole product.
+    """
+
+    search_name: SearchName = "auto"
+    _said: frozenset[str] = frozenset()
+
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        """SAELens' pass through active entries; `feature_acts` is a sparse COO tensor."""
+        reason = why_dense(self)
+        if reason is not None:
+            self._say_why_dense(reason)
+            return super().training_forward_pass(step_input)
+        return self._sparse_pass(step_input)  # pyright: ignore
+
+    @torch.compiler.disable
+    def _sparse_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        lay_out_by_feature(self)  # the weights may have been replaced since the last step
+        dead = step_input.dead_neuron_mask if self.cfg.aux_loss_coefficient else None
+        return autograd_pass(self, step_input.sae_in, dead, search=search_for(self))
+
+    def _say_why_dense(self, reason: str) -> None:
+        if reason not in self._said:
+            self._said |= {reason}
+            warnings.warn(
+                f"SAELens' dense step trains this SAE, several times slower than the sparse one: "
+                f"{reason}.",
+                stacklevel=3,
+            )
+
+    def train(self, mode: bool = True) -> Any:
+        """As torch's; in evaluation mode the weights are contiguous."""
+        if not mode:
+            lay_out_contiguous(self)
+        return super().train(mode)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As torch's, with contiguous weights, which safetensors requires."""
+        state = super().state_dict(*args, **kwargs)
+        for name, value in state.items():
+            state[name] = value.contiguous()
+        return state
+
+
+class SparseBatchTopKTrainingSAE(SparseTopKTrainingSAE, BatchTopKTrainingSAE):
+    """`SparseTopKTrainingSAE` of SAELens' `BatchTopKTrainingSAE`."""
+
+
+def use_sparse_step(sae: SAE, *, search: SearchName = "auto") -> SAE:
+    """Give a TopK or BatchTopK SAE of SAELens the sparse training pass, in place.
+
+    The object becomes a `SparseTopKTrainingSAE` or `SparseBatchTopKTrainingSAE`; its config,
+    weights and hooks stay. It is returned, too.
+
+    Args:
+        sae: SAELens' `TopKTrainingSAE` or `BatchTopKTrainingSAE`.
+        search: see `SparseTopKTrainingSAE.search_name`.
+
+    Raises:
+        SaesubError: another architecture, or a class with a pass of its own.
+    """
+    sparse = isinstance(sae, SparseTopKTrainingSAE)
+    if not (sparse or type(sae) in (TopKTrainingSAE, BatchTopKTrainingSAE)):
+        raise SaesubError(
+            f"The sparse step is for SAELens' TopKTrainingSAE and BatchTopKTrainingSAE, not for "
+            f"{type(sae).__name__}: train it as it is, or derive a class of your own from "
+            "saesub.SparseTopKTrainingSAE."
+        )
+    if not sparse:
+        batch = isinstance(sae, BatchTopKTrainingSAE)
+        sae.__class__ = SparseBatchTopKTrainingSAE if batch else SparseTopKTrainingSAE
+    sae.search_name = search  # pyright: ignore
+    return sae
+
+
+def search_for(sae: Any) -> Search:
+    """How a pass by autograd finds an SAE's entries."""
+    # On CUDA by the whole product: what a search misses there has not been measured.
+    compiled = sae.search_name != "torch" and sae.W_enc.dtype == torch.float32
+    on_cpu = sae.W_enc.device.type == "cpu"
+    rows = row_backend(sae.W_enc.device) if compiled and on_cpu else None
+    return search_of(rows, sae.search_name == "exact_search")

@@ -1,0 +1,134 @@
+"""The fused step of a TopK SAE: forward, backward, clipping and Adam by the loops of a backend.
+
+It replaces SAELens' `_train_step` where it equals it; `why_not` says why it does not.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+
+from saesub.errors import SaesubError, near_names
+from saesub.optim import SparseAdam, has_foreign_hooks
+from saesub.topk.backend import RowBackend
+from saesub.topk.eligibility import PARAMETERS, lay_out_by_feature, why_dense
+from saesub.topk.step import SparseStepOutput, row_backend, row_step
+
+if TYPE_CHECKING:  # the trainer imports this module
+    from torch import Tensor
+
+    from saesub.training.trainer import SubspaceSAETrainer
+
+Backend = Literal["auto", "exact_search", "torch", "triton", "dense"]
+# Settings of torch's Adam that the fused step does not know, and must find switched off.
+_UNKNOWN_SETTINGS = ("weight_decay", "amsgrad", "maximize", "differentiable")
+
+
+class NativeStep:
+    """When and how a trainer takes the fused step; `backend` is as in `SubspaceSAETrainer`.
+
+    Attributes:
+        equal_steps: whether the optimizer has updated all parameters equally often. Parameters
+            that were frozen for a while lag behind, and a backend knows one number of steps only.
+
+    Raises:
+        SaesubError: an unknown backend, or "triton" where Triton does not run.
+    """
+
+    def __init__(self, backend: Backend, sae: Any) -> None:
+        if backend not in get_args(Backend):
+            raise SaesubError(
+                f"Unknown backend {backend!r}: {near_names(backend, get_args(Backend))}"
+            )
+        if backend == "triton" and row_backend(sae.W_enc.device, triton=True) is None:
+            raise SaesubError(
+                "backend='triton' needs the SAE on a CUDA device and a Triton that runs there: "
+                "move it with sae.to('cuda'), install triton, or pass backend='torch'."
+            )
+        self.backend = backend
+        self.equal_steps = True
+        self._said: set[str] = set()
+
+    def rows(self, trainer: SubspaceSAETrainer) -> RowBackend | None:
+        """The backend of the next step; None if SAELens' step and autograd take it.
+
+        Where a backend would be there, one warning says why it is not taken.
+        """
+        sae = trainer.sae
+        if not all(parameter.requires_grad for parameter in sae.parameters()):
+            self.equal_steps = False
+        if self.backend in ("torch", "dense") or trainer.cfg.autocast or why_dense(sae):
+            return None  # asked for; or the SAE's own pass says why it is dense
+        rows = row_backend(sae.W_enc.device, triton=self.backend == "triton")
+        reason = None if rows is None else self.why_not(trainer)
+        if reason is None:
+            return rows
+        if reason not in self._said:
+            self._said.add(reason)
+            warnings.warn(
+                f"torch's autograd and optimizer take the sparse step, at half the speed of the "
+                f"compiled one or less: {reason}.",
+                stacklevel=5,
+            )
+        return None
+
+    def why_not(self, trainer: SubspaceSAETrainer) -> str | None:
+        """Why the fused step would not equal SAELens' step of this trainer; None if it would."""
+        sae = trainer.sae
+        if not self.equal_steps:
+            return "some of the weights are frozen, or were"
+        if sae.W_enc.dtype != torch.float32:
+            return f"the weights are in {sae.W_enc.dtype}"
+        if "training_forward_pass" in vars(sae):
+            return "training_forward_pass of this SAE was replaced"
+        losses = [type(m).__name__ for m in trainer.mitigations if m.loss_name]
+        if losses:
+            return f"{' and '.join(losses)} adds to the loss"
+        return _about_parameters(sae) or _about_optimizer(trainer.optimizer, sae)
+
+    def take(
+        self, trainer: SubspaceSAETrainer, rows: RowBackend, sae_in: Tensor
+    ) -> SparseStepOutput:
+        """Forward, backward, clipping and the optimizer's update."""
+        sae = trainer.sae
+        lay_out_by_feature(sae)  # the weights may have been replaced since the last step
+        dead = trainer.dead_neurons if sae.cfg.aux_loss_coefficient else None
+        exact = self.backend == "exact_search"
+        return row_step(
+            rows,
+            sae,
+            trainer.optimizer,
+            sae_in,
+            dead,
+            exact_search=exact,
+            dictionary=trainer.dictionary,
+        )
+
+
+def _about_parameters(sae: Any) -> str | None:
+    for parameter in sae.parameters():
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            return "a parameter has hooks"
+        if parameter.grad is not None:
+            return "gradients were left in the parameters"
+    return None
+
+
+def _about_optimizer(optimizer: torch.optim.Optimizer, sae: Any) -> str | None:
+    groups, step = optimizer.param_groups, vars(optimizer).get("step")
+    if type(optimizer) not in (SparseAdam, torch.optim.Adam):
+        return f"the optimizer is {type(optimizer).__name__}"
+    if has_foreign_hooks(optimizer) or not (
+        step is None or getattr(step, "_wrapped_by_lr_sched", False)
+    ):
+        return "the optimizer has hooks, or a step of its own"
+    given = [parameter for group in groups for parameter in group["params"]]
+    if {id(p) for p in given} != {id(getattr(sae, name)) for name in PARAMETERS}:
+        return "the optimizer has other parameters than the SAE"
+    for name in _UNKNOWN_SETTINGS:
+        if any(group.get(name) for group in groups):
+            return f"the optimizer has {name}"
+    settings = {(float(g["lr"]), tuple(map(float, g["betas"])), float(g["eps"])) for g in groups}
+    return None if len(settings) == 1 else "groups of the optimizer have different settings"
