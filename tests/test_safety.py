@@ -72,7 +72,7 @@ def test_a_pickle_in_a_checkpoint_is_not_run(tmp_path: Path, faults: Faults) -> 
         save(Bomb(tmp_path / "trace"), file)
         with pytest.raises(SaesubError, match=r"trainer_state\.pt is not the file"):
             trainer.load_trainer_state(tmp_path)
-        save_state(trainer, tmp_path)
+        save_state(trainer, tmp_path, lambda folder: None)
         with pytest.raises(SaesubError, match="damaged or incomplete"):
             trainer.load_trainer_state(tmp_path)
         assert not (tmp_path / "trace").exists()
@@ -127,7 +127,7 @@ def test_no_source_reads_pickles_or_runs_text() -> None:
     words = ("torch.load(", "pickle.load", "trust_remote_code=True", "eval(", "exec(", "joblib",
              "allow_pickle=True", "weights_only=False", "shell=True", "extractall")  # fmt: skip
     for path in SOURCES:
-        text = path.read_text().replace(".eval()", "").replace("run_eval(", "")
+        text = path.read_text().replace("eval()", "").replace("run_eval(", "")
         assert [word for word in words if word in text] == [], path.name
 
 

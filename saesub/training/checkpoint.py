@@ -41,7 +41,7 @@ _UNREADABLE = (
     pickle.UnpicklingError,
 )
 _MITIGATION = "mitigation."  # before the names of what mitigations keep
-_MARK = "saesub_checkpoint"  # an empty file, the first written: `STATE_FILENAME` must follow
+_MARK = "saesub_checkpoint.txt"  # the first file written: without the last, it is half a checkpoint
 _FOLDED = ("normalize_activations", "rescale_acts_by_decoder_norm")
 # Where a run is made and what is kept of it, and what folding changes in the SAE at its end.
 _FREE_TO_CHANGE = {
@@ -84,7 +84,7 @@ def save_state(
     """Write a trainer's state: SAELens' part by `save_saelens`, then what that lacks, and the
     checksums of all files in the folder."""
     folder.mkdir(exist_ok=True, parents=True)
-    (folder / _MARK).touch()
+    (folder / _MARK).write_text(f"SAELens' files, and what they lack in {STATE_FILENAME}\n")
     save_saelens(folder)
     state = {"tokens_since_fired": trainer.tokens_since_fired} | trainer.recorder.state()
     state |= {f"{_MITIGATION}{name}": kept for name, kept in trainer.mitigation_state.items()}

@@ -26,6 +26,8 @@ class TokenCountingTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     AuxK takes these too. Arguments and attributes are as in `SubspaceSAETrainer`.
     """
 
+    n_forward_passes_since_fired: Tensor
+
     def __init__(
         self,
         cfg: SAETrainerConfig,
