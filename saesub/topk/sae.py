@@ -29,10 +29,10 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
     """SAELens' `TopKTrainingSAE`; its training pass computes active entries only.
 
     In SAELens' `SAETrainer`, `MultiSAETrainer` and `LanguageModelSAETrainingRunner` it trains as
-    `TopKTrainingSAE` does, faster. What is saved is a plain SAELens SAE. The pass returns sparse
-    `feature_acts`, as SAELens' own does with `use_sparse_activations=True`. Where the pass would
-    not equal SAELens' (another activation function, hooks, autocast, bfloat16, a replaced method),
-    SAELens' own runs, and one warning says why.
+    `TopKTrainingSAE` does, faster. What is saved is a plain SAELens SAE. The pass returns
+    `feature_acts` as a sparse COO tensor. Where the pass would not equal SAELens' (another
+    activation function, hooks, autocast, bfloat16, a replaced method), SAELens' own runs, and one
+    warning says why.
 
     In training mode `W_enc` lies feature-major in memory (same shape, other strides); `eval()`
     makes it contiguous. States are contiguous always.
@@ -69,6 +69,14 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
                 stacklevel=3,
             )
 
+    @classmethod
+    def get_sae_class_for_architecture(cls, architecture: str) -> Any:
+        """So that `load_from_disk` and `from_dict` give sparse classes."""
+        found = _SPARSE.get(architecture)
+        if found is not None and issubclass(found, cls):
+            return found
+        return super().get_sae_class_for_architecture(architecture)  # which refuses it
+
     def train(self, mode: bool = True) -> Any:
         """As torch's; in evaluation mode the weights are contiguous."""
         if not mode:
@@ -85,6 +93,12 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
 
 class SparseBatchTopKTrainingSAE(SparseTopKTrainingSAE, BatchTopKTrainingSAE):
     """`SparseTopKTrainingSAE` of SAELens' `BatchTopKTrainingSAE`."""
+
+
+_SPARSE: dict[str, type[SparseTopKTrainingSAE]] = {
+    "topk": SparseTopKTrainingSAE,
+    "batchtopk": SparseBatchTopKTrainingSAE,
+}
 
 
 def use_sparse_step(sae: SAE, *, search: SearchName = "auto") -> SAE:
@@ -108,8 +122,7 @@ def use_sparse_step(sae: SAE, *, search: SearchName = "auto") -> SAE:
             "saesub.SparseTopKTrainingSAE."
         )
     if not sparse:
-        batch = isinstance(sae, BatchTopKTrainingSAE)
-        sae.__class__ = SparseBatchTopKTrainingSAE if batch else SparseTopKTrainingSAE
+        sae.__class__ = _SPARSE[sae.cfg.architecture()]
     sae.search_name = search  # pyright: ignore
     return sae
 

@@ -56,8 +56,9 @@ class SparseStepOutput(TrainStepOutput):
     @property
     def hidden_pre(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
         raise SaesubError(
-            "The sparse step keeps no pre-activations of inactive features: train with "
-            "backend='dense', or read sae.encode_with_hidden_pre(x)[1]."
+            "The sparse step keeps no pre-activations of inactive features: compute them by "
+            "sae.encode_with_hidden_pre(x)[1], or train SAELens' own class (backend='dense' in "
+            "SubspaceSAETrainer)."
         )
 
     @hidden_pre.setter

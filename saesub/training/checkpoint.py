@@ -91,8 +91,7 @@ def save_state(
     state["random.cpu"] = torch.get_rng_state()
     if torch.device(trainer.cfg.device).type == "cuda":
         state["random.cuda"] = torch.cuda.get_rng_state(trainer.cfg.device)
-    own = (STATE_FILENAME, _MARK)
-    others = [p for p in sorted(folder.iterdir()) if p.is_file() and p.name not in own]
+    others = [p for p in sorted(folder.iterdir()) if p.is_file() and p.name != STATE_FILENAME]
     checksums = {path.name: file_sha256(path) for path in others}
     record = json.dumps({"settings": trainer.settings(), "files": checksums})
     write_checksummed(folder / STATE_FILENAME, _FORM, state, record)
@@ -135,7 +134,6 @@ def load_state(
     }
     trainer.recorder.load_state(state)
     follow_config(trainer.sae, folder)
-    # SAELens saves in the middle of a step: its step counter lags the steps taken by one.
     trainer.n_training_steps = steps
     reached = trainer.n_training_samples
     trainer.checkpoint_thresholds = [t for t in trainer.checkpoint_thresholds if t >= reached]
@@ -168,7 +166,8 @@ def _load_saelens_part(
     finally:
         trainer.lr_scheduler = schedule
     follow_schedule(trainer, kept.state, first_lrs)
-    return kept.state["last_epoch"]
+    # SAELens saves in the middle of a step, before it counts it.
+    return max(trainer.n_training_steps, kept.state["last_epoch"])
 
 
 def follow_schedule(

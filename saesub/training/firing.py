@@ -16,12 +16,11 @@ from torch import Tensor
 from saesub.errors import SaesubError
 from saesub.training.history import History
 
-_FIELD_WINDOW = 10_000_000  # tokens; what papers on SAEs use
 _DEFAULT_WINDOW = SAETrainerConfig.dead_feature_window  # steps
 
 
 class TokenCountingTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
-    """`SAETrainer` whose dead features are those silent over a window of tokens, not of steps.
+    """`SAETrainer` whose dead features can be those silent over a window of tokens, not of steps.
 
     AuxK takes these too. Arguments and attributes are as in `SubspaceSAETrainer`.
     """
@@ -38,7 +37,7 @@ class TokenCountingTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         save_checkpoint_fn: SaveCheckpointFn | None,
     ) -> None:
         super().__init__(cfg, sae, data_provider, evaluator, save_checkpoint_fn)
-        self.window_in_steps = cfg.dead_feature_window != _DEFAULT_WINDOW
+        self.window_in_steps = dead_window_tokens is None
         self.dead_window_tokens = _window(cfg, dead_window_tokens)
         self.tokens_since_fired = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=cfg.device)
         exact = torch.promote_types(sae.dtype, torch.float32)
@@ -106,14 +105,13 @@ class TokenCountingTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     def build_train_step_log_dict(
         self, output: TrainStepOutput, n_training_samples: int
     ) -> dict[str, Any]:
-        """What SAELens logs of a step, the batch's FVU and, after one window, the dead share.
+        """What SAELens logs of a step and, after one window, the share of dead features.
 
         `sparsity/dead_features` is SAELens' count over its window of steps. It is logged if
         `cfg.logger` says so, which by default it does not.
         """
         figures = super().build_train_step_log_dict(output, n_training_samples)
         figures["sparsity/dead_features"] = self._dead_by_steps().sum().item()
-        figures["metrics/fvu"] = 1 - figures["metrics/explained_variance"]
         if n_training_samples >= self.dead_window_tokens:
             figures["sparsity/dead_share"] = self.dead_fraction()
         return figures
@@ -131,12 +129,9 @@ class TokenCountingTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
 
 def _window(cfg: SAETrainerConfig, dead_window_tokens: int | None) -> int:
     """The window in tokens. Raises SaesubError for an empty window, and for two of them."""
-    of_steps = cfg.dead_feature_window != _DEFAULT_WINDOW
-    if dead_window_tokens is None:
-        if of_steps:  # SAELens' dead are silent for more steps than its window has
-            return (cfg.dead_feature_window + 1) * cfg.train_batch_size_samples
-        return min(_FIELD_WINDOW, max(1, cfg.total_training_samples // 5))
-    if of_steps:
+    if dead_window_tokens is None:  # SAELens' dead are silent for more steps than its window has
+        return (cfg.dead_feature_window + 1) * cfg.train_batch_size_samples
+    if cfg.dead_feature_window != _DEFAULT_WINDOW:
         raise SaesubError(
             f"Two windows were set, cfg.dead_feature_window={cfg.dead_feature_window} steps and "
             f"dead_window_tokens={dead_window_tokens} tokens: leave one of them out."

@@ -42,11 +42,11 @@ _SEARCH: dict[str, SearchName] = {"torch": "torch", "exact_search": "exact_searc
 class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     """`SAETrainer` for any SAELens training SAE, with four differences.
 
-    Dead features are counted in tokens (SAELens counts steps), also where AuxK asks for them; the
-    optimizer is chosen by name; mitigations against dead features can be added, in any combination;
-    and a TopK or BatchTopK SAE is given the sparse pass of `SparseTopKTrainingSAE`, and where the
-    optimizer allows it a fused step. Loss and gradients are those of SAELens' dense pass; a warning
-    says where that pass is taken, and why. `W_enc` lies feature-major in memory (same shape, other
+    Dead features can be counted in tokens (SAELens counts steps), also for AuxK; the optimizer is
+    chosen by name; mitigations against dead features can be added, in any combination; and a TopK
+    or BatchTopK SAE is given the sparse pass of `SparseTopKTrainingSAE`, and where the optimizer
+    allows it a fused step. Loss and gradients are those of SAELens' dense pass; a warning says
+    where that pass is taken, and why. `W_enc` lies feature-major in memory (same shape, other
     strides) until `fit` ends.
 
     Args:
@@ -61,10 +61,9 @@ class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CON
             "exact_search": as "auto" with the whole float32 product for the search. "triton":
             Triton kernels on CUDA; only by name, until they have been run on a GPU. "dense":
             SAELens' own step.
-        dead_window_tokens: a feature silent for this many tokens is dead. By default 10M, or a
-            fifth of the run if that is less. If `cfg.dead_feature_window` is set to another number
-            than SAELens' default, that window of steps counts instead: more than w steps are
-            (w + 1) × `cfg.train_batch_size_samples` tokens.
+        dead_window_tokens: a feature silent for this many tokens is dead. By default SAELens'
+            window of steps counts: silent for more than w = `cfg.dead_feature_window` steps, which
+            are (w + 1) × `cfg.train_batch_size_samples` tokens.
         mitigations: at most one of each kind, applied in this order. AuxK and whitening are
             settings of the SAE (`aux_loss_coefficient`,
             `normalize_activations="covariance_whitening"`).
@@ -90,13 +89,13 @@ class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CON
         cfg: SAETrainerConfig,
         sae: Any,
         data_provider: Iterator[Tensor],
+        evaluator: Evaluator[Any] | None = None,
+        save_checkpoint_fn: SaveCheckpointFn | None = None,
         *,
         optimizer: OptimizerName = "sparse_adam",
         backend: Backend = "auto",
         dead_window_tokens: int | None = None,
         mitigations: Sequence[Mitigation] = (),
-        evaluator: Evaluator[Any] | None = None,
-        save_checkpoint_fn: SaveCheckpointFn | None = None,
     ) -> None:
         cfg = _completed(cfg)
         check_sae(sae)
@@ -141,8 +140,6 @@ class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CON
             raise SaesubError(memory_advice(self.sae, len(batch), copies)) from error
         for mitigation in self.mitigations:
             mitigation.after_step(self, output)
-        if isinstance(output, SparseStepOutput):
-            output.dense_when_read = not _asks_for_sparse(self.sae)
         return output
 
     def _check_batch(self, batch: Tensor) -> None:
@@ -164,11 +161,13 @@ class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CON
                 output = super()._train_step(sae, sae_in)
             # SAELens counts every batch as one of the configured size.
             self.n_frac_active_samples += len(sae_in) - self.cfg.train_batch_size_samples
-            return output
-        sae.train()
-        output = self.native_step.take(self, rows, sae_in)
-        self._count_firing(times_fired(output.feature_acts), len(sae_in))
-        self._advance_schedules()
+        else:
+            sae.train()
+            output = self.native_step.take(self, rows, sae_in)
+            self._count_firing(times_fired(output.feature_acts), len(sae_in))
+            self._advance_schedules()
+        if isinstance(output, SparseStepOutput):
+            output.dense_when_read = not _asks_for_sparse(self.sae)
         return output
 
     def _advance_schedules(self) -> None:

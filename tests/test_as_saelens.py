@@ -1,0 +1,446 @@
+"""`SubspaceSAETrainer` does what `SAETrainer` does with the same SAE, optimizer and checkpoint."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sae_lens import SAETrainer, TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from safetensors.torch import save_file
+from torch import Tensor
+
+from saesub.errors import SaesubError
+from saesub.topk import cpu
+from saesub.topk.sae import SparseTopKTrainingSAE
+from saesub.training.mitigations import GhostGradients
+from saesub.training.native_step import NativeStep
+from saesub.training.trainer import SubspaceSAETrainer
+
+D_IN, D_SAE, K, BATCH, STEPS = 32, 256, 4, 64, 40
+needs_native = pytest.mark.skipif(cpu.library() is None, reason="no C++ compiler here")
+Trainer = Callable[..., SAETrainer]
+
+
+def make(**settings: Any) -> TopKTrainingSAE:
+    torch.manual_seed(0)
+    settings = {"d_in": D_IN, "d_sae": D_SAE, "k": K, "decoder_init_norm": 0.7} | settings
+    return TopKTrainingSAE(TopKTrainingSAEConfig(**settings))
+
+
+def recipe(steps: int = STEPS, **settings: Any) -> SAETrainerConfig:
+    given = {"lr": 2e-3, "lr_end": 2e-4, "lr_warm_up_steps": 5, "lr_decay_steps": 10}
+    return SAETrainerConfig(steps * BATCH, BATCH, **(given | settings))
+
+
+def batches(start: int = 0) -> Iterator[Tensor]:
+    """Every batch has its own seed, so that a resumed run gets those that it has not seen."""
+    mixing = torch.randn(D_IN, D_IN, generator=torch.Generator().manual_seed(1))
+    for step in itertools.count(start):
+        generator = torch.Generator().manual_seed(1000 + step)
+        yield torch.randn(BATCH, D_IN, generator=generator) @ mixing + 1
+
+
+def adam(cfg: SAETrainerConfig, sae: Any, source: Iterator[Tensor], **more: Any) -> Any:
+    return SubspaceSAETrainer(cfg, sae, source, optimizer="adam", **more)
+
+
+def sparse_adam(cfg: SAETrainerConfig, sae: Any, source: Iterator[Tensor], **more: Any) -> Any:
+    return SubspaceSAETrainer(cfg, sae, source, **more)
+
+
+def take(trainer: SAETrainer, start: int, stop: int) -> list[TrainStepOutput]:
+    outputs = []
+    for x in itertools.islice(batches(start), stop - start):
+        outputs.append(trainer.step(x))
+        trainer.n_training_steps += 1
+    return outputs
+
+
+def distance(ours: SAETrainer, theirs: SAETrainer) -> float:
+    """Between their weights, as a share of how far `theirs` have moved."""
+    a, b, start = (
+        torch.cat([parameter.detach().flatten() for parameter in sae.parameters()])
+        for sae in (ours.sae, theirs.sae, make())
+    )
+    return float((a - b).norm() / (b - start).norm())
+
+
+def lr_of(trainer: SAETrainer) -> float:
+    return trainer.optimizer.param_groups[0]["lr"]
+
+
+# --- the fused step is taken where it is SAELens' step, and nowhere else -------------------------
+
+
+def other_lr(trainer: Any) -> None:
+    sae = trainer.sae
+    groups = [{"params": [sae.W_enc, sae.W_dec]}, {"params": [sae.b_enc, sae.b_dec], "lr": 0.1}]
+    trainer.optimizer = torch.optim.Adam(groups, lr=1e-3)
+
+
+def decay(trainer: Any) -> None:
+    for group in trainer.optimizer.param_groups:
+        group["weight_decay"] = 10.0
+
+
+def amsgrad(trainer: Any) -> None:
+    trainer.optimizer = torch.optim.Adam(trainer.sae.parameters(), lr=2e-2, amsgrad=True)
+
+
+def adamw(trainer: Any) -> None:
+    trainer.optimizer = torch.optim.AdamW(trainer.sae.parameters(), lr=1e-2, weight_decay=3.0)
+
+
+def sgd(trainer: Any) -> None:
+    trainer.optimizer = torch.optim.SGD(trainer.sae.parameters(), lr=1e-3)
+
+
+def parameter_hook(trainer: Any) -> None:
+    trainer.sae.W_dec.register_hook(lambda gradient: gradient * 0)
+
+
+def accumulated_hook(trainer: Any) -> None:
+    def zero(parameter: Any) -> None:
+        parameter.grad.zero_()
+
+    trainer.sae.W_dec.register_post_accumulate_grad_hook(zero)
+
+
+def optimizer_hook(trainer: Any) -> None:
+    def raise_lr(optimizer: Any, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] *= 1.2
+
+    trainer.optimizer.register_step_pre_hook(raise_lr)
+
+
+def own_step(trainer: Any) -> None:
+    trainer.optimizer.step = lambda: None
+
+
+def own_pass(trainer: Any) -> None:
+    given = trainer.sae.training_forward_pass
+
+    def absolute(step_input: TrainStepInput) -> TrainStepOutput:
+        output = given(step_input=step_input)
+        output.loss = (output.sae_out - output.sae_in).abs().sum(-1).mean()
+        return output
+
+    trainer.sae.training_forward_pass = absolute
+
+
+def fewer_parameters(trainer: Any) -> None:
+    group = trainer.optimizer.param_groups[0]
+    group["params"] = [p for p in group["params"] if p is not trainer.sae.W_enc]
+
+
+def gradient_left(trainer: Any) -> None:
+    trainer.sae.b_enc.grad = torch.ones_like(trainer.sae.b_enc)
+
+
+CHANGES: dict[str, tuple[Callable[[Any], None], str]] = {
+    "learning rate of a group": (other_lr, "groups of the optimizer have different settings"),
+    "weight decay": (decay, "the optimizer has weight_decay"),
+    "amsgrad": (amsgrad, "the optimizer has amsgrad"),
+    "AdamW": (adamw, "the optimizer is AdamW"),
+    "SGD": (sgd, "the optimizer is SGD"),
+    "hook on a parameter": (parameter_hook, "a parameter has hooks"),
+    "hook on a gradient": (accumulated_hook, "a parameter has hooks"),
+    "hook on the optimizer": (optimizer_hook, "the optimizer has hooks"),
+    "step of the optimizer": (own_step, "a step of its own"),
+    "pass": (own_pass, "training_forward_pass of this SAE was replaced"),
+    "fewer parameters": (fewer_parameters, "other parameters than the SAE"),
+    "gradient left": (gradient_left, "gradients were left"),
+}
+
+
+@needs_native
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_is_followed_as_saelens_follows_it(change):
+    alter, reason = CHANGES[change]
+    ours, theirs = (kind(recipe(), make(), iter(())) for kind in (adam, SAETrainer))
+    take(ours, 0, 3)  # by the fused step, so that there is a state to be taken over
+    take(theirs, 0, 3)
+    unchanged = adam(recipe(), make(), iter(()))
+    take(unchanged, 0, 10)
+    for trainer in (ours, theirs):
+        alter(trainer)
+    with pytest.warns(UserWarning, match=f"torch's autograd and optimizer .*{reason}"):
+        take(ours, 3, 4)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=f".*{reason}")  # said once
+        take(ours, 4, 10)
+    take(theirs, 3, 10)
+    near, far = distance(ours, theirs), distance(ours, unchanged)
+    assert near < 0.02  # Adam enlarges rounding where a gradient is about zero
+    assert far > 0.1  # the change mattered
+
+
+@needs_native
+def test_the_fused_step_is_taken_otherwise(monkeypatch):
+    taken, take_step = [], NativeStep.take
+    monkeypatch.setattr(NativeStep, "take", lambda *a: taken.append(1) or take_step(*a))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*step")
+        for optimizer in (adam, sparse_adam):
+            sae = make()
+            sae.activation_fn.k = K + 1  # pyright: ignore
+            take(optimizer(recipe(), sae, iter(())), 0, 5)
+    assert len(taken) == 10
+
+
+@pytest.mark.parametrize("setting", ["weight_decay", "amsgrad", "maximize"])
+def test_sparse_adam_refuses_settings_that_it_would_ignore(setting):
+    trainer = sparse_adam(recipe(), make(), iter(()), backend="torch")
+    trainer.optimizer.param_groups[1][setting] = True
+    with pytest.raises(SaesubError, match=f"SparseAdam has no {setting}"):
+        take(trainer, 0, 1)
+
+
+@needs_native
+def test_an_added_loss_is_said_and_the_sae_is_left_as_it_was():
+    sae = make()
+    trainer = adam(
+        recipe(), sae, iter(()), mitigations=[GhostGradients()], dead_window_tokens=BATCH
+    )
+    with pytest.warns(UserWarning, match="GhostGradients adds to the loss"):
+        outputs = take(trainer, 0, 5)
+    assert outputs[-1].losses["ghost_gradient_loss"] > 0
+    assert "training_forward_pass" not in vars(sae)
+
+
+def test_it_is_generic_as_saelens_trainer_is():
+    assert SubspaceSAETrainer[Any, Any]
+    assert SubspaceSAETrainer[TopKTrainingSAE, TopKTrainingSAEConfig]
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "dense"])
+def test_a_steps_activations_are_dense_unless_sparse_ones_were_asked_for(backend):
+    (output,) = take(adam(recipe(), make(), iter(()), backend=backend), 0, 1)
+    assert int((output.feature_acts > 0).sum()) <= BATCH * K
+    assert output.feature_acts.mean(0).shape == (D_SAE,)
+    settings = {"use_sparse_activations": True, "rescale_acts_by_decoder_norm": False}
+    (output,) = take(adam(recipe(), make(**settings), iter(()), backend=backend), 0, 1)
+    assert output.feature_acts.is_sparse
+
+
+def test_weights_are_contiguous_when_training_has_ended(tmp_path):
+    sae = adam(recipe(4), make(), batches()).fit()
+    assert isinstance(sae, SparseTopKTrainingSAE)
+    sae.W_enc.view(-1)
+    save_file(dict(sae.named_parameters()), tmp_path / "by-hand.safetensors")
+
+
+def test_laying_weights_out_again_leaves_no_hooks_behind():
+    trainer = adam(recipe(), make(), iter(()))
+    for _ in range(3):
+        trainer.sae.W_enc.data = trainer.sae.W_enc.data.contiguous()
+        take(trainer, 0, 1)
+    assert not trainer.sae._state_dict_hooks
+
+
+# --- windows -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "dense"])
+def test_a_window_of_steps_is_saelens_window_auxk_included(backend):
+    cfg = recipe(dead_feature_window=3)
+    ours, theirs = adam(cfg, make(), iter(()), backend=backend), SAETrainer(cfg, make(), iter(()))
+    assert ours.dead_window_tokens == 4 * BATCH
+    for step in range(12):
+        a, b = take(ours, step, step + 1)[0], take(theirs, step, step + 1)[0]
+        name = "auxiliary_reconstruction_loss"
+        torch.testing.assert_close(a.losses[name], b.losses[name], rtol=1e-3, atol=1e-6)
+        assert torch.equal(ours.dead_neurons, theirs.dead_neurons)
+    assert a.losses[name] > 0
+    assert ours.dead_fraction() == theirs.dead_neurons.float().mean()
+    assert torch.equal(ours.tokens_since_fired >= 4 * BATCH, ours.dead_neurons)
+
+
+def test_a_window_of_steps_counts_steps_where_batches_differ():
+    cfg = recipe(dead_feature_window=3)
+    ours, theirs = adam(cfg, make(), iter(())), SAETrainer(cfg, make(), iter(()))
+    for x in itertools.islice(batches(), 12):
+        ours.step(x[:2])
+        theirs.step(x[:2])
+        assert torch.equal(ours.dead_neurons, theirs.dead_neurons)
+    assert ours.dead_neurons.any()
+
+
+def test_two_windows_are_refused():
+    with pytest.raises(SaesubError, match=r"Two windows .*dead_feature_window=3 .*tokens=128"):
+        adam(recipe(dead_feature_window=3), make(), iter(()), dead_window_tokens=128)
+
+
+def test_saelens_metadata_keep_saelens_meaning():
+    """Over a window of tokens that is shorter than SAELens' thousand steps."""
+    ours = adam(recipe(8), make(), batches(), dead_window_tokens=2 * BATCH)
+    theirs = SAETrainer(recipe(8), make(), batches())
+    ours.fit(), theirs.fit()
+    found, expected = ours.sae.cfg.metadata, theirs.sae.cfg.metadata
+    assert found.num_dead_features == expected.num_dead_features == 0
+    assert found.l0 == pytest.approx(expected.l0)
+    assert found.dead_window_tokens == 2 * BATCH
+    assert found.dead_share == ours.dead_fraction() > 0
+    output = take(ours, 0, 1)[0]
+    assert ours.build_train_step_log_dict(output, 1)["sparsity/dead_features"] == 0
+
+
+# --- checkpoints ---------------------------------------------------------------------------------
+
+TRAINERS: dict[str, Trainer] = {"saelens": SAETrainer, "adam": adam, "sparse_adam": sparse_adam}
+SAES = {"plain": make, "sparse": lambda **settings: SparseTopKTrainingSAE(make(**settings).cfg)}
+
+
+def resumed(kind: Trainer, cfg: SAETrainerConfig, sae: Any, folder: Path, **more: Any) -> Any:
+    trainer = kind(cfg, sae, iter(()), **more)
+    trainer.load_trainer_state(folder)
+    trainer.sae.load_weights_from_checkpoint(folder)
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("dtype", "backend"), [("float32", "auto"), ("float64", "torch"), ("float64", "dense")]
+)
+@pytest.mark.parametrize("sae", SAES)
+@pytest.mark.parametrize("by", TRAINERS)
+@pytest.mark.parametrize("saved", TRAINERS)
+def test_checkpoints_cross(tmp_path, saved, by, sae, dtype, backend):
+    """Saved by one and resumed by the other ends as `by` would have ended alone."""
+    first = TRAINERS[saved](recipe(), make(dtype=dtype), iter(()))
+    take(first, 0, 20)
+    first.save_checkpoint("20", tmp_path)
+    more = {} if by == "saelens" else {"backend": backend}
+    arguments = (TRAINERS[by], recipe(), SAES[sae](dtype=dtype), tmp_path / "20")
+    if (saved == "sparse_adam") != (by == "sparse_adam"):
+        error = ValueError if by == "saelens" else SaesubError
+        with pytest.raises(error, match=r"optimizer '|parameter group"):
+            resumed(*arguments, **more)
+        return
+    second = resumed(*arguments, **more)
+    take(second, 20, STEPS)
+    alone = "sparse_adam" if by == "sparse_adam" else "saelens"
+    whole = TRAINERS[alone](recipe(), make(dtype=dtype), iter(()))
+    take(whole, 0, STEPS)
+    assert distance(second, whole) < (1e-6 if dtype == "float64" else 0.05)
+    assert lr_of(second) == lr_of(whole)
+    if dtype == "float64":
+        assert torch.equal(second.act_freq_scores, whole.act_freq_scores)
+
+
+def test_silence_is_taken_over_from_saelens(tmp_path):
+    first = SAETrainer(recipe(), make(), iter(()))
+    take(first, 0, 6)
+    first.save_checkpoint("6", tmp_path)
+    second = resumed(adam, recipe(), make(), tmp_path / "6")
+    whole = adam(recipe(), make(), iter(()))
+    take(whole, 0, 6)
+    assert torch.equal(second.tokens_since_fired, whole.tokens_since_fired)
+    assert second.n_training_steps == 6
+
+
+@pytest.mark.parametrize("kind", [adam, sparse_adam])
+def test_a_finished_run_continues_with_more_tokens(tmp_path, kind):
+    """With the schedule of the longer run from there on, and the default window."""
+    cfg = recipe(20, checkpoint_path=str(tmp_path), save_final_checkpoint=True)
+    kind(cfg, make(), batches()).fit()
+    longer = recipe(STEPS)
+    with pytest.warns(UserWarning, match=r"total_training_samples 1280 \(here 2560\)"):
+        second = resumed(kind, longer, make(), tmp_path / "final_1280")
+    whole = kind(longer, make(), iter(()))
+    assert second.dead_window_tokens == whole.dead_window_tokens
+    take(whole, 0, 20)
+    assert lr_of(second) == pytest.approx(lr_of(whole), rel=1e-12)
+    assert second.n_training_steps == 20
+    second.data_provider = batches(20)
+    before = second.sae.W_dec.detach().clone()
+    second.fit()
+    take(whole, 20, STEPS)
+    assert second.n_training_samples == STEPS * BATCH
+    assert lr_of(second) == pytest.approx(lr_of(whole), rel=1e-9)
+    assert (second.sae.W_dec - before).norm() > 0.01 * before.norm()
+
+
+def test_another_schedule_is_that_of_the_new_settings(tmp_path):
+    first = adam(recipe(), make(), iter(()))
+    take(first, 0, 8)
+    first.save_checkpoint("8", tmp_path)
+    cfg = recipe(lr=1e-3, lr_end=1e-4, lr_scheduler_name="cosineannealing", lr_warm_up_steps=0)
+    with pytest.warns(UserWarning, match="lr_scheduler_name 'constant' .*here 'cosineannealing'"):
+        second = resumed(adam, cfg, make(), tmp_path / "8")
+    whole = adam(cfg, make(), iter(()))
+    take(whole, 0, 8)
+    for step in range(8, STEPS):
+        assert lr_of(second) == pytest.approx(lr_of(whole), rel=1e-12)
+        take(second, step, step + 1)
+        take(whole, step, step + 1)
+
+
+def test_steps_are_counted_where_batches_differ(tmp_path):
+    trainer = adam(recipe(), make(), iter(()))
+    for x in itertools.islice(batches(), 7):
+        trainer.step(x[:10])
+        trainer.n_training_steps += 1
+    trainer.save_checkpoint("7", tmp_path)
+    assert resumed(adam, recipe(), make(), tmp_path / "7").n_training_steps == 7
+
+
+def test_the_initialisations_metadata_survive_a_resume(tmp_path):
+    sae = make()
+    sae.cfg.metadata.subspace_init = {"d_init": 7}
+    trainer = adam(recipe(), sae, iter(()))
+    take(trainer, 0, 2)
+    trainer.save_checkpoint("2", tmp_path)
+    fresh = make()
+    fresh.cfg.metadata.hook_name = "mine"
+    found = resumed(adam, recipe(), fresh, tmp_path / "2").sae.cfg.metadata
+    assert found.subspace_init == {"d_init": 7}
+    assert found.hook_name == "mine"
+
+
+def test_a_field_that_one_version_lacks_is_no_difference(tmp_path, monkeypatch):
+    trainer = adam(recipe(), make(), iter(()))
+    kept = trainer.settings()
+    newer = {**kept, "a_field_of_tomorrow": 1}
+    older = {name: value for name, value in kept.items() if name != "apply_b_dec_to_input"}
+    for i, settings in enumerate((newer, older)):
+        monkeypatch.setattr(trainer, "settings", lambda settings=settings: settings)
+        trainer.save_checkpoint(str(i), tmp_path)
+        resumed(adam, recipe(), make(), tmp_path / str(i))
+
+
+def test_a_checkpoint_that_lost_its_last_file_is_damaged(tmp_path):
+    adam(recipe(), make(), iter(())).save_checkpoint("0", tmp_path)
+    (tmp_path / "0" / "saesub_state.safetensors").unlink()
+    with pytest.raises(SaesubError, match="damaged or incomplete"):
+        resumed(adam, recipe(), make(), tmp_path / "0")
+
+
+def test_a_saelens_checkpoint_of_another_sae_is_refused(tmp_path):
+    SAETrainer(recipe(), make(), iter(())).save_checkpoint("0", tmp_path)
+    with pytest.raises(SaesubError, match=r"k 4 \(here 5\)"):
+        resumed(adam, recipe(), make(k=5), tmp_path / "0")
+    assert json.loads((tmp_path / "0" / "cfg.json").read_text())["k"] == 4
+
+
+def test_moments_in_other_strides_are_paired_with_their_weights():
+    """torch's fused Adam on a CPU takes it for granted that they lie alike."""
+    weights = []
+    for backend in ("dense", "torch"):
+        trainer = adam(recipe(), make(), iter(()), backend=backend)
+        for step in range(6):
+            if step % 2:
+                trainer.sae.W_enc.data = trainer.sae.W_enc.data.T.contiguous().T
+            else:
+                trainer.sae.W_enc.data = trainer.sae.W_enc.data.contiguous()
+            take(trainer, step, step + 1)
+        weights.append(trainer.sae.W_enc.detach())
+    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)
