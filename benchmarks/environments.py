@@ -27,7 +27,7 @@ class Contender:
     environment: str | None = None
 
 
-_SAESUB = ("torch-adam", "torch-sparse_adam", "native-adam", "native-sparse_adam")
+_SAESUB = ("saelens-adam", "torch-adam", "torch-sparse_adam", "native-adam", "native-sparse_adam")
 
 CONTENDERS = (
     Contender("sae-lens", "saelens_dense.py"),

@@ -22,6 +22,7 @@ from PIL import Image
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PAGE = RESULTS.parent.parent / "docs" / "speed.md"
+README = RESULTS.parent.parent / "README.md"
 BASELINE, FLOOR = "sae-lens", "encoder-product"
 COLOURS = {
     "sae-lens": "#444444",
@@ -29,11 +30,17 @@ COLOURS = {
     "llamascopium": "#CC6677",
     "sparsify": "#882255",
     "dictionary-learning": "#B8860B",
+    "saesub-saelens-adam": "#88CCEE",
     "saesub-torch-adam": "#56B4E9",
     "saesub-torch-sparse_adam": "#44AA99",
     "saesub-native-adam": "#0072B2",
     "saesub-native-sparse_adam": "#332288",
     "encoder-product": "#000000",
+}
+_IN_SAELENS = {
+    "saesub-saelens-adam": "the sparse class there",
+    "saesub-native-adam": "`SubspaceSAETrainer` with Adam",
+    "saesub-native-sparse_adam": "with SparseAdam",
 }
 _LABEL_GAP = 0.055  # of the axes' height, between two labels
 
@@ -110,7 +117,7 @@ def page_block(results: str | Path) -> str:
 
 def _beside(results: str | Path) -> list[str]:
     """What the tables do not say, a paragraph each."""
-    parts = (_conditions, _trained, _one_thread, _passes)
+    parts = (_conditions, in_saelens, _trained, _one_thread, _passes)
     return [text for text in (part(results) for part in parts) if text]
 
 
@@ -205,6 +212,35 @@ def _widest(results: str | Path) -> str:
     return (
         f"At d_sae {width:,}, {batch:,} tokens per step: {'; '.join(told)}. "
         f"Of each, {state:.1f} GB are the weights and Adam's two averages of them."
+    )
+
+
+def in_saelens(results: str | Path) -> str:
+    """How much faster than SAELens' class the sparse one is in SAELens' own trainer, and
+    `SubspaceSAETrainer`, from the records in `in-saelens/`, if any."""
+    folder = Path(results) / "in-saelens"
+    if not any(folder.glob("b*-d*.json")):
+        return ""
+    speedups = summary(folder)["speedup"]
+    told = [
+        f"{name} {_by_width(speedups.xs(contender, level='contender'))}"
+        for contender, name in _IN_SAELENS.items()
+    ]
+    (machine,) = {_machine(json.loads(path.read_text())) for path in _records(folder)}
+    return f"Times as fast as SAELens' class in its own trainer: {'; '.join(told)} ({machine})."
+
+
+def _by_width(speedups: pd.Series) -> str:
+    each = [f"{ratio:.2g}" for ratio in speedups]
+    widths = [f"{width:,}" for _, width in speedups.index]
+    return f"{', '.join(each)} at d_sae {', '.join(widths)}"
+
+
+def _machine(record: dict) -> str:
+    settings = record["settings"]
+    return (
+        f"{settings['batch']:,} tokens a step, k 32; {record['machine']['processor']}, "
+        f"{settings['threads']} threads"
     )
 
 
@@ -375,6 +411,7 @@ def main() -> None:
     save_png(figure(results), results / "speed.png")
     if results.resolve() == RESULTS:
         PAGE.write_text(with_block(PAGE.read_text(), page_block(results)))
+        README.write_text(with_block(README.read_text(), in_saelens(results)))
     print(markdown_table(results))
 
 

@@ -217,6 +217,24 @@ def test_an_added_loss_is_said_and_the_sae_is_left_as_it_was():
     assert "training_forward_pass" not in vars(sae)
 
 
+@pytest.mark.parametrize("backend", ["torch", "dense"])
+@pytest.mark.parametrize("scaling", ["none", "expected_average_only_in", "covariance_whitening"])
+def test_fit_ends_with_the_weights_of_saelens_fit(backend, scaling):
+    """In float64, where forty steps leave no room for another loss or gradient."""
+    settings = {"dtype": "float64", "normalize_activations": scaling}
+    cfg = recipe(dead_feature_window=5, n_batches_for_norm_estimate=10)
+    ours = adam(cfg, make(**settings), batches(), backend=backend)
+    theirs = SAETrainer(cfg, make(**settings), batches())
+    for trainer in (ours, theirs):
+        trainer.fit()
+    assert distance(ours, theirs) < 1e-9
+    assert torch.equal(ours.act_freq_scores, theirs.act_freq_scores)
+    assert torch.equal(ours.dead_neurons, theirs.dead_neurons)
+    assert ours.dead_neurons.any()
+    for name in ("l0", "num_dead_features"):
+        assert ours.sae.cfg.metadata[name] == theirs.sae.cfg.metadata[name]
+
+
 def test_it_is_generic_as_saelens_trainer_is():
     assert SubspaceSAETrainer[Any, Any]
     assert SubspaceSAETrainer[TopKTrainingSAE, TopKTrainingSAEConfig]

@@ -32,7 +32,7 @@ with_hook = trainer(optimizer_fn=lambda sae, cfg: SparseAdam(parameter_groups(sa
 with_hook.fit()
 assert type(with_hook.optimizer) is SparseAdam
 assert all(s["step"] == 2 for s in with_hook.optimizer.state.values())
-assert "initializer" in inspect.signature(LanguageModelSAETrainingRunner).parameters
+assert "optimizer_fn" in inspect.signature(LanguageModelSAETrainingRunner).parameters
 print(sae_lens.__file__)
 """
 

@@ -1,25 +1,30 @@
-"""saesub on SAELens' default TopK SAE; `--variant` names the backend and the optimizer."""
+"""saesub on SAELens' default TopK SAE; `--variant` names the backend and the optimizer, or is
+saelens-adam, the sparse SAE in SAELens' own trainer."""
 
 from __future__ import annotations
 
 import sys
 
 import harness
+from sae_lens import SAETrainer
 from saelens_dense import stepper, trainer_config, untrained
 
 from saesub.topk import cpu
+from saesub.topk.sae import use_sparse_step
 from saesub.training.trainer import SubspaceSAETrainer
 
 VARIANT = sys.argv.pop(sys.argv.index("--variant") + 1)
 sys.argv.remove("--variant")
-PATH, OPTIMIZER = VARIANT.split("-")  # torch or native; adam or sparse_adam
+PATH, OPTIMIZER = VARIANT.split("-")  # saelens, torch or native; adam or sparse_adam
 
 
 def make(d_in: int, d_sae: int, k: int, batch: int, seed: int) -> harness.Step:
     """One step of saesub's TopK training on x (batch, d_in)."""
-    if PATH == "native" and not cpu.has_int8_search():
+    if PATH != "torch" and not cpu.has_int8_search():
         raise RuntimeError("the compiled step with its 8-bit search is not to be had here")
     sae = untrained(d_in, d_sae, k, seed)
+    if PATH == "saelens":
+        return stepper(SAETrainer(trainer_config(batch), use_sparse_step(sae), iter(())))
     backend = {"torch": "torch", "native": "auto"}[PATH]
     cfg = trainer_config(batch)
     trainer = SubspaceSAETrainer(cfg, sae, iter(()), optimizer=OPTIMIZER, backend=backend)

@@ -47,7 +47,9 @@ class SparseStepOutput(TrainStepOutput):
 
     @property
     def feature_acts(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self._entries.to_dense() if self.dense_when_read else self._entries
+        if self.dense_when_read and self._entries.is_sparse:
+            self._entries = self._entries.to_dense()
+        return self._entries
 
     @feature_acts.setter
     def feature_acts(self, entries: Tensor) -> None:
