@@ -222,18 +222,16 @@ def in_saelens(results: str | Path) -> str:
     if not any(folder.glob("b*-d*.json")):
         return ""
     speedups = summary(folder)["speedup"]
+    widths = " / ".join(f"{width:,}" for width in speedups.index.unique("d_sae"))
     told = [
-        f"{name} {_by_width(speedups.xs(contender, level='contender'))}"
+        f"{name} {' / '.join(f'{ratio:.2g}' for ratio in speedups.xs(contender, level=2))}"
         for contender, name in _IN_SAELENS.items()
     ]
     (machine,) = {_machine(json.loads(path.read_text())) for path in _records(folder)}
-    return f"Times as fast as SAELens' class in its own trainer: {'; '.join(told)} ({machine})."
-
-
-def _by_width(speedups: pd.Series) -> str:
-    each = [f"{ratio:.2g}" for ratio in speedups]
-    widths = [f"{width:,}" for _, width in speedups.index]
-    return f"{', '.join(each)} at d_sae {', '.join(widths)}"
+    return (
+        f"Times as fast as SAELens' class in its own trainer, at d_sae {widths}: "
+        f"{', '.join(told)} ({machine})."
+    )
 
 
 def _machine(record: dict) -> str:
