@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
@@ -23,30 +23,53 @@ from saesub.errors import SaesubError
 if TYPE_CHECKING:
     from torch import Tensor
 
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
+
 _BLOCK = 1 << 20
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
     """Writes under a temporary name beside `path`, then renames it; makes the folder.
 
-    The temporary files of killed processes are removed first. Of two processes that write one file
-    at once, one may remove the other's temporary file; the other then writes again. Raises OSError.
+    The temporary files of killed processes are removed first; a live writer holds a lock on its
+    own. On a file system without locks they stay. Raises OSError.
     """
     encoded = data.encode() if isinstance(data, str) else data
     done = False
     while not done:
         path.parent.mkdir(parents=True, exist_ok=True)
         for left in path.parent.glob(f".{escape(path.name)}.{'?' * 8}.tmp"):
-            with suppress(OSError):  # gone by now, or on Windows still open
-                left.unlink()
+            _remove_unless_held(left)
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         try:
-            temporary.write_bytes(encoded)
-            with suppress(FileNotFoundError):
-                os.replace(temporary, path)
-                done = True
+            with temporary.open("xb") as held:
+                with suppress(OSError):  # a file system without locks
+                    _lock(held)
+                temporary.write_bytes(encoded)
+                if fcntl is None:
+                    held.close()  # Windows renames no open file
+                with suppress(FileNotFoundError):  # removed before it was locked: write it again
+                    os.replace(temporary, path)
+                    done = True
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _remove_unless_held(path: Path) -> None:
+    with suppress(OSError):  # gone by now, or held
+        if fcntl is not None:
+            with path.open("r+b") as file:
+                _lock(file)
+        path.unlink()
+
+
+def _lock(file: IO[bytes]) -> None:
+    """Raises OSError if another process holds the file. Windows deletes no open file anyway."""
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @dataclass(frozen=True)

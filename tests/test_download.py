@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from saesub.errors import SaesubError
 from saesub.loading.download import fetch
@@ -196,6 +197,18 @@ def test_two_processes_share_a_cache(wheels: Path, tmp_path: Path) -> None:
     assert [p.wait(timeout=120) for p in both] == [0, 0]
     assert (tmp_path / "cache/packages/toy/data.bin").read_bytes() == FIRST
     assert list(read_registry(table)) == ["toy"]
+
+
+def test_a_fetch_under_way_keeps_its_files(registry: Registry) -> None:
+    """Of two versions of saesub that pin other files of one name, one finds its own verified."""
+    folder = fetch("toy", progress=False, registry=registry)
+    partial = folder / ".partial-other"
+    partial.mkdir()
+    with FileLock(folder / ".lock"):
+        fetch("toy", progress=False, registry=registry)
+        assert partial.is_dir()
+    fetch("toy", progress=False, registry=registry)
+    assert not partial.exists()
 
 
 def test_a_registry_cannot_name_a_file_outside_the_cache() -> None:

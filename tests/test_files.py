@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
 from saesub.files import write_atomically
+
+WRITER = """
+import os, signal, sys
+from pathlib import Path
+from saesub import files
+files.write_atomically(Path(sys.argv[1]), sys.argv[2])
+"""
 
 
 def names(folder: Path) -> list[str]:
@@ -30,6 +39,38 @@ def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     write_atomically(tmp_path / "a", "whole")
     assert names(tmp_path) == sorted(["a", *kept])
+
+
+def test_a_live_writer_keeps_its_half_written_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first writer stops half-way; the second, in another process, writes the same file."""
+    path, seen = tmp_path / "a", []
+    write_bytes = Path.write_bytes
+
+    def half_way(self: Path, data: bytes) -> int:
+        write_bytes(self, data[:1])
+        subprocess.run([sys.executable, "-c", WRITER, str(path), "other"], check=True)
+        assert path.read_text() == "other"
+        seen.append(self.read_bytes() if self.exists() else None)
+        return write_bytes(self, data)
+
+    monkeypatch.setattr(Path, "write_bytes", half_way)
+    write_atomically(path, "whole")
+    assert seen == [b"w"]
+    assert path.read_text() == "whole"
+    assert names(tmp_path) == ["a"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+def test_a_killed_writers_half_written_file_is_removed(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    kill = "Path.write_bytes = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+    killed = WRITER.replace("files.write", kill + "files.write")
+    subprocess.run([sys.executable, "-c", killed, str(path), "lost"], check=False)
+    assert len(names(tmp_path)) == 1
+    write_atomically(path, "whole")
+    assert names(tmp_path) == ["a"]
 
 
 def test_a_full_disk_leaves_the_old_file_alone(

@@ -13,7 +13,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -52,8 +52,10 @@ def fetch(name: str, *, progress: bool = True, registry: Registry | None = None)
         raise SaesubError(f"{name!r} has no files of its own: load it with saesub.load_corpus.")
     folder = cache_dir() / "packages" / name
     if _is_verified(entry, folder):
-        _remove_partial(folder)
-        return folder  # without a lock: a cache that others filled may be read-only
+        # Another process may fetch other files of that name there; the cache may be read-only.
+        with suppress(OSError), FileLock(folder / ".lock", timeout=0):
+            _remove_partial(folder)
+        return folder
     with cache_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):
@@ -94,7 +96,10 @@ def _is_intact(path: Path, file: PackagedFile) -> bool:
 
 
 def _remove_partial(folder: Path) -> None:
-    """Removes what a killed process left, and its pip, which may run on for a while."""
+    """Removes what a killed process left, and its pip, which may run on for a while.
+
+    Only who holds the folder's lock calls it.
+    """
     for left in folder.glob(f"{_PARTIAL}*"):
         shutil.rmtree(left, ignore_errors=True)
 
