@@ -12,6 +12,9 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import replace
 from pathlib import Path
 
 import parallel_cost
@@ -19,7 +22,9 @@ import pytest
 import torch
 from distributed_worker import BATCH, CASES, D_SAE, HOOKS, MOVED, PASS, TOKENS, WEIGHED, WIDTH, Case
 from faults import Faults, count_faults  # noqa: F401
+from filelock import FileLock
 from sae_lens import SAE, TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens.config import SAETrainerConfig
 from safetensors.torch import load_file, save_file
 from torch.distributed import HashStore, TCPStore
 from torch.profiler import ProfilerActivity, profile
@@ -27,8 +32,8 @@ from torch.profiler import ProfilerActivity, profile
 from saesub import measure_spectra
 from saesub.activations.spectrum import Spectrum
 from saesub.errors import SaesubError
-from saesub.training.distributed import Processes, join
-from saesub.training.distributed.checkpoint import newest_state, write_state
+from saesub.training.distributed import DataParallelSAETrainer, Processes, join
+from saesub.training.distributed.checkpoint import newest_state, read_state, write_state
 from saesub.training.distributed.sliced import SlicedDictionary
 
 pytestmark = [
@@ -253,14 +258,50 @@ def test_folders_of_other_names_are_no_states(tmp_path: Path):
         for tokens in (20, 100):
             write_state(processes, tmp_path, tokens, {"x": torch.ones(2)}, {}, {})
         assert newest_state(processes, tmp_path) == tmp_path / "state-100"
-    assert {path.name for path in tmp_path.iterdir()} == {"state-foo", "state-", "state-100"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *(".lock", "state-foo", "state-", "state-100")
+    }
 
 
-def test_an_older_torch_is_told_which_is_needed(monkeypatch: pytest.MonkeyPatch):
+def test_an_older_torch_trains_without_checkpoints(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.8.0+cpu"))
+    monkeypatch.setitem(sys.modules, "torch.distributed.checkpoint.hf_storage", None)
     monkeypatch.delitem(sys.modules, "saesub.training.distributed.checkpoint")
-    with pytest.raises(SaesubError, match=r"needs torch 2\.9 or newer, not 2\.8\.0"):
-        importlib.import_module("saesub.training.distributed.checkpoint")
+    importlib.import_module("saesub.training.distributed.checkpoint")
+    cfg = replace(Case("data").cfg(None), total_training_samples=3 * BATCH, lr_decay_steps=0)
+    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=16, d_sae=64, k=4))
+    needed = pytest.raises(SaesubError, match=r"need torch 2\.9 or newer, not 2\.8\.0")
+    with join() as processes:
+
+        def trainer(cfg: SAETrainerConfig) -> DataParallelSAETrainer:
+            batches = iter(lambda: torch.randn(BATCH, 16), None)
+            return DataParallelSAETrainer(processes, cfg, sae, lambda _: batches)
+
+        with needed:
+            trainer(replace(cfg, checkpoint_path=str(tmp_path)))
+        plain = trainer(cfg)
+        plain.fit()
+        assert plain.n_training_samples == 3 * BATCH
+        with needed:
+            plain.save_checkpoint("now", tmp_path)
+        with needed:
+            read_state(processes, tmp_path, {}, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_jobs_half_written_state_stays(tmp_path: Path):
+    """The second job comes while the first, which holds the lock, writes the same state."""
+    partial = tmp_path / "state-20.partial"
+    partial.mkdir()
+    with join() as processes, ThreadPoolExecutor() as pool:
+        with FileLock(tmp_path / ".lock"):
+            state = (processes, tmp_path, 20, {"x": torch.ones(2)}, {}, {})
+            second = pool.submit(write_state, *state)
+            with pytest.raises(FutureTimeout):
+                second.result(timeout=1)
+            assert partial.is_dir()
+        second.result(timeout=60)
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "state-20"}
 
 
 def test_gradients_are_clipped_over_processes_without_a_copy():
