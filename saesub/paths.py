@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import os
 import shutil
@@ -73,12 +74,44 @@ def cache_errors(folder: Path) -> Iterator[None]:
 
 
 @cache
-def source_digest() -> str:
-    """A hash of saesub's own code. Results that were kept by other code are computed again."""
+def source_digest(*parts: str) -> str:
+    """A hash of saesub's own code, or of the `parts` of it: files and, with a slash, folders.
+
+    Results that were kept by other code are computed again. Comments, docstrings and formatting do
+    not count; in a .cpp file, only lines that are nothing but a comment are left out.
+    """
     digest = hashlib.sha256()
     for path in sorted(_PACKAGE.rglob("*")):
-        if path.suffix in (".py", ".cpp") and _IN_WHEEL not in path.parents:
-            digest.update(f"{path.relative_to(_PACKAGE).as_posix()}\0".encode())
-            digest.update(path.read_bytes())
-            digest.update(b"\0")
+        name = path.relative_to(_PACKAGE).as_posix()
+        code = path.suffix in _CODE and _IN_WHEEL not in path.parents
+        if code and name.startswith(parts or ("",)):
+            text = _CODE[path.suffix](path.read_text(encoding="utf-8"))
+            digest.update(f"{name}\0{text}\0".encode())
     return digest.hexdigest()
+
+
+def data_digest() -> str:
+    """A hash of what ships beside the code: the registry, the paper's claims, recorded studies."""
+    digest = hashlib.sha256()
+    studies = sorted((_ROOT / "data" / "results" / "studies").glob("*.json"))
+    for path in (data_file("registry.toml"), data_file("paper_claims.csv"), *studies):
+        digest.update(f"{path.name}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+class _WithoutTexts(ast.NodeTransformer):
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
+        constant = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        return None if constant else node
+
+
+def _python(text: str) -> str:
+    return ast.dump(_WithoutTexts().visit(ast.parse(text)))
+
+
+def _cpp(text: str) -> str:
+    lines = (line.strip() for line in text.splitlines())
+    return "\n".join(line for line in lines if line and not line.startswith("//"))
+
+
+_CODE = {".py": _python, ".cpp": _cpp}

@@ -30,6 +30,12 @@ if TYPE_CHECKING:
 
 _FINAL = "final"
 _COMPLETE = "complete"  # an empty file, written when a checkpoint is whole
+# The code that decides the weights and the history, with the transcoders' and what reads batches.
+_DECIDING = (
+    *("activations/checks.py", "activations/store.py", "extras/transcoders.py", "optim.py"),
+    *(f"training/{name}.py" for name in ("checkpoint", "comparison", "firing", "history")),
+    *("training/mitigations/", "training/step_choice.py", "training/trainer.py", "topk/"),
+)
 
 
 class ComparisonTrainer(MultiSAETrainer):
@@ -227,7 +233,7 @@ def _fingerprint(
     batch: Mapping[str, Tensor],
 ) -> str:
     """A hash of what the result depends on: code, settings, initial weights, the first batch."""
-    digest = hashlib.sha256(source_digest().encode())
+    digest = hashlib.sha256(source_digest(*_DECIDING).encode())
     for name, trainer in sorted(conditions.items()):
         cfg = {k: v for k, v in asdict(trainer.cfg).items() if k != "logger"}
         settings = [name, sites[name], cfg, trainer.optimizer_name, trainer.backend]
