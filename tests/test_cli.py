@@ -6,6 +6,8 @@ import argparse
 import json
 import os
 import re
+import shutil
+import subprocess
 import sys
 from importlib.metadata import version
 from typing import get_args
@@ -15,9 +17,10 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from test_download import build_wheel, one_entry
 
-from saesub import cli
+from saesub import cli, paths
 from saesub.loading.registry import Kind, Part, packaged, packaged_names
 from saesub.reproduce import runner
+from saesub.reproduce.report import Outcome
 
 CLAIM = """from saesub.reproduce import claims
 claims.compare([claims.Measurement("F1.attn_rank", 0.515)], "01")"""
@@ -119,6 +122,72 @@ def test_help_names_every_profile(capsys):
     with pytest.raises(SystemExit):
         cli.main(["reproduce", "--help"])
     assert f"--profile {'|'.join(runner.PROFILES)}" in capsys.readouterr().out
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """A copy of what ships in data/, for saesub to read."""
+    folder = tmp_path / "shipped"
+    shutil.copytree(paths.data_file("results/studies"), folder / "data/results/studies")
+    for name in ("registry.toml", "paper_claims.csv"):
+        shutil.copy(paths.data_file(name), folder / "data")
+    monkeypatch.setattr(paths, "_ROOT", folder)
+    return folder / "data"
+
+
+@pytest.mark.parametrize(
+    "changed", ["registry.toml", "paper_claims.csv", "results/studies/d_init.json"]
+)
+def test_a_notebook_runs_again_when_data_that_it_may_read_changed(
+    notebooks, data, monkeypatch, capsys, changed
+):
+    ran = []
+
+    def execute(path, *_):
+        ran.append(path.stem)
+        return Outcome(path.stem, "", 0.0)
+
+    monkeypatch.setattr(runner, "_execute", execute)
+    for name in ("01_one.ipynb", "02_two.ipynb"):
+        _write(notebooks, name, CLAIM)
+    runner.reproduce("smoke")
+    (data / "results" / "quick").mkdir()
+    (data / "results" / "quick" / "run.json").write_text("{}")
+    runner.reproduce("smoke")
+    assert ran == ["01_one", "02_two"]
+    assert "to be run again" not in capsys.readouterr().out
+    with (data / changed).open("a") as file:
+        file.write("\n")
+    runner.reproduce("smoke", ["02"])
+    assert ran[2:] == ["02_two"]
+    assert "other code, data or text, to be run again: 01_one\n" in capsys.readouterr().out
+    runner.reproduce("smoke")
+    assert ran[3:] == ["01_one"]
+
+
+@pytest.mark.slow
+def test_a_changed_bound_changes_the_verdict_and_a_comment_runs_nothing(data, tmp_path):
+    """In a process of a copied package, since the kernels are processes of their own."""
+    root = tmp_path / "shipped"
+    shutil.copytree(paths._PACKAGE, root / "saesub")
+    (root / "notebooks").mkdir()
+    _write(root / "notebooks", "01_one.ipynb", CLAIM)
+
+    def run():
+        command = [sys.executable, "-m", "saesub.cli", "reproduce", "--profile", "smoke", "--quiet"]
+        environment = os.environ | {"PYTHONPATH": str(root)}
+        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+        rows = json.loads((root / "results/smoke/claims.json").read_text())
+        return rows[0]["verdict"], "already done" in done.stderr
+
+    assert run() == ("holds", False)
+    with (root / "saesub" / "optim.py").open("a") as file:
+        file.write("\n# Words.\n")
+    assert run() == ("holds", True)
+    bounds = data / "paper_claims.csv"
+    assert "0.45,0.70" in bounds.read_text()
+    bounds.write_text(bounds.read_text().replace("0.45,0.70", "0.55,0.70"))
+    assert run() == ("holds in direction", False)
 
 
 def test_list_shows_every_kind(capsys):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from saesub.errors import SaesubError, near_names, needs_extra
 from saesub.files import write_atomically
-from saesub.paths import notebooks_dir, source_digest
+from saesub.paths import data_digest, notebooks_dir, source_digest
 from saesub.progress import QUIET
 from saesub.reproduce import claims
 from saesub.reproduce.report import Outcome, caveat, report_page, run_facts
@@ -58,7 +58,7 @@ def reproduce(
 ) -> list[Outcome]:
     """Executes the notebooks and writes `results/<profile>/`; a failing one does not stop the rest.
 
-    A notebook that already finished with this code, text and profile runs only if `again`.
+    A notebook that already finished with this code, data, text and profile runs only if `again`.
     Raises `SaesubError` for an unknown profile or notebook, and if the disk is full or cannot be
     written.
     """
@@ -81,9 +81,7 @@ def reproduce(
 
 
 def _run_unless_done(path: Path, profile: str, folder: Path, *, again: bool, quiet: bool) -> None:
-    key = hashlib.sha256(
-        b"\0".join((source_digest().encode(), profile.encode(), path.read_bytes()))
-    ).hexdigest()
+    key = _key(path, profile)
     before = next((o for o in _outcomes(folder) if o.name == path.stem), None)
     if before and before.key == key and not before.error and not again:
         _say(f"{path.stem}: already done ({before.seconds:.0f} s); --again runs it again")
@@ -93,6 +91,12 @@ def _run_unless_done(path: Path, profile: str, folder: Path, *, again: bool, qui
     text = json.dumps(asdict(outcome), indent=1, ensure_ascii=False)
     write_atomically(folder / "runs" / f"{path.stem}.json", text)
     _say(f"{path.stem}: {outcome.error or 'done'} ({outcome.seconds:.0f} s)")
+
+
+def _key(path: Path, profile: str) -> str:
+    """A hash of what a notebook's result depends on."""
+    others = "\0".join((source_digest(), data_digest(), profile, "")).encode()
+    return hashlib.sha256(others + path.read_bytes()).hexdigest()
 
 
 def _execute(path: Path, profile: str, folder: Path, quiet: bool) -> Outcome:
@@ -163,7 +167,10 @@ def _summarise(folder: Path, profile: str, outcomes: list[Outcome]) -> None:
     write_atomically(
         folder / "report.html", report_page(folder / "notebooks", profile, table, outcomes)
     )
-    told = [str(table), caveat(profile), f"report: {folder / 'report.html'}"]
+    keys = {path.stem: _key(path, profile) for path in find_notebooks()}
+    old = [o.name for o in outcomes if keys.get(o.name, o.key) != o.key]
+    kept = f"Results of other code, data or text, to be run again: {', '.join(old)}" * bool(old)
+    told = [str(table), caveat(profile), kept, f"report: {folder / 'report.html'}"]
     print("\n" + "\n\n".join(filter(None, told)))
 
 
