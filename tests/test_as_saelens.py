@@ -19,7 +19,8 @@ from torch import Tensor
 
 from saesub.errors import SaesubError
 from saesub.topk import cpu
-from saesub.topk.sae import SparseTopKTrainingSAE
+from saesub.topk.sae import SparseTopKTrainingSAE, use_sparse_step
+from saesub.training.comparison import train_together
 from saesub.training.mitigations import GhostGradients
 from saesub.training.native_step import NativeStep
 from saesub.training.trainer import SubspaceSAETrainer
@@ -257,6 +258,52 @@ def test_weights_are_contiguous_when_training_has_ended(tmp_path):
     save_file(dict(sae.named_parameters()), tmp_path / "by-hand.safetensors")
 
 
+def test_weights_of_trainers_that_train_together_are_contiguous_in_the_end():
+    sae = make()
+    train_together(
+        {"one": adam(recipe(4), sae, iter(()))},
+        lambda start: ({"site": x} for x in batches(start)),
+    )
+    assert isinstance(sae, SparseTopKTrainingSAE)
+    sae.W_enc.view(-1)
+
+
+def test_a_sparse_sae_keeps_its_search_and_takes_no_dense_step():
+    sae = use_sparse_step(make(), search="exact_search")
+    adam(recipe(), sae, iter(()))
+    assert sae.search_name == "exact_search"
+    adam(recipe(), sae, iter(()), backend="torch")
+    assert sae.search_name == "torch"
+    with pytest.raises(SaesubError, match="SparseTopKTrainingSAE has a sparse pass"):
+        adam(recipe(), sae, iter(()), backend="dense")
+
+
+class Derived(TopKTrainingSAE):
+    pass
+
+
+class OwnLoss(TopKTrainingSAE):
+    def calculate_aux_loss(self, **given: Any) -> dict[str, Tensor]:
+        return {}
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (Derived, "Derived is not derived from saesub.SparseTopKTrainingSAE"),
+        (OwnLoss, "OwnLoss has its own calculate_aux_loss"),
+    ],
+)
+def test_a_topk_sae_that_is_trained_densely_is_told_so(kind, reason):
+    with pytest.warns(UserWarning, match=f"SAELens' dense step .*{reason}"):
+        trainer = adam(recipe(), kind(make().cfg), iter(()))
+    (output,) = take(trainer, 0, 1)
+    assert output.feature_acts.shape == output.hidden_pre.shape
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="SAELens' dense step")
+        adam(recipe(), kind(make().cfg), iter(()), backend="dense")
+
+
 def test_laying_weights_out_again_leaves_no_hooks_behind():
     trainer = adam(recipe(), make(), iter(()))
     for _ in range(3):
@@ -337,6 +384,8 @@ def test_checkpoints_cross(tmp_path, saved, by, sae, dtype, backend):
     take(first, 0, 20)
     first.save_checkpoint("20", tmp_path)
     more = {} if by == "saelens" else {"backend": backend}
+    if more and (sae, backend) == ("sparse", "dense"):
+        pytest.skip("they contradict each other")
     arguments = (TRAINERS[by], recipe(), SAES[sae](dtype=dtype), tmp_path / "20")
     if (saved == "sparse_adam") != (by == "sparse_adam"):
         error = ValueError if by == "saelens" else SaesubError

@@ -22,6 +22,7 @@ from saesub.topk.ops import Search
 from saesub.topk.step import autograd_pass, row_backend, search_of
 
 SearchName = Literal["auto", "exact_search", "torch"]
+DENSE_STEP = "SAELens' dense step trains this SAE, several times slower than the sparse one: {}."
 SAE = TypeVar("SAE", bound=TopKTrainingSAE)
 
 
@@ -63,11 +64,7 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
     def _say_why_dense(self, reason: str) -> None:
         if reason not in self._said:
             self._said |= {reason}
-            warnings.warn(
-                f"SAELens' dense step trains this SAE, several times slower than the sparse one: "
-                f"{reason}.",
-                stacklevel=3,
-            )
+            warnings.warn(DENSE_STEP.format(reason), stacklevel=3)
 
     @classmethod
     def get_sae_class_for_architecture(cls, architecture: str) -> Any:

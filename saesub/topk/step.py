@@ -222,8 +222,7 @@ def update_rows(
         moved = counters[0]
     for step in steps:
         step += 1
-    beta1, beta2 = group["betas"]
-    settings = AdamSettings(group["lr"], beta1, beta2, group["eps"])
+    settings = AdamSettings(*(float(v) for v in (group["lr"], *group["betas"], group["eps"])))
     gradients.adam(settings, steps[0], clip, *tensors, moved=moved)
     if moved is not None:
         for other in counters[1:]:

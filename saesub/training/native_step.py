@@ -14,6 +14,7 @@ from saesub.errors import SaesubError, near_names
 from saesub.optim import SparseAdam, has_foreign_hooks
 from saesub.topk.backend import RowBackend
 from saesub.topk.eligibility import PARAMETERS, lay_out_by_feature, why_dense
+from saesub.topk.sae import SparseTopKTrainingSAE
 from saesub.topk.step import SparseStepOutput, row_backend, row_step
 
 if TYPE_CHECKING:  # the trainer imports this module
@@ -59,8 +60,10 @@ class NativeStep:
         sae = trainer.sae
         if not all(parameter.requires_grad for parameter in sae.parameters()):
             self.equal_steps = False
-        if self.backend in ("torch", "dense") or trainer.cfg.autocast or why_dense(sae):
-            return None  # asked for; or the SAE's own pass says why it is dense
+        if not isinstance(sae, SparseTopKTrainingSAE) or sae.search_name == "torch":
+            return None  # asked for
+        if trainer.cfg.autocast or why_dense(sae):
+            return None  # the SAE's pass says so
         rows = row_backend(sae.W_enc.device, triton=self.backend == "triton")
         reason = None if rows is None else self.why_not(trainer)
         if reason is None:
@@ -95,16 +98,9 @@ class NativeStep:
         sae = trainer.sae
         lay_out_by_feature(sae)  # the weights may have been replaced since the last step
         dead = trainer.dead_neurons if sae.cfg.aux_loss_coefficient else None
-        exact = self.backend == "exact_search"
-        return row_step(
-            rows,
-            sae,
-            trainer.optimizer,
-            sae_in,
-            dead,
-            exact_search=exact,
-            dictionary=trainer.dictionary,
-        )
+        exact, dictionary = sae.search_name == "exact_search", trainer.dictionary
+        given = (rows, sae, trainer.optimizer, sae_in, dead)
+        return row_step(*given, exact_search=exact, dictionary=dictionary)
 
 
 def _about_parameters(sae: Any) -> str | None:

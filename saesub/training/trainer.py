@@ -3,6 +3,7 @@ dead features and a sparse TopK step."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -26,17 +27,14 @@ from torch import Tensor
 from saesub.activations.checks import require_finite
 from saesub.errors import SaesubError
 from saesub.optim import OptimizerName, make_optimizer
-from saesub.topk.eligibility import check_sae, lay_out_contiguous, memory_advice
+from saesub.topk.eligibility import check_sae, lay_out_contiguous, memory_advice, why_dense
 from saesub.topk.encode import times_fired
-from saesub.topk.sae import SearchName, use_sparse_step
+from saesub.topk.sae import DENSE_STEP, SparseTopKTrainingSAE, use_sparse_step
 from saesub.topk.step import WHOLE, SparseStepOutput, WholeDictionary
 from saesub.training.checkpoint import load_state, save_state, settings_of, writing
 from saesub.training.firing import TokenCountingTrainer
 from saesub.training.mitigations.mitigation import Mitigation, one_of_each
 from saesub.training.native_step import Backend, NativeStep
-
-_SPARSE_AFTER = (TopKTrainingSAE, BatchTopKTrainingSAE)  # given the sparse pass
-_SEARCH: dict[str, SearchName] = {"torch": "torch", "exact_search": "exact_search"}
 
 
 class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
@@ -47,7 +45,7 @@ class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CON
     or BatchTopK SAE is given the sparse pass of `SparseTopKTrainingSAE`, and where the optimizer
     allows it a fused step. Loss and gradients are those of SAELens' dense pass; a warning says
     where that pass is taken, and why. `W_enc` lies feature-major in memory (same shape, other
-    strides) until `fit` ends.
+    strides) until training ends.
 
     Args:
         cfg, sae, data_provider, evaluator, save_checkpoint_fn: as `SAETrainer` takes them;
@@ -105,8 +103,7 @@ class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CON
                 " of a store pass store.batches(batch_size, seed=0), of a list iter(...)."
             )
         self.native_step = NativeStep(backend, sae)
-        if type(sae) in _SPARSE_AFTER and backend != "dense":
-            use_sparse_step(sae, search=_SEARCH.get(backend, "auto"))
+        _make_sparse(sae, backend)
         super().__init__(cfg, sae, data_provider, dead_window_tokens, evaluator, save_checkpoint_fn)
         self.backend, self.optimizer_name = backend, optimizer
         assert cfg.lr_end is not None  # `_completed` sets it
@@ -203,13 +200,6 @@ class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CON
             else:
                 sae.training_forward_pass = given
 
-    def fit(self) -> T_TRAINING_SAE:
-        """SAELens' `fit`; the weights of the SAE it returns are contiguous."""
-        try:
-            return super().fit()
-        finally:
-            lay_out_contiguous(self.sae)
-
     def _update_pbar(
         self, step_output: TrainStepOutput, pbar: Any, update_interval: int = 10
     ) -> None:
@@ -217,7 +207,12 @@ class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CON
         super()._update_pbar(step_output, pbar, update_interval)
 
     def set_final_sae_metadata(self) -> None:
-        """Record, beside SAELens' own figures, dead features, the optimizer and mitigations."""
+        """Record, beside SAELens' own figures, dead features, the optimizer and mitigations.
+
+        SAELens calls it when training is over, so the weights become contiguous again here.
+        """
+        if isinstance(self.sae, SparseTopKTrainingSAE):
+            lay_out_contiguous(self.sae)
         super().set_final_sae_metadata()
         metadata = self.sae.cfg.metadata
         metadata.backend, metadata.optimizer = self.backend, self.optimizer_name
@@ -253,6 +248,23 @@ class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CON
     def settings(self) -> dict[str, Any]:
         """What a run that continues must have in common with its first part."""
         return settings_of(self)
+
+
+def _make_sparse(sae: Any, backend: Backend) -> None:
+    """Give a TopK SAE the sparse pass and the search of a backend; warn where it cannot be."""
+    sparse = isinstance(sae, SparseTopKTrainingSAE)
+    if backend == "dense":
+        if sparse:
+            raise SaesubError(
+                f"backend='dense' is SAELens' own step, and {type(sae).__name__} has a sparse "
+                "pass: pass SAELens' own class, or leave the backend out."
+            )
+    elif sparse or type(sae) in (TopKTrainingSAE, BatchTopKTrainingSAE):
+        given = sae.search_name if sparse else "auto"
+        use_sparse_step(sae, search=backend if backend in ("torch", "exact_search") else given)
+    elif isinstance(sae, TopKTrainingSAE):
+        derive = f"{type(sae).__name__} is not derived from saesub.SparseTopKTrainingSAE"
+        warnings.warn(DENSE_STEP.format(why_dense(sae) or derive), stacklevel=3)
 
 
 def _asks_for_sparse(sae: Any) -> bool:

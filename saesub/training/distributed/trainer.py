@@ -175,6 +175,7 @@ class MultiProcessTrainer(SubspaceSAETrainer):
 
     def _tensors(self) -> dict[str, Tensor]:
         """Views of all that a run changes: weights, their moments, counts of firing."""
+        lay_out_by_feature(self.sae)  # its rows are contiguous then
         found: dict[str, Tensor] = {name: self._as_part(getattr(self, name)) for name in _COUNTS}
         for name, parameter in self.sae.named_parameters():
             axis = FEATURE_AXIS.get(name)
