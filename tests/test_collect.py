@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -175,6 +178,78 @@ def test_a_finished_store_is_reused_and_a_damaged_one_redone(
     with pytest.raises(SaesubError, match="no finished store"):
         ActivationStore.open(tmp_path, ATTN)
     torch.testing.assert_close(again().rows(0, 200), first)
+
+
+class _StopError(Exception):
+    pass
+
+
+@pytest.fixture
+def stopped(monkeypatch: pytest.MonkeyPatch) -> Callable[..., AbstractContextManager[None]]:
+    """A harvest under it stops before its n-th batch, and what was written until then is kept."""
+    monkeypatch.setattr(forward_pass, "KEEP_EVERY", 0.0)
+    forward = forward_pass.capture
+
+    @contextmanager
+    def stop_after(n_batches: int) -> Iterator[None]:
+        left = iter(range(n_batches))
+
+        def capture(*args) -> None:
+            if next(left, None) is None:
+                raise _StopError
+            forward(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(forward_pass, "capture", capture)
+            yield
+
+    return stop_after
+
+
+def _kept_rows(folder: Path, name: str) -> int:
+    return json.loads((folder / f"{name}.json").read_bytes())["n_rows"]
+
+
+def test_an_interrupted_store_goes_on_beside_others(
+    model: TransformerBridge, corpus: Dataset, tmp_path: Path, stopped, monkeypatch
+) -> None:
+    """Each goes on where it was kept: the one of the first call, then both, then a third."""
+    run, other, third = {"n_tokens": 1000, **SMALL}, SITES[2], SITES[3]
+    whole = harvest(model, corpus, [ATTN, other, third], tmp_path / "whole", **run)
+    place = tmp_path / "parts"
+    with pytest.raises(_StopError), stopped(5):
+        harvest(model, corpus, [ATTN], place, **run)
+    kept = _kept_rows(place, ATTN)
+    with pytest.raises(_StopError), stopped(3):
+        harvest(model, corpus, [other, ATTN], place, **run)
+    assert _kept_rows(place, ATTN) == kept > _kept_rows(place, other) > 0
+    written: dict[str, int] = {}
+    write = StoreWriter.write
+
+    def counted(self: StoreWriter, x: torch.Tensor) -> None:
+        written[self._data.stem] = written.get(self._data.stem, 0) + len(x)
+        write(self, x)
+
+    monkeypatch.setattr(StoreWriter, "write", counted)
+    expected = {name: 1000 - _kept_rows(place, name) for name in (ATTN, other)} | {third: 1000}
+    stores = harvest(model, corpus, [ATTN, third, other], place, **run)
+    assert written == expected
+    for name, store in stores.items():
+        assert torch.equal(store.rows(0, 1000), whole[name].rows(0, 1000))
+
+
+def test_a_bad_hook_point_costs_no_other_its_rows(
+    model: TransformerBridge, corpus: Dataset, tmp_path: Path, stopped, poisoned
+) -> None:
+    run, other = {"n_tokens": 1000, **SMALL}, SITES[0]
+    with pytest.raises(_StopError), stopped(3):
+        harvest(model, corpus, [other], tmp_path, **run)
+    kept = _kept_rows(tmp_path, other)
+    poisoned(float("nan"))
+    with pytest.raises(SaesubError, match="NaN"):
+        harvest(model, corpus, [ATTN, other], tmp_path, **run)
+    assert _kept_rows(tmp_path, other) == kept
+    assert not list(tmp_path.glob(f"{ATTN}.*"))
 
 
 def _store(folder: Path, n: int = 103, d: int = 4) -> ActivationStore:

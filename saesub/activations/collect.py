@@ -129,7 +129,8 @@ def harvest(
     """Activations at several hook points, written from one pass to `<folder>/<hook>.bin`.
 
     A finished store of the same model, text and settings is reused, and a damaged one is written
-    again. Make an interrupted call again and it continues from the last minute that was kept.
+    again. Make an interrupted call again, with the same hook points or others, and each continues
+    from the last minute that was kept of it.
     Processes that harvest to one folder wait for one another.
 
     Args:
@@ -168,17 +169,26 @@ def _write_missing(
     if not run.points:
         return
     steps = settings | {"batch_size": str(run.batch_size)}
-    first, n_kept = min(unfinished(folder, name, steps) for name in run.points)
+    # Batches and rows of each that an interrupted call kept; the pass begins after the fewest.
+    kept = {name: unfinished(folder, name, steps) for name in run.points}
+    first = min(n_batches for n_batches, _ in kept.values())
+    seen = dict.fromkeys(run.points, first)
     with ExitStack() as stack:
         writers = {
-            name: stack.enter_context(StoreWriter(folder, name, run.n_tokens, dtype, n_kept))
-            for name in run.points
+            name: stack.enter_context(StoreWriter(folder, name, run.n_tokens, dtype, n_rows))
+            for name, (_, n_rows) in kept.items()
         }
 
-        def keep(n_batches: int, n_rows: int) -> None:
-            for writer in writers.values():
-                writer.keep(steps, n_batches, n_rows)
+        def receive(name: str, x: Tensor) -> None:
+            if seen[name] >= kept[name][0]:
+                writers[name].write(x)
+            seen[name] += 1
 
-        run.run(lambda name, x: writers[name].write(x), keep, first)
+        def keep(n_batches: int, n_rows: int) -> None:
+            for name, writer in writers.items():
+                if n_batches > kept[name][0]:
+                    writer.keep(steps, n_batches, n_rows)
+
+        run.run(receive, keep, first)
         for writer in writers.values():
             writer.finish(settings, epochs=run.contexts.epochs)

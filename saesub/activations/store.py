@@ -124,7 +124,7 @@ class StoreWriter:
     """Writes one store, or continues after the first `n_kept` rows of an unfinished one.
 
     A context manager. If it ends before `finish`, only the rows that `keep` kept remain, and none
-    after a SaesubError, which shows that they are of no use.
+    once `write` refused a value, which shows that they are of no use.
     """
 
     def __init__(
@@ -134,6 +134,7 @@ class StoreWriter:
             raise SaesubError(f"a store holds torch.float16 or torch.float32, not {dtype}")
         folder.mkdir(parents=True, exist_ok=True)
         self._n_tokens, self._dtype, self._d = n_tokens, dtype, 0
+        self._refused = False
         self._data, self._path = _files(folder, hook_name)
         if n_kept == 0:
             self._path.unlink(missing_ok=True)
@@ -148,10 +149,10 @@ class StoreWriter:
     def __enter__(self) -> StoreWriter:
         return self
 
-    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
+    def __exit__(self, *_: Any) -> None:
         with suppress(OSError):  # a full disk did not take the last rows
             self._file.close()
-        if isinstance(error, SaesubError) or not self._path.is_file():
+        if self._refused or not self._path.is_file():
             self._path.unlink(missing_ok=True)
             self._data.unlink(missing_ok=True)
 
@@ -165,6 +166,7 @@ class StoreWriter:
             require_disk(self._data.parent, size, f"the store {self._data.name}")
         stored = x.to(self._dtype)
         if not all_finite(stored):
+            self._refused = True
             require_finite(x)
             raise SaesubError(f"values beyond {self._dtype}'s range: pass dtype=torch.float32")
         self._file.write(stored.cpu().numpy().astype(dtype, copy=False).tobytes())
