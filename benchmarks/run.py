@@ -23,6 +23,7 @@ from typing import Any
 
 from environments import CONTENDERS, FOLDER, Contender, python
 
+from saesub.files import write_atomically
 from saesub.reproduce.report import processor
 
 ACTIVATIONS = FOLDER / ".cache" / "activations.npy"
@@ -108,10 +109,7 @@ class Cell:
         return {**provenance, **_process([str(interpreter), *arguments], settings["threads"])}
 
     def _write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.record, indent=1) + "\n")
-        os.replace(partial, self.path)
+        write_atomically(self.path, json.dumps(self.record, indent=1) + "\n")
 
     def _report(self, name: str, round_: int, outcome: dict[str, Any], wall: float) -> None:
         where = f"batch {self.batch}  d_sae {self.d_sae}  round {round_ + 1}/{self.rounds}"
