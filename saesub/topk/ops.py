@@ -21,16 +21,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
-
-# sampled_addmm on CSR is all that is used of it here, and the tests hold it to dense autograd.
-warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
 # With fewer features most are candidates for the top k, and a search for candidates gains nothing.
 LEAST_FEATURES_PER_K = 8
@@ -264,6 +261,7 @@ def row_products(
     rows: Float[Tensor, "n d"], selected: Selected, table: Float[Tensor, "d_sae d"]
 ) -> Float[Tensor, " m"]:
     """`rows[token] · table[feature]` of every entry, without gathering the (m, d) rows."""
+    _let_torch_warn_of_csr()
     pattern = torch.sparse_csr_tensor(
         selected.offsets,
         selected.features,
@@ -272,6 +270,17 @@ def row_products(
         check_invariants=False,
     )
     return torch.sparse.sampled_addmm(pattern, rows, table.T, beta=0.0).values()
+
+
+@cache
+def _let_torch_warn_of_csr() -> None:
+    """Make torch say here, unheard, what it says once in a process: that sparse CSR is in beta.
+
+    Only `sampled_addmm` is used of it, and the tests hold that to dense autograd.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor([0, 1], [0], [0.0], (1, 1), check_invariants=False)
 
 
 def _sum_rows_by_feature(
