@@ -37,9 +37,11 @@ def test_the_strongest_contexts_are_shown_around_their_peaks(
     model: TransformerBridge, corpus: Dataset, sae: TopKTrainingSAE
 ) -> None:
     tokens = pack_contexts(model, corpus.select(range(60)), n_contexts=5, context_size=40)
+    tokens[1, 20] = context_tokens(model).special_ids[0]
     acts = sae.encode(site_activations(model, tokens, HOOK)).detach()
-    acts[:, 0] = 0  # the first position is left out
-    acts[torch.isin(tokens, torch.tensor(context_tokens(model).special_ids))] = 0
+    left_out = torch.isin(tokens, torch.tensor(context_tokens(model).special_ids))
+    left_out[:, 0] = True
+    acts[left_out] = 0
     fires = (acts > 0).flatten(0, 1).sum(0)
     feature = int(fires.argmax())
     silent = int((fires == 0).nonzero()[0])
@@ -49,7 +51,9 @@ def test_the_strongest_contexts_are_shown_around_their_peaks(
     assert [max(s.activations) for s in shown.snippets] == pytest.approx(
         peaks.values[:3].tolist(), rel=1e-3
     )
-    assert shown.density == pytest.approx(fires[feature].item() / tokens.numel(), abs=1e-3)
+    counted = tokens.numel() - left_out.sum().item()
+    assert counted <= tokens.numel() - 6
+    assert shown.density == pytest.approx(fires[feature].item() / counted, rel=1e-6)
     best = int(peaks.indices[0])
     at = int(acts[best, :, feature].argmax())
     window = tokens[best, max(0, at - 4) : at + 5]
@@ -67,6 +71,8 @@ def test_a_feature_outside_the_dictionary_is_refused(
         top_activations(model, sae, tokens, [3, 400])
     with pytest.raises(SaesubError, match="contexts of at least 2 positions"):
         top_activations(model, sae, tokens[0], [3])
+    with pytest.raises(SaesubError, match="no ordinary token after the first 8 positions"):
+        top_activations(model, sae, tokens, [3], skip_first=8)
     nowhere = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=576, d_sae=400, k=8))
     with pytest.raises(SaesubError, match="does not say which hook point"):
         top_activations(model, nowhere, tokens, [3])

@@ -42,7 +42,7 @@ class Snippet:
 class FeatureSnippets:
     """A feature's strongest snippets, strongest first, at most one from each context.
 
-    `density` is the share of the text's tokens it fires on.
+    `density` is the share of the positions that count on which it fires.
     """
 
     feature: int
@@ -89,7 +89,8 @@ def top_activations(
 ) -> TopActivations:
     """The contexts in which each of a few features peaks highest, cut around the peak.
 
-    Special tokens and the first `skip_first` positions count as silent, as in training.
+    Special tokens and the first `skip_first` positions are left out, as in training: features are
+    shown silent there, and densities are shares of the other positions.
 
     Args:
         sae: with its input scaling folded in; its metadata name the hook point.
@@ -99,7 +100,8 @@ def top_activations(
         n_around: tokens shown on either side of the peak.
 
     Raises:
-        SaesubError: no tokens, a feature outside the SAE, or metadata without a hook point.
+        SaesubError: no tokens, none but those left out, a feature outside the SAE, or metadata
+            without a hook point.
     """
     bridge = load_model(model)
     check_contexts(tokens, batch_size)
@@ -110,6 +112,11 @@ def top_activations(
     encode, tokens = encoder_of(sae), tokens.cpu()
     acts = torch.zeros(*tokens.shape, len(features))
     kept = kept_positions(bridge, tokens, skip_first)
+    if not kept.any():
+        raise SaesubError(
+            f"tokens {tuple(tokens.shape)} hold no ordinary token after the first {skip_first} "
+            "positions: give longer contexts"
+        )
     for of_batch, mask, batch in zip(
         *(t.split(batch_size) for t in (acts, kept, tokens)), strict=True
     ):
@@ -117,7 +124,7 @@ def top_activations(
         of_batch[mask] = encode(x).to_dense()[:, list(features)].float().cpu()
     shown = []
     for feature, own in zip(features, acts.unbind(-1), strict=True):
-        density = (own != 0).float().mean().item()
+        density = (own[kept] != 0).float().mean().item()
         snippets = tuple(_snippets(bridge, tokens, own, n_snippets, n_around))
         shown.append(FeatureSnippets(int(feature), density, snippets))
     return TopActivations(shown)
