@@ -19,6 +19,7 @@ from torch import Tensor
 from saesub.activations.checks import require_finite
 from saesub.errors import SaesubError
 from saesub.files import Form, damaged, read_checksummed, write_checksummed
+from saesub.precision import where_float64
 
 _FORM = Form(
     format="saesub-spectrum-1",
@@ -45,8 +46,8 @@ class SpectrumAccumulator:
             raise SaesubError(f"the width of activations must be at least 1, not {d}")
         self.d = d
         self._n = 0
-        self._mean = torch.zeros(d, dtype=torch.float64)
-        self._scatter = torch.zeros(d, d, dtype=torch.float64)  # its upper triangle
+        self._mean = torch.zeros(d, dtype=torch.float64, device="cpu")
+        self._scatter = torch.zeros(d, d, dtype=torch.float64, device="cpu")  # its upper triangle
         self._norm_sum = 0.0
 
     def update(self, x: Float[Tensor, "n d"]) -> None:
@@ -62,15 +63,15 @@ class SpectrumAccumulator:
         if len(x) == 0:
             return
         x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-        norm_sum = x.norm(dim=1).sum(dtype=torch.float64).item()
+        norm_sum = where_float64(x.norm(dim=1)).sum(dtype=torch.float64).item()
         if not norm_sum < float("inf"):
             require_finite(x)
             raise SaesubError(f"activations overflow {x.dtype} when squared: scale them down")
         mean = x.mean(dim=0)
         centred = x - mean
         # The rounding error of the float32 mean; its square, the scatter's error, is negligible.
-        rest = centred.mean(dim=0).double()
-        self._merge_mean(len(x), mean.double() + rest, norm_sum)
+        rest = where_float64(centred.mean(dim=0)).double()
+        self._merge_mean(len(x), where_float64(mean).double() + rest, norm_sum)
         _add_gram(self._scatter, centred)
 
     def _merge_mean(self, n: int, mean: Tensor, norm_sum: float) -> None:
@@ -84,7 +85,7 @@ class SpectrumAccumulator:
 
     def state(self) -> dict[str, Tensor]:
         """Float64 tensors from which `from_state` makes the same accumulator."""
-        totals = torch.tensor([self._n, self._norm_sum], dtype=torch.float64)
+        totals = torch.tensor([self._n, self._norm_sum], dtype=torch.float64, device="cpu")
         return {"mean": self._mean, "scatter": self._scatter, "totals": totals}
 
     @classmethod
@@ -113,9 +114,9 @@ class SpectrumAccumulator:
 def _add_gram(total: Float[Tensor, "d d"], y: Float[Tensor, "n d"]) -> None:
     """Add yᵀy to the upper triangle of `total`, in panels of columns: about half the work."""
     d = y.shape[1]
-    width = d if y.is_cuda else _GRAM_PANEL
+    width = _GRAM_PANEL if y.device.type == "cpu" else d
     for i in range(0, d, width):
-        total[i : i + width, i:] += y[:, i : i + width].T @ y[:, i:]
+        total[i : i + width, i:] += where_float64(y[:, i : i + width].T @ y[:, i:])
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,6 +17,7 @@ from torch import Tensor
 from saesub.activations.checks import require_finite
 from saesub.activations.spectrum import Spectrum
 from saesub.errors import SaesubError
+from saesub.precision import where_float64
 
 ENCODER_BIASES = ("b_enc", "b_gate", "b_mag")
 _ROWS_PER_BLOCK = 8192
@@ -109,18 +110,19 @@ def geometric_median(x: Float[Tensor, "n d"], *, tolerance: float = 1e-7) -> Flo
     if x.ndim != 2 or not len(x):
         raise SaesubError(f"A median needs activations (n, d), n at least 1, not {tuple(x.shape)}.")
     require_finite(x)
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype, home = torch.promote_types(x.dtype, torch.float32), x.device
+    x = where_float64(x)
     median = x.mean(0, dtype=torch.float64)
     for _ in range(_MAX_STEPS):
         pull, weight, n_here, distance, nearest = _pulls(x, median)
         strength = pull.norm()
         if strength <= n_here:
-            return median.to(dtype)  # the rows here hold it against all others
+            return median.to(home, dtype)  # the rows here hold it against all others
         step = (1 - n_here / strength) * pull / weight
         median = median + step
         if step.norm() <= tolerance * distance / len(x):
             pull, _, n_here, _, _ = _pulls(x, x[nearest].double())
-            return (x[nearest] if pull.norm() <= n_here else median).to(dtype)
+            return (x[nearest] if pull.norm() <= n_here else median).to(home, dtype)
     raise SaesubError(
         f"The geometric median has not settled after {_MAX_STEPS} steps: pass a larger tolerance "
         f"than {tolerance:g}."

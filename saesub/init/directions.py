@@ -24,6 +24,7 @@ from torch.nn.functional import normalize
 from saesub.activations.checks import require_finite
 from saesub.activations.spectrum import Spectrum
 from saesub.errors import SaesubError, near_names
+from saesub.precision import where_float64
 
 Directions = Literal["flat", "spectrum", "data", "whitened_data"]
 FROM_DATA = ("data", "whitened_data")
@@ -110,6 +111,7 @@ def reading_directions(
             f"pass more than {rank}, better {10 * rank}, or a smaller d_init."
         )
     basis = input_spectrum.basis(rank).double()
+    rows, read, written = (where_float64(x) for x in (rows, read, written))
     read_mean, written_mean = (x.mean(0, dtype=torch.float64).to(basis) for x in (read, written))
     gram, together = basis.new_zeros(rank, rank), basis.new_zeros(rank, written.shape[1])
     for x, y in zip(read.split(_ROWS), written.split(_ROWS), strict=True):
