@@ -16,6 +16,7 @@ would fetch theirs from a hub. Beside its figures stand those that saesub measur
 
 from __future__ import annotations
 
+import copy
 import json
 import tempfile
 from importlib.metadata import version
@@ -59,7 +60,8 @@ def trained(model: Any, folder: Path) -> None:
 
 def core(model: Any, sae: SAE[Any], tokens: torch.Tensor) -> dict[str, Any]:
     """SAEBench's core metrics, and what saesub says of the same tokens."""
-    sae.cfg.metadata.prepend_bos = False
+    sae = copy.deepcopy(sae)
+    sae.cfg.metadata.prepend_bos = False  # SAELens' store asks, though the tokens have decided it
     contexts = ActivationsStore.from_sae(
         model,
         sae,

@@ -19,7 +19,7 @@ from saesub.errors import SaesubError
 from saesub.evaluation.dead_features import dead_features, diagnose, overlap
 from saesub.evaluation.features import feature_density
 from saesub.evaluation.passes import encoded
-from saesub.topk.encode import times_fired
+from saesub.topk.encode import encoder_of, times_fired
 
 
 def _sae(sparse: bool = False) -> TopKTrainingSAE:
@@ -71,7 +71,7 @@ def test_a_hook_z_sae_is_handed_back_as_it_was():
     dead = dead_features(sae, heads, n_tokens=50)
     assert torch.equal(dead, dead_features(sae, heads.flatten(1), n_tokens=50))
     torch.testing.assert_close(sae.decode(features), expected)
-    unfinished = encoded(sae, [heads, heads])
+    unfinished = encoded(sae, [heads, heads], encoder_of(sae))
     next(unfinished)
     torch.testing.assert_close(sae(heads), expected)
 

@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 
 from saesub.errors import SaesubError
 from saesub.evaluation.passes import encoded
-from saesub.topk.encode import times_fired
+from saesub.topk.encode import encoder_of, times_fired
 
 _FEATURES_PER_BLOCK = 1024  # bounds the (features, d_sae) block of cosines
 
@@ -31,7 +31,7 @@ def feature_density(
     Takes and raises what `saesub.dead_features` does.
     """
     counts = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=sae.device)
-    for _, features in encoded(sae, activations, n_tokens, progress=progress):
+    for _, features in encoded(sae, activations, encoder_of(sae), n_tokens, progress=progress):
         counts += times_fired(features)
     return counts / n_tokens
 

@@ -1,9 +1,9 @@
-"""What the measures of this folder read: features of activations, activations of tokens."""
+"""What the measures of this folder read: activations block by block, activations of tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -15,7 +15,8 @@ from saesub.activations.checks import require_finite
 from saesub.activations.forward_pass import capture, hook_points
 from saesub.errors import SaesubError
 from saesub.progress import bar
-from saesub.topk.encode import encoder_of
+
+Read = TypeVar("Read")
 
 _TOKENS_PER_BLOCK = 1024  # bounds the (tokens, d_sae) block of features
 
@@ -24,11 +25,13 @@ _TOKENS_PER_BLOCK = 1024  # bounds the (tokens, d_sae) block of features
 def encoded(
     sae: SAE[Any],
     activations: Tensor | Iterable[Tensor],
+    read: Callable[[Tensor], Read],
     n_tokens: int | None = None,
     *,
     progress: bool = True,
-) -> Iterator[tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_sae"]]]:
-    """The first `n_tokens` activations, or all, in blocks on the SAE's device, with features.
+) -> Iterator[tuple[Float[Tensor, "n d_in"], Read]]:
+    """The first `n_tokens` activations, or all, in blocks on the SAE's device, with what `read`
+    makes of each: `encoder_of(sae)` or `autoencoder_of(sae)`.
 
     Raises:
         SaesubError: fewer than `n_tokens` came, `n_tokens` is below 1, or activations have
@@ -36,14 +39,14 @@ def encoded(
     """
     if n_tokens is not None and n_tokens < 1:
         raise SaesubError(f"n_tokens must be at least 1, not {n_tokens}.")
-    encode, n = encoder_of(sae), 0
+    n = 0
     given = [activations] if isinstance(activations, Tensor) else activations
     with bar(total=n_tokens, unit="tok", desc="encoding", delay=1, progress=progress) as shown:
         for block in (block for part in given for block in part.split(_TOKENS_PER_BLOCK)):
             block = block if n_tokens is None else block[: n_tokens - n]
             require_finite(block)
-            features = encode(block)
-            yield block.flatten(1).to(sae.device), features
+            found = read(block)
+            yield block.flatten(1).to(sae.device), found
             n += len(block)
             shown.update(len(block))
             if n == n_tokens:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from saesub.errors import SaesubError
 from saesub.evaluation.passes import encoded
-from saesub.topk.encode import flat_heads, times_fired
+from saesub.precision import where_float64
+from saesub.topk.encode import autoencoder_of, times_fired
 
 
 class Reconstruction(NamedTuple):
@@ -46,13 +47,8 @@ def reconstruction(
             "reconstruction() judges autoencoders, and a transcoder writes to another place than "
             "it reads: use saesub.extras.transcoders.transcoder_reconstruction"
         )
-
-    def decode(features: Tensor) -> Tensor:
-        with flat_heads(sae):
-            return sae.decode(features)
-
-    blocks = encoded(sae, activations, progress=progress)
-    return unexplained((x, decode(features), features) for x, features in blocks)
+    blocks = encoded(sae, activations, autoencoder_of(sae), progress=progress)
+    return unexplained((x, rebuilt, features) for x, (features, rebuilt) in blocks)
 
 
 @torch.no_grad()
@@ -66,10 +62,10 @@ def unexplained(blocks: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Reconstructi
     for target, reconstructed, features in blocks:
         if not len(target):
             continue
-        y = target.double()
+        y = where_float64(target).double()
         if n == 0:
             origin = y[0]  # a large mean would cancel the variance
-        error += (reconstructed - y).square().sum().item()
+        error += (where_float64(reconstructed) - y).square().sum().item()
         squares += (y - origin).square().sum().item()
         sums = sums.to(y) + (y - origin).sum(0)
         active += int(times_fired(features).sum())

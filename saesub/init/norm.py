@@ -25,7 +25,8 @@ from saesub.activations.checks import require_finite
 from saesub.activations.spectrum import Spectrum
 from saesub.errors import SaesubError
 from saesub.init.biases import ENCODER_BIASES, check_autoencoder, check_fits, input_scale
-from saesub.topk.encode import encoder_of, flat_heads
+from saesub.precision import where_float64
+from saesub.topk.encode import autoencoder_of, flat_heads
 
 _TOKENS = 4096
 TOKENS_PER_BLOCK = 1024  # bounds the (tokens, d_sae) block of features
@@ -189,20 +190,20 @@ def unchanged_on_error(sae: SAE[Any]) -> Iterator[None]:
 
 def encoder_factor(sae: SAE[Any], pairs: Pairs, scale: float = 1.0) -> float:
     """The factor on what the SAE's features write that brings it nearest to what they should."""
-    encode = encoder_of(sae)
+    encode_and_decode = autoencoder_of(sae)
     blocks = (part.split(TOKENS_PER_BLOCK) for part in pairs)
 
     def target_and_written() -> Iterator[tuple[Tensor, Tensor]]:
         for read, target in zip(*blocks, strict=True):
             x, y = ((part * scale).to(sae.W_dec) for part in (read, target))
-            features = encode(x)
-            reconstructed = sae.decode(features)
-            sae.process_sae_in(x)  # notes each token's own scale again, which decoding has used up
-            silent = sae.decode(features * 0).double()
-            yield y - silent, reconstructed.double() - silent
+            features, rebuilt = encode_and_decode(x)
+            with flat_heads(sae):
+                sae.process_sae_in(x)  # notes each token's own scale, by which decoding divides
+                silent = sae.decode(features * 0)
+            y, rebuilt, silent = (where_float64(t).double() for t in (y, rebuilt, silent))
+            yield y - silent, rebuilt - silent
 
-    with flat_heads(sae):
-        return least_squares_factor(target_and_written())
+    return least_squares_factor(target_and_written())
 
 
 def least_squares_factor(blocks: Iterable[tuple[Tensor, Tensor]]) -> float:
@@ -216,7 +217,7 @@ def least_squares_factor(blocks: Iterable[tuple[Tensor, Tensor]]) -> float:
     """
     overlap = energy = 0.0
     for target, written in blocks:
-        written = written.double()
+        target, written = where_float64(target), where_float64(written).double()
         overlap += (target * written).sum().item()
         energy += written.square().sum().item()
     if not isfinite(energy):

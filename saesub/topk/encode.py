@@ -1,72 +1,91 @@
-"""Features of given activations: by SAELens' own encoder, or faster by the sparse step's search."""
+"""Features of given activations, exactly as SAELens' own encoder ranks them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from sae_lens import SAE, TopKSAE, TopKTrainingSAE
+from sae_lens.saes.topk_sae import TopK
 from torch import Tensor
 
 from saesub.errors import SaesubError
 from saesub.topk.eligibility import is_hooked
-from saesub.topk.ops import select_topk
-from saesub.topk.step import feature_scale, row_backend, search_of, sparse_activations
+from saesub.topk.ops import TOKENS_PER_BLOCK, Selected
+from saesub.topk.step import feature_scale, sparse_activations
 
 Encode = Callable[[Float[Tensor, "n d_in"]], Float[Tensor, "n d_sae"]]
+Read = TypeVar("Read")
 
 
 def encoder_of(sae: Any) -> Encode:
-    """The function from activations to features, without gradients; valid until weights change.
+    """The function from activations to features, without gradients, which leaves the SAE as it is.
 
     It takes activations (n, d_in) on any device; a hook_z SAE also takes (n, heads, d_head). A TopK
-    SAE on a CPU gives sparse COO tensors, found by `saesub.topk.cpu` or, without a C++ compiler,
-    by `saesub.topk.int8_search`. These searches may choose another of two features
-    that are equal within rounding, and their bounds are statistical.
+    SAE gives sparse COO tensors and never holds a value of every feature for more than a block of
+    tokens, except on MPS, where torch lacks operators on sparse tensors. The features are those
+    that SAELens' `encode` ranks highest, by the whole product in the SAE's own precision.
 
     The function raises SaesubError for activations of another shape.
     """
-    find = _searched(sae) if _suits_search(sae) else sae.encode
+    return _leaving(sae, _encode_of(sae))
+
+
+def autoencoder_of(sae: Any) -> Callable[[Float[Tensor, "n d_in"]], tuple[Tensor, Tensor]]:
+    """As `encoder_of`, the function from activations to features and reconstructions (n, d_in)."""
+    encode = _encode_of(sae)
+
+    def encode_and_decode(x: Float[Tensor, "n d_in"]) -> tuple[Tensor, Tensor]:
+        features = encode(x)
+        return features, sae.decode(features)
+
+    return _leaving(sae, encode_and_decode)
+
+
+def _leaving(
+    sae: Any, read: Callable[[Float[Tensor, "n d_in"]], Read]
+) -> Callable[[Float[Tensor, "n d_in"]], Read]:
+    """`read` of checked activations with heads concatenated; the SAE stays as it is."""
 
     @torch.no_grad()
-    def encode(x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
+    def checked(x: Float[Tensor, "n d_in"]) -> Read:
         if x.ndim < 2 or x.shape[1:].numel() != sae.cfg.d_in:
             raise SaesubError(
                 f"The SAE reads activations of shape (n, {sae.cfg.d_in}), not {tuple(x.shape)}: "
                 "give those of its own hook point, a row for each token."
             )
         with flat_heads(sae):
-            return find(x.to(sae.device).flatten(1))
+            return read(x.to(sae.device).flatten(1))
 
-    return encode
+    return checked
 
 
-@torch.no_grad()
-def _searched(sae: Any) -> Encode:
-    search = search_of(row_backend(sae.W_enc.device), exact=False)
-    W_enc, scale = sae.W_enc.detach().T.contiguous().T, feature_scale(sae)
-    k, b_enc = int(sae.cfg.k), sae.b_enc.detach()
+def _encode_of(sae: Any) -> Encode:
+    """`sae.encode`, for a TopK SAE block by block into sparse entries."""
 
     def encode(x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
-        sae_in = sae.process_sae_in(x).contiguous()
-        selected = select_topk(sae_in, W_enc, b_enc, k, scale, search=search)
-        ranked = selected.pre if scale is None else selected.pre * scale[selected.features]
-        return sparse_activations(selected, ranked.relu(), len(x))
+        if not _is_plain_topk(sae):
+            return sae.encode(x)
+        scale, best = feature_scale(sae), []
+        for rows in sae.process_sae_in(x).split(TOKENS_PER_BLOCK):
+            scores = rows @ sae.W_enc + sae.b_enc
+            if scale is not None:
+                scores *= scale
+            best.append(scores.topk(sae.activation_fn.k, sorted=False))
+        values, features = (torch.cat(parts) for parts in zip(*best, strict=True))
+        selected = Selected.equally(features, values, sae.cfg.d_sae)
+        return sparse_activations(selected, selected.pre.relu(), len(x))
 
     return encode
 
 
-def _suits_search(sae: Any) -> bool:
-    if type(sae) not in (TopKSAE, TopKTrainingSAE) or is_hooked(sae):
+def _is_plain_topk(sae: Any) -> bool:
+    if type(sae) not in (TopKSAE, TopKTrainingSAE) or type(sae.activation_fn) is not TopK:
         return False
-    if sae.W_enc.device.type != "cpu":
-        return False
-    scale = feature_scale(sae)  # the search divides by it
-    whole = scale is None or bool((scale > 0).all())
-    return whole and sae.W_enc.dtype == torch.float32 and 0 < sae.cfg.k <= sae.cfg.d_sae
+    return not is_hooked(sae) and sae.W_enc.device.type != "mps"
 
 
 def times_fired(features: Float[Tensor, "n d_sae"]) -> Int[Tensor, " d_sae"]:
@@ -80,11 +99,16 @@ def times_fired(features: Float[Tensor, "n d_sae"]) -> Int[Tensor, " d_sae"]:
 
 @contextmanager
 def flat_heads(sae: SAE[Any]) -> Iterator[None]:
-    """Let a hook_z SAE read and write concatenated heads, (n, heads × d_head), inside the block."""
-    names = ("reshape_fn_in", "reshape_fn_out", "d_head", "hook_z_reshaping_mode")
-    before = {name: vars(sae).get(name) for name in names}
+    """Let a hook_z SAE read and write concatenated heads, (n, heads × d_head), inside the block.
+
+    Afterwards the SAE has the attributes it had before. SAELens notes there the shape of heads and
+    the scale of each input, by which it decodes.
+    """
+    before = dict(vars(sae))
     sae.turn_off_forward_pass_hook_z_reshaping()
     try:
         yield
     finally:
+        for name in vars(sae).keys() - before:
+            delattr(sae, name)
         vars(sae).update(before)
