@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -201,12 +202,63 @@ def test_inputs_are_drawn_by_their_squared_loss(activations):
 
     import numpy as np
 
-    rng = np.random.default_rng(0)
-    drawn = [int(_draw_by_squared_loss(Output, 1, rng)) for _ in range(4000)]
+    rng, every = np.random.default_rng(0), torch.ones(4, dtype=torch.bool)
+    drawn = [int(_draw_by_squared_loss(Output, every, 1, rng)) for _ in range(4000)]
     share = torch.bincount(torch.tensor(drawn), minlength=4) / 4000
     torch.testing.assert_close(share, torch.tensor([1, 4, 0, 16]) / 21, atol=0.02, rtol=0)
-    every = _draw_by_squared_loss(Output, 4, rng)
-    assert sorted(every.tolist()) == [0, 1, 3]  # no loss, no chance
+    assert sorted(_draw_by_squared_loss(Output, every, 4, rng).tolist()) == [0, 1, 3]
+    every[0] = False
+    assert sorted(_draw_by_squared_loss(Output, every, 4, rng).tolist()) == [1, 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_inputs_without_a_loss_are_not_drawn_whatever_the_others_lose(dtype):
+    from saesub.training.mitigations.resampling import _draw_by_squared_loss
+
+    class Output:
+        sae_in = torch.zeros(5, 2, dtype=dtype)
+        sae_out = torch.zeros(5, 2, dtype=dtype)
+
+    import numpy as np
+
+    rng, every = np.random.default_rng(0), torch.ones(5, dtype=torch.bool)
+    assert _draw_by_squared_loss(Output, every, 5, rng).tolist() == []
+    limits = torch.finfo(dtype)
+    Output.sae_out[1] = limits.smallest_normal
+    assert len(_draw_by_squared_loss(Output, every, 5, rng)) == (dtype != torch.float64)
+    Output.sae_out[2], Output.sae_in[2] = limits.max / 4, -limits.max / 4
+    if dtype == torch.float64:  # its own largest values have no square
+        Output.sae_out[2], Output.sae_in[2] = 1e150, 0
+    found = _draw_by_squared_loss(Output, every, 5, rng)
+    assert 2 in found.tolist()
+    assert not {0, 3, 4} & {*found.tolist()}
+    for bad in (torch.inf, torch.nan):
+        Output.sae_out[3] = bad
+        with pytest.raises(SaesubError, match="NaN or infinite for some"):
+            _draw_by_squared_loss(Output, every, 5, rng)
+
+
+@pytest.mark.parametrize("apply_b_dec_to_input", [True, False])
+@pytest.mark.parametrize("lossless", ["all", "some", "those without a direction"])
+def test_no_feature_is_made_of_an_input_without_loss_or_direction(lossless, apply_b_dec_to_input):
+    sae = _topk(apply_b_dec_to_input=apply_b_dec_to_input)
+    trainer = _trainer(sae, 40, Resampling(at_tokens=(12 * BATCH,), n_batches=1))
+    trainer.tokens_since_fired[:] = 10**9
+    trainer.n_training_samples = 12 * BATCH
+    x = torch.randn(BATCH, 576, generator=torch.Generator().manual_seed(0))
+    lost = torch.zeros(BATCH, 1)
+    if lossless != "all":
+        lost[:40] = 1.0
+    if lossless == "those without a direction":
+        x[40:], lost[40:] = sae.b_dec.detach(), 1.0
+    before = [sae.W_dec.detach().clone(), sae.W_enc.detach().clone()]
+    trainer.mitigations[0].after_step(trainer, SimpleNamespace(sae_in=x, sae_out=x + lost))
+    changed = (sae.W_dec != before[0]).any(1)
+    assert changed.sum() == (0 if lossless == "all" else 40)
+    assert torch.equal((sae.W_enc != before[1]).any(0), changed)
+    assert torch.equal(trainer.tokens_since_fired == 0, changed)
+    assert (sae.W_dec.norm(dim=1) > 0).all()
+    assert all(parameter.isfinite().all() for parameter in sae.parameters())
 
 
 @pytest.mark.parametrize(

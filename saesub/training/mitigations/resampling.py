@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from sae_lens.saes.sae import TrainStepOutput
 from torch import Tensor
 
 from saesub.errors import SaesubError
 from saesub.optim import FEATURE_AXIS
+from saesub.precision import where_float64
 from saesub.training.mitigations.mitigation import Mitigation, need_parameters
 
 if TYPE_CHECKING:  # the trainer imports what a mitigation is
@@ -36,7 +37,8 @@ class Resampling(Mitigation):
     - The decoder row gets the mean norm of the living (1 in the source, where all are 1).
     - Inputs come from the training batches, an equal part of the dead at each of `n_batches`
       successive steps. No input is drawn twice, or two features would stay equal forever; if there
-      are more dead features than inputs, the rest stay dead until the next resampling.
+      are more dead features than inputs with a loss and a direction, the rest stay dead until the
+      next resampling.
     - A gated SAE's r_mag becomes 0 and a JumpReLU threshold its initial value.
 
     Args:
@@ -50,7 +52,7 @@ class Resampling(Mitigation):
         SaesubError: neither or both of `every_tokens` and `at_tokens`, or settings out of range;
             and, when a trainer is made, an SAE without an encoder of its own, a schedule that ends
             before a feature can be dead or resamples again before the last one is over, or more
-            batches than the dead window has.
+            batches than the dead window has; and, in training, a loss that is NaN or infinite.
     """
 
     every_tokens: int | None = None
@@ -122,9 +124,10 @@ class Resampling(Mitigation):
         rng = np.random.default_rng([self.seed, trainer.n_training_samples])
         rows = dead.nonzero().squeeze(1)
         n_now = -(-len(rows) // (self.n_batches - batch))
-        tokens = _draw_by_squared_loss(output, n_now, rng)
+        directions = _directions(trainer.sae, output.sae_in)
+        tokens = _draw_by_squared_loss(output, directions.any(-1), n_now, rng)
         chosen = torch.from_numpy(rng.permutation(len(rows))[: len(tokens)]).to(rows.device)
-        self._restart(trainer, rows[chosen], output.sae_in[tokens])
+        self._restart(trainer, rows[chosen], directions[tokens])
 
     def _spread(self, trainer: SubspaceSAETrainer) -> int:
         return self.n_batches * trainer.cfg.train_batch_size_samples
@@ -140,15 +143,11 @@ class Resampling(Mitigation):
         self,
         trainer: SubspaceSAETrainer,
         rows: Int[Tensor, " m"],
-        inputs: Float[Tensor, "m d_in"],
+        directions: Float[Tensor, "m d_in"],
     ) -> None:
         sae, (encoder, decoder) = trainer.sae, trainer.mitigation_state[_NORMS]
-        seen = sae.process_sae_in(inputs)  # less b_dec where apply_b_dec_to_input
-        if not sae.cfg.apply_b_dec_to_input:
-            seen = seen - sae.b_dec
-        directions = torch.nn.functional.normalize(seen, dim=-1)
-        columns = directions.T * (self.encoder_norm * encoder).to(seen)
-        sae.W_dec[rows] = directions * decoder.to(seen)
+        columns = directions.T * (self.encoder_norm * encoder).to(directions)
+        sae.W_dec[rows] = directions * decoder.to(directions)
         sae.W_enc[:, rows] = columns
         fresh = {"threshold": getattr(sae.cfg, "jumprelu_init_threshold", 0.0)}
         b_in = None if sae.cfg.apply_b_dec_to_input else -(sae.b_dec @ columns)
@@ -162,6 +161,14 @@ class Resampling(Mitigation):
         trainer.n_forward_passes_since_fired[rows] = 0
 
 
+def _directions(sae: Any, inputs: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
+    """Unit vectors from the decoder bias to the inputs; 0 for an input that is the bias."""
+    seen = sae.process_sae_in(inputs)  # less b_dec where apply_b_dec_to_input
+    if not sae.cfg.apply_b_dec_to_input:
+        seen = seen - sae.b_dec
+    return torch.nn.functional.normalize(seen, dim=-1)
+
+
 def _mean_norms(sae: Any, alive: Tensor) -> Float[Tensor, " 2"]:
     """Mean norm of the living features' encoder and decoder weights; of all, if none lives."""
     norms = torch.stack([sae.W_enc.norm(dim=0), sae.W_dec.norm(dim=1)])
@@ -169,15 +176,21 @@ def _mean_norms(sae: Any, alive: Tensor) -> Float[Tensor, " 2"]:
 
 
 def _draw_by_squared_loss(
-    output: TrainStepOutput, n: int, rng: np.random.Generator
+    output: TrainStepOutput, may_be_drawn: Bool[Tensor, " n"], n: int, rng: np.random.Generator
 ) -> Int[Tensor, " m"]:
     """At most `n` distinct tokens, each drawn with probability proportional to its loss squared."""
-    loss = (output.sae_in - output.sae_out).double().square().sum(-1)
-    weights = loss.square().cpu().numpy()
-    drawn = rng.choice(
-        len(weights), min(n, np.count_nonzero(weights)), replace=False, p=weights / weights.sum()
-    )
-    return torch.from_numpy(drawn).to(loss.device)
+    x, x_hat = (where_float64(t).double() for t in (output.sae_in, output.sae_out))
+    loss = ((x - x_hat).square().sum(-1).cpu() * may_be_drawn.cpu()).numpy()
+    if not np.isfinite(loss).all():
+        raise SaesubError(
+            "Resampling draws inputs by their loss, which is NaN or infinite for some: train with "
+            "a smaller lr, or without autocast in float16."
+        )
+    weights = (loss / (loss.max() or 1.0)) ** 2  # below the largest, none overflows
+    share = weights / (weights.sum() or 1.0)
+    m = min(n, int(np.count_nonzero(share)))
+    drawn = rng.choice(len(share), m, replace=False, p=share) if m else np.zeros(0, dtype=np.int64)
+    return torch.from_numpy(drawn).to(output.sae_in.device)
 
 
 def _forget_moments(optimizer: torch.optim.Adam, sae: Any, rows: Int[Tensor, " m"]) -> None:
