@@ -25,8 +25,15 @@ from saesub.activations.collect import measure_spectrum
 from saesub.activations.spectrum import Spectrum
 from saesub.activations.tokens import kept_positions, pack_contexts
 from saesub.errors import SaesubError
-from saesub.evaluation.language_model_loss import SubspaceLoss, sae_loss, subspace_loss_recovered
+from saesub.evaluation.language_model_loss import (
+    SaeLoss,
+    SubspaceLoss,
+    sae_loss,
+    subspace_loss_recovered,
+)
 from saesub.loading.models import context_tokens
+from saesub.reproduce import claims
+from saesub.reproduce.paper_claims import UNTESTED
 
 HOOK = "blocks.0.hook_mlp_out"
 HEADS = "blocks.1.attn.hook_z"
@@ -122,6 +129,48 @@ def test_interpolation_and_interval() -> None:
         flat.components_for(0)
     with pytest.raises(SaesubError, match="not measured"):
         flat.ce(7)
+
+
+FREE = {"clean": [20, 60], "zero": [20, 60], 0: [20, 60], 50: [20, 60]}
+GAINFUL = FREE | {"zero": [19, 50], 0: [19, 50], 50: [18, 70]}
+UNLIKE_RUNS = FREE | {"zero": [20 + 1e-6, 60 - 1e-6], 0: [20 + 1e-6, 60 + 1e-6]}
+
+
+@pytest.mark.parametrize("sums", [FREE, GAINFUL, UNLIKE_RUNS], ids=["free", "gainful", "rounding"])
+@pytest.mark.parametrize("ablation", ["mean", "zero"])
+def test_where_ablation_costs_nothing_no_share_is_made_up(sums: dict, ablation: str) -> None:
+    loss = _made_up(sums)
+    with pytest.warns(UserWarning, match=f"{ablation} ablation costs .* no loss to recover"):
+        found = loss.components_for(0.9, ablation)
+    with pytest.warns(UserWarning, match="measure more contexts"):
+        curve = loss.recovered(ablation)
+    assert np.isnan([*found, *curve[50]]).all()
+    measured = claims.compare([claims.Measurement("F2.gap", *found[:1], found[1:])], "01")
+    assert measured.rows[0]["verdict"] == UNTESTED
+
+
+def test_resamples_without_a_cost_widen_the_interval() -> None:
+    # One context of 40 costs nothing, and a resample is of that one alone hardly ever.
+    clean, few = np.full(40, 10.0), np.full(40, 1)
+    ablated = clean + 1
+    ablated[0] = 10
+    sums = {"clean": clean, "zero": ablated, 0: ablated, 50: clean + 0.1}
+    assert np.isfinite(SubspaceLoss(100, sums, few).recovered()[50]).all()
+    # Of two, it is in one resample of four: what the interval ends at is not known.
+    sums = {c: values[:2] for c, values in sums.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        value, low, high = SubspaceLoss(100, sums, few[:2]).recovered()[50]
+    assert value == pytest.approx(0.8)
+    assert np.isnan([low, high]).all()
+
+
+def test_an_sae_where_zero_ablation_costs_nothing_recovers_no_share() -> None:
+    for clean, zero, kl in ((2.0, 2.0, 0.0), (2.0, 1.5, 1e-9)):
+        loss = SaeLoss(clean, 2.5, zero, 0.1, kl)
+        for measure in ("recovered", "kl_recovered"):
+            with pytest.warns(UserWarning, match="zero ablation costs"):
+                assert np.isnan(getattr(loss, measure))
 
 
 def perfect_sae(x_hat_scale: float = 1.0) -> StandardSAE:

@@ -6,6 +6,7 @@ by an SAE's reconstruction, with SAELens' own measurement.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,10 +35,15 @@ Ablation = Literal["mean", "zero"]
 Condition = int | Literal["clean", "zero"]
 _ABLATED: dict[Ablation, Condition] = {"mean": 0, "zero": "zero"}
 _RESAMPLES = 1000  # of the bootstrap
+_LEAST_COST = 1e-6  # nats a token; what float32 leaves of an ablation that costs nothing
 
 
 class Estimate(NamedTuple):
-    """A value and the 95 % bootstrap interval around it."""
+    """A value and the 95 % bootstrap interval around it.
+
+    The value is NaN where ablation costs nothing, so that there is no loss to recover. An end of
+    the interval is NaN where that is so in too many resamples to tell it.
+    """
 
     value: float
     low: float
@@ -67,13 +73,14 @@ class SubspaceLoss:
 
     def recovered(self, ablation: Ablation = "mean") -> dict[int, Estimate]:
         """(CE_ablated - CE_r) / (CE_ablated - CE_clean) for each r measured; the interval is over
-        contexts."""
+        contexts. NaN, with a warning, if ablation adds no loss."""
         curve = self._resampled(ablation)
         return {r: _estimate(curve[r]) for r in curve if r and r in self.loss_sums}
 
     def components_for(self, share: float = 0.9, ablation: Ablation = "mean") -> Estimate:
         """The smallest share of the d directions that recovers `share` of the loss, by linear
-        interpolation between the numbers measured. Raises SaesubError for a share outside (0, 1].
+        interpolation between the numbers measured; NaN, with a warning, if ablation adds no loss.
+        Raises SaesubError for a share outside (0, 1].
         """
         if not 0 < share <= 1:
             raise SaesubError(f"share of the loss must lie in (0, 1], not {share}")
@@ -96,16 +103,33 @@ class SubspaceLoss:
         ce = {c: self._resamples @ sums / weight for c, sums in self.loss_sums.items()}
         kept = {self.d: ce["clean"]} | {c: v for c, v in ce.items() if isinstance(c, int)}
         ablated = ce[_ABLATED[ablation]]
-        return {r: (ablated - kept[r]) / (ablated - ce["clean"]) for r in sorted(kept)}
+        cost = ablated - ce["clean"]
+        if not cost[0] > _LEAST_COST:
+            warnings.warn(_no_cost(ablation, cost[0]), stacklevel=3)
+        cost[~(cost > _LEAST_COST)] = np.nan
+        return {r: (ablated - kept[r]) / cost for r in sorted(kept)}
+
+
+def _no_cost(ablation: Ablation, cost: float) -> str:
+    return (
+        f"{ablation} ablation costs {cost:.2g} nats a token, so there is no loss to recover and "
+        "the share is NaN: measure more contexts, or another site"
+    )
 
 
 def _estimate(values: Float[np.ndarray, " resamples"]) -> Estimate:
-    low, high = np.quantile(values[1:], [0.025, 0.975])
+    resampled = values[1:]
+    unknown = np.isnan(resampled)
+    with np.errstate(invalid="ignore"):  # an end that is infinite, and so unknown, becomes NaN
+        low = np.quantile(np.where(unknown, -np.inf, resampled), 0.025)
+        high = np.quantile(np.where(unknown, np.inf, resampled), 0.975)
     return Estimate(float(values[0]), float(low), float(high))
 
 
 def _crossing(grid: np.ndarray, curve: np.ndarray, share: float) -> float:
-    """Where the curve first reaches `share`; its last point is 1 up to rounding."""
+    """Where the curve first reaches `share`, if it has values; its last point is 1."""
+    if np.isnan(curve[-1]):
+        return float("nan")
     i = int(np.argmax(curve >= share - 1e-9))
     if i == 0:
         return float(grid[0])
@@ -154,11 +178,12 @@ def subspace_loss_recovered(
             for condition, of_batches in sums.items():
                 hook = _cut_down(condition, mean, directions, kept)
                 logits = bridge.run_with_hooks(batch, fwd_hooks=[(hook_name, hook)])[:, :-1]
-                losses = torch.zeros(predicts.shape, dtype=torch.float64, device=batch.device)
-                losses[predicts] = cross_entropy(
+                of_tokens = cross_entropy(
                     logits[predicts].float(), following[predicts], reduction="none"
-                ).double()
-                of_batches.append(losses.sum(1).cpu())
+                )
+                losses = torch.zeros(predicts.shape, dtype=torch.float64, device="cpu")
+                losses[predicts.cpu()] = of_tokens.cpu().double()
+                of_batches.append(losses.sum(1))
                 shown.update(len(batch))
     measured: dict[Condition, np.ndarray] = {
         c: torch.cat(of_batches).numpy() for c, of_batches in sums.items()
@@ -210,14 +235,23 @@ class SaeLoss(NamedTuple):
 
     @property
     def recovered(self) -> float:
-        """(zero_ablated - with_sae) / (zero_ablated - clean). Noisy where ablation costs little."""
-        return (self.zero_ablated - self.with_sae) / (self.zero_ablated - self.clean)
+        """(zero_ablated - with_sae) / (zero_ablated - clean). Noisy where ablation costs little;
+        NaN, with a warning, where it costs nothing."""
+        return _share(self.zero_ablated - self.with_sae, self.zero_ablated - self.clean)
 
     @property
     def kl_recovered(self) -> float:
         """1 - kl_with_sae / kl_zero_ablated: the same for predictions, and steadier, since chance
-        cannot make a distorted prediction look better than the clean one."""
-        return 1 - self.kl_with_sae / self.kl_zero_ablated
+        cannot make a distorted prediction look better than the clean one. NaN, with a warning,
+        where ablation changes nothing."""
+        return _share(self.kl_zero_ablated - self.kl_with_sae, self.kl_zero_ablated)
+
+
+def _share(recovered: float, cost: float) -> float:
+    if cost > _LEAST_COST:
+        return recovered / cost
+    warnings.warn(_no_cost("zero", cost), stacklevel=3)
+    return float("nan")
 
 
 # SAELens' names of the fields of `SaeLoss`
