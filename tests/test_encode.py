@@ -19,6 +19,7 @@ from saesub.evaluation.reconstruction import reconstruction
 from saesub.topk import cpu, int8_search
 from saesub.topk.encode import autoencoder_of, encoder_of
 from saesub.topk.ops import TOKENS_PER_BLOCK
+from saesub.topk.sae import use_sparse_step
 
 SIZES = {"d_in": 576, "d_sae": 2048}
 NORMS = ["layer_norm", "constant_norm_rescale"]
@@ -55,13 +56,14 @@ def of_smaller_k(sae):
 
 @pytest.mark.parametrize("rescaled", [False, True])
 @pytest.mark.parametrize("centred", [False, True])
-@pytest.mark.parametrize("kind", ["training", "inference", *NORMS, "hook_z"])
+@pytest.mark.parametrize("kind", ["training", "sparse", "inference", *NORMS, "hook_z"])
 def test_features_and_reconstructions_are_those_of_saelens(activations, kind, centred, rescaled):
     torch.manual_seed(0)
     settings = SIZES | {"k": 16, "apply_b_dec_to_input": centred}
     settings["rescale_acts_by_decoder_norm"] = rescaled
-    if kind == "training":
+    if kind in ("training", "sparse"):
         sae = spread(TopKTrainingSAE(TopKTrainingSAEConfig(**settings)))
+        sae = use_sparse_step(sae) if kind == "sparse" else sae
     else:
         more = {"normalize_activations": kind} if kind in NORMS else {}
         sae = spread(TopKSAE(TopKSAEConfig(**settings, **more)))

@@ -15,10 +15,12 @@ from torch import Tensor
 from saesub.errors import SaesubError
 from saesub.topk.eligibility import is_hooked
 from saesub.topk.ops import TOKENS_PER_BLOCK, Selected
+from saesub.topk.sae import SparseTopKTrainingSAE
 from saesub.topk.step import feature_scale, sparse_activations
 
 Encode = Callable[[Float[Tensor, "n d_in"]], Float[Tensor, "n d_sae"]]
 Read = TypeVar("Read")
+_TOPK = (TopKSAE, TopKTrainingSAE, SparseTopKTrainingSAE)
 
 
 def encoder_of(sae: Any) -> Encode:
@@ -83,7 +85,9 @@ def _encode_of(sae: Any) -> Encode:
 
 
 def _is_plain_topk(sae: Any) -> bool:
-    if type(sae) not in (TopKSAE, TopKTrainingSAE) or type(sae.activation_fn) is not TopK:
+    if type(sae) not in _TOPK or type(sae.activation_fn) is not TopK:
+        return False
+    if vars(sae).keys() & {"encode", "encode_with_hidden_pre"}:
         return False
     return not is_hooked(sae) and sae.W_enc.device.type != "mps"
 
