@@ -473,6 +473,19 @@ def test_the_initialisations_metadata_survive_a_resume(tmp_path):
     assert found.hook_name == "mine"
 
 
+def test_no_float64_is_moved_to_the_trainers_device(tmp_path, monkeypatch):
+    """Which may be one that has none."""
+    trainer = adam(recipe(), make(), iter(()))
+    take(trainer, 0, 3)
+    assert trainer.history
+    trainer.save_checkpoint("3", tmp_path)
+    moved, to = [], Tensor.to
+    monkeypatch.setattr(Tensor, "to", lambda x, *a, **k: moved.append(x.dtype) or to(x, *a, **k))
+    resumed(adam, recipe(), make(), tmp_path / "3")
+    assert torch.int64 in moved
+    assert torch.float64 not in moved
+
+
 def test_a_field_that_one_version_lacks_is_no_difference(tmp_path, monkeypatch):
     trainer = adam(recipe(), make(), iter(()))
     kept = trainer.settings()

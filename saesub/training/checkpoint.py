@@ -125,10 +125,10 @@ def load_state(
     torch.set_rng_state(state["random.cpu"])
     if "random.cuda" in state and torch.device(trainer.cfg.device).type == "cuda":
         torch.cuda.set_rng_state(state["random.cuda"], trainer.cfg.device)
-    state = {name: kept.to(trainer.cfg.device) for name, kept in state.items()}
-    trainer.tokens_since_fired = state["tokens_since_fired"]
+    device = trainer.cfg.device  # where the history's float64 may not exist
+    trainer.tokens_since_fired = state["tokens_since_fired"].to(device)
     trainer.mitigation_state = {
-        name.removeprefix(_MITIGATION): kept
+        name.removeprefix(_MITIGATION): kept.to(device)
         for name, kept in state.items()
         if name.startswith(_MITIGATION)
     }

@@ -45,7 +45,8 @@ class History:
     def state(self) -> dict[str, Tensor]:
         """The points by column, in float64, and the losses since the last one."""
         columns = {f"history.{name}": [point[name] for point in self.points] for name in _COLUMNS}
-        kept = {name: torch.tensor(c, dtype=torch.float64) for name, c in columns.items()}
+        made = {"dtype": torch.float64, "device": "cpu"}  # whatever the user's default device is
+        kept = {name: torch.tensor(column, **made) for name, column in columns.items()}
         return kept | {"since_record": self.since}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
