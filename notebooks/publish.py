@@ -49,6 +49,7 @@ RECORD_FILE = ROOT / "data" / "results" / "quick" / "run.json"
 FIGURE_FILE = ROOT / "data" / "results" / "dead_by_hook_point.png"
 WIDE = ("long", "million", "scaled")  # the studies of the table of wide dictionaries
 FAULTS_FILE = ROOT / "data" / "results" / "faults.json"
+ARCHITECTURES_FILE = ROOT / "data" / "results" / "architectures.json"
 REGISTRY = ROOT / "data" / "registry.toml"
 # The packaged files that the notebooks ask for at `quick`, by kind.
 FETCHED = {
@@ -213,6 +214,9 @@ def with_tables(page: str, record: dict) -> str:
         "defaults": defaults_table(json.loads((STUDIES / "defaults.json").read_text())),
         "wide": wide_table(*(json.loads((STUDIES / f"{n}.json").read_text()) for n in WIDE)),
         "faults": faults_table(json.loads(FAULTS_FILE.read_text())),
+        "architectures": architectures_table(
+            json.loads(ARCHITECTURES_FILE.read_text(encoding="utf-8"))
+        ),
     }
     for name, table in tables.items():
         mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
@@ -576,6 +580,14 @@ def faults_table(counts: dict[str, dict[str, int]]) -> str:
     for module, of_module in sorted(counts.items()):
         file = f"[{module}](../tests/{module}.py)"
         lines += [f"| {fault} | {times:,} | {file} |" for fault, times in sorted(of_module.items())]
+    return "\n".join(lines)
+
+
+def architectures_table(found: dict[str, dict[str, str]]) -> str:
+    """What the tests found to work with each architecture, and what is said where it does not."""
+    columns = ["architecture", *next(iter(found.values()))]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    lines += [f"| `{name}` | {' | '.join(cells.values())} |" for name, cells in found.items()]
     return "\n".join(lines)
 
 

@@ -37,6 +37,7 @@ def test_every_page_shows_the_committed_records(page):
         *[("README.md", name) for name in ("figure", "summary", "cost", "titles")],
         *[("docs/findings.md", n) for n in ("findings", "wide", "sweep", "starts", "notebooks")],
         ("docs/faults.md", "faults"),
+        ("docs/architectures.md", "architectures"),
     ],
 )
 def test_every_table_stands_on_its_page(page, name):
