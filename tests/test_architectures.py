@@ -40,6 +40,7 @@ from saesub.extras.transcoders import (
     TrainingTranscoder,
     TrainingTranscoderConfig,
 )
+from saesub.init.biases import center_at
 from saesub.loading.models import context_tokens
 from saesub.topk import cpu
 
@@ -416,6 +417,22 @@ def test_the_page_says_what_is_found(
 def test_the_page_has_a_row_for_every_architecture_and_no_other() -> None:
     assert [*recorded()] == [*architectures()], __doc__
     assert {tuple(row) for row in recorded().values()} == {tuple(COLUMNS)}
+
+
+def test_a_matching_pursuit_without_a_bias_is_not_centred() -> None:
+    """SAELens adds its decoder bias only where it subtracts it: one would be set in vain."""
+    x, _ = data(1000, 1)
+    spectrum = saesub.Spectrum.from_activations(x)
+    sae = make("matching_pursuit", apply_b_dec_to_input=False)
+    before = copy.deepcopy(sae.state_dict())
+    for call in (
+        lambda: saesub.initialize_in_subspace(sae, spectrum),
+        lambda: saesub.center_biases(sae, spectrum),
+        lambda: center_at(sae, spectrum.mean),
+    ):
+        with pytest.raises(saesub.SaesubError, match="adds its decoder bias nowhere"):
+            call()
+    assert all(torch.equal(value, before[key]) for key, value in sae.state_dict().items())
 
 
 def test_an_architecture_that_saelens_adds_has_a_row(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,8 +43,8 @@ def center_biases(
         input_spectrum: of the activations that a transcoder reads; refused for an autoencoder.
 
     Raises:
-        SaesubError: a spectrum of another width, an SAE that whitens its input, a transcoder
-            without its input spectrum, or an autoencoder with one.
+        SaesubError: a spectrum of another width, an SAE that whitens its input or has no bias, a
+            transcoder without its input spectrum, or an autoencoder with one.
     """
     check_fits(sae, spectrum, input_spectrum)
     set_biases(sae, spectrum, input_spectrum)
@@ -52,7 +52,8 @@ def center_biases(
 
 
 def set_biases(sae: SAE[Any], spectrum: Spectrum, input_spectrum: Spectrum | None) -> None:
-    """`center_biases` without its checks and notes."""
+    """`center_biases` without its other checks and its notes."""
+    _check_bias(sae)
     is_transcoder = input_spectrum is not None
     sae.b_dec.copy_(spectrum.mean * (1.0 if is_transcoder else input_scale(sae, spectrum)))
     read = input_spectrum or spectrum
@@ -73,9 +74,10 @@ def center_at(
 
     Raises:
         SaesubError: a centre of another width or not finite, a transcoder, an SAE that whitens its
-            input (which centres it), or a missing `mean_norm`.
+            input (which centres it) or has no bias, or a missing `mean_norm`.
     """
     check_autoencoder(sae, "center_at")
+    _check_bias(sae)
     if center.shape != (sae.cfg.d_in,):
         raise SaesubError(
             f"center_at needs a centre ({sae.cfg.d_in},), not of shape {tuple(center.shape)}: take "
@@ -198,6 +200,15 @@ def check_autoencoder(sae: SAE[Any], name: str) -> None:
         raise SaesubError(
             f"{name} contradicts normalize_activations='covariance_whitening': the whitening is "
             "estimated when training starts, and centres its input. Use one of the two."
+        )
+
+
+def _check_bias(sae: SAE[Any]) -> None:
+    """Refuse an SAE of which SAELens uses no bias. Raises SaesubError."""
+    if sae.cfg.architecture() == "matching_pursuit" and not sae.cfg.apply_b_dec_to_input:
+        raise SaesubError(
+            "A matching pursuit SAE with apply_b_dec_to_input=False adds its decoder bias nowhere, "
+            "so that it cannot be centred: make it with apply_b_dec_to_input=True."
         )
 
 

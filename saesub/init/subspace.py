@@ -117,7 +117,8 @@ def initialize_in_subspace(
     Raises:
         SaesubError: the spectrum or the activations have another width, `d_init` is out of range,
             directions or norm are unknown, activations are missing or not finite, the SAE whitens
-            its input, or a transcoder lacks its input spectrum. The SAE is then left as it was.
+            its input or has no bias, or a transcoder lacks its input spectrum. The SAE is then left
+            as it was.
 
     Example:
         >>> spectrum = saesub.measure_spectrum(model, "wiki-en", hook_name, n_tokens=200_000)
