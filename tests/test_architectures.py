@@ -374,6 +374,8 @@ def cell(check: Callable[[str, Any], str | None], name: str, given: Any) -> str:
     """A mark, or why not: the first clause of what was raised or warned."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", OF_SAESUB_WARNINGS, UserWarning)
+        if check is not steps_sparsely:  # in whose column a dense step is to show
+            warnings.filterwarnings("ignore", "SAELens' dense step")
         try:
             said = check(name, given)
         except (saesub.SaesubError, NotImplementedError, UserWarning) as error:

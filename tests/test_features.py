@@ -45,10 +45,7 @@ def test_density_is_the_share_of_tokens_a_feature_fires_on(
 
 
 @pytest.mark.model
-def test_density_takes_saelens_sparse_activations(
-    activations: torch.Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("saesub.topk.encode.row_backend", lambda device: None)
+def test_density_takes_saelens_sparse_activations(activations: torch.Tensor) -> None:
     torch.manual_seed(0)
     cfg = TopKTrainingSAEConfig(d_in=576, d_sae=300, k=4, use_sparse_activations=True)
     sae = TopKTrainingSAE(cfg)

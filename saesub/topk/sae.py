@@ -114,9 +114,9 @@ def use_sparse_step(sae: SAE, *, search: SearchName = "auto") -> SAE:
     sparse = isinstance(sae, SparseTopKTrainingSAE)
     if not (sparse or type(sae) in (TopKTrainingSAE, BatchTopKTrainingSAE)):
         raise SaesubError(
-            f"The sparse step is for SAELens' TopKTrainingSAE and BatchTopKTrainingSAE, not for "
-            f"{type(sae).__name__}: train it as it is, or derive a class of your own from "
-            "saesub.SparseTopKTrainingSAE."
+            f"{type(sae).__name__} has no sparse step: train it as it is; only SAELens' "
+            "TopKTrainingSAE and BatchTopKTrainingSAE, and classes that derive from "
+            "saesub.SparseTopKTrainingSAE, have one."
         )
     if not sparse:
         sae.__class__ = _SPARSE[sae.cfg.architecture()]

@@ -34,7 +34,7 @@ _COMPLETE = "complete"  # an empty file, written when a checkpoint is whole
 _DECIDING = (
     *("activations/checks.py", "activations/store.py", "extras/transcoders.py", "optim.py"),
     *(f"training/{name}.py" for name in ("checkpoint", "comparison", "firing", "history")),
-    *("training/mitigations/", "training/step_choice.py", "training/trainer.py", "topk/"),
+    *("training/mitigations/", "training/native_step.py", "training/trainer.py", "topk/"),
 )
 
 
