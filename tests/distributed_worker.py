@@ -157,7 +157,7 @@ def outcome(trainer: SubspaceSAETrainer, sae: Any) -> dict[str, Tensor]:
     """The weights, and what the trainer says of the run."""
     said = [point[name] for point in trainer.history for name in ("tokens", "mse", "dead_share")]
     metadata = trainer.sae.cfg.metadata
-    said += [trainer.dead_fraction(), metadata.l0, metadata.num_dead_features]
+    said += [metadata.l0, metadata.num_dead_features, metadata.dead_share, trainer.dead_fraction()]
     tensors = {name: t.detach().clone().contiguous() for name, t in sae.named_parameters()}
     return tensors | {"said": torch.tensor(said, dtype=torch.float64)}
 

@@ -98,7 +98,7 @@ def test_the_gathered_sae_is_a_plain_saelens_sae(ran: Path):
     weights = load_file(ran / f"4-{case}.safetensors")
     assert sae.cfg.architecture() == "topk"
     assert sae.cfg.d_sae == D_SAE
-    assert sae.cfg.metadata.num_dead_features == weights["said"][-1]
+    assert sae.cfg.metadata.dead_share == weights["said"][-1] == weights["said"][-2]
     x = load_file(ran / "x.safetensors")["x"][:100]
     assert ((sae.encode(x) > 0).sum(1) <= case.k).all()
     assert (sae(x) - x).square().sum() < (x - x.mean(0)).square().sum()

@@ -24,7 +24,10 @@ from sae_lens import SAE
 
 sae = SAE.from_pretrained("<this repository>", "<its folder>")
 ```"""
-_TRAINING = ("l0", "num_dead_features", "dead_window_tokens", "optimizer", "mitigations")
+_TRAINING = (
+    *("l0", "num_dead_features", "dead_share", "dead_window_tokens"),
+    *("optimizer", "mitigations"),
+)
 
 
 def model_card(
