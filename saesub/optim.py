@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.optim.adam import adam
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from saesub.errors import SaesubError
 
@@ -48,19 +49,19 @@ def make_optimizer(
         return SparseAdam(parameter_groups(module), lr=lr, betas=betas)
     if name == "adam":
         adam = torch.optim.Adam(module.parameters(), lr=lr, betas=betas, fused=True)
-        adam.register_step_pre_hook(_align_moments)
+        adam.register_step_pre_hook(align_moments)
         adam.register_state_dict_post_hook(_leave_fused_out)
         adam.register_load_state_dict_post_hook(_fuse)
         return adam
     raise SaesubError(f"Unknown optimizer {name!r}: pass 'adam' or 'sparse_adam'.")
 
 
-def _align_moments(optimizer: Any, *_: Any) -> None:
+def align_moments(optimizer: Any, *_: Any) -> None:
     """Give moments their parameter's strides: on a CPU torch's fused Adam takes it for granted,
     and pairs the wrong entries otherwise."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            if parameter.grad is not None and "step" in optimizer.state[parameter]:
+            if "exp_avg" in optimizer.state.get(parameter, {}):
                 moments(optimizer, parameter)
 
 
@@ -74,13 +75,14 @@ def _fuse(optimizer: torch.optim.Optimizer) -> None:
         group["fused"] = True
 
 
-_OWN_HOOKS = {_align_moments}
+_OWN_HOOKS = {align_moments}
 
 
 def has_foreign_hooks(optimizer: torch.optim.Optimizer) -> bool:
     """Whether someone else asked to be called before or after each of an optimizer's steps."""
     before, after = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
-    return bool(after) or not set(before.values()) <= _OWN_HOOKS
+    of_all = _global_optimizer_pre_hooks or _global_optimizer_post_hooks
+    return bool(after or of_all) or not set(before.values()) <= _OWN_HOOKS
 
 
 def parameter_groups(sae: nn.Module) -> list[dict[str, Any]]:

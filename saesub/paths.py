@@ -81,6 +81,9 @@ def source_digest(*parts: str) -> str:
     not count; in a .cpp file, only lines that are nothing but a comment are left out.
     """
     digest = hashlib.sha256()
+    for part in parts:
+        if not (_PACKAGE / part).exists():
+            raise ValueError(f"saesub has no {part}")
     for path in sorted(_PACKAGE.rglob("*")):
         name = path.relative_to(_PACKAGE).as_posix()
         code = path.suffix in _CODE and _IN_WHEEL not in path.parents

@@ -16,6 +16,7 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from saesub.errors import SaesubError
 from saesub.topk import cpu
@@ -147,6 +148,19 @@ def gradient_left(trainer: Any) -> None:
     trainer.sae.b_enc.grad = torch.ones_like(trainer.sae.b_enc)
 
 
+def step_lost(trainer: Any) -> None:
+    trainer.optimizer.state.pop(trainer.sae.W_enc)
+
+
+def hook_on_all(trainer: Any) -> None:
+    def raise_lr(optimizer: Any, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] *= 1.2
+
+    HOOKS_ON_ALL.append(register_optimizer_step_pre_hook(raise_lr))
+
+
+HOOKS_ON_ALL: list[Any] = []
 CHANGES: dict[str, tuple[Callable[[Any], None], str]] = {
     "learning rate of a group": (other_lr, "groups of the optimizer have different settings"),
     "weight decay": (decay, "the optimizer has weight_decay"),
@@ -157,6 +171,8 @@ CHANGES: dict[str, tuple[Callable[[Any], None], str]] = {
     "hook on a gradient": (accumulated_hook, "a parameter has hooks"),
     "hook on the optimizer": (optimizer_hook, "the optimizer has hooks"),
     "step of the optimizer": (own_step, "a step of its own"),
+    "hook on all optimizers": (hook_on_all, "the optimizer has hooks"),
+    "steps": (step_lost, "updated some of the weights more often"),
     "pass": (own_pass, "training_forward_pass of this SAE was replaced"),
     "fewer parameters": (fewer_parameters, "other parameters than the SAE"),
     "gradient left": (gradient_left, "gradients were left"),
@@ -165,24 +181,61 @@ CHANGES: dict[str, tuple[Callable[[Any], None], str]] = {
 
 @needs_native
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_is_followed_as_saelens_follows_it(change):
+def test_a_change_is_followed_as_saelens_follows_it(request, change):
     alter, reason = CHANGES[change]
     ours, theirs = (kind(recipe(), make(), iter(())) for kind in (adam, SAETrainer))
     take(ours, 0, 3)  # by the fused step, so that there is a state to be taken over
     take(theirs, 0, 3)
     unchanged = adam(recipe(), make(), iter(()))
     take(unchanged, 0, 10)
-    for trainer in (ours, theirs):
-        alter(trainer)
+    request.addfinalizer(lambda: [HOOKS_ON_ALL.pop().remove() for _ in tuple(HOOKS_ON_ALL)])
+    alter(ours)
     with pytest.warns(UserWarning, match=f"torch's autograd and optimizer .*{reason}"):
         take(ours, 3, 4)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=f".*{reason}")  # said once
         take(ours, 4, 10)
+    for handle in HOOKS_ON_ALL:  # for `theirs` alone, from here on
+        handle.remove()
+    alter(theirs)
     take(theirs, 3, 10)
     near, far = distance(ours, theirs), distance(ours, unchanged)
     assert near < 0.02  # Adam enlarges rounding where a gradient is about zero
     assert far > 0.1  # the change mattered
+
+
+@needs_native
+def test_the_fused_step_is_taken_again_when_all_weights_are_updated_equally_often():
+    ours = adam(recipe(), make(), iter(()))
+    take(ours, 0, 3)
+    ours.sae.W_dec.requires_grad_(False)
+    with pytest.warns(UserWarning, match="some of the weights are frozen"):
+        take(ours, 3, 5)
+    ours.sae.W_dec.requires_grad_(True)
+    with pytest.warns(UserWarning, match="more often than others"):
+        take(ours, 5, 6)
+    for state in ours.optimizer.state.values():
+        state["step"].fill_(6)
+    assert ours.native_step.rows(ours) is not None
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["clip_grad_norm_", "autocast_if_enabled"])
+def test_replaced_clipping_and_autocast_are_saelens_step(monkeypatch, name):
+    ours = adam(recipe(), make(), iter(()))
+    assert ours.native_step.rows(ours) is not None
+    if name == "clip_grad_norm_":
+        monkeypatch.setattr(torch.nn.utils, name, lambda *given: None)
+    else:
+        ours.autocast_if_enabled = torch.autocast("cpu")
+    with pytest.warns(UserWarning, match="clip_grad_norm_ was replaced|autocast is on"):
+        assert len(take(ours, 0, 1)) == 1
+
+
+def test_a_batch_without_tokens_is_refused():
+    for backend in ("auto", "torch", "dense"):
+        with pytest.raises(SaesubError, match="without tokens"):
+            adam(recipe(), make(), iter(()), backend=backend).step(torch.zeros(0, D_IN))
 
 
 @needs_native
@@ -266,6 +319,42 @@ def test_weights_of_trainers_that_train_together_are_contiguous_in_the_end():
     )
     assert isinstance(sae, SparseTopKTrainingSAE)
     sae.W_enc.view(-1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda trainer: setattr(trainer.sae.activation_fn, "k", 2),
+        lambda trainer: trainer.sae.W_dec.requires_grad_(False),
+        lambda trainer: trainer.optimizer.param_groups[0].update(lr=0.1),
+        lambda trainer: setattr(
+            trainer, "optimizer", torch.optim.SGD(trainer.sae.parameters(), lr=1e-3)
+        ),
+    ],
+    ids=["k", "frozen", "lr", "optimizer"],
+)
+def test_a_kept_run_is_not_that_of_a_trainer_changed_by_hand(tmp_path, change):
+    def run(folder: Path | None, changed: bool) -> Tensor:
+        sae = make()
+        trainer = adam(recipe(4), sae, iter(()))
+        if changed:
+            change(trainer)
+        given = {"one": trainer}, lambda start: ({"site": x} for x in batches(start))
+        train_together(*given, folder=folder)
+        return sae.W_enc.detach()
+
+    kept = run(tmp_path, False)
+    assert torch.equal(run(tmp_path, False), kept)
+    assert torch.equal(run(tmp_path, True), run(None, True))
+
+
+def test_a_run_with_hooks_is_not_kept(tmp_path):
+    trainer = adam(recipe(4), make(), iter(()))
+    trainer.sae.hook_sae_input.add_hook(lambda x, hook: x)
+    with pytest.raises(SaesubError, match="'one' has hooks or replaced functions"):
+        train_together(
+            {"one": trainer}, lambda start: iter([{"site": torch.ones(2, D_IN)}]), folder=tmp_path
+        )
 
 
 def test_a_sparse_sae_keeps_its_search_and_takes_no_dense_step():
@@ -449,6 +538,29 @@ def test_another_schedule_is_that_of_the_new_settings(tmp_path):
         assert lr_of(second) == pytest.approx(lr_of(whole), rel=1e-12)
         take(second, step, step + 1)
         take(whole, step, step + 1)
+
+
+@pytest.mark.parametrize(("before", "after"), [(BATCH, 2 * BATCH), (BATCH, BATCH // 2)])
+def test_a_schedule_continues_from_the_same_token_in_other_batches(tmp_path, before, after):
+    def cfg(batch: int) -> SAETrainerConfig:
+        steps = {"lr_warm_up_steps": 0, "lr_decay_steps": 20 * BATCH // batch}
+        return SAETrainerConfig(STEPS * BATCH, batch, lr=1e-3, lr_end=1e-4, **steps)
+
+    first = adam(cfg(before), make(), iter(()))
+    take(first, 0, 30)
+    first.save_checkpoint("30", tmp_path)
+    with pytest.warns(UserWarning, match="train_batch_size_samples"):
+        second = resumed(adam, cfg(after), make(), tmp_path / "30")
+    assert lr_of(first) == pytest.approx(5e-4)
+    assert lr_of(second) == pytest.approx(5e-4)
+
+
+def test_another_schedule_than_that_of_a_saelens_checkpoint_is_told(tmp_path):
+    first = SAETrainer(recipe(), make(), iter(()))
+    take(first, 0, 8)
+    first.save_checkpoint("8", tmp_path)
+    with pytest.warns(UserWarning, match="another learning rate schedule"):
+        resumed(adam, recipe(2 * STEPS), make(), tmp_path / "8")
 
 
 def test_steps_are_counted_where_batches_differ(tmp_path):

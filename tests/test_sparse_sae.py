@@ -192,16 +192,56 @@ def test_what_is_saved_is_saelens_own(kind, inference, tmp_path):
         SparseBatchTopKTrainingSAE.from_dict(make("topk").cfg.to_dict())
 
 
-def test_weights_are_contiguous_in_evaluation_and_in_states(tmp_path):
+def test_weights_keep_their_place_in_memory(tmp_path):
+    """So that views of them stay, and optimizers that know no strides pair their moments right."""
     sae = make(sparse=True)
+    views = {name: p.data.view(-1) for name, p in sae.named_parameters()}
     trainer = SAETrainer(recipe(), sae, iter(()))
     trainer.step(next(batches()))
-    assert sae.W_enc.T.is_contiguous()
+    for name, parameter in sae.named_parameters():
+        assert parameter.is_contiguous()
+        assert parameter.data_ptr() == views[name].data_ptr()
+        assert parameter.grad is None
     save_file(sae.state_dict(), tmp_path / "by-hand.safetensors")
-    sae.eval()
-    assert sae.W_enc.is_contiguous()
-    sae.W_enc.view(-1)
     assert copy.deepcopy(sae).W_enc.equal(sae.W_enc)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_fused_optimizer_of_ones_own_goes_on_where_the_class_changes(first):
+    weights = []
+    for changes in (True, False):
+        sae = make(dtype="float64", sparse=changes and first)
+        trainer, source = SAETrainer(recipe(), sae, iter(())), batches(torch.float64)
+        trainer.optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3, fused=True)
+        for step in range(10):
+            if changes and not first and step == 5:
+                use_sparse_step(sae)
+            trainer.step(next(source))
+        weights.append(sae.W_enc.detach())
+    assert (weights[0] - weights[1]).norm() < 1e-9 * weights[1].norm()
+
+
+@pytest.mark.parametrize("rescaled", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_penalty_on_the_activations_trains_as_in_saelens(kind, rescaled):
+    x, gradients = next(batches(torch.float64)), []
+    for sparse in (True, False):
+        settings = {"dtype": "float64", "rescale_acts_by_decoder_norm": rescaled}
+        sae = make(kind, sparse, **settings)
+        output = sae.training_forward_pass(TrainStepInput(x, {}, None, 0, False))
+        acts = output.feature_acts.to_dense()
+        loss = output.loss + 0.5 * acts.sum() + acts.square().sum()
+        gradients.append(torch.autograd.grad(loss, list(sae.parameters())))
+    for a, b in zip(*gradients, strict=True):
+        assert (a - b).norm() < 1e-9 * b.norm()
+
+
+def test_second_derivatives_are_refused_by_torch_and_not_wrong():
+    sae = make(sparse=True)
+    output = sae.training_forward_pass(TrainStepInput(next(batches()), {}, None, 0, False))
+    (gradient,) = torch.autograd.grad(output.loss, [sae.W_enc], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
 
 
 def test_an_sae_becomes_sparse_in_place_and_others_are_refused():
@@ -277,8 +317,24 @@ def activation_hook(sae: Any) -> None:
     sae.activation_fn.register_forward_hook(lambda module, given, found: found * 2)
 
 
+def torch_hook(sae: Any) -> None:
+    sae.hook_sae_acts_post.register_forward_hook(lambda module, given, found: found * 2)
+
+
+def pre_hook(sae: Any) -> None:
+    sae.hook_sae_input.register_forward_pre_hook(lambda module, given: (given[0] * 2,))
+
+
+def backward_pre_hook(sae: Any) -> None:
+    sae.activation_fn.register_full_backward_pre_hook(lambda module, gradient: gradient)
+
+
 CHANGES: dict[str, tuple[Callable[[Any], object], str]] = {
     "hook": (hook, "hook points have hooks"),
+    "hook of torch": (torch_hook, "hook points have hooks"),
+    "hook before": (pre_hook, "hook points have hooks"),
+    "hook point": (put("hook_sae_acts_pre", nn.Softplus()), "hook points have hooks"),
+    "backward hook": (backward_pre_hook, "activation function has hooks"),
     "activation function": (put("activation_fn", Squared()), "activation function is Squared"),
     "hook on it": (activation_hook, "activation function has hooks"),
     "aux loss": (put("calculate_aux_loss", aux_of_one), "calculate_aux_loss of this SAE"),
@@ -350,6 +406,46 @@ def test_the_k_of_the_activation_function_counts_as_in_saelens():
         assert found.feature_acts.is_sparse
         torch.testing.assert_close(found.feature_acts.to_dense(), expected.feature_acts)
         assert len(found.feature_acts.values()) == 2 * K * BATCH
+
+
+def test_inputs_of_other_kinds_take_saelens_pass():
+    sae, plain, x = make(sparse=True), make(), next(batches())
+    inputs = {"its input asks for a gradient": x.clone().requires_grad_(), "3 dimensions": x[None]}
+    for reason, given in inputs.items():
+        with pytest.warns(UserWarning, match=reason):
+            found = sae.training_forward_pass(TrainStepInput(given, {}, None, 0, False))
+        expected = plain.training_forward_pass(TrainStepInput(given, {}, None, 0, False))
+        assert torch.equal(found.loss, expected.loss)
+
+
+def test_a_k_that_is_not_whole_is_left_to_saelens():
+    sae = make(sparse=True)
+    sae.activation_fn.k = 2.5  # pyright: ignore
+    with pytest.warns(UserWarning, match=r"its k is 2\.5"), pytest.raises(TypeError):
+        sae.training_forward_pass(TrainStepInput(next(batches()), {}, None, 0, False))
+
+
+class Penalised(SparseTopKTrainingSAE):
+    def training_forward_pass(self, step_input: TrainStepInput) -> Any:
+        output = super().training_forward_pass(step_input)
+        output.loss = output.loss + 1
+        return output
+
+
+def test_a_pass_of_ones_own_may_call_the_sparse_one():
+    sae = Penalised(make().cfg)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="SAELens' dense step")
+        output = sae.training_forward_pass(TrainStepInput(next(batches()), {}, None, 0, False))
+    assert output.feature_acts.is_sparse
+    assert output.loss == output.losses["mse_loss"] + 1
+
+
+def test_a_pass_that_was_replaced_before_is_refused():
+    sae = make()
+    sae.training_forward_pass = torch.compile(sae.training_forward_pass, backend="eager")
+    with pytest.raises(SaesubError, match="call use_sparse_step before"):
+        use_sparse_step(sae)
 
 
 def test_a_class_of_ones_own_keeps_the_sparse_pass_unless_it_replaces_a_part():

@@ -16,7 +16,6 @@ from saesub.errors import SaesubError
 PARAMETERS = ("W_enc", "W_dec", "b_enc", "b_dec")
 # What the sparse pass replaces. It does so only where SAELens' own code would have run.
 _METHODS = (
-    "training_forward_pass",
     "encode_with_hidden_pre",
     "process_sae_in",
     "decode",
@@ -30,6 +29,7 @@ _FUNCTIONS = (
     "run_time_activation_norm_fn_in",
     "run_time_activation_norm_fn_out",
 )
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _REPLACED_CODE = {
     "sae_lens.saes.sae",
     "sae_lens.saes.topk_sae",
@@ -41,19 +41,37 @@ _REPLACED_CODE = {
 def why_dense(sae: Any) -> str | None:
     """Why the sparse pass would not compute what this SAE's own pass does; None if it would.
 
-    A replaced `training_forward_pass` of the object itself is not looked at: it runs instead of
-    the sparse pass.
+    A replaced `training_forward_pass` is not looked at: it runs instead of the sparse pass, or
+    calls it.
     """
-    for reason in (_other_code, _other_activation, _other_parameters, _other_input):
+    for reason in (_other_code, other_activation, _other_parameters, _other_input):
         found = reason(sae)
         if found is not None:
             return found
     return None
 
 
+def other_pass(sae: Any) -> str | None:
+    """Whether something else than SAELens' or the sparse `training_forward_pass` runs first."""
+    if "training_forward_pass" in vars(sae):
+        return "training_forward_pass of this SAE was replaced"
+    own = type(sae).training_forward_pass.__module__ not in _REPLACED_CODE
+    return f"{type(sae).__name__} has its own training_forward_pass" if own else None
+
+
 def is_hooked(sae: Any) -> bool:
-    """Whether a hook point of the SAE has a hook, which must see all pre-activations."""
-    return any(hook.fwd_hooks or hook.bwd_hooks for hook in sae.hook_dict.values())
+    """Whether a hook point of the SAE has a hook, which must see all pre-activations, or is not
+    SAELens' own."""
+    named = getattr(sae, "hook_dict", {}).items()
+    points = [(getattr(sae, name), point) for name, point in named]
+    return any(now is not point or _has_hooks(point) for now, point in points)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether something is called when a module is, for this one or for all."""
+    return any(vars(module)[name] for name in _HOOKS) or any(
+        getattr(nn.modules.module, f"_global{name}") for name in _HOOKS
+    )
 
 
 def _other_code(sae: Any) -> str | None:
@@ -64,7 +82,7 @@ def _other_code(sae: Any) -> str | None:
         method = getattr(type(sae), name, None)
         if method is not None and method.__module__ not in _REPLACED_CODE:
             return f"{type(sae).__name__} has its own {name}"
-        if name in of_instance and name != "training_forward_pass":
+        if name in of_instance:
             return f"{name} of this SAE was replaced"
     for name in _FUNCTIONS:
         if getattr(getattr(sae, name), "__module__", None) not in _REPLACED_CODE:
@@ -72,12 +90,16 @@ def _other_code(sae: Any) -> str | None:
     return None if sae.mse_loss_fn is mse_loss else "mse_loss_fn of this SAE was replaced"
 
 
-def _other_activation(sae: Any) -> str | None:
+def other_activation(sae: Any) -> str | None:
+    """Why the activations of a TopK or BatchTopK SAE are not those of SAELens' activation function
+    and hook points; None if they are."""
     function = sae.activation_fn
     wanted = BatchTopK if isinstance(sae, BatchTopKTrainingSAE) else TopK
     if type(function) is not wanted or "forward" in vars(function):
         return f"its activation function is {type(function).__name__}, not SAELens' own"
-    if function._forward_hooks or function._forward_pre_hooks or function._backward_hooks:
+    if wanted is TopK and not (function.k >= 1 and function.k == int(function.k)):
+        return f"its k is {function.k}"
+    if _has_hooks(function):
         return "its activation function has hooks"
     return "its hook points have hooks" if is_hooked(sae) else None
 

@@ -9,11 +9,10 @@ from typing import Any, TypeVar
 import torch
 from jaxtyping import Float, Int
 from sae_lens import SAE, TopKSAE, TopKTrainingSAE
-from sae_lens.saes.topk_sae import TopK
 from torch import Tensor
 
 from saesub.errors import SaesubError
-from saesub.topk.eligibility import is_hooked
+from saesub.topk.eligibility import other_activation
 from saesub.topk.ops import TOKENS_PER_BLOCK, Selected
 from saesub.topk.sae import SparseTopKTrainingSAE
 from saesub.topk.step import feature_scale, sparse_activations
@@ -85,11 +84,9 @@ def _encode_of(sae: Any) -> Encode:
 
 
 def _is_plain_topk(sae: Any) -> bool:
-    if type(sae) not in _TOPK or type(sae.activation_fn) is not TopK:
+    if type(sae) not in _TOPK or vars(sae).keys() & {"encode", "encode_with_hidden_pre"}:
         return False
-    if vars(sae).keys() & {"encode", "encode_with_hidden_pre"}:
-        return False
-    return not is_hooked(sae) and sae.W_enc.device.type != "mps"
+    return other_activation(sae) is None and sae.W_enc.device.type != "mps"
 
 
 def times_fired(features: Float[Tensor, "n d_sae"]) -> Int[Tensor, " d_sae"]:

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 # With fewer features most are candidates for the top k, and a search for candidates gains nothing.
@@ -230,6 +231,7 @@ class _EncodeAt(torch.autograd.Function):
         return selected.pre.clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads):
         centred, W_enc = ctx.saved_tensors
         g_W_enc = _sum_rows_by_feature(grads[0], ctx.selected, centred).T
@@ -250,6 +252,7 @@ class _DecodeAt(torch.autograd.Function):
         )
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads):
         values, W_dec = ctx.saved_tensors
         g_out = grads[0].contiguous()

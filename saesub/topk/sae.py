@@ -15,9 +15,10 @@ from typing import Any, Literal, TypeVar
 import torch
 from sae_lens import BatchTopKTrainingSAE, TopKTrainingSAE
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from torch import Tensor
 
 from saesub.errors import SaesubError
-from saesub.topk.eligibility import lay_out_by_feature, lay_out_contiguous, why_dense
+from saesub.topk.eligibility import PARAMETERS, why_dense
 from saesub.topk.ops import Search
 from saesub.topk.step import autograd_pass, row_backend, search_of
 
@@ -35,9 +36,6 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
     activation function, hooks, autocast, bfloat16, a replaced method), SAELens' own runs, and one
     warning says why.
 
-    In training mode `W_enc` lies feature-major in memory (same shape, other strides); `eval()`
-    makes it contiguous. States are contiguous always.
-
     Attributes:
         search_name: how a pass finds the active entries. "auto": on a CPU by compiled code with an
             8-bit candidate search, if there is a C++ compiler, else by torch operators; elsewhere
@@ -49,7 +47,7 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """SAELens' pass through active entries; `feature_acts` is a sparse COO tensor."""
-        reason = why_dense(self)
+        reason = why_dense(self) or _other_batch(step_input.sae_in)
         if reason is not None:
             self._say_why_dense(reason)
             return super().training_forward_pass(step_input)
@@ -57,7 +55,6 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
 
     @torch.compiler.disable
     def _sparse_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        lay_out_by_feature(self)  # the weights may have been replaced since the last step
         dead = step_input.dead_neuron_mask if self.cfg.aux_loss_coefficient else None
         return autograd_pass(self, step_input.sae_in, dead, search=search_for(self))
 
@@ -74,22 +71,21 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
             return found
         return super().get_sae_class_for_architecture(architecture)  # which refuses it
 
-    def train(self, mode: bool = True) -> Any:
-        """As torch's; in evaluation mode the weights are contiguous."""
-        if not mode:
-            lay_out_contiguous(self)
-        return super().train(mode)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As torch's, with contiguous weights, which safetensors requires."""
-        state = super().state_dict(*args, **kwargs)
-        for name, value in state.items():
-            state[name] = value.contiguous()
-        return state
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        """SAELens'; and contiguous weights, also where a trainer lays them out by feature."""
+        super().process_state_dict_for_saving(state_dict)
+        for name in PARAMETERS:
+            state_dict[name] = state_dict[name].contiguous()
 
 
 class SparseBatchTopKTrainingSAE(SparseTopKTrainingSAE, BatchTopKTrainingSAE):
     """`SparseTopKTrainingSAE` of SAELens' `BatchTopKTrainingSAE`."""
+
+
+def _other_batch(x: Tensor) -> str | None:
+    if x.ndim != 2:
+        return f"its input has {x.ndim} dimensions, not (n_tokens, d_in)"
+    return "its input asks for a gradient" if x.requires_grad else None
 
 
 _SPARSE: dict[str, type[SparseTopKTrainingSAE]] = {
@@ -109,7 +105,8 @@ def use_sparse_step(sae: SAE, *, search: SearchName = "auto") -> SAE:
         search: see `SparseTopKTrainingSAE.search_name`.
 
     Raises:
-        SaesubError: another architecture, or a class with a pass of its own.
+        SaesubError: another architecture, a class with a pass of its own, or a pass that was
+            replaced, as by `torch.compile`.
     """
     sparse = isinstance(sae, SparseTopKTrainingSAE)
     if not (sparse or type(sae) in (TopKTrainingSAE, BatchTopKTrainingSAE)):
@@ -117,6 +114,11 @@ def use_sparse_step(sae: SAE, *, search: SearchName = "auto") -> SAE:
             f"{type(sae).__name__} has no sparse step: train it as it is; only SAELens' "
             "TopKTrainingSAE and BatchTopKTrainingSAE, and classes that derive from "
             "saesub.SparseTopKTrainingSAE, have one."
+        )
+    if "training_forward_pass" in vars(sae):
+        raise SaesubError(
+            "training_forward_pass of this SAE was replaced, perhaps compiled, and would not "
+            "become sparse: call use_sparse_step before."
         )
     if not sparse:
         sae.__class__ = _SPARSE[sae.cfg.architecture()]

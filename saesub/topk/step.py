@@ -111,7 +111,8 @@ def autograd_pass(
     """`training_forward_pass` of a TopK or BatchTopK SAE through its active entries.
 
     `dead` features, if any, add SAELens' AuxK loss. `search` finds the entries; that of a
-    backend (`search_of`) wants `W_enc` feature-major in memory, and float32.
+    backend (`search_of`) wants float32. All are fastest where `W_enc` lies feature-major in memory
+    (`lay_out_by_feature`).
     """
     x = sae_in.to(sae.dtype).contiguous()
     scale = feature_scale(sae)
@@ -131,7 +132,10 @@ def autograd_pass(
     if aux is not None:
         residual = (x - sae_out).detach()
         aux_loss = aux.weight * (decoded[len(x) :] - residual).square().sum(-1).mean()
-    return entries_output(sae, x, sae_out, selected, scale, mse_loss, aux_loss)
+    acts = values[:m]
+    if scale is not None:  # SAELens' activations depend on the norms, which its decoder divides by
+        acts = acts * sae.W_dec.norm(dim=-1)[selected.features]
+    return entries_output(sae, x, sae_out, selected, acts, mse_loss, aux_loss)
 
 
 def row_backend(device: torch.device, *, triton: bool = False) -> RowBackend | None:
@@ -192,8 +196,9 @@ def row_step(
         g_b_dec = g_b_dec - totals[1:].to(g_b_dec.dtype)
     clip = clip_factor(totals[0] + g_b_dec.double().square().sum())
     update_rows(sae, optimizer, gradients, g_b_dec, clip)
-    mse_loss = decoded.squared_error / n
-    return entries_output(sae, x, decoded.x_hat, selected, scale, mse_loss, aux_loss)
+    mse_loss, acts = decoded.squared_error / n, selected.pre.relu()
+    acts = acts if scale is None else acts * scale[selected.features]
+    return entries_output(sae, x, decoded.x_hat, selected, acts, mse_loss, aux_loss)
 
 
 def clip_factor(squared_norm: Float[Tensor, ""]) -> Float[Tensor, ""]:
@@ -252,7 +257,9 @@ def _select(
     """The active entries, and those of dead features if AuxK applies."""
     b_in = input_bias(sae)
     centred = x if b_in is None else x - b_in
-    W_enc, b_enc, k = sae.W_enc, sae.b_enc, sae.activation_fn.k  # pyright: ignore
+    W_enc, b_enc, k = sae.W_enc.detach(), sae.b_enc, sae.activation_fn.k  # pyright: ignore
+    if search is not dense_search:  # which reads features one by one
+        W_enc = W_enc.T.contiguous().T
     if isinstance(sae, BatchTopKTrainingSAE):
         selected = select_batch_topk(centred, W_enc, b_enc, k, scale, search=search)
     else:
@@ -279,28 +286,25 @@ def feature_scale(sae: TopKTrainingSAE) -> Tensor | None:
     return sae.W_dec.detach().norm(dim=-1) if sae.cfg.rescale_acts_by_decoder_norm else None
 
 
-@torch.no_grad()
 def entries_output(
     sae: TopKTrainingSAE,
     x: Tensor,
     sae_out: Tensor,
     selected: Selected,
-    scale: Tensor | None,
+    acts: Float[Tensor, " m"],
     mse_loss: Tensor,
     aux_loss: Tensor,
 ) -> SparseStepOutput:
-    """The output of a pass."""
-    ranked = selected.pre if scale is None else selected.pre * scale[selected.features]
+    """The output of a pass; `acts` are the selected entries' activations."""
     metrics: dict[str, Any] = {}
     if isinstance(sae, BatchTopKTrainingSAE):
-        sae.update_topk_threshold(ranked)
+        sae.update_topk_threshold(acts.detach())
         metrics["topk_threshold"] = sae.topk_threshold
-    with torch.enable_grad():
-        loss = mse_loss + aux_loss
+    loss = mse_loss + aux_loss
     return SparseStepOutput(
         sae_in=x,
         sae_out=sae_out,
-        feature_acts=sparse_activations(selected, ranked.relu(), len(x)),
+        feature_acts=sparse_activations(selected, acts, len(x)),
         hidden_pre=None,  # pyright: ignore[reportArgumentType]
         loss=loss,
         losses={"mse_loss": mse_loss, "auxiliary_reconstruction_loss": aux_loss},
@@ -312,6 +316,9 @@ def sparse_activations(
     selected: Selected, values: Float[Tensor, " m"], n: int
 ) -> Float[Tensor, "n d_sae"]:
     """The values at the selected entries of n tokens, as a sparse COO tensor."""
-    where, shape = torch.stack([selected.tokens, selected.features]), (n, selected.d_sae)
-    # A token's features are distinct, so the tensor is coalesced but for the order in a row.
-    return torch.sparse_coo_tensor(where, values, shape, is_coalesced=True, check_invariants=False)
+    # Sorted, as torch takes it for granted of a coalesced tensor, in gradients too.
+    order = (selected.tokens * selected.d_sae + selected.features).argsort()
+    where = torch.stack([selected.tokens, selected.features])[:, order]
+    return torch.sparse_coo_tensor(
+        where, values[order], (n, selected.d_sae), is_coalesced=True, check_invariants=False
+    )

@@ -115,7 +115,8 @@ def load_state(
     else:
         kept_settings = _settings_of_saelens(folder)
     check_same_settings(folder, kept_settings, trainer.settings())
-    steps = _load_saelens_part(trainer, folder, load_saelens)
+    kept_batch = kept_settings.get("train_batch_size_samples")
+    steps = _load_saelens_part(trainer, folder, load_saelens, kept_batch)
     if not state:
         state = {"tokens_since_fired": trainer.tokens_of_silent_steps()}
         state |= trainer.recorder.state() | {"random.cpu": torch.get_rng_state()}
@@ -149,7 +150,10 @@ class _KeptState:
 
 
 def _load_saelens_part(
-    trainer: SubspaceSAETrainer, folder: Path, load_saelens: Callable[[Path], None]
+    trainer: SubspaceSAETrainer,
+    folder: Path,
+    load_saelens: Callable[[Path], None],
+    kept_batch: int | None,
 ) -> int:
     """Load SAELens' files and let the schedule follow; the number of steps that were taken."""
     schedule, kept = trainer.lr_scheduler, _KeptState()
@@ -165,25 +169,39 @@ def _load_saelens_part(
         ) from error
     finally:
         trainer.lr_scheduler = schedule
-    follow_schedule(trainer, kept.state, first_lrs)
+    follow_schedule(trainer, kept.state, first_lrs, kept_batch)
     # SAELens saves in the middle of a step, before it counts it.
     return max(trainer.n_training_steps, kept.state["last_epoch"])
 
 
 def follow_schedule(
-    trainer: SubspaceSAETrainer, kept: dict[str, Any], first_lrs: list[Any]
+    trainer: SubspaceSAETrainer,
+    kept: dict[str, Any],
+    first_lrs: list[Any],
+    kept_batch: int | None,
 ) -> None:
-    """Continue the schedule that a checkpoint kept, or the trainer's own where it is another, from
-    the same step. `first_lrs` are the trainer's own rates of its first step."""
-    schedule = trainer.lr_scheduler
+    """Continue the schedule that a checkpoint kept, or the trainer's own where it is another.
+
+    It continues from the same step, or, where batches were of another size, from the same token.
+
+    Args:
+        kept: the state of the schedule.
+        first_lrs: the trainer's own rates of its first step.
+        kept_batch: the batch size of the checkpoint; None if it says nothing of its settings.
+    """
+    schedule, batch = trainer.lr_scheduler, trainer.cfg.train_batch_size_samples
     if _shape_of(kept) == _shape_of(schedule.state_dict()):
         schedule.load_state_dict(kept)
         return
+    if kept_batch is None:
+        warnings.warn("The run continues with another learning rate schedule.", stacklevel=6)
+    same = kept_batch in (None, batch)
+    steps = kept["last_epoch"] if same else trainer.n_training_samples // batch
     for group, lr in zip(trainer.optimizer.param_groups, first_lrs, strict=True):
         group["lr"], group["initial_lr"] = lr, trainer.cfg.lr
     with warnings.catch_warnings():  # torch would miss the optimizer's steps in between
         warnings.simplefilter("ignore", UserWarning)
-        for _ in range(kept["last_epoch"]):
+        for _ in range(steps):
             schedule.step()
 
 

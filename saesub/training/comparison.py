@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from filelock import FileLock, Timeout
 from jaxtyping import Float
-from sae_lens.saes.sae import TrainStepOutput
+from sae_lens.saes.sae import TrainStepOutput, mse_loss
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from saesub.activations.store import ActivationStore
 from saesub.errors import SaesubError, needs_extra
 from saesub.paths import source_digest
+from saesub.topk.eligibility import is_hooked
 from saesub.training.trainer import SubspaceSAETrainer
 
 if TYPE_CHECKING:
@@ -130,8 +131,8 @@ def train_together(
 
     Raises:
         SaesubError: no conditions, or conditions that train on different numbers of tokens or were
-            trained before; bad batches; a damaged checkpoint; a folder that is full or cannot be
-            written; pandas is not installed.
+            trained before; a folder for an SAE with hooks or replaced functions; bad batches; a
+            damaged checkpoint; a folder that is full or cannot be written; pandas is not installed.
     """
     with needs_extra("train_together"):
         import pandas as pd
@@ -238,13 +239,37 @@ def _fingerprint(
         cfg = {k: v for k, v in asdict(trainer.cfg).items() if k != "logger"}
         settings = [name, sites[name], cfg, trainer.optimizer_name, trainer.backend]
         settings += [trainer.dead_window_tokens, repr(trainer.mitigations)]
-        digest.update(json.dumps(settings).encode())
+        settings += _changed_by_hand(name, trainer)
+        digest.update(json.dumps(settings, default=str).encode())
         digest.update(json.dumps(trainer.sae.cfg.to_dict(), default=str, sort_keys=True).encode())
-        for parameter in trainer.sae.parameters():
-            digest.update(_bytes_of(parameter))
+        for tensor in (*trainer.sae.parameters(), *trainer.sae.buffers()):
+            digest.update(_bytes_of(tensor))
     for site in sorted(batch):
         digest.update(_bytes_of(batch[site]))
     return digest.hexdigest()[:16]
+
+
+def _changed_by_hand(name: str, trainer: SubspaceSAETrainer) -> list[Any]:
+    """What decides a run and is in no config: the optimizer's own settings, frozen weights, the
+    activation function.
+
+    Raises SaesubError for hooks and replaced functions, which a hash does not tell apart.
+    """
+    sae, function = trainer.sae, getattr(trainer.sae, "activation_fn", None)
+    replaced = [key for key in vars(sae) if callable(getattr(type(sae), key, None))]
+    own_error = getattr(sae, "mse_loss_fn", mse_loss) is not mse_loss
+    if is_hooked(sae) or replaced or own_error:
+        raise SaesubError(
+            f"The SAE of condition {name!r} has hooks or replaced functions, so a kept run of it "
+            "could be another's: leave the folder out."
+        )
+    groups = [
+        {key: value for key, value in group.items() if key != "params"}
+        for group in trainer.optimizer.param_groups
+    ]
+    frozen = [key for key, p in sae.named_parameters() if not p.requires_grad]
+    activation = [type(function).__qualname__, getattr(function, "k", None)]
+    return [type(trainer.optimizer).__qualname__, groups, frozen, activation]
 
 
 def _bytes_of(tensor: Tensor) -> bytes:

@@ -6,6 +6,7 @@ It replaces SAELens' `_train_step` where it equals it; `why_not` says why it doe
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -13,7 +14,7 @@ import torch
 from saesub.errors import SaesubError, near_names
 from saesub.optim import SparseAdam, has_foreign_hooks
 from saesub.topk.backend import RowBackend
-from saesub.topk.eligibility import PARAMETERS, lay_out_by_feature, why_dense
+from saesub.topk.eligibility import PARAMETERS, lay_out_by_feature, other_pass, why_dense
 from saesub.topk.sae import SparseTopKTrainingSAE
 from saesub.topk.step import SparseStepOutput, row_backend, row_step
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:  # the trainer imports this module
     from saesub.training.trainer import SubspaceSAETrainer
 
 Backend = Literal["auto", "exact_search", "torch", "triton", "dense"]
+_CLIP = torch.nn.utils.clip_grad_norm_
 # Settings of torch's Adam that the fused step does not know, and must find switched off.
 _UNKNOWN_SETTINGS = ("weight_decay", "amsgrad", "maximize", "differentiable")
 
@@ -31,8 +33,9 @@ class NativeStep:
     """When and how a trainer takes the fused step; `backend` is as in `SubspaceSAETrainer`.
 
     Attributes:
-        equal_steps: whether the optimizer has updated all parameters equally often. Parameters
-            that were frozen for a while lag behind, and a backend knows one number of steps only.
+        equal_steps: whether the optimizer has updated all parameters equally often, as far as is
+            known without asking the device. Parameters that were frozen for a while lag behind, and
+            a backend knows one number of steps only.
 
     Raises:
         SaesubError: an unknown backend, or "triton" where Triton does not run.
@@ -62,7 +65,7 @@ class NativeStep:
             self.equal_steps = False
         if not isinstance(sae, SparseTopKTrainingSAE) or sae.search_name == "torch":
             return None  # asked for
-        if trainer.cfg.autocast or why_dense(sae):
+        if not isinstance(trainer.autocast_if_enabled, nullcontext) or why_dense(sae):
             return None  # the SAE's pass says so
         rows = row_backend(sae.W_enc.device, triton=self.backend == "triton")
         reason = None if rows is None else self.why_not(trainer)
@@ -80,16 +83,25 @@ class NativeStep:
     def why_not(self, trainer: SubspaceSAETrainer) -> str | None:
         """Why the fused step would not equal SAELens' step of this trainer; None if it would."""
         sae = trainer.sae
-        if not self.equal_steps:
-            return "some of the weights are frozen, or were"
+        if not all(parameter.requires_grad for parameter in sae.parameters()):
+            return "some of the weights are frozen"
+        if not self._equal_steps(trainer.optimizer, sae):
+            return "the optimizer has updated some of the weights more often than others"
         if sae.W_enc.dtype != torch.float32:
             return f"the weights are in {sae.W_enc.dtype}"
-        if "training_forward_pass" in vars(sae):
-            return "training_forward_pass of this SAE was replaced"
+        if torch.nn.utils.clip_grad_norm_ is not _CLIP:
+            return "torch's clip_grad_norm_ was replaced"
         losses = [type(m).__name__ for m in trainer.mitigations if m.loss_name]
         if losses:
             return f"{' and '.join(losses)} adds to the loss"
-        return _about_parameters(sae) or _about_optimizer(trainer.optimizer, sae)
+        found = other_pass(sae) or _about_parameters(sae)
+        return found or _about_optimizer(trainer.optimizer, sae)
+
+    def _equal_steps(self, optimizer: torch.optim.Optimizer, sae: Any) -> bool:
+        if sae.W_enc.device.type != "cpu":
+            return self.equal_steps  # reading them there would wait for the device
+        kept = [optimizer.state.get(p, {}) for p in (sae.W_enc, sae.W_dec, sae.b_enc)]
+        return len({float(state.get("step", 0)) for state in kept}) == 1
 
     def take(
         self, trainer: SubspaceSAETrainer, rows: RowBackend, sae_in: Tensor

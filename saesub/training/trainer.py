@@ -26,8 +26,15 @@ from torch import Tensor
 
 from saesub.activations.checks import require_finite
 from saesub.errors import SaesubError
-from saesub.optim import OptimizerName, make_optimizer
-from saesub.topk.eligibility import check_sae, lay_out_contiguous, memory_advice, why_dense
+from saesub.optim import OptimizerName, align_moments, make_optimizer
+from saesub.topk.eligibility import (
+    check_sae,
+    lay_out_by_feature,
+    lay_out_contiguous,
+    memory_advice,
+    other_pass,
+    why_dense,
+)
 from saesub.topk.encode import times_fired
 from saesub.topk.sae import DENSE_STEP, SparseTopKTrainingSAE, use_sparse_step
 from saesub.topk.step import WHOLE, SparseStepOutput, WholeDictionary
@@ -152,8 +159,13 @@ class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CON
         require_finite(batch, f"{what} (after {self.n_training_samples} tokens)", advice)
 
     def _train_step(self, sae: T_TRAINING_SAE, sae_in: Tensor) -> TrainStepOutput:
+        if len(sae_in) == 0:
+            raise SaesubError("A batch without tokens came, whose mean loss is NaN: leave it out.")
         rows = self.native_step.rows(self)
         if rows is None:
+            if isinstance(sae, SparseTopKTrainingSAE):
+                lay_out_by_feature(sae)  # the weights may have been replaced since the last step
+                align_moments(self.optimizer)
             with self._added_losses():
                 output = super()._train_step(sae, sae_in)
             # SAELens counts every batch as one of the configured size.
@@ -259,6 +271,8 @@ def _make_sparse(sae: Any, backend: Backend) -> None:
                 f"backend='dense' is SAELens' own step, and {type(sae).__name__} has a sparse "
                 "pass: pass SAELens' own class, or leave the backend out."
             )
+    elif "training_forward_pass" in vars(sae) and isinstance(sae, TopKTrainingSAE):
+        warnings.warn(DENSE_STEP.format(other_pass(sae)), stacklevel=3)
     elif sparse or type(sae) in (TopKTrainingSAE, BatchTopKTrainingSAE):
         given = sae.search_name if sparse else "auto"
         use_sparse_step(sae, search=backend if backend in ("torch", "exact_search") else given)

@@ -146,6 +146,7 @@ class MultiProcessTrainer(SubspaceSAETrainer):
             "steps": self.lr_scheduler.last_epoch,  # SAELens saves before it counts the step
             "lr": [group["lr"] for group in self.optimizer.param_groups],
             "lr_scheduler": self.lr_scheduler.state_dict(),
+            "batch_size": self.cfg.train_batch_size_samples,
             "history": self.history,
             "since_record": self.recorder.since.tolist(),
         }
@@ -163,7 +164,7 @@ class MultiProcessTrainer(SubspaceSAETrainer):
         first_lrs = self.lr_scheduler.get_last_lr()
         for group, lr in zip(self.optimizer.param_groups, progress["lr"], strict=True):
             group["lr"] = lr
-        follow_schedule(self, progress["lr_scheduler"], first_lrs)
+        follow_schedule(self, progress["lr_scheduler"], first_lrs, progress["batch_size"])
         self.recorder.points = progress["history"]
         self.recorder.since.copy_(torch.tensor(progress["since_record"], dtype=torch.float64))
         self.checkpoint_thresholds = [
