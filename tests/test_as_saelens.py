@@ -393,14 +393,6 @@ def test_a_topk_sae_that_is_trained_densely_is_told_so(kind, reason):
         adam(recipe(), kind(make().cfg), iter(()), backend="dense")
 
 
-def test_laying_weights_out_again_leaves_no_hooks_behind():
-    trainer = adam(recipe(), make(), iter(()))
-    for _ in range(3):
-        trainer.sae.W_enc.data = trainer.sae.W_enc.data.contiguous()
-        take(trainer, 0, 1)
-    assert not trainer.sae._state_dict_hooks
-
-
 # --- windows -------------------------------------------------------------------------------------
 
 
@@ -561,6 +553,68 @@ def test_another_schedule_than_that_of_a_saelens_checkpoint_is_told(tmp_path):
     first.save_checkpoint("8", tmp_path)
     with pytest.warns(UserWarning, match="another learning rate schedule"):
         resumed(adam, recipe(2 * STEPS), make(), tmp_path / "8")
+
+
+def test_a_trainer_that_has_trained_takes_a_checkpoints_schedule(tmp_path):
+    first = adam(recipe(), make(), iter(()))
+    take(first, 0, 8)
+    first.save_checkpoint("8", tmp_path)
+    second = adam(recipe(2 * STEPS), make(), iter(()))
+    take(second, 0, 30)
+    with pytest.warns(UserWarning, match="total_training_samples"):
+        second.load_trainer_state(tmp_path / "8")
+    assert second.lr_scheduler.last_epoch == second.n_training_steps == 8
+
+
+@pytest.mark.parametrize("scaling", ["expected_average_only_in", "covariance_whitening"])
+def test_a_finished_run_of_scaled_inputs_is_not_trained_on(tmp_path, scaling):
+    """Adam's moments are those of the scaled weights, and the scaling is folded into these."""
+    settings = {"normalize_activations": scaling}
+    more = {"n_batches_for_norm_estimate": 10}
+    cfg = recipe(20, checkpoint_path=str(tmp_path), save_final_checkpoint=True, **more)
+    adam(cfg, make(**settings), batches()).fit()
+    again = resumed(adam, recipe(20, **more), make(**settings), tmp_path / "final_1280")
+    assert again.sae.cfg.normalize_activations == "none"
+    with pytest.warns(UserWarning, match="total"), pytest.raises(SaesubError, match="folded into"):
+        resumed(adam, recipe(**more), make(**settings), tmp_path / "final_1280")
+
+
+def test_other_scalings_than_a_checkpoints_are_refused(tmp_path):
+    first = adam(recipe(), make(), iter(()))
+    take(first, 0, 2)
+    first.save_checkpoint("2", tmp_path)
+    other = make(normalize_activations="expected_average_only_in")
+    with pytest.raises(SaesubError, match=r"other settings: .*normalize_activations.*'none'"):
+        resumed(adam, recipe(), other, tmp_path / "2")
+
+
+def test_silence_of_a_saelens_run_in_other_batches_is_not_more_than_its_tokens(tmp_path):
+    first = SAETrainer(recipe(), make(), iter(()))
+    for x in itertools.islice(batches(), 12):
+        first.step(x[:16])
+    first.save_checkpoint("12", tmp_path)
+    second = resumed(adam, recipe(), make(), tmp_path / "12")
+    assert second.tokens_since_fired.max() == 12 * 16
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "dense"])
+def test_firing_rates_are_right_where_batches_differ(backend):
+    trainer = adam(recipe(), make(), iter(()), backend=backend)
+    for x in itertools.islice(batches(), 7):
+        trainer.step(x[:10])
+    assert trainer.n_frac_active_samples == 70
+    assert trainer.feature_sparsity.sum() <= K
+
+
+def test_a_resumed_run_writes_no_checkpoint_twice(tmp_path):
+    cfg = recipe(20, checkpoint_path=str(tmp_path), n_checkpoints=3)
+    whole = adam(cfg, make(), batches())
+    whole.fit()
+    names = sorted(int(path.name) for path in tmp_path.iterdir())
+    assert len(names) == 3
+    second = resumed(adam, cfg, make(), tmp_path / str(names[1]))
+    assert second.checkpoint_thresholds == [t for t in second.checkpoint_thresholds if t > names[1]]
+    assert len(second.checkpoint_thresholds) == 1
 
 
 def test_steps_are_counted_where_batches_differ(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -164,7 +165,7 @@ def test_saelens_runner_does_too_and_saves_a_plain_sae(model, corpus, tmp_path):
 def test_a_compiled_pass_is_the_sparse_one():
     """As the runner compiles it, with `compile_sae`."""
     sae, plain = make(sparse=True), make()
-    compiled = torch.compile(sae.training_forward_pass, backend="eager")
+    compiled = torch.compile(sae.training_forward_pass, backend="aot_eager")
     x = next(batches())
     dead = torch.arange(D_SAE) % 3 == 0
     found = compiled(step_input=TrainStepInput(x, {}, dead, 0, False))
@@ -439,6 +440,39 @@ def test_a_pass_of_ones_own_may_call_the_sparse_one():
         output = sae.training_forward_pass(TrainStepInput(next(batches()), {}, None, 0, False))
     assert output.feature_acts.is_sparse
     assert output.loss == output.losses["mse_loss"] + 1
+
+
+def test_a_class_of_ones_own_is_loaded_as_itself(tmp_path):
+    sae = OwnName(make().cfg)
+    sae.save_model(tmp_path)
+    assert type(OwnName.load_from_disk(tmp_path)) is OwnName
+
+
+def test_activations_are_coalesced_as_they_say():
+    sae = make(sparse=True)
+    acts = sae.training_forward_pass(
+        TrainStepInput(next(batches()), {}, None, 0, False)
+    ).feature_acts
+    assert acts.is_coalesced()
+    again = acts.detach().to_dense().to_sparse()
+    torch.testing.assert_close((acts * again).sum(), acts.to_dense().square().sum())
+
+
+def test_a_wrapped_method_of_the_class_is_seen(monkeypatch):
+    decode = TopKTrainingSAE.decode
+
+    @functools.wraps(decode)
+    def doubled(self: Any, feature_acts: Tensor) -> Tensor:
+        return 2 * decode(self, feature_acts)
+
+    monkeypatch.setattr(TopKTrainingSAE, "decode", doubled)
+    with pytest.warns(UserWarning, match="has its own decode"):
+        make(sparse=True).training_forward_pass(TrainStepInput(next(batches()), {}, None, 0, False))
+
+
+def test_an_unknown_search_is_refused():
+    with pytest.raises(SaesubError, match="Unknown search 'exact': did you mean 'exact_search'"):
+        use_sparse_step(make(), search="exact")  # pyright: ignore
 
 
 def test_a_pass_that_was_replaced_before_is_refused():

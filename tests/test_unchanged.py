@@ -37,6 +37,7 @@ from saesub.evaluation.top_activations import top_activations
 from saesub.extras.transcoders import transcoder_reconstruction
 from saesub.init.encoder_scale import fit_encoder_scale
 from saesub.topk.encode import autoencoder_of, encoder_of
+from saesub.topk.sae import use_sparse_step
 
 HOOK, HEADS = "blocks.1.hook_attn_out", "blocks.1.attn.hook_z"
 SIZES: dict[str, Any] = {"d_in": 576, "d_sae": 640}
@@ -68,6 +69,7 @@ SAES = {
     "jumprelu": lambda: JumpReLUSAE(JumpReLUSAEConfig(**SIZES)),
     "topk": lambda: scaled("none"),
     "sparse topk": sparse,
+    "sparse pass": lambda: use_sparse_step(sparse()),
     "batch topk": lambda: BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**SIZES, k=8)),
     "layer norm": lambda: scaled("layer_norm"),
     "constant norm": lambda: scaled("constant_norm_rescale"),

@@ -23,6 +23,7 @@ _METHODS = (
     "calculate_topk_aux_loss",
     "update_topk_threshold",
 )
+_WRAPPED = ("update_topk_threshold",)  # by SAELens itself, in torch.no_grad
 _FUNCTIONS = (
     "reshape_fn_in",
     "reshape_fn_out",
@@ -80,7 +81,8 @@ def _other_code(sae: Any) -> str | None:
     of_instance = vars(sae)
     for name in _METHODS:
         method = getattr(type(sae), name, None)
-        if method is not None and method.__module__ not in _REPLACED_CODE:
+        wrapped = hasattr(method, "__wrapped__") and name not in _WRAPPED
+        if method is not None and (wrapped or method.__module__ not in _REPLACED_CODE):
             return f"{type(sae).__name__} has its own {name}"
         if name in of_instance:
             return f"{name} of this SAE was replaced"

@@ -10,14 +10,14 @@ that is saved are SAELens' own; loss and gradients equal those of its dense pass
 from __future__ import annotations
 
 import warnings
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from sae_lens import BatchTopKTrainingSAE, TopKTrainingSAE
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch import Tensor
 
-from saesub.errors import SaesubError
+from saesub.errors import SaesubError, near_names
 from saesub.topk.eligibility import PARAMETERS, why_dense
 from saesub.topk.ops import Search
 from saesub.topk.step import autograd_pass, row_backend, search_of
@@ -66,9 +66,12 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
     @classmethod
     def get_sae_class_for_architecture(cls, architecture: str) -> Any:
         """So that `load_from_disk` and `from_dict` give sparse classes."""
-        found = _SPARSE.get(architecture)
-        if found is not None and issubclass(found, cls):
+        found = _SPARSE.get(architecture, cls)
+        if issubclass(found, cls) and found is not cls:
             return found
+        batch = issubclass(cls, BatchTopKTrainingSAE)
+        if architecture == ("batchtopk" if batch else "topk"):
+            return cls
         return super().get_sae_class_for_architecture(architecture)  # which refuses it
 
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
@@ -105,8 +108,8 @@ def use_sparse_step(sae: SAE, *, search: SearchName = "auto") -> SAE:
         search: see `SparseTopKTrainingSAE.search_name`.
 
     Raises:
-        SaesubError: another architecture, a class with a pass of its own, or a pass that was
-            replaced, as by `torch.compile`.
+        SaesubError: another architecture, a class with a pass of its own, a pass that was replaced,
+            as by `torch.compile`, or an unknown search.
     """
     sparse = isinstance(sae, SparseTopKTrainingSAE)
     if not (sparse or type(sae) in (TopKTrainingSAE, BatchTopKTrainingSAE)):
@@ -120,8 +123,11 @@ def use_sparse_step(sae: SAE, *, search: SearchName = "auto") -> SAE:
             "training_forward_pass of this SAE was replaced, perhaps compiled, and would not "
             "become sparse: call use_sparse_step before."
         )
+    if search not in get_args(SearchName):
+        raise SaesubError(f"Unknown search {search!r}: {near_names(search, get_args(SearchName))}")
     if not sparse:
-        sae.__class__ = _SPARSE[sae.cfg.architecture()]
+        batch = type(sae) is BatchTopKTrainingSAE
+        sae.__class__ = SparseBatchTopKTrainingSAE if batch else SparseTopKTrainingSAE
     sae.search_name = search  # pyright: ignore
     return sae
 

@@ -47,14 +47,14 @@ _FOLDED = ("normalize_activations", "rescale_acts_by_decoder_norm")
 _FREE_TO_CHANGE = {
     *("device", "logger", "metadata", "sae_lens_training_version"),
     *("checkpoint_path", "n_checkpoints", "save_final_checkpoint"),
-    *("feature_sampling_window", "n_batches_for_norm_estimate", "autocast"),
+    *("feature_sampling_window", "n_batches_for_norm_estimate"),
     *_FOLDED,
 }
 # What a run may be continued with: its schedule and windows follow.
 _FOLLOWED = (
     *("total_training_samples", "train_batch_size_samples", "lr", "lr_end", "lr_scheduler_name"),
     *("lr_warm_up_steps", "lr_decay_steps", "n_restart_cycles"),
-    *("dead_window_tokens", "dead_feature_window"),
+    *("dead_window_tokens", "dead_feature_window", "autocast"),
 )
 # The fields of torch's schedulers that say what a schedule is, beside those that say how far.
 _SCHEDULE = {
@@ -118,7 +118,7 @@ def load_state(
     kept_batch = kept_settings.get("train_batch_size_samples")
     steps = _load_saelens_part(trainer, folder, load_saelens, kept_batch)
     if not state:
-        state = {"tokens_since_fired": trainer.tokens_of_silent_steps()}
+        state = {"tokens_since_fired": trainer.tokens_of_silent_steps(steps)}
         state |= trainer.recorder.state() | {"random.cpu": torch.get_rng_state()}
     check_same_shapes(folder, state, trainer.optimizer, trainer.sae.cfg.d_sae)
     updates = {float(kept["step"]) for kept in trainer.optimizer.state.values()}
@@ -134,7 +134,7 @@ def load_state(
         if name.startswith(_MITIGATION)
     }
     trainer.recorder.load_state(state)
-    follow_config(trainer.sae, folder)
+    follow_config(trainer, folder, kept_settings.get("total_training_samples"))
     trainer.n_training_steps = steps
     reached = trainer.n_training_samples
     trainer.checkpoint_thresholds = [t for t in trainer.checkpoint_thresholds if t >= reached]
@@ -157,7 +157,6 @@ def _load_saelens_part(
 ) -> int:
     """Load SAELens' files and let the schedule follow; the number of steps that were taken."""
     schedule, kept = trainer.lr_scheduler, _KeptState()
-    first_lrs = schedule.get_last_lr()
     trainer.lr_scheduler = kept  # pyright: ignore[reportAttributeAccessIssue]
     try:
         load_saelens(folder)
@@ -169,16 +168,13 @@ def _load_saelens_part(
         ) from error
     finally:
         trainer.lr_scheduler = schedule
-    follow_schedule(trainer, kept.state, first_lrs, kept_batch)
+    follow_schedule(trainer, kept.state, kept_batch)
     # SAELens saves in the middle of a step, before it counts it.
     return max(trainer.n_training_steps, kept.state["last_epoch"])
 
 
 def follow_schedule(
-    trainer: SubspaceSAETrainer,
-    kept: dict[str, Any],
-    first_lrs: list[Any],
-    kept_batch: int | None,
+    trainer: SubspaceSAETrainer, kept: dict[str, Any], kept_batch: int | None
 ) -> None:
     """Continue the schedule that a checkpoint kept, or the trainer's own where it is another.
 
@@ -186,23 +182,23 @@ def follow_schedule(
 
     Args:
         kept: the state of the schedule.
-        first_lrs: the trainer's own rates of its first step.
         kept_batch: the batch size of the checkpoint; None if it says nothing of its settings.
     """
-    schedule, batch = trainer.lr_scheduler, trainer.cfg.train_batch_size_samples
-    if _shape_of(kept) == _shape_of(schedule.state_dict()):
-        schedule.load_state_dict(kept)
+    if _shape_of(kept) == _shape_of(trainer.lr_scheduler.state_dict()):
+        trainer.lr_scheduler.load_state_dict(kept)
         return
     if kept_batch is None:
         warnings.warn("The run continues with another learning rate schedule.", stacklevel=6)
+    batch = trainer.cfg.train_batch_size_samples
     same = kept_batch in (None, batch)
     steps = kept["last_epoch"] if same else trainer.n_training_samples // batch
-    for group, lr in zip(trainer.optimizer.param_groups, first_lrs, strict=True):
-        group["lr"], group["initial_lr"] = lr, trainer.cfg.lr
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = group["initial_lr"] = trainer.cfg.lr
+    trainer.lr_scheduler = trainer.new_schedule()
     with warnings.catch_warnings():  # torch would miss the optimizer's steps in between
         warnings.simplefilter("ignore", UserWarning)
         for _ in range(steps):
-            schedule.step()
+            trainer.lr_scheduler.step()
 
 
 def _shape_of(schedule: dict[str, Any]) -> list[Any]:
@@ -292,14 +288,31 @@ def check_same_shapes(
             )
 
 
-def follow_config(sae: Any, folder: Path) -> None:
+def follow_config(trainer: SubspaceSAETrainer, folder: Path, kept_total: int | None) -> None:
     """Take over from the saved config what SAELens does not load with the weights: that a finished
-    run's input scaling is folded into them, and metadata that this SAE lacks."""
-    path = folder / SAE_CFG_FILENAME
+    run's input scaling is folded into them, and metadata that this SAE lacks.
+
+    Raises SaesubError where other scaling settings contradict, and where a run whose scaling is
+    folded would be trained on: the optimizer's state belongs to the scaled weights.
+    """
+    sae, path = trainer.sae, folder / SAE_CFG_FILENAME
     saved = json.loads(path.read_text()) if path.exists() else {}
-    for name in _FOLDED:
-        if name in saved:
-            setattr(sae.cfg, name, saved[name])
+    reached = trainer.n_training_samples
+    folded = [name for name in _FOLDED if name in saved and hasattr(sae.cfg, name)]
+    differing = {name: saved[name] for name in folded if saved[name] != getattr(sae.cfg, name)}
+    if differing and reached < trainer.cfg.total_training_samples:
+        if kept_total is None or reached >= kept_total:
+            raise SaesubError(
+                f"The run of {folder} is finished and its input scaling folded into the weights: "
+                "continue from a checkpoint before its end, or start a new run from its weights."
+            )
+        here = {name: getattr(sae.cfg, name) for name in differing}
+        raise SaesubError(
+            f"The checkpoint {folder} was made with other settings: {differing} (here {here}). "
+            "Resume with those, or start anew."
+        )
+    for name, value in differing.items():
+        setattr(sae.cfg, name, value)
     for name, value in saved.get("metadata", {}).items():
         if getattr(sae.cfg.metadata, name, None) is None:
             setattr(sae.cfg.metadata, name, value)

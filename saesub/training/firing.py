@@ -60,9 +60,11 @@ class TokenCountingTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         """SAELens' own: silent for more than `cfg.dead_feature_window` steps."""
         return super().dead_neurons
 
-    def tokens_of_silent_steps(self) -> Int[Tensor, " d_sae"]:
-        """(d_sae,) int64: what SAELens' count of silent steps is in tokens, if all were whole."""
-        return self.n_forward_passes_since_fired.long() * self.cfg.train_batch_size_samples
+    def tokens_of_silent_steps(self, n_steps: int) -> Int[Tensor, " d_sae"]:
+        """(d_sae,) int64: what SAELens' count of silent steps is in tokens, if all of the `n_steps`
+        so far had equally many."""
+        silent = self.n_forward_passes_since_fired.long()
+        return silent * (self.n_training_samples // max(1, n_steps))
 
     @property
     def has_seen_window(self) -> bool:

@@ -23,6 +23,7 @@ from sae_lens.saes.sae import (
 from sae_lens.training.optim import get_lr_scheduler
 from sae_lens.training.sae_trainer import Evaluator, SaveCheckpointFn
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 
 from saesub.activations.checks import require_finite
 from saesub.errors import SaesubError
@@ -58,7 +59,8 @@ class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CON
         cfg, sae, data_provider, evaluator, save_checkpoint_fn: as `SAETrainer` takes them;
             `data_provider` is any iterator of float tensors (batch, d_in).
         optimizer: "sparse_adam" (`saesub.optim.SparseAdam`) or "adam" (torch's).
-        backend: how a TopK step is computed. "auto": on the CPU the compiled step with its 8-bit
+        backend: how a TopK step is computed. A sparse SAE keeps its own `search_name` under "auto".
+            "auto": on the CPU the compiled step with its 8-bit
             candidate search, if there is a C++ compiler, else torch operators; the search alone is
             compiled if a mitigation adds to the loss, weights are frozen, or the optimizer is
             another than Adam and `SparseAdam`. "torch": torch operators alone, which on a CPU with
@@ -113,10 +115,19 @@ class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CON
         _make_sparse(sae, backend)
         super().__init__(cfg, sae, data_provider, dead_window_tokens, evaluator, save_checkpoint_fn)
         self.backend, self.optimizer_name = backend, optimizer
-        assert cfg.lr_end is not None  # `_completed` sets it
         betas = (cfg.adam_beta1, cfg.adam_beta2)
         self.optimizer = make_optimizer(optimizer, sae, lr=cfg.lr, betas=betas)
-        self.lr_scheduler = get_lr_scheduler(
+        self.lr_scheduler = self.new_schedule()
+        self.mitigations = one_of_each(mitigations)
+        self.mitigation_state: dict[str, Tensor] = {}
+        for mitigation in self.mitigations:
+            mitigation.check(self)
+
+    def new_schedule(self) -> LRScheduler:
+        """The learning rate schedule of `cfg`, at its first step, for the optimizer as it is."""
+        cfg = self.cfg
+        assert cfg.lr_end is not None  # `_completed` sets it
+        return get_lr_scheduler(
             cfg.lr_scheduler_name,
             lr=cfg.lr,
             optimizer=self.optimizer,
@@ -126,10 +137,6 @@ class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CON
             lr_end=cfg.lr_end,
             num_cycles=cfg.n_restart_cycles,
         )
-        self.mitigations = one_of_each(mitigations)
-        self.mitigation_state: dict[str, Tensor] = {}
-        for mitigation in self.mitigations:
-            mitigation.check(self)
 
     def step(self, batch: Tensor) -> TrainStepOutput:
         """One training step on raw activations (batch, d_in); counts firing by tokens."""
@@ -175,8 +182,14 @@ class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CON
             output = self.native_step.take(self, rows, sae_in)
             self._count_firing(times_fired(output.feature_acts), len(sae_in))
             self._advance_schedules()
+        return self._as_asked(output)
+
+    def _as_asked(self, output: TrainStepOutput) -> TrainStepOutput:
+        """The output with sparse activations only where SAELens' own pass would return some."""
         if isinstance(output, SparseStepOutput):
-            output.dense_when_read = not _asks_for_sparse(self.sae)
+            cfg = self.sae.cfg
+            batch = isinstance(self.sae, BatchTopKTrainingSAE)
+            output.dense_when_read = batch or not cfg.use_sparse_activations
         return output
 
     def _advance_schedules(self) -> None:
@@ -279,11 +292,6 @@ def _make_sparse(sae: Any, backend: Backend) -> None:
     elif isinstance(sae, TopKTrainingSAE):
         derive = f"{type(sae).__name__} is not derived from saesub.SparseTopKTrainingSAE"
         warnings.warn(DENSE_STEP.format(why_dense(sae) or derive), stacklevel=3)
-
-
-def _asks_for_sparse(sae: Any) -> bool:
-    """Whether SAELens' own pass of this SAE would return sparse activations."""
-    return sae.cfg.use_sparse_activations and not isinstance(sae, BatchTopKTrainingSAE)
 
 
 def _completed(cfg: SAETrainerConfig) -> SAETrainerConfig:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from saesub.errors import SaesubError
 from saesub.optim import FEATURE_AXIS, SparseAdam, moments
-from saesub.topk.eligibility import lay_out_by_feature, why_dense
+from saesub.topk.eligibility import lay_out_by_feature, other_pass, why_dense
 from saesub.topk.encode import times_fired
 from saesub.topk.sae import SparseTopKTrainingSAE, search_for
 from saesub.topk.step import autograd_pass
@@ -99,6 +99,7 @@ class MultiProcessTrainer(SubspaceSAETrainer):
         return self._total(int(self.dead_neurons.sum())) / self.n_features
 
     def _train_step(self, sae: Any, sae_in: Tensor) -> TrainStepOutput:
+        _check_pass(sae, self.cfg)
         if self.native_step.rows(self) is not None:
             return super()._train_step(sae, sae_in)
         sae.train()
@@ -112,7 +113,7 @@ class MultiProcessTrainer(SubspaceSAETrainer):
         self.optimizer.zero_grad()
         self._count_firing(times_fired(output.feature_acts), len(sae_in))
         self._advance_schedules()
-        return output
+        return self._as_asked(output)
 
     def _update_pbar(
         self, step_output: TrainStepOutput, pbar: Any, update_interval: int = 10
@@ -161,10 +162,9 @@ class MultiProcessTrainer(SubspaceSAETrainer):
         self.n_training_steps = progress["steps"]
         for parameter in self.sae.parameters():
             moments(self.optimizer, parameter)[0].fill_(progress["steps"])
-        first_lrs = self.lr_scheduler.get_last_lr()
         for group, lr in zip(self.optimizer.param_groups, progress["lr"], strict=True):
             group["lr"] = lr
-        follow_schedule(self, progress["lr_scheduler"], first_lrs, progress["batch_size"])
+        follow_schedule(self, progress["lr_scheduler"], progress["batch_size"])
         self.recorder.points = progress["history"]
         self.recorder.since.copy_(torch.tensor(progress["since_record"], dtype=torch.float64))
         self.checkpoint_thresholds = [
@@ -212,12 +212,16 @@ def check_suits(sae: Any) -> None:
         )
 
 
-def _check_settings(sae: Any, cfg: SAETrainerConfig) -> None:
-    reason = "cfg.autocast is on" if cfg.autocast else why_dense(sae)
+def _check_pass(sae: Any, cfg: SAETrainerConfig) -> None:
+    reason = "cfg.autocast is on" if cfg.autocast else other_pass(sae) or why_dense(sae)
     if reason is not None:
         raise SaesubError(
             f"Several processes train by the sparse step alone, and it does not suit: {reason}."
         )
+
+
+def _check_settings(sae: Any, cfg: SAETrainerConfig) -> None:
+    _check_pass(sae, cfg)
     if not all(parameter.requires_grad for parameter in sae.parameters()):
         raise SaesubError("Several processes train all of an SAE's parameters: unfreeze them.")
     if cfg.logger.log_to_wandb:
