@@ -19,6 +19,7 @@ from torch import Tensor
 
 from saesub.errors import SaesubError
 from saesub.files import Form, damaged, file_sha256, read_checksummed, write_checksummed
+from saesub.training.schedule import follow_schedule
 
 if TYPE_CHECKING:  # the trainer imports this module
     from saesub.training.trainer import SubspaceSAETrainer
@@ -56,11 +57,6 @@ _FOLLOWED = (
     *("lr_warm_up_steps", "lr_decay_steps", "n_restart_cycles"),
     *("dead_window_tokens", "dead_feature_window", "autocast"),
 )
-# The fields of torch's schedulers that say what a schedule is, beside those that say how far.
-_SCHEDULE = {
-    *("_milestones", "base_lrs", "start_factor", "end_factor", "total_iters"),
-    *("T_max", "T_0", "T_mult", "eta_min"),
-}
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO)
 
 
@@ -171,40 +167,6 @@ def _load_saelens_part(
     follow_schedule(trainer, kept.state, kept_batch)
     # SAELens saves in the middle of a step, before it counts it.
     return max(trainer.n_training_steps, kept.state["last_epoch"])
-
-
-def follow_schedule(
-    trainer: SubspaceSAETrainer, kept: dict[str, Any], kept_batch: int | None
-) -> None:
-    """Continue the schedule that a checkpoint kept, or the trainer's own where it is another.
-
-    It continues from the same step, or, where batches were of another size, from the same token.
-
-    Args:
-        kept: the state of the schedule.
-        kept_batch: the batch size of the checkpoint; None if it says nothing of its settings.
-    """
-    if _shape_of(kept) == _shape_of(trainer.lr_scheduler.state_dict()):
-        trainer.lr_scheduler.load_state_dict(kept)
-        return
-    if kept_batch is None:
-        warnings.warn("The run continues with another learning rate schedule.", stacklevel=6)
-    batch = trainer.cfg.train_batch_size_samples
-    same = kept_batch in (None, batch)
-    steps = kept["last_epoch"] if same else trainer.n_training_samples // batch
-    for group in trainer.optimizer.param_groups:
-        group["lr"] = group["initial_lr"] = trainer.cfg.lr
-    trainer.lr_scheduler = trainer.new_schedule()
-    with warnings.catch_warnings():  # torch would miss the optimizer's steps in between
-        warnings.simplefilter("ignore", UserWarning)
-        for _ in range(steps):
-            trainer.lr_scheduler.step()
-
-
-def _shape_of(schedule: dict[str, Any]) -> list[Any]:
-    """What a schedule is, apart from how far it has come."""
-    parts = [_shape_of(part) for part in schedule.get("_schedulers", [])]
-    return [{name: schedule[name] for name in sorted(_SCHEDULE & schedule.keys())}, *parts]
 
 
 def _settings_of_saelens(folder: Path) -> dict[str, Any]:

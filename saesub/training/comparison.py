@@ -33,9 +33,10 @@ _FINAL = "final"
 _COMPLETE = "complete"  # an empty file, written when a checkpoint is whole
 # The code that decides the weights and the history, with the transcoders' and what reads batches.
 _DECIDING = (
-    *("activations/checks.py", "activations/store.py", "extras/transcoders.py", "optim.py"),
+    *("activations/checks.py", "activations/store.py", "extras/transcoders.py"),
+    *("optim.py", "precision.py", "topk/", "training/mitigations/"),
     *(f"training/{name}.py" for name in ("checkpoint", "comparison", "firing", "history")),
-    *("training/mitigations/", "training/native_step.py", "training/trainer.py", "topk/"),
+    *(f"training/{name}.py" for name in ("native_step", "schedule", "trainer")),
 )
 
 

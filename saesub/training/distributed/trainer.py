@@ -21,9 +21,9 @@ from saesub.topk.eligibility import lay_out_by_feature, other_pass, why_dense
 from saesub.topk.encode import times_fired
 from saesub.topk.sae import SparseTopKTrainingSAE, search_for
 from saesub.topk.step import autograd_pass
-from saesub.training.checkpoint import follow_schedule
 from saesub.training.distributed.checkpoint import newest_state, read_state, write_state
 from saesub.training.distributed.processes import Processes
+from saesub.training.schedule import follow_schedule
 from saesub.training.trainer import Backend, OptimizerName, SubspaceSAETrainer
 
 Batches = Callable[[int], Iterator[Tensor]]
