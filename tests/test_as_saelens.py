@@ -670,6 +670,13 @@ def test_a_checkpoint_that_lost_its_last_file_is_damaged(tmp_path):
         resumed(adam, recipe(), make(), tmp_path / "0")
 
 
+def test_a_folder_without_a_checkpoint_is_named(tmp_path):
+    adam(recipe(), make(), iter(())).save_checkpoint("0", tmp_path)
+    for folder in (tmp_path, tmp_path / "nope"):
+        with pytest.raises(SaesubError, match=f"No checkpoint is in {folder}:"):
+            resumed(sparse_adam, recipe(), make(), folder)
+
+
 def test_a_saelens_checkpoint_of_another_sae_is_refused(tmp_path):
     SAETrainer(recipe(), make(), iter(())).save_checkpoint("0", tmp_path)
     with pytest.raises(SaesubError, match=r"k 4 \(here 5\)"):

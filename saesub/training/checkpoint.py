@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from sae_lens.constants import SAE_CFG_FILENAME
+from sae_lens.constants import SAE_CFG_FILENAME, TRAINER_STATE_FILENAME
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -108,8 +108,13 @@ def load_state(
     state: dict[str, Tensor] = {}
     if (folder / STATE_FILENAME).is_file() or (folder / _MARK).is_file():
         state, kept_settings = read_checkpoint_state(folder)
-    else:
+    elif (folder / TRAINER_STATE_FILENAME).is_file():
         kept_settings = _settings_of_saelens(folder)
+    else:
+        raise SaesubError(
+            f"No checkpoint is in {folder}: name the folder that holds {TRAINER_STATE_FILENAME}, a "
+            "subfolder of cfg.checkpoint_path."
+        )
     check_same_settings(folder, kept_settings, trainer.settings())
     kept_batch = kept_settings.get("train_batch_size_samples")
     steps = _load_saelens_part(trainer, folder, load_saelens, kept_batch)
