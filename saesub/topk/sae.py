@@ -114,9 +114,9 @@ def use_sparse_step(sae: SAE, *, search: SearchName = "auto") -> SAE:
     sparse = isinstance(sae, SparseTopKTrainingSAE)
     if not (sparse or type(sae) in (TopKTrainingSAE, BatchTopKTrainingSAE)):
         raise SaesubError(
-            f"{type(sae).__name__} has no sparse step: train it as it is; only SAELens' "
-            "TopKTrainingSAE and BatchTopKTrainingSAE, and classes that derive from "
-            "saesub.SparseTopKTrainingSAE, have one."
+            f"{type(sae).__name__} has no sparse step: pass a TopKTrainingSAE or "
+            "BatchTopKTrainingSAE of SAELens, or a class that derives from "
+            "saesub.SparseTopKTrainingSAE."
         )
     if "training_forward_pass" in vars(sae):
         raise SaesubError(
