@@ -11,7 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from sae_lens import SAETrainer, TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens import (
+    BatchTopKTrainingSAE,
+    BatchTopKTrainingSAEConfig,
+    SAETrainer,
+    TopKTrainingSAE,
+    TopKTrainingSAEConfig,
+)
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from safetensors.torch import save_file
@@ -346,6 +352,18 @@ def test_a_kept_run_is_not_that_of_a_trainer_changed_by_hand(tmp_path, change):
     kept = run(tmp_path, False)
     assert torch.equal(run(tmp_path, False), kept)
     assert torch.equal(run(tmp_path, True), run(None, True))
+
+
+def test_a_batch_topk_run_is_kept_by_its_threshold_too(tmp_path):
+    folders = set()
+    for threshold in (0.0, 0.5):
+        torch.manual_seed(0)
+        sae = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=D_IN, d_sae=D_SAE, k=K))
+        sae.topk_threshold.fill_(threshold)
+        given = {"one": adam(recipe(2), sae, iter(()))}
+        train_together(given, lambda start: ({"site": x} for x in batches(start)), folder=tmp_path)
+        folders |= {path.name for path in tmp_path.iterdir()}
+    assert len(folders) == 2
 
 
 def test_a_run_with_hooks_is_not_kept(tmp_path):

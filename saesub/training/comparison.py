@@ -274,4 +274,4 @@ def _changed_by_hand(name: str, trainer: SubspaceSAETrainer) -> list[Any]:
 
 
 def _bytes_of(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()
