@@ -104,6 +104,20 @@ def model_name(model: TransformerBridge) -> str:
     return Path(name).name if Path(name).is_absolute() else name
 
 
+@contextmanager
+def in_eval_mode(model: TransformerBridge) -> Iterator[None]:
+    """Switches off dropout within, whatever mode the model was left in, and then sets every
+    module's mode back."""
+    modules = [*model.modules(), *model.original_model.modules()]
+    modes = [(module, module.training) for module in modules]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def context_tokens(model: TransformerBridge) -> ContextTokens:
     """The special tokens this model was trained with: from the registry, else from its tokenizer.
 

@@ -1,0 +1,49 @@
+"""Checks of what users pass to public functions: counts, and batches of activations."""
+
+from __future__ import annotations
+
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any
+
+from saesub.errors import SaesubError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def whole_number(value: Any, name: str, least: int = 1) -> int:
+    """`value` as an int: Python's and NumPy's integers, and floats that are whole, such as 2e5.
+
+    Raises SaesubError for anything else, and below `least`.
+
+    >>> whole_number(2e5, "n_tokens")
+    200000
+    """
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not number or value != value // 1 or value < least:
+        raise SaesubError(f"{name} must be a whole number of at least {least}, not {value!r}.")
+    return int(value) if isinstance(value, Integral) else int(float(value))
+
+
+def batch_of(given: Any, what: str = "a batch of activations") -> Tensor:
+    """The tensor of a batch: itself, a NumPy array's, or the only one of a list or tuple.
+
+    A `DataLoader` over a `TensorDataset` gives lists of one tensor. Raises SaesubError for anything
+    else, and for numbers that are not floating point.
+    """
+    import numpy as np
+    import torch
+
+    if isinstance(given, (list, tuple)) and len(given) == 1:
+        given = given[0]
+    if isinstance(given, np.ndarray) and given.dtype.kind == "f":
+        given = torch.from_numpy(np.ascontiguousarray(given))
+    if not isinstance(given, torch.Tensor):
+        length = f" of {len(given)}" if isinstance(given, (list, tuple)) else ""
+        raise SaesubError(
+            f"{what} must be a tensor of floating-point numbers, not a {type(given).__name__}"
+            f"{length}: give one tensor for each batch, such as (x for x, _ in loader)."
+        )
+    if not given.is_floating_point():
+        raise SaesubError(f"{what} must hold floating-point numbers, not {given.dtype}.")
+    return given
