@@ -6,6 +6,7 @@ A command imports what it needs when it runs, so that help, version and list ans
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, get_args
@@ -15,16 +16,27 @@ from saesub.errors import SaesubError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; 0 for success, 1 where a notebook failed, 2 for a user's mistake."""
-    options = _parser().parse_args(arguments)
+    """Runs one command; 0 for success, 1 where a notebook failed, 2 for a user's mistake.
+
+    Where the reader of its output has gone, as in `saesub list | head -1`, it ends without a word
+    and returns 141, as the shell's own commands do.
+    """
     try:
-        return options.run(options)
+        try:
+            options = _parser().parse_args(arguments)
+            return options.run(options)
+        finally:
+            sys.stdout.flush()
     except SaesubError as error:
         print(f"saesub: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("saesub: interrupted; the same command continues where it stopped", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # What is still buffered would be written, and fail, once more when Python exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def _parser() -> argparse.ArgumentParser:
