@@ -14,7 +14,18 @@ from pathlib import Path
 from typing import Any
 
 _MIN_CHARS = 300
-PARSERS_VERSION = "v1"  # raise where a parser changes what it gives
+_CONTROL = dict.fromkeys([*(c for c in range(32) if chr(c) not in "\t\n\r"), 127])
+
+
+def clean(text: str) -> str:
+    """Without control characters, and with anything that is not Unicode text replaced."""
+    return text.translate(_CONTROL).encode("utf-8", errors="replace").decode()
+
+
+def documents(parser: str, source: Path) -> list[str]:
+    """The documents of a fetched folder, stripped, each once and none empty."""
+    texts = (clean(text).strip() for text in PARSERS[parser](source))
+    return list(dict.fromkeys(text for text in texts if text))
 
 
 def decode(data: bytes) -> str:
