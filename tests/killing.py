@@ -74,13 +74,13 @@ def do_convert(folder: Path, tick: Tick) -> str:
     os.environ["SAESUB_CACHE"] = str(folder / "cache")
     with suppress(FileExistsError):
         shutil.copytree(whole, folder / "cache" / packages, copy_function=os.link)
-    convert = models._convert
+    convert = models.convert
 
     def counted(*args: Any) -> None:
         tick()
         convert(*args)
 
-    models._convert = counted
+    models.convert = counted
     model = load_model("smollm2-135m", device="cpu")
     return sha(*(p.numpy().tobytes() for p in model.original_model.parameters()))
 

