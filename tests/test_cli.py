@@ -111,6 +111,28 @@ def test_list_and_scorecard(tmp_path, capsys):
     assert "F12.quality: not testable here" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [["list"], ["--help"], ["--version"], ["reproduce", "--help"], ["scorecard", "."]],
+    ids=" ".join,
+)
+def test_a_reader_that_has_gone_costs_no_traceback(arguments, tmp_path):
+    """As in `saesub list | head -1`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "saesub.cli", *arguments],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONUNBUFFERED": ""},
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(writing)
+    assert done.stderr == ""
+    assert done.returncode == 141
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit) as left:
         cli.main(["--version"])

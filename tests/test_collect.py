@@ -350,7 +350,7 @@ def test_errors_say_what_to_do(model: TransformerBridge, corpus: Dataset) -> Non
         measure_spectra(model, corpus, [], n_tokens=10)
     with pytest.raises(SaesubError, match=r"0 <= i < n, not \(2, 2\)"):
         measure_spectra(model, corpus, [ATTN], n_tokens=10, share=(2, 2))
-    with pytest.raises(SaesubError, match="n_contexts must be at least 1"):
+    with pytest.raises(SaesubError, match="n_contexts must be a whole number of at least 1"):
         pack_contexts(model, corpus, n_contexts=0, context_size=16)
     with pytest.raises(TypeError, match="contxt_size"):
         spectrum(contxt_size=16)

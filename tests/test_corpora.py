@@ -26,6 +26,24 @@ def test_second_load_parses_nothing(corpus: Dataset, monkeypatch: pytest.MonkeyP
     assert len(load_corpus("wiki-en")) == len(corpus)
 
 
+def test_a_changed_parser_parses_again(
+    corpus: Dataset, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    parsed = []
+
+    def documents(parser: str, _: Path) -> list[str]:
+        parsed.append(parser)
+        return TEXTS
+
+    monkeypatch.setattr(corpora, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(corpora, "fetch", lambda _: tmp_path)
+    monkeypatch.setattr(corpora, "documents", documents)
+    for code in ("old", "old", "new"):
+        monkeypatch.setattr(corpora, "source_digest", lambda part, code=code: f"{code} {part}")
+        assert sorted(load_corpus("wiki-en")["text"]) == sorted(TEXTS)
+    assert parsed == ["wiki", "wiki"]
+
+
 def test_packaged_documents_come_shuffled_by_seed(corpus: Dataset) -> None:
     """The package lists them by topic, and a sample of one topic is no sample of the corpus."""
     same, other = (load_corpus("wiki-en", seed=seed)["text"] for seed in (0, 1))
@@ -138,7 +156,7 @@ def test_a_broken_table_is_named(tmp_path: Path, content: str) -> None:
         ({"n_documents": 1.5}, r"at least 1, not 1\.5"),
         ({"n_documents": "3"}, "at least 1, not '3'"),
         ({"n_documents": 4}, "more than the 3"),
-        ({"seed": -1}, "seed must be a whole number from 0 on, not -1"),
+        ({"seed": -1}, "seed must be a whole number of at least 0, not -1"),
         ({"seed": None}, "seed must be a whole number"),
     ],
 )

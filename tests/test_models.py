@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from saesub.errors import SaesubError
-from saesub.loading import models
+from saesub.loading import conversion, models
 from saesub.loading.models import ContextTokens, context_tokens, load_model, model_name
 from saesub.loading.registry import packaged
 
@@ -153,7 +154,7 @@ def test_unknown_name_offline_gets_near_and_packaged_names(
     ("given", "settings", "message"),
     [
         (3, {}, "not int"),
-        (("a", "b"), {}, r"pair \(model, tokenizer\) of transformers.* not tuple"),
+        (("a", "b"), {}, r"pair \(model, tokenizer\) of transformers.* not a pair \(str, str\)"),
         ((), {}, "not tuple"),
         ("smollm2-135m", {"device": "gpu"}, "device='gpu' is not here"),
         ("smollm2-135m", {"device": None}, "device=None is not here"),
@@ -178,8 +179,26 @@ def test_an_interrupted_conversion_leaves_nothing(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(models, "cache_dir", lambda: tmp_path)
-    monkeypatch.setattr(models.AutoConfig, "from_pretrained", interrupted)
+    monkeypatch.setattr(conversion.AutoConfig, "from_pretrained", interrupted)
     entry = packaged()["smollm2-135m"]
     with pytest.raises(KeyboardInterrupt):
         models._converted(entry)
     assert [p for p in (tmp_path / "models").iterdir() if p.is_dir()] == []
+
+
+@pytest.mark.parametrize("changed", ["code", "transformers", "setting", "file"])
+def test_a_conversion_is_keyed_by_all_that_decides_it(
+    changed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = packaged()["smollm2-135m"]
+    before = conversion.conversion_key(entry)
+    assert conversion.conversion_key(entry) == before
+    if changed == "code":
+        monkeypatch.setattr(conversion, "source_digest", lambda _: "other")
+    elif changed == "transformers":
+        monkeypatch.setattr(conversion.transformers, "__version__", "99")
+    elif changed == "setting":
+        entry = replace(entry, details={**entry.details, "bos": True})
+    else:
+        entry = replace(entry, files=(replace(entry.files[0], sha256="0" * 64),))
+    assert conversion.conversion_key(entry) != before

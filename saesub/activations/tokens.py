@@ -115,6 +115,8 @@ class ContextStream:
 
     def _stripped(self, ids: list[int]) -> list[int]:
         """Without the special tokens at either end, which the stream puts there itself."""
+        if None in ids:
+            raise SaesubError("a document of token ids holds a null: leave it out")
         edges = {*self._bos, *self._separator, self._tokenizer.pad_token_id}
         text = [i for i, token in enumerate(ids) if token not in edges]
         return ids[text[0] : text[-1] + 1] if text else []
@@ -143,9 +145,14 @@ def _documents(corpus: Dataset) -> Iterator[Any]:
             yield from rows["text"]
         elif "attention_mask" in rows:
             for ids, mask in zip(rows["input_ids"], rows["attention_mask"], strict=True):
-                yield list(compress(ids, mask))
+                if len(ids or []) != len(mask or []):
+                    raise SaesubError(
+                        "a document's attention_mask and its input_ids differ in length: leave the "
+                        "column out where nothing is padding"
+                    )
+                yield list(compress(ids or [], mask or []))
         else:
-            yield from rows["input_ids"]
+            yield from (ids or [] for ids in rows["input_ids"])
 
 
 def _blocks(documents: Iterable[Any]) -> Iterator[list[Any]]:

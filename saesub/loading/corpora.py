@@ -109,6 +109,8 @@ def _no_corpus(given: Any) -> str:
         return f"{message}: give one of its splits, such as corpus[{next(iter(given), 'train')!r}]."
     if isinstance(given, IterableDataset):
         return f"{message}: give Dataset.from_list(list(corpus.take(n))) for n documents."
+    if hasattr(given, "columns"):
+        return f"{message}: give Dataset.from_pandas(corpus)."
     if isinstance(given, Iterable) and not isinstance(given, (bytes, Mapping)):
         return f"{message}: give list(corpus)."
     return f"{message}."

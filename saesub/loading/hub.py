@@ -23,8 +23,10 @@ def hub_is_reachable() -> bool:
 def not_found(name: str, kind: Kind, reason: str, hub_names: Sequence[str] = ()) -> str:
     """The message about a name that is neither packaged nor local nor on the hub."""
     offline = packaged_names(kind)
-    near = near_names(name, [*offline, *hub_names])
-    hint = "try again where it can be reached." if name in hub_names else near
+    hint = near_names(name, [*offline, *hub_names])
+    if name in hub_names:
+        hint = "try again where it can be reached"
+    hint += "" if hint.endswith("?") else "."
     return (
         f"nothing loads under {name!r}, which is neither one of the packaged {kind} nor a local "
         f"path, and the hub did not give it: {hint} "

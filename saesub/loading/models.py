@@ -157,17 +157,18 @@ def n_embeddings(model: TransformerBridge) -> int:
 
 @contextmanager
 def own_settings(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """Calls within it switch off the truncation and padding that a fast tokenizer may be set to;
+    """Calls within it change the truncation and padding that a fast tokenizer is set to;
     afterwards they are as before."""
-    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-    truncation, padding = (getattr(backend, name, None) for name in ("truncation", "padding"))
+    if not tokenizer.is_fast:
+        yield
+        return
+    backend: Any = tokenizer.backend_tokenizer  # pyright: ignore[reportAttributeAccessIssue]
+    truncation, padding = backend.truncation, backend.padding
     try:
         yield
     finally:
-        if truncation is not None:
-            backend.enable_truncation(**truncation)
-        if padding is not None:
-            backend.enable_padding(**padding)
+        backend.enable_truncation(**truncation) if truncation else backend.no_truncation()
+        backend.enable_padding(**padding) if padding else backend.no_padding()
 
 
 def _unmoved(
@@ -185,35 +186,36 @@ def _unmoved(
 
 def _no_model(given: Any) -> str:
     """What is wrong with an object that is no model, and what to give in its place."""
-    if isinstance(given, tuple) and given and isinstance(given[0], PreTrainedModel):
-        what = f"a pair with {type(given[-1]).__name__} where its tokenizer of transformers belongs"
-    else:
-        what = repr(given) if given == "" else type(given).__name__
+    pair = isinstance(given, tuple) and len(given) == 2
+    wrong = given[0] if pair else given
+    what = repr(given) if given == "" else type(given).__name__
+    if pair:
+        what = f"a pair ({', '.join(type(part).__name__ for part in given)})"
     message = (
         "a model is a name, a folder, a Hugging Face model, a pair (model, tokenizer) of "
         f"transformers or a TransformerBridge, not {what}"
     )
-    if isinstance(given, HookedRootModule):
+    if isinstance(wrong, HookedRootModule):
         return f"{message}: load it with TransformerBridge.boot_transformers, or give its name."
-    if isinstance(given, Pipeline):
+    if isinstance(wrong, Pipeline):
         return f"{message}: give (pipeline.model, pipeline.tokenizer)."
-    if isinstance(given, Module):
-        return f"{message}: give the model of transformers within it."
+    if isinstance(wrong, Module) and not isinstance(wrong, PreTrainedModel):
+        return f"{message}: give the model of transformers within the {type(wrong).__name__}."
+    if pair:
+        return f"{message}: load both with transformers, and give the model first."
     return f"{message}."
 
 
 def _check_place(device: str, dtype: torch.dtype | None) -> None:
     try:
-        usable = (
-            device == "auto" or torch.device(device).type != "cuda" or torch.cuda.is_available()
-        )
-    except (RuntimeError, TypeError):
+        usable = device == "auto" or torch.empty(0, device=torch.device(device)).device.type
+    except (RuntimeError, TypeError, AssertionError):  # of a build without that device
         usable = False
-    if not usable:
+    if not usable or usable == "meta":
         raise SaesubError(
             f'device={device!r} is not here: give "auto", "cpu" or a device you have.'
         )
-    if not isinstance(dtype, torch.dtype | None):
+    if not isinstance(dtype, torch.dtype | None) or not getattr(dtype, "is_floating_point", True):
         raise SaesubError(f"dtype must be such as torch.float32, not {dtype!r}.")
 
 
@@ -241,6 +243,7 @@ def _bridge(
         if device != "auto" or dtype is not None:
             hf_model = hf_model.to(device=None if device == "auto" else device, dtype=dtype)
         bridge = _boot(hf_model, copy.deepcopy(tokenizer), name)
+        n_embeddings(bridge)  # a model of images has none
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # TransformerLens raises what each of its adapters raises
@@ -318,7 +321,7 @@ def _resolve(model: str | Path) -> tuple[str, str]:
 
 def _read(auto: Any, source: str, **settings: Any) -> Any:
     """What transformers reads from a folder or the hub; code that comes with it is never run."""
-    offline = Path(source).is_dir() or not hub_is_reachable()
+    offline = os.path.isdir(source) or not hub_is_reachable()
     with quiet():
         return auto.from_pretrained(
             source, local_files_only=offline, trust_remote_code=False, **settings
@@ -330,7 +333,10 @@ def _from_pretrained(name: str, source: str, dtype: torch.dtype | None) -> tuple
     try:
         model, found = _read(AutoModelForCausalLM, source, output_loading_info=True, **settings)
         if missing := sorted(found["missing_keys"]):  # transformers fills them with random numbers
-            raise ValueError(f"the checkpoint lacks {len(missing)} weights, such as {missing[0]}")
+            raise ValueError(
+                f"the checkpoint lacks weights ({', '.join(missing[:3])}): save a model with its "
+                "head there, or give the live model."
+            )
         return model, _read(AutoTokenizer, source)
     except torch.OutOfMemoryError:
         raise
@@ -343,7 +349,7 @@ def _from_pretrained(name: str, source: str, dtype: torch.dtype | None) -> tuple
                 f"the model {name} brings code of its own, which saesub does not run: load it with "
                 "transformers, where you can say that you trust it, and give the live model."
             )
-        elif Path(source).is_dir():
+        elif os.path.isdir(source):
             message = f"the model folder {source} does not load: {reason}"
         else:
             message = not_found(name, "models", reason, _HUB_NAMES)

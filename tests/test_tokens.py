@@ -1,0 +1,294 @@
+"""Contexts of tiny models: the right tokens, of any document, tokenizer and corpus of token ids."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny_language import BOS, EOS, gpt2, texts, tokenizer
+from tokenizers import normalizers
+from transformers import PreTrainedTokenizerBase
+
+from saesub.activations import tokens as module
+from saesub.activations.collect import stream_activations
+from saesub.activations.tokens import (
+    ContextStream,
+    kept_positions,
+    pack_contexts,
+    require_embedded,
+)
+from saesub.errors import SaesubError
+from saesub.loading.corpora import load_corpus
+from saesub.loading.models import context_tokens, load_model
+
+LONG = " ".join(texts(8, n_words=400))
+
+
+def stream(tokens: PreTrainedTokenizerBase, corpus: Any, context_size: int = 16) -> ContextStream:
+    return ContextStream(load_model((gpt2(), tokens)), load_corpus(corpus), context_size)
+
+
+def body(of: ContextStream, n: int) -> list[int]:
+    """Their tokens in a row, without BOS."""
+    return of.take(n)[:, -of._body :].flatten().tolist()
+
+
+def small_windows(monkeypatch: pytest.MonkeyPatch, n_characters: int) -> None:
+    monkeypatch.setattr(module, "_AT_ONCE", n_characters)
+    monkeypatch.setattr(module, "_OVERLAP", 300)
+
+
+# --- long documents ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["bytes", "metaspace", "pieces", "unigram"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param(LONG, id="words"),
+        pytest.param(LONG.replace(" ", "  \n\n "), id="spaces"),
+        pytest.param(LONG.replace(" ", ""), id="no-space"),
+        pytest.param("a" * 7001, id="one-letter"),
+        pytest.param("abc" * 2500, id="period"),
+        pytest.param(" " * 7000 + "end", id="blank"),
+        pytest.param(LONG.replace("a", "\N{PILE OF POO}").replace("e", "漢"), id="emoji"),
+        pytest.param(LONG.replace("a", "e\N{COMBINING ACUTE ACCENT}"), id="combining"),
+        pytest.param(LONG.replace(".", EOS), id="special"),
+    ],
+)
+def test_windows_give_the_tokens_of_the_whole(
+    kind: str, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = tokenizer(kind=kind)
+    whole = tokens(text, add_special_tokens=False).input_ids
+    small_windows(monkeypatch, 1000)
+    pieces = list(module._in_windows(tokens, text))
+    assert [token for ids, _ in pieces for token in ids] == whole
+    shares = [share for _, share in pieces]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
+    assert len(pieces) > 5 or kind != "bytes" or " " not in text.strip()
+
+
+def test_a_documents_tokens_do_not_depend_on_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens, documents = tokenizer(), [*texts(5), LONG, *texts(5, seed=1), LONG, LONG[:900]]
+    expected = [
+        token for text in documents for token in [*tokens(text).input_ids[1:], tokens.eos_token_id]
+    ]
+    n = len(expected) // 15
+    for at_once in (200_000, 3000, 1000):
+        small_windows(monkeypatch, at_once)
+        assert body(stream(tokens, documents), n) == expected[: 15 * n]
+        in_small_steps = stream(tokens, documents)
+        assert [i for _ in range(n) for i in body(in_small_steps, 1)] == expected[: 15 * n]
+
+
+@pytest.mark.parametrize(
+    "documents", [[LONG * 10] * 200, [LONG * 200]], ids=["many-long", "one-very-long"]
+)
+def test_no_more_is_tokenised_than_was_asked_for(documents: list[str]) -> None:
+    contexts = stream(tokenizer(), documents)
+    contexts.take(20)
+    assert 0 < contexts.epochs < 0.1
+
+
+def test_epochs_are_a_share_of_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_windows(monkeypatch, 1000)
+    contexts = stream(tokenizer(), [LONG, *texts(3)])
+    n = len(tokenizer()(LONG).input_ids) // 15
+    contexts.take(n // 2)
+    assert contexts.epochs == pytest.approx(0.125, abs=0.02)
+    contexts.take(n // 2)
+    assert 0.2 < contexts.epochs <= 0.25
+    with pytest.warns(UserWarning, match="is read again"):
+        contexts.take(n)
+    assert 1 < contexts.epochs < 1.25
+
+
+def test_a_slow_tokenizer_takes_documents_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_windows(monkeypatch, 1000)
+    slow = _characters()
+    assert not slow.is_fast
+    expected = slow(LONG, add_special_tokens=False).input_ids
+    assert body(stream(slow, [LONG]), 100) == expected[:1600]
+
+
+def _characters() -> PreTrainedTokenizerBase:
+    """A tokenizer in Python of letters alone: it has no special token, and none for a space."""
+    from transformers.tokenization_python import PythonBackend
+
+    class Characters(PythonBackend):
+        vocab_size = 26
+
+        def get_vocab(self) -> dict[str, int]:
+            return {chr(97 + i): i for i in range(26)}
+
+        def _tokenize(self, text: str, **_: Any) -> list[str]:
+            return [letter for letter in text if letter.isalpha()]
+
+        def _convert_token_to_id(self, token: str) -> int:
+            return self.get_vocab().get(token, 0)
+
+        def _convert_id_to_token(self, index: int) -> str:
+            return chr(97 + index)
+
+    return Characters()
+
+
+# --- special tokens, and ids beyond the embedding ------------------------------------------------
+
+
+@pytest.mark.parametrize("bos", [None, BOS])
+def test_without_an_end_of_text_token_documents_are_joined(bos: str | None) -> None:
+    tokens, documents = tokenizer(bos=bos, eos=None), texts(3)
+    contexts = stream(tokens, documents)
+    specials = context_tokens(contexts._model)
+    assert specials.separator_id is None
+    assert specials.bos_id == tokens.bos_token_id
+    expected = [i for text in documents for i in tokens(text, add_special_tokens=False).input_ids]
+    assert body(contexts, 10) == expected[: 10 * contexts._body]
+
+
+def test_a_bos_is_seen_where_a_letter_is_no_token() -> None:
+    """Of DNA, say: "a" gives no token, and the BOS stands alone."""
+    tokens = tokenizer(kind="bytes")
+    tokens._tokenizer.normalizer = normalizers.Replace("a", "")
+    assert tokens("a").input_ids == [tokens.bos_token_id]
+    assert context_tokens(load_model((gpt2(), tokens))).bos_id == tokens.bos_token_id
+
+
+def test_a_bridges_end_of_text_token_beyond_its_embedding_is_none() -> None:
+    """As TransformerLens adds one to a tokenizer that has none."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    tokens = tokenizer(bos=None, eos=None)
+    hf_model = gpt2(len(tokens))
+    hf_model.config.architectures = ["GPT2LMHeadModel"]
+    bridge = TransformerBridge.boot_transformers("gpt2", hf_model=hf_model, tokenizer=tokens)
+    assert bridge.tokenizer.eos_token_id == len(tokens) - 1 == 400  # pyright: ignore
+    assert context_tokens(bridge).separator_id is None
+    assert int(pack_contexts(bridge, texts(), n_contexts=60, context_size=16).max()) < 400
+
+
+def test_a_token_beyond_the_embedding_is_named_before_the_model_runs() -> None:
+    pair = (gpt2(300), tokenizer())
+    for use in (
+        lambda: pack_contexts(pair, texts(), n_contexts=9, context_size=16),
+        lambda: next(
+            stream_activations(
+                pair,
+                texts(),
+                ["blocks.0.hook_attn_out"],
+                n_tokens=9,
+                context_size=16,
+                progress=False,
+            )
+        ),
+    ):
+        with pytest.raises(SaesubError, match=r"token id 3\d\d, but .* for 0\.\.299 only: give"):
+            use()
+
+
+def test_a_larger_tokenizer_is_fine_where_its_further_ids_do_not_occur() -> None:
+    tokens = tokenizer()
+    used = 1 + max(i for text in texts() for i in tokens(text).input_ids)
+    tokens.add_tokens([f"<extra{i}>" for i in range(300)])
+    assert len(tokens) > 600
+    assert pack_contexts((gpt2(used), tokens), texts(), n_contexts=9, context_size=16).max() < used
+    with pytest.raises(SaesubError, match=f"token id {len(tokens) - 293}, but"):
+        pack_contexts((gpt2(used), tokens), ["<extra7>" * 99], n_contexts=2, context_size=16)
+
+
+@pytest.mark.parametrize("wrong", [-100, 512])
+def test_token_ids_of_another_model_are_named(wrong: int) -> None:
+    bridge = load_model((gpt2(), tokenizer()))
+    good = torch.tensor([[1, 2, 3]])
+    assert require_embedded(bridge, good) is good
+    with pytest.raises(SaesubError, match=f"token id {wrong}, but"):
+        require_embedded(bridge, torch.tensor([[1, wrong, 3]]))
+    rows = Dataset.from_dict({"input_ids": [[5, wrong, 7] * 9]})
+    with pytest.raises(SaesubError, match=f"token id {wrong}, but"):
+        pack_contexts(bridge, rows, n_contexts=1, context_size=16)
+
+
+# --- corpora that were tokenised before ----------------------------------------------------------
+
+
+def _given(tokens: Any, how: str) -> Dataset:
+    bos, eos, rows = tokens.bos_token_id, tokens.eos_token_id, []
+    plain = tokens(texts(), add_special_tokens=False).input_ids
+    for ids in plain:
+        before, after = {
+            "plain": ([], []),
+            "bos": ([bos], []),
+            "both": ([bos], [eos]),
+            "padded right": ([bos], [eos] * 5),
+            "padded left": ([eos] * 5 + [bos], []),
+            "gpt2": ([eos], [eos]),
+        }[how.removesuffix(" masked").removesuffix(" tokens")]
+        rows.append({"input_ids": before + ids + after})
+        if how.endswith("masked"):
+            mask = [0] * len(before) + [1] * len(ids) + [0] * len(after)
+            rows[-1] |= {"attention_mask": mask}
+    if how.endswith("tokens"):
+        return Dataset.from_list(rows).rename_column("input_ids", "tokens")
+    return Dataset.from_list(rows)
+
+
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize(
+    "how",
+    ["plain", "bos", "both", "padded right", "padded left masked", "padded left", "gpt2 tokens"],
+)
+def test_token_ids_give_the_contexts_of_their_texts(how: str, bos: bool) -> None:
+    tokens = tokenizer() if bos else tokenizer(bos=None)
+    if how.startswith("padded"):
+        tokens.pad_token = tokens.eos_token
+    if not bos and how in ("bos", "both", "padded right", "padded left masked", "padded left"):
+        pytest.skip("there is no BOS")
+    expected = stream(tokens, texts()).take(50)
+    assert torch.equal(stream(tokens, _given(tokens, how)).take(50), expected)
+
+
+def test_a_text_beside_its_token_ids_is_taken() -> None:
+    both = Dataset.from_dict({"input_ids": [[5] * 40, [6] * 40], "text": texts(2)})
+    assert load_corpus(both).column_names == ["text"]
+
+
+def test_an_empty_document_of_token_ids_is_left_out() -> None:
+    rows = [[], [5] * 20, [1, 2], [6] * 20]  # 1 and 2 are BOS and EOS
+    found = stream(tokenizer(), Dataset.from_dict({"input_ids": rows}), 8)
+    assert body(found, 6) == ([5] * 20 + [2] + [6] * 20 + [2])[:42]
+
+
+# --- arguments -----------------------------------------------------------------------------------
+
+
+def test_whole_floats_count_as_numbers() -> None:
+    pair = (gpt2(), tokenizer())
+    assert pack_contexts(pair, texts(), n_contexts=3e0, context_size=16.0).shape == (3, 16)  # pyright: ignore
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"n_contexts": 0}, "n_contexts must be a whole number of at least 1, not 0"),
+        ({"n_contexts": 1.5}, r"n_contexts must be a whole number of at least 1, not 1\.5"),
+        ({"n_contexts": "3"}, "n_contexts must be a whole number"),
+        ({"context_size": 1}, "context_size must be a whole number of at least 2"),
+        ({"context_size": None}, "context_size must be a whole number"),
+        ({"context_size": 65}, r"context_size must lie in 2\.\.64"),
+    ],
+)
+def test_wrong_numbers(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(SaesubError, match=message):
+        pack_contexts(
+            (gpt2(), tokenizer()), texts(), **{"n_contexts": 3, "context_size": 16, **settings}
+        )
+
+
+def test_a_negative_skip_first_is_refused() -> None:
+    with pytest.raises(SaesubError, match="skip_first must be a whole number of at least 0"):
+        kept_positions(load_model((gpt2(), tokenizer())), torch.tensor([[1, 5, 6]]), -1)
