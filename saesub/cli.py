@@ -23,20 +23,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         try:
-            options = _parser().parse_args(arguments)
-            return options.run(options)
+            return _run(arguments)
         finally:
             sys.stdout.flush()
+    except BrokenPipeError:
+        # What is still buffered would be written, and fail, once more when Python exits.
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return 141
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
     except SaesubError as error:
         print(f"saesub: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("saesub: interrupted; the same command continues where it stopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # What is still buffered would be written, and fail, once more when Python exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -133,6 +133,20 @@ def test_a_reader_that_has_gone_costs_no_traceback(arguments, tmp_path):
     assert done.returncode == 141
 
 
+@pytest.mark.parametrize("arguments", [["list"], ["scorecard", "nowhere"], ["fetch", "no-such"]])
+def test_a_reader_of_both_streams_that_has_gone(arguments, tmp_path):
+    """As in `saesub fetch NAME 2>&1 | head -0`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "saesub.cli", *arguments]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, stdout=writing, stderr=writing, timeout=60
+    )
+    os.close(writing)
+    assert done.returncode == 141
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit) as left:
         cli.main(["--version"])
