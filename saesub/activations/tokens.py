@@ -36,14 +36,14 @@ class ContextStream:
         self._separator = [] if specials.separator_id is None else [specials.separator_id]
         self._body = context_size - len(self._bos)
         self._tokenizer = model.tokenizer
-        self._n_read = 0
+        self.n_read = 0  # documents
         self._buffer: list[int] = []
         self._documents = self._read()
 
     @property
     def epochs(self) -> float:
         """How often the corpus's documents were read so far."""
-        return self._n_read / len(self.corpus)
+        return self.n_read / len(self.corpus)
 
     def take(self, n: int) -> Int[Tensor, "n context_size"]:
         """The next `n` contexts, int64."""
@@ -60,7 +60,7 @@ class ContextStream:
             n_tokens = 0
             for at in range(0, len(self.corpus), _DOCUMENTS_AT_ONCE):
                 texts = list(self.corpus[at : at + _DOCUMENTS_AT_ONCE]["text"])
-                self._n_read += len(texts)
+                self.n_read += len(texts)
                 found = self._tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
                 joined = [token for ids in found for token in ids + self._separator]
                 n_tokens += len(joined)
@@ -70,7 +70,7 @@ class ContextStream:
                     f"the corpus holds {n_tokens} tokens, fewer than one context needs "
                     f"({self._body}): give a larger corpus or a smaller context_size"
                 )
-            if self._n_read == len(self.corpus):
+            if self.n_read == len(self.corpus):
                 warnings.warn(
                     f"the corpus ends after {n_tokens:,} tokens and is read again, so activations "
                     "repeat from there on: give a larger corpus, or ask for fewer tokens",
