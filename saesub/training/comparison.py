@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from saesub.activations.store import ActivationStore
 from saesub.errors import SaesubError, needs_extra
-from saesub.paths import source_digest
+from saesub.paths import library_versions, source_digest
 from saesub.progress import bar
 from saesub.topk.eligibility import is_hooked
 from saesub.training.trainer import SubspaceSAETrainer
@@ -255,8 +255,8 @@ def _fingerprint(
     sites: Mapping[str, str],
     batches: Callable[[int], Iterator[dict[str, Tensor]]],
 ) -> str:
-    """A hash of what the result depends on: code, settings, initial weights, all batches."""
-    digest = hashlib.sha256(source_digest(*_DECIDING).encode())
+    """A hash of what the result depends on: code, libraries, settings, initial weights, batches."""
+    digest = hashlib.sha256(f"{source_digest(*_DECIDING)} {library_versions()}".encode())
     for name, trainer in sorted(conditions.items()):
         cfg = {k: v for k, v in asdict(trainer.cfg).items() if k != "logger"}
         settings = [name, sites[name], cfg, trainer.optimizer_name, trainer.backend]
