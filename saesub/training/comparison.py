@@ -37,7 +37,7 @@ _SAME_TOKENS = ("text", "documents", "tokenizer", "context_size", "skip_first", 
 # The code that decides the weights and the history, with the transcoders' and what reads batches.
 _DECIDING = (
     *("activations/checks.py", "activations/store.py", "extras/transcoders.py"),
-    *("optim.py", "precision.py", "topk/", "training/mitigations/"),
+    *("arguments.py", "optim.py", "precision.py", "topk/", "training/mitigations/"),
     *(f"training/{name}.py" for name in ("checkpoint", "comparison", "firing", "history")),
     *(f"training/{name}.py" for name in ("native_step", "schedule", "trainer")),
 )
