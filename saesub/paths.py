@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
 import platformdirs
@@ -17,6 +18,7 @@ from filelock import FileLock
 from saesub.errors import SaesubError
 
 _PACKAGE = Path(__file__).resolve().parent
+_DECIDING_LIBRARIES = ("torch", "sae-lens", "transformer-lens", "transformers")
 _IN_WHEEL = _PACKAGE / "_data"  # `data/` and `notebooks/`, which a checkout has beside the package
 _ROOT = _IN_WHEEL if _IN_WHEEL.is_dir() else _PACKAGE.parent
 
@@ -100,6 +102,11 @@ def data_digest() -> str:
     for path in (data_file("registry.toml"), data_file("paper_claims.csv"), *studies):
         digest.update(f"{path.name}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()
+
+
+def library_versions() -> str:
+    """The versions of the libraries that decide results beside saesub's own code."""
+    return ", ".join(f"{name} {version(name)}" for name in _DECIDING_LIBRARIES)
 
 
 class _WithoutTexts(ast.NodeTransformer):

@@ -139,9 +139,9 @@ def do_train(folder: Path, tick: Tick) -> str:
     store = ActivationStore.open(folder.parent / "whole-harvest" / "stores", HOOKS[0])
 
     def batches(start: int) -> Any:
-        for batch in comparison.joint_batches({HOOKS[0]: store}, BATCH, seed=5, start_step=start):
-            tick()
-            yield batch
+        stream = comparison.joint_batches({HOOKS[0]: store}, BATCH, seed=5, start_step=start)
+        ticking = (batch for batch in stream if tick() is None)
+        return comparison.StoreBatches(ticking, stream.identity)
 
     trainers = {
         "adam": make_condition("adam", "adam"),

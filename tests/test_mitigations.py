@@ -25,6 +25,7 @@ from sae_lens import (
 )
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import TrainStepInput
+from stopping import StoppedError, stopping
 
 from saesub.activations.spectrum import Spectrum
 from saesub.activations.store import ActivationStore, StoreWriter
@@ -64,10 +65,6 @@ def store(activations, tmp_path_factory) -> ActivationStore:
         writer.write(activations)
         writer.finish({}, epochs=1.0)
     return ActivationStore.open(folder, HOOK)
-
-
-class _StopError(Exception):
-    pass
 
 
 def _cfg(steps: int, norm_batches: int = 16) -> SAETrainerConfig:
@@ -426,10 +423,10 @@ def test_k_is_restored_where_a_step_fails(store):
 
     def fail(module, args):
         seen.append((sae.cfg.k, sae.activation_fn.k))
-        raise _StopError
+        raise StoppedError
 
     sae.activation_fn.register_forward_pre_hook(fail)
-    with pytest.raises(_StopError):
+    with pytest.raises(StoppedError):
         trainer.step(store.rows(0, BATCH))
     assert seen == [(59, 59)]
     assert sae.cfg.k == sae.activation_fn.k == K
@@ -483,17 +480,13 @@ def test_all_mitigations_combine_and_a_killed_run_ends_the_same(store, spectrum,
     """Stopped in the middle of a resampling, after some of the dead were resampled."""
 
     def batches(start, stop_at=None):
-        for step, batch in enumerate(
-            joint_batches({HOOK: store}, BATCH, seed=3, start_step=start), start=start
-        ):
-            if step == stop_at:
-                raise _StopError
-            yield batch
+        stream = joint_batches({HOOK: store}, BATCH, seed=3, start_step=start)
+        return stopping(stream, start, stop_at)
 
     whole = _conditions(spectrum)
     history = train_together(whole, batches)
     conditions = _conditions(spectrum)
-    with pytest.raises(_StopError):
+    with pytest.raises(StoppedError):
         train_together(conditions, lambda s: batches(s, stop_at=17), folder=tmp_path)
     assert "resampling.alive_norms" in conditions["ghost"].mitigation_state
     starts = []

@@ -133,7 +133,19 @@ def fingerprint(package: Path, file: str, old: str = "", new: str = "") -> str:
     sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=4, d_sae=8, k=2))
     cfg = SAETrainerConfig(total_training_samples=4, train_batch_size_samples=2)
     trainer = SubspaceSAETrainer(cfg, sae, iter(()))
-    return comparison._fingerprint({"a": trainer}, {"a": "site"}, {"site": torch.ones(2, 4)})
+
+    def batches(_: int) -> Iterator[dict[str, torch.Tensor]]:
+        return iter([{"site": torch.ones(2, 4)}] * 2)
+
+    return comparison._fingerprint({"a": trainer}, {"a": "site"}, batches)
+
+
+def test_kept_training_is_of_one_version_of_the_libraries(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = fingerprint(copied, "optim.py")
+    monkeypatch.setattr(paths, "version", lambda name: "0.0")
+    assert fingerprint(copied, "optim.py") != before
 
 
 @pytest.fixture

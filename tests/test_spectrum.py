@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from saesub.activations.spectrum import Spectrum, SpectrumAccumulator
 from saesub.errors import SaesubError
+from saesub.init.subspace import choose_d_init
 
 
 def _with_spectrum(variances: torch.Tensor, n: int = 4000) -> torch.Tensor:
@@ -220,3 +222,71 @@ def test_a_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
         (spectrum + spectrum).save(path)
     assert path.read_bytes() == old
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def _with_sinks(share: float, times: float, n: int = 4096, d: int = 64) -> tuple[Any, Any]:
+    """Ordinary tokens, and the same with a share of them moved `times` the median norm."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, d, generator=generator) * torch.logspace(0, -2, d)
+    sinks = x.clone()
+    hit = torch.rand(n, generator=generator) < share
+    direction = torch.nn.functional.normalize(torch.randn(d, generator=generator), dim=0)
+    sinks[hit] += direction * times * x.norm(dim=1).median()
+    return x[~hit], sinks
+
+
+@pytest.mark.parametrize("share", [0.002, 0.02, 0.08])
+@pytest.mark.parametrize("times", [40.0, 100.0, 3000.0])
+@pytest.mark.parametrize("offset", [0.0, 50.0])
+def test_massive_activations_are_left_out_and_counted(share, times, offset):
+    ordinary, with_sinks = _with_sinks(share, times)
+    clean = Spectrum.from_activations(ordinary + offset)
+    with pytest.warns(UserWarning, match="massive activations; pass keep_massive=True"):
+        found = Spectrum.from_activations(with_sinks + offset, {"hook_name": "h"})
+    assert found.metadata["massive_tokens"] == str(len(with_sinks) - len(ordinary))
+    assert found.n_tokens == len(ordinary)
+    torch.testing.assert_close(found.covariance, clean.covariance, rtol=1e-5, atol=1e-6)
+    assert found.mean_norm == pytest.approx(clean.mean_norm)
+    assert choose_d_init(found) == choose_d_init(clean)
+    kept = Spectrum.from_activations(with_sinks + offset, keep_massive=True)
+    assert kept.n_tokens == len(with_sinks)
+    assert kept.effective_rank("singular_values") < 0.9 * clean.effective_rank("singular_values")
+    assert "massive_tokens" not in kept.metadata
+
+
+def test_large_tokens_that_are_no_sinks_count():
+    """Newlines in the first layers of gemma3-270m are a class of tokens 15 times as large."""
+    _, x = _with_sinks(0.05, 15.0)
+    assert Spectrum.from_activations(x).n_tokens == len(x)
+    rare = torch.zeros(1000, 8)
+    rare[::50] = torch.randn(20, 8)  # a feature site at which most tokens are silent
+    assert Spectrum.from_activations(rare).n_tokens == 1000
+
+
+def test_a_few_sinks_are_counted_without_a_warning(recwarn):
+    x = torch.randn(5000, 16, generator=torch.Generator().manual_seed(0))
+    x[77] *= 1000
+    assert Spectrum.from_activations(x).metadata == {"massive_tokens": "1"}
+    assert not recwarn.list
+
+
+def test_massive_activations_are_found_in_small_blocks_and_after_a_resume():
+    ordinary, x = _with_sinks(0.01, 100.0, n=1000)
+    accumulator = SpectrumAccumulator(64)
+    for i, block in enumerate(x.split([500, 20, *[1] * 80, 400])):
+        if i == 40:
+            accumulator = SpectrumAccumulator.from_state(accumulator.state())
+        accumulator.update(block)
+    with pytest.warns(UserWarning, match="massive"):
+        found = accumulator.finish()
+    assert found.n_tokens == len(ordinary)
+    both = found + found
+    assert both.metadata["massive_tokens"] == str(2 * (len(x) - len(ordinary)))
+
+
+def test_activations_of_numpy_and_of_integers():
+    x = torch.randn(100, 5)
+    expected = Spectrum.from_activations(x).covariance
+    assert torch.equal(Spectrum.from_activations(x.numpy()).covariance, expected)  # pyright: ignore
+    with pytest.raises(SaesubError, match="floating-point"):
+        Spectrum.from_activations(torch.ones(9, 5, dtype=torch.int64))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from tokenizers import normalizers
 from transformers import PreTrainedTokenizerBase
 
 from saesub.activations import tokens as module
-from saesub.activations.collect import stream_activations
+from saesub.activations.collect import harvest, measure_spectrum, stream_activations
 from saesub.activations.tokens import (
     ContextStream,
     kept_positions,
@@ -292,3 +293,25 @@ def test_wrong_numbers(settings: dict[str, Any], message: str) -> None:
 def test_a_negative_skip_first_is_refused() -> None:
     with pytest.raises(SaesubError, match="skip_first must be a whole number of at least 0"):
         kept_positions(load_model((gpt2(), tokenizer())), torch.tensor([[1, 5, 6]]), -1)
+
+
+@pytest.mark.parametrize("given", ["texts", "ids"])
+def test_a_tokenised_corpus_is_measured_like_its_texts(given: str, tmp_path: Path) -> None:
+    tokens, hook = tokenizer(), "blocks.0.hook_attn_out"
+    settings: dict[str, Any] = {"n_tokens": 99, "context_size": 16, "progress": False}
+    corpus = texts() if given == "texts" else _given(tokens, "padded left masked")
+    expected = measure_spectrum((gpt2(), tokens), texts(), hook, **settings)
+    found = measure_spectrum((gpt2(), tokens), corpus, hook, **settings)
+    assert torch.equal(found.covariance, expected.covariance)
+    stores = [harvest((gpt2(), tokens), corpus, [hook], tmp_path, **settings) for _ in range(2)]
+    assert torch.equal(stores[0][hook].rows(0, 99), stores[1][hook].rows(0, 99))
+
+
+def test_another_mask_is_another_text(tmp_path: Path) -> None:
+    rows = [{"input_ids": [5, 6, 7] * 9, "attention_mask": [1] * 27} for _ in range(9)]
+    settings: dict[str, Any] = {"n_tokens": 40, "context_size": 16, "progress": False}
+    hook, pair = "blocks.0.hook_attn_out", (gpt2(), tokenizer())
+    harvest(pair, Dataset.from_list(rows), [hook], tmp_path, **settings)
+    rows[0]["attention_mask"] = [1] * 20 + [0] * 7
+    with pytest.raises(SaesubError, match="text"):
+        harvest(pair, Dataset.from_list(rows), [hook], tmp_path, **settings)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import weakref
 from dataclasses import replace
 
@@ -18,6 +17,7 @@ from sae_lens import (
     TopKTrainingSAEConfig,
 )
 from sae_lens.config import SAETrainerConfig
+from stopping import StoppedError, stopping
 
 from saesub.activations.spectrum import Spectrum
 from saesub.activations.store import ActivationStore, StoreWriter
@@ -179,24 +179,17 @@ def _conditions(store: ActivationStore, spectrum: Spectrum) -> dict[str, Subspac
     return conditions
 
 
-class _StopError(Exception):
-    pass
-
-
 def test_an_interrupted_run_of_conditions_ends_with_the_same_weights(
     store, spectrum, tmp_path, monkeypatch
 ):
     def batches(start, stop_at=None):
         stream = joint_batches({HOOK: store}, BATCH, seed=3, start_step=start)
-        for step, batch in enumerate(stream, start=start):
-            if step == stop_at:
-                raise _StopError
-            yield batch
+        return stopping(stream, start, stop_at)
 
     monkeypatch.setattr("saesub.training.history._POINTS", 6)  # one every four steps
     whole = _conditions(store, spectrum)
     history = train_together(whole, batches)
-    with pytest.raises(_StopError):
+    with pytest.raises(StoppedError):
         train_together(
             _conditions(store, spectrum), lambda s: batches(s, stop_at=17), folder=tmp_path
         )
@@ -260,15 +253,14 @@ def test_float16_batches_of_large_sums_are_taken(store):
 def test_checkpoints_are_not_written_again_after_a_resume(store, spectrum, tmp_path):
     def batches(start, stop_at=None):
         stream = joint_batches({HOOK: store}, BATCH, seed=3, start_step=start)
-        yield from itertools.islice(stream, None if stop_at is None else stop_at - start)
-        raise _StopError
+        return stopping(stream, start, stop_at)
 
-    with pytest.raises(_StopError):
+    with pytest.raises(StoppedError):
         train_together(_conditions(store, spectrum), lambda s: batches(s, 17), folder=tmp_path)
     (place,) = tmp_path.iterdir()
     written = {p.name for p in place.iterdir()}
     assert written
-    with pytest.raises(_StopError):
+    with pytest.raises(StoppedError):
         train_together(_conditions(store, spectrum), lambda s: batches(s, 18), folder=tmp_path)
     assert {p.name for p in place.iterdir()} == written
 
@@ -322,3 +314,40 @@ def test_a_state_of_other_shapes_is_refused(tmp_path):
     optimizer.state[weights]["exp_avg"] = torch.ones(3, 4)
     with pytest.raises(SaesubError, match=r"moments of shape \(3, 4\) .* of shape \(4, 3\)"):
         check_same_shapes(tmp_path, state, optimizer, 4)
+
+
+def test_a_kept_run_is_of_all_its_batches(store, spectrum, tmp_path):
+    def kept(batches) -> set[str]:
+        train_together(_conditions(store, spectrum), batches, folder=tmp_path)
+        return {path.name for path in tmp_path.iterdir()}
+
+    def own(change_at=None):
+        def batches(start):
+            for step in range(start, 24):
+                x = store.rows(step * BATCH, (step + 1) * BATCH)
+                if step == change_at:
+                    x[-1, -1] += 1e-3
+                yield {"site": x}
+
+        return batches
+
+    first = kept(own())
+    assert kept(own()) == first
+    assert len(kept(own(change_at=23))) == 2  # one value of the last batch
+    part = store.split(100)[0]
+    assert part.identity != store.identity
+    for stores, seed in [({"site": store}, 0), ({"site": store}, 1), ({"site": part}, 0)]:
+        before = len(list(tmp_path.iterdir()))
+        found = kept(lambda start: joint_batches(stores, BATCH, seed=seed, start_step=start))  # noqa: B023
+        assert len(found) == before + 1
+
+
+def test_stores_of_different_text_give_no_joint_batches(tmp_path):
+    stores = {}
+    for name in ("a", "b"):
+        with StoreWriter(tmp_path / name, HOOK, 300, torch.float32) as writer:
+            writer.write(torch.randn(300, 4))
+            writer.finish({"text": name, "n_tokens": "300"}, epochs=1.0)
+        stores[name] = ActivationStore.open(tmp_path / name, HOOK)
+    with pytest.raises(SaesubError, match="not of the same tokens"):
+        joint_batches(stores, BATCH, seed=0)

@@ -20,6 +20,7 @@ from sae_lens import (
 )
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import TrainStepInput
+from stopping import StoppedError, stopping
 
 from saesub.activations.collect import harvest
 from saesub.activations.spectrum import Spectrum
@@ -157,10 +158,6 @@ def test_the_dead_are_counted_in_tokens(stores):
     assert 0 < expected.sum() < D_SAE
 
 
-class _StopError(Exception):
-    pass
-
-
 def test_an_interrupted_run_of_conditions_ends_with_the_same_weights(stores, spectra, tmp_path):
     def conditions():
         made = {}
@@ -171,13 +168,11 @@ def test_an_interrupted_run_of_conditions_ends_with_the_same_weights(stores, spe
         return made
 
     def batches(start, stop_at=None):
-        stream = paired_batches(*stores, BATCH, seed=3, start_step=start)
-        yield from itertools.islice(stream, None if stop_at is None else stop_at - start)
-        raise _StopError
+        return stopping(paired_batches(*stores, BATCH, seed=3, start_step=start), start, stop_at)
 
     whole, resumed = conditions(), conditions()
     history = train_together(whole, batches)
-    with pytest.raises(_StopError):
+    with pytest.raises(StoppedError):
         train_together(conditions(), lambda start: batches(start, 12), folder=tmp_path)
     starts = []
     again = train_together(resumed, lambda s: (starts.append(s), batches(s))[1], folder=tmp_path)

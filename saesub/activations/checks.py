@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from jaxtyping import Float
@@ -33,6 +33,10 @@ def require_finite(
         f"{what} hold NaN or infinite values, first {rows[row, column].item()} in row {row}, "
         f"column {column}: {advice}"
     )
+
+
+SameText = Callable[[Mapping[str, str]], Mapping[str, str]]
+"""From the settings of a kept result to what they must say of the text; see `ModelPass`."""
 
 
 def differing(kept: Mapping[str, str], wanted: Mapping[str, str]) -> str:

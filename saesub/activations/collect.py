@@ -63,6 +63,7 @@ def measure_spectra(
     n_tokens: int,
     share: tuple[int, int] = (0, 1),
     checkpoint: str | Path | None = None,
+    keep_massive: bool = False,
     **stream: Unpack[TokenStream],
 ) -> dict[str, Spectrum]:
     """Mean and covariance at several hook points from one pass; no activations are stored.
@@ -75,28 +76,42 @@ def measure_spectra(
             shares add up to that of the pass, and a share without a batch is {}.
         checkpoint: a file that is written every minute. Make an interrupted call again and it
             continues where it stopped, to the same bits; a finished one returns at once.
+        keep_massive: count also tokens more than 20 times as far from the mean of their batch as
+            its median token: massive activations, which by default are left out at the hook points
+            where they are found, counted in the spectrum's metadata, and warned of where they are
+            more than one token in a thousand.
         **stream: context_size, batch_size, skip_first and progress, see `TokenStream`.
 
     Raises:
-        SaesubError: as `stream_activations`, and for a checkpoint that is damaged, of other
-            settings, or cannot be written.
+        SaesubError: as `stream_activations`, and for a checkpoint that is damaged, of another
+            model, text or settings, or cannot be written.
     """
     run = ModelPass(model, corpus, hook_names, n_tokens=n_tokens, share=share, **stream)
-    path = None if checkpoint is None else Path(checkpoint)
-    settings = {
-        **run.settings(),
-        "hook_names": ", ".join(run.points),
-        "share": f"{share[0]} of {share[1]}",
-        "batch_size": str(run.batch_size),
-    }
-    totals, first = load_totals(path, settings)
+    totals: dict[str, SpectrumAccumulator] = {}
 
     def receive(name: str, x: Tensor) -> None:
         if name not in totals:
-            totals[name] = SpectrumAccumulator(x.shape[1])
+            totals[name] = SpectrumAccumulator(x.shape[1], keep_massive=keep_massive)
         totals[name].update(x)
 
-    run.run(receive, lambda n, _: save_totals(path, totals, n, settings), first)
+    if checkpoint is None:
+        run.run(receive, lambda *_: None)
+    else:
+        path, settings = (
+            Path(checkpoint),
+            run.settings()
+            | {
+                "hook_names": ", ".join(run.points),
+                "share": f"{share[0]} of {share[1]}",
+                "batch_size": str(run.batch_size),
+                "keep_massive": str(keep_massive),
+            },
+        )
+        kept, first = load_totals(path, settings, run.same_text)
+        totals.update(kept)
+        run.run(
+            receive, lambda n, _: save_totals(path, totals, n, settings | run.text_read()), first
+        )
     record = {**run.source, "epochs": f"{run.contexts.epochs:.3g}"}
     return {name: total.finish({"hook_name": name, **record}) for name, total in totals.items()}
 
@@ -108,12 +123,14 @@ def measure_spectrum(
     *,
     n_tokens: int,
     checkpoint: str | Path | None = None,
+    keep_massive: bool = False,
     **stream: Unpack[TokenStream],
 ) -> Spectrum:
     """`measure_spectra` at one hook point."""
-    return measure_spectra(
-        model, corpus, [hook_name], n_tokens=n_tokens, checkpoint=checkpoint, **stream
-    )[hook_name]
+    kept = {"checkpoint": checkpoint, "keep_massive": keep_massive}
+    return measure_spectra(model, corpus, [hook_name], n_tokens=n_tokens, **kept, **stream)[
+        hook_name
+    ]
 
 
 def harvest(
@@ -129,9 +146,10 @@ def harvest(
     """Activations at several hook points, written from one pass to `<folder>/<hook>.bin`.
 
     A finished store of the same model, text and settings is reused, and a damaged one is written
-    again. Make an interrupted call again, with the same hook points or others, and each continues
-    from the last minute that was kept of it.
-    Processes that harvest to one folder wait for one another.
+    again. All weights and all documents that are read count; a store that was made while the model
+    had hooks is never reused. Make an interrupted call again, with the same hook points or others,
+    and each continues from the last minute that was kept of it. Processes that harvest to one
+    folder wait for one another.
 
     Args:
         dtype: torch.float16 or torch.float32, of the numbers on disk.
@@ -144,7 +162,7 @@ def harvest(
     run = ModelPass(model, corpus, hook_names, n_tokens=n_tokens, **stream)
     settings = {**run.settings(), "dtype": str(dtype).removeprefix("torch.")}
     names, place = list(run.points), Path(folder)
-    if any(open_or_none(place, name, settings) is None for name in names):
+    if any(open_or_none(place, name, settings, run.same_text) is None for name in names):
         try:
             place.mkdir(parents=True, exist_ok=True)
             with FileLock(place / ".lock"):
@@ -164,13 +182,13 @@ def _write_missing(
     run.points = {
         name: point
         for name, point in run.points.items()
-        if open_or_none(folder, name, settings) is None
+        if open_or_none(folder, name, settings, run.same_text) is None
     }
     if not run.points:
         return
     steps = settings | {"batch_size": str(run.batch_size)}
     # Batches and rows of each that an interrupted call kept; the pass begins after the fewest.
-    kept = {name: unfinished(folder, name, steps) for name in run.points}
+    kept = {name: unfinished(folder, name, steps, run.same_text) for name in run.points}
     first = min(n_batches for n_batches, _ in kept.values())
     seen = dict.fromkeys(run.points, first)
     with ExitStack() as stack:
@@ -187,8 +205,8 @@ def _write_missing(
         def keep(n_batches: int, n_rows: int) -> None:
             for name, writer in writers.items():
                 if n_batches > kept[name][0]:
-                    writer.keep(steps, n_batches, n_rows)
+                    writer.keep(steps | run.text_read(), n_batches, n_rows)
 
         run.run(receive, keep, first)
         for writer in writers.values():
-            writer.finish(settings, epochs=run.contexts.epochs)
+            writer.finish(settings | run.text_read(), epochs=run.contexts.epochs)

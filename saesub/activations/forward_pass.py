@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TypedDict
@@ -16,16 +15,16 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
+from saesub.activations.identity import documents_digest, model_settings
 from saesub.activations.tokens import ContextStream, kept_positions
+from saesub.arguments import whole_number
 from saesub.errors import SaesubError, near_names
 from saesub.loading.corpora import Corpus, load_corpus
-from saesub.loading.models import Model, context_tokens, load_model, model_name
+from saesub.loading.models import Model, context_tokens, in_eval_mode, load_model, model_name
 from saesub.progress import bar
 
 KEEP_EVERY = 60.0
 """Seconds between the states of a long pass that survive a kill."""
-
-_DOCUMENTS_IN_FINGERPRINT = 1000
 
 Receive = Callable[[str, Float[Tensor, "n d"]], None]
 
@@ -79,7 +78,7 @@ def capture(
         return listen
 
     level = model.context_level + 1
-    with ExitStack() as stack, torch.no_grad():
+    with ExitStack() as stack, torch.no_grad(), in_eval_mode(model):
         for name, point in points.items():
             stack.callback(point.remove_hooks, "fwd", level=level)
             point.add_hook(listener(name), level=level)
@@ -115,8 +114,12 @@ class ModelPass:
         progress: bool = True,
         share: tuple[int, int] = (0, 1),
     ) -> None:
-        if n_tokens < 1 or batch_size < 1 or skip_first < 0:
-            raise SaesubError("n_tokens and batch_size must be at least 1, skip_first at least 0")
+        n_tokens, batch_size = (
+            whole_number(n_tokens, "n_tokens"),
+            whole_number(batch_size, "batch_size"),
+        )
+        context_size = whole_number(context_size, "context_size", 2)
+        skip_first = whole_number(skip_first, "skip_first", 0)
         if not 0 <= share[0] < share[1]:
             raise SaesubError(f"a share is (i, n) with 0 <= i < n, not {share}")
         self.model = load_model(model)
@@ -132,6 +135,7 @@ class ModelPass:
             )
         self.n_tokens, self.batch_size, self.skip_first = n_tokens, batch_size, skip_first
         self.progress, self.share = progress, share
+        self._digests: dict[int, str] = {}  # number of documents -> hash of them
         named = isinstance(corpus, (str, Path))
         self.source = {
             "model": model_name(self.model),
@@ -142,16 +146,23 @@ class ModelPass:
         """Where the activations come from, for records."""
 
     def settings(self) -> dict[str, str]:
-        """`source`, the number of tokens, and a hash of a sample of the model's weights and of the
-        corpus's documents: what decides the activations."""
-        corpus = self.contexts.corpus
-        digest = hashlib.sha256(str(len(corpus)).encode())
-        for parameter in self.model.original_model.parameters():
-            digest.update(parameter.detach().flatten()[:256].float().cpu().numpy().tobytes())
-        step = max(1, len(corpus) // _DOCUMENTS_IN_FINGERPRINT)
-        for text in corpus.select(range(0, len(corpus), step))["text"]:
-            digest.update(text.encode())
-        return {**self.source, "n_tokens": str(self.n_tokens), "content": digest.hexdigest()}
+        """What decides the activations, but for the text: `source`, the number of tokens, and
+        hashes of the whole model. See `saesub.activations.identity`."""
+        return self.source | {"n_tokens": str(self.n_tokens)} | model_settings(self.model)
+
+    def text_read(self) -> dict[str, str]:
+        """The number of documents read so far, and a hash of them."""
+        return self._text(self.contexts.n_read)
+
+    def same_text(self, kept: Mapping[str, str]) -> dict[str, str]:
+        """What `text_read` would say here of as many documents as a kept result was made from."""
+        n = kept.get("documents", "")
+        return self._text(int(n)) if n.isdecimal() else {"documents": "unknown"}
+
+    def _text(self, n: int) -> dict[str, str]:
+        if n not in self._digests:
+            self._digests[n] = documents_digest(self.contexts.corpus, n)
+        return {"documents": str(n), "text": self._digests[n]}
 
     def batches(self, receive: Receive, first: int = 0) -> Iterator[int]:
         """Yield the number of kept tokens of each batch, after `receive` had its activations at

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from saesub.activations.checks import differing
+from saesub.activations.checks import SameText, differing
 from saesub.activations.spectrum import SpectrumAccumulator
 from saesub.errors import SaesubError
 from saesub.files import Form, damaged, read_checksummed, write_checksummed
 
 _FORM = Form(
-    format="saesub-spectra-state-1",
+    format="saesub-spectra-state-2",
     key="progress",
     what="checkpoint of spectra",
     missing="none was kept",
@@ -23,17 +23,15 @@ _FORM = Form(
 
 
 def save_totals(
-    path: Path | None,
+    path: Path,
     totals: Mapping[str, SpectrumAccumulator],
     n_batches: int,
     settings: Mapping[str, str],
 ) -> None:
-    """Write the totals of the first `n_batches` batches, by hook point; nothing without a path.
+    """Write the totals of the first `n_batches` batches, by hook point.
 
     Raises SaesubError where the file cannot be written.
     """
-    if path is None:
-        return
     tensors = {
         f"{name} {part}": tensor
         for name, total in totals.items()
@@ -43,13 +41,13 @@ def save_totals(
 
 
 def load_totals(
-    path: Path | None, settings: Mapping[str, str]
+    path: Path, settings: Mapping[str, str], same_text: SameText
 ) -> tuple[dict[str, SpectrumAccumulator], int]:
     """What `save_totals` wrote: the totals and the number of batches; ({}, 0) without a file.
 
-    Raises SaesubError for a damaged file, or one of a pass with other settings.
+    Raises SaesubError for a damaged file, or one of a pass with other settings or another text.
     """
-    if path is None or not path.exists():
+    if not path.exists():
         return {}, 0
     tensors, progress = read_checksummed(path, _FORM)
     try:
@@ -59,12 +57,12 @@ def load_totals(
             name, part = key.rsplit(" ", 1)
             states[name][part] = tensor
         totals = {name: SpectrumAccumulator.from_state(state) for name, state in states.items()}
-        other = differing(kept, settings)
+        other = differing(kept, {**settings, **same_text(kept)})
     except (KeyError, TypeError, ValueError) as error:
         raise damaged(path, _FORM, error) from error
     if other:
         raise SaesubError(
-            f"{path} was kept by a pass with another {other}: name another checkpoint, or delete "
-            "that one"
+            f"{path} was kept by a pass that differs in {other}: name another checkpoint, or "
+            "delete that one"
         )
     return totals, n_batches

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saesub.activations.checks import require_finite
+from saesub.arguments import batch_of
 from saesub.errors import SaesubError
 from saesub.files import Form, damaged, read_checksummed, write_checksummed
 from saesub.precision import where_float64
@@ -33,19 +35,65 @@ _BLOCK = 8192
 _GRAM_PANEL = 192
 _ROUNDING = 2.0**-23  # of float32, which centring leaves in constant activations
 _SAME_WHEN_MERGED = ("hook_name", "model")
+_COUNTED = "massive_tokens"
+_MASSIVE = 20.0  # times the median distance from the mean
+_ROWS_FOR_CENTER = 256  # whose median is near enough
+_ROWS_TO_JUDGE = 32  # of a block, for its median to say what is usual
+_WARNED_SHARE = 1e-3
+
+
+def massive(x: Float[Tensor, "n d"]) -> Bool[Tensor, " n"]:
+    """Which tokens are massive activations: more than 20 times as far from the mean of the others
+    as their median token is.
+
+    A model writes them at a few tokens, mostly delimiters and the first ones, as attention sinks
+    (Sun et al. 2024, arXiv 2402.17762), a hundred times as large as ordinary ones; they tell
+    nothing of the text and would dominate a covariance. In the packaged models no token after the
+    first position reaches 20 times the median. Less than 32 tokens are not judged, and where the
+    others are all equal no token is massive.
+    """
+    return _judge(x)[0]
+
+
+def _judge(x: Float[Tensor, "n d"]) -> tuple[Bool[Tensor, " n"], float]:
+    """Which tokens are massive, and the median distance of the others from their mean."""
+    some = x[:: max(1, len(x) // _ROWS_FOR_CENTER)]
+    center = some.median(dim=0).values  # a mean would be pulled to massive ones
+    distance = (x - center).norm(dim=1)
+    usual = _usual(distance, center)
+    far = distance > _MASSIVE * usual
+    if far.any():
+        mean = x[~far].mean(dim=0)
+        distance = (x - mean).norm(dim=1)
+        usual = _usual(distance[~far], mean)
+        far = distance > _MASSIVE * usual
+    return far, usual
+
+
+def _usual(distance: Float[Tensor, " n"], center: Float[Tensor, " d"]) -> float:
+    """The median distance; infinite where it tells nothing, so that no token is far."""
+    usual = distance.median().item() if len(distance) >= _ROWS_TO_JUDGE else 0.0
+    return usual if usual > len(center) * _ROUNDING * center.norm().item() else float("inf")
 
 
 class SpectrumAccumulator:
     """Count, mean, centred scatter and mean norm of a stream of activations of width `d`.
 
-    Holds one (d, d) float64 matrix, never the activations.
+    Holds one (d, d) float64 matrix, never the activations. Massive activations, as `massive` finds
+    them in each block, are counted and left out; a block of less than 32 tokens is judged by the
+    last larger one.
+
+    Args:
+        d: width of the activations.
+        keep_massive: leave no token out.
     """
 
-    def __init__(self, d: int) -> None:
+    def __init__(self, d: int, *, keep_massive: bool = False) -> None:
         if d < 1:
             raise SaesubError(f"the width of activations must be at least 1, not {d}")
-        self.d = d
-        self._n = 0
+        self.d, self._keep_massive = d, keep_massive
+        self._n = self._n_massive = 0
+        self._usual = float("inf")  # distance from the mean in the last block that was judged
         self._mean = torch.zeros(d, dtype=torch.float64, device="cpu")
         self._scatter = torch.zeros(d, d, dtype=torch.float64, device="cpu")  # its upper triangle
         self._norm_sum = 0.0
@@ -56,6 +104,7 @@ class SpectrumAccumulator:
         Raises SaesubError if the width differs from `d`, or if `x` holds a NaN or an infinity, or
         no values at all (meta device); the totals then stay as they were.
         """
+        x = batch_of(x, "activations")
         if x.ndim != 2 or x.shape[1] != self.d:
             raise SaesubError(f"expected activations of shape (n, {self.d}), got {tuple(x.shape)}")
         if x.is_meta:
@@ -63,16 +112,31 @@ class SpectrumAccumulator:
         if len(x) == 0:
             return
         x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-        norm_sum = where_float64(x.norm(dim=1)).sum(dtype=torch.float64).item()
-        if not norm_sum < float("inf"):
+        norms = where_float64(x.norm(dim=1))
+        if not norms.sum(dtype=torch.float64) < float("inf"):
             require_finite(x)
             raise SaesubError(f"activations overflow {x.dtype} when squared: scale them down")
+        far = self._massive(x)
+        if far.any():
+            self._n_massive += int(far.sum())
+            x, norms = x[~far], norms[~far.to(norms.device)]
+            if len(x) == 0:
+                return
         mean = x.mean(dim=0)
         centred = x - mean
+        norm_sum = norms.sum(dtype=torch.float64).item()
         # The rounding error of the float32 mean; its square, the scatter's error, is negligible.
         rest = where_float64(centred.mean(dim=0)).double()
         self._merge_mean(len(x), where_float64(mean).double() + rest, norm_sum)
         _add_gram(self._scatter, centred)
+
+    def _massive(self, x: Float[Tensor, "n d"]) -> Bool[Tensor, " n"]:
+        if self._keep_massive:
+            return x.new_zeros(len(x), dtype=torch.bool)
+        if len(x) >= _ROWS_TO_JUDGE:
+            far, self._usual = _judge(x)
+            return far
+        return (x - self._mean.to(x)).norm(dim=1) > _MASSIVE * self._usual
 
     def _merge_mean(self, n: int, mean: Tensor, norm_sum: float) -> None:
         """Chan's update for a group of `n`, but for the group's own scatter."""
@@ -85,7 +149,8 @@ class SpectrumAccumulator:
 
     def state(self) -> dict[str, Tensor]:
         """Float64 tensors from which `from_state` makes the same accumulator."""
-        totals = torch.tensor([self._n, self._norm_sum], dtype=torch.float64, device="cpu")
+        numbers = [self._n, self._norm_sum, self._n_massive, self._usual, self._keep_massive]
+        totals = torch.tensor(numbers, dtype=torch.float64, device="cpu")
         return {"mean": self._mean, "scatter": self._scatter, "totals": totals}
 
     @classmethod
@@ -93,21 +158,42 @@ class SpectrumAccumulator:
         """An accumulator that continues where the one of that state stopped."""
         accumulator = cls(len(state["mean"]))
         accumulator._mean, accumulator._scatter = state["mean"], state["scatter"]
-        n, accumulator._norm_sum = state["totals"].tolist()
-        accumulator._n = int(n)
+        n, accumulator._norm_sum, n_massive, usual, kept = state["totals"].tolist()
+        accumulator._n, accumulator._n_massive = int(n), int(n_massive)
+        accumulator._usual, accumulator._keep_massive = usual, bool(kept)
         return accumulator
 
     def finish(self, metadata: dict[str, str] | None = None) -> Spectrum:
-        """The statistics so far; more blocks may follow. Raises SaesubError if there were none."""
+        """The statistics so far; more blocks may follow.
+
+        The number of tokens left out is noted in the metadata, "massive_tokens"; where it is more
+        than one in a thousand, a warning says so. Raises SaesubError if there were no blocks.
+        """
         if self._n == 0:
             raise SaesubError("no activations were given: give at least one token")
+        metadata = dict(metadata or {})
+        if self._n_massive:
+            metadata[_COUNTED] = str(self._n_massive)
+        _warn_of_massive(self._n_massive, self._n, metadata)
         upper = self._scatter.cpu().triu() / self._n
         return Spectrum(
             n_tokens=self._n,
             mean=self._mean.cpu().clone(),
             covariance=upper + upper.triu(1).T,
             mean_norm=self._norm_sum / self._n,
-            metadata=dict(metadata or {}),
+            metadata=metadata,
+        )
+
+
+def _warn_of_massive(n_massive: int, n: int, metadata: dict[str, str]) -> None:
+    share = n_massive / (n_massive + n)
+    if share > _WARNED_SHARE:
+        warnings.warn(
+            f"{n_massive} of {n_massive + n} tokens ({share:.2%}) at "
+            f"{metadata.get('hook_name', 'this site')} lie more than {_MASSIVE:.0f} times as far "
+            "from the mean as the median token: they were left out as massive activations; pass "
+            "keep_massive=True to count them.",
+            stacklevel=4,
         )
 
 
@@ -125,7 +211,8 @@ class Spectrum:
 
     `covariance` is centred and divided by `n_tokens`; `mean_norm` is the mean L2 norm of the
     activations themselves (what SAELens scales inputs by); `metadata` says where they come from
-    (hook_name, model, corpus, context_size, ...).
+    (hook_name, model, corpus, context_size, ...), and under "massive_tokens" how many tokens were
+    left out as massive activations, if any were.
     """
 
     n_tokens: int
@@ -136,12 +223,21 @@ class Spectrum:
 
     @classmethod
     def from_activations(
-        cls, x: Float[Tensor, "n d"], metadata: dict[str, str] | None = None
+        cls,
+        x: Float[Tensor, "n d"],
+        metadata: dict[str, str] | None = None,
+        *,
+        keep_massive: bool = False,
     ) -> Spectrum:
-        """The spectrum of activations already held as one matrix. Raises as `update` does."""
+        """The spectrum of activations already held as one matrix, a tensor or a NumPy array.
+
+        Massive activations are left out unless `keep_massive` is set, see `SpectrumAccumulator`.
+        Raises as `update` does.
+        """
+        x = batch_of(x, "activations")
         if x.ndim != 2:
             raise SaesubError(f"expected activations of shape (n, d), got {tuple(x.shape)}")
-        accumulator = SpectrumAccumulator(x.shape[1])
+        accumulator = SpectrumAccumulator(x.shape[1], keep_massive=keep_massive)
         for block in x.split(_BLOCK):
             accumulator.update(block)
         return accumulator.finish(metadata)
@@ -222,6 +318,7 @@ class Spectrum:
         for s in (self, other):
             merged._merge_mean(s.n_tokens, s.mean, s.mean_norm * s.n_tokens)
             merged._scatter += s.covariance * s.n_tokens
+            merged._n_massive += int(s.metadata.get(_COUNTED, 0))
         return merged.finish(_merge_metadata(self.metadata, other.metadata))
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -20,7 +20,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saesub.activations.checks import all_finite, differing, require_finite
+from saesub.activations.checks import SameText, all_finite, differing, require_finite
+from saesub.arguments import whole_number
 from saesub.errors import SaesubError
 from saesub.files import file_sha256, write_atomically
 from saesub.loading.download import require_disk
@@ -35,6 +36,8 @@ class ActivationStore:
     hook_name: str
     settings: dict[str, str]
     epochs: float
+    identity: str
+    """The checksum of the numbers on disk, and which rows of them: what `rows` gives."""
     _rows: np.ndarray
 
     @classmethod
@@ -65,7 +68,8 @@ class ActivationStore:
             with suppress(OSError):  # a read-only folder: it is hashed again next time
                 _write_record(path, record | {"mtime_ns": data.stat().st_mtime_ns})
         rows = np.memmap(data, dtype, mode="r", shape=shape)
-        return cls(hook_name, record["settings"], record["epochs"], rows)
+        identity = f"{record['sha256']} rows 0 to {shape[0]}"
+        return cls(hook_name, record["settings"], record["epochs"], identity, rows)
 
     def __repr__(self) -> str:
         return f"ActivationStore({self.hook_name}, {self.n_tokens:,} tokens, d_in {self.d_in})"
@@ -96,10 +100,10 @@ class ActivationStore:
         last incomplete batch: step s holds the same rows from wherever one starts. Raises
         SaesubError for a batch larger than the store, or a negative seed or step.
         """
-        if not 1 <= batch_size <= self.n_tokens:
+        batch_size = whole_number(batch_size, "batch_size")
+        if batch_size > self.n_tokens:
             raise SaesubError(f"batch_size must lie in 1..{self.n_tokens}, got {batch_size}")
-        if seed < 0 or start_step < 0:
-            raise SaesubError(f"seed {seed} and start_step {start_step} must not be negative")
+        seed, start_step = whole_number(seed, "seed", 0), whole_number(start_step, "start_step", 0)
         step, drawn, order = start_step, -1, np.empty(0, np.int64)
         while stop is None or step < stop:
             epoch, at = divmod(step, self.n_tokens // batch_size)
@@ -114,10 +118,15 @@ class ActivationStore:
     def split(self, n_held_out: int) -> tuple[ActivationStore, ActivationStore]:
         """The store without its last `n_held_out` rows, and those rows. Raises SaesubError if
         either side would be empty."""
+        n_held_out = whole_number(n_held_out, "n_held_out", 0)
         if not 1 <= n_held_out < self.n_tokens:
             raise SaesubError(f"n_held_out must lie in 1..{self.n_tokens - 1}, got {n_held_out}")
         cut = self.n_tokens - n_held_out
-        return replace(self, _rows=self._rows[:cut]), replace(self, _rows=self._rows[cut:])
+        return self._part(0, cut), self._part(cut, self.n_tokens)
+
+    def _part(self, start: int, stop: int) -> ActivationStore:
+        identity = f"{self.identity}, of these {start} to {stop}"
+        return replace(self, identity=identity, _rows=self._rows[start:stop])
 
 
 class StoreWriter:
@@ -195,36 +204,41 @@ class StoreWriter:
 
 
 def open_or_none(
-    folder: str | Path, hook_name: str, settings: dict[str, str]
+    folder: str | Path, hook_name: str, settings: dict[str, str], same_text: SameText
 ) -> ActivationStore | None:
-    """The finished store of these settings, or None if there is none or it is incomplete.
+    """The finished store of these settings and this text, or None if there is none or it is
+    incomplete.
 
-    Raises SaesubError if a finished store of other settings is in the way.
+    Raises SaesubError if a finished store of others is in the way.
     """
     try:
         store = ActivationStore.open(folder, hook_name)
     except SaesubError:
         return None
-    if other := differing(store.settings, settings):
+    if other := differing(store.settings, {**settings, **same_text(store.settings)}):
         raise SaesubError(
-            f"{folder} already holds a store of {hook_name} with another {other}: pass another "
+            f"{folder} already holds a store of {hook_name} that differs in {other}: pass another "
             "folder, or delete that store"
         )
     return store
 
 
-def unfinished(folder: str | Path, hook_name: str, settings: dict[str, str]) -> tuple[int, int]:
+def unfinished(
+    folder: str | Path, hook_name: str, settings: dict[str, str], same_text: SameText
+) -> tuple[int, int]:
     """The numbers of batches and rows of an interrupted store that are whole, or (0, 0).
 
-    Raises SaesubError if it was of other settings.
+    Raises SaesubError if it was of other settings or another text.
     """
     data, path = _files(folder, hook_name)
     record = _read_record(path)
     if record is None or "sha256" in record or not data.is_file():
         return 0, 0
-    if other := differing(record["settings"], settings):
+    if record["settings"].get("hooks") != "none":  # no other call can continue it
+        return 0, 0
+    if other := differing(record["settings"], {**settings, **same_text(record["settings"])}):
         raise SaesubError(
-            f"{folder} holds an interrupted store of {hook_name} with another {other}: continue "
+            f"{folder} holds an interrupted store of {hook_name} that differs in {other}: continue "
             f"that one, pass another folder, or delete {path.name}"
         )
     whole = data.stat().st_size >= record["n_bytes"]

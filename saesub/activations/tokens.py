@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator
-from itertools import compress, count
+from itertools import count
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,8 @@ class ContextStream:
         self.corpus = corpus
         self.epochs = 0.0
         """How often the corpus's documents were read so far."""
+        self.n_read = 0
+        """Documents of which anything was read so far, those read again among them."""
         self._model = model
         self._bos = [] if specials.bos_id is None else [specials.bos_id]
         self._separator = [] if specials.separator_id is None else [specials.separator_id]
@@ -85,6 +88,7 @@ class ContextStream:
             for block in _blocks(_documents(self.corpus)):
                 for tokens, n_read in self._tokenised(block):
                     self.epochs = epoch + (n_documents + n_read) / len(self.corpus)
+                    self.n_read = epoch * len(self.corpus) + n_documents + ceil(n_read)
                     n_tokens += len(tokens)
                     yield tokens
                 n_documents += len(block)
@@ -115,8 +119,6 @@ class ContextStream:
 
     def _stripped(self, ids: list[int]) -> list[int]:
         """Without the special tokens at either end, which the stream puts there itself."""
-        if None in ids:
-            raise SaesubError("a document of token ids holds a null: leave it out")
         edges = {*self._bos, *self._separator, self._tokenizer.pad_token_id}
         text = [i for i, token in enumerate(ids) if token not in edges]
         return ids[text[0] : text[-1] + 1] if text else []
@@ -138,21 +140,10 @@ def require_embedded(
 
 
 def _documents(corpus: Dataset) -> Iterator[Any]:
-    """Texts, or lists of token ids without those that the mask leaves out."""
+    """Texts, or lists of token ids."""
     for at in range(0, len(corpus), _ROWS):
-        rows = corpus[at : at + _ROWS]
-        if "text" in rows:
-            yield from rows["text"]
-        elif "attention_mask" in rows:
-            for ids, mask in zip(rows["input_ids"], rows["attention_mask"], strict=True):
-                if len(ids or []) != len(mask or []):
-                    raise SaesubError(
-                        "a document's attention_mask and its input_ids differ in length: leave the "
-                        "column out where nothing is padding"
-                    )
-                yield list(compress(ids or [], mask or []))
-        else:
-            yield from (ids or [] for ids in rows["input_ids"])
+        (documents,) = corpus[at : at + _ROWS].values()
+        yield from documents
 
 
 def _blocks(documents: Iterable[Any]) -> Iterator[list[Any]]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from saesub.activations.store import ActivationStore
 from saesub.errors import SaesubError
 from saesub.evaluation.reconstruction import Reconstruction, unexplained
-from saesub.training.comparison import joint_batches
+from saesub.training.comparison import StoreBatches, joint_batches
 
 
 @dataclass
@@ -115,7 +115,7 @@ def paired_batches(
     *,
     seed: int,
     start_step: int = 0,
-) -> Iterator[dict[str, Float[Tensor, "batch d_in_plus_d_out"]]]:
+) -> StoreBatches:
     """Endless shuffled batches of the same tokens at two sites, side by side, for `train_together`.
 
     Raises:
@@ -127,8 +127,10 @@ def paired_batches(
             "settings: harvest both hook points in one call."
         )
     sites = {"source": source, "target": target}
-    for batch in joint_batches(sites, batch_size, seed=seed, start_step=start_step):
-        yield {f"{source.hook_name} -> {target.hook_name}": torch.cat(list(batch.values()), dim=1)}
+    name = f"{source.hook_name} -> {target.hook_name}"
+    batches = joint_batches(sites, batch_size, seed=seed, start_step=start_step)
+    pairs = ({name: torch.cat(list(batch.values()), dim=1)} for batch in batches)
+    return StoreBatches(pairs, batches.identity)
 
 
 @torch.no_grad()

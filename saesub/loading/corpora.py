@@ -6,7 +6,7 @@ import os
 import platform
 import sysconfig
 from collections.abc import Iterable, Mapping
-from itertools import islice
+from itertools import compress, islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -39,8 +39,8 @@ def load_corpus(corpus: Corpus, *, n_documents: int | None = None, seed: int = 0
     """A corpus's documents, without the empty ones, as the column "text".
 
     A corpus that was tokenised before has a column "input_ids", or "tokens" as SAELens calls it, of
-    lists of whole numbers. Its documents come as "input_ids", and "attention_mask" where there is
-    one. Where a corpus has a text as well, the text is taken.
+    lists of whole numbers. Its documents come as "input_ids", without what a column
+    "attention_mask" calls padding. Where a corpus has a text as well, the text is taken.
 
     `code-python` is the running Python's own standard library, so it differs between Python
     versions; every other packaged corpus is the same bytes everywhere.
@@ -145,14 +145,29 @@ def _texts_of(dataset: Dataset, what: str) -> Dataset:
 
 
 def _ids_of(dataset: Dataset, what: str) -> Dataset:
-    """Token ids, and the mask that says which of them are padding."""
+    """Token ids without those that the mask, if there is one, calls padding."""
     inner = getattr(dataset.features["input_ids"], "feature", None)
     if "int" not in str(getattr(inner, "dtype", "")):
         raise SaesubError(
             f'the column "input_ids" of {what} must hold a list of token ids for each document.'
         )
     kept = [name for name in ("input_ids", "attention_mask") if name in dataset.column_names]
-    return dataset.select_columns(kept)
+    return dataset.select_columns(kept).with_transform(_unpadded)
+
+
+def _unpadded(rows: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
+    found = [ids or [] for ids in rows["input_ids"]]
+    if any(None in ids for ids in found):
+        raise SaesubError("a document of token ids holds a null: leave it out.")
+    masks = [mask or [] for mask in rows.get("attention_mask", [])]
+    if masks and list(map(len, masks)) != list(map(len, found)):
+        raise SaesubError(
+            "a document's attention_mask and its input_ids differ in length: leave the column out "
+            "where nothing is padding."
+        )
+    if masks:
+        found = [list(compress(ids, mask)) for ids, mask in zip(found, masks, strict=True)]
+    return {"input_ids": found}
 
 
 def _from_texts(texts: Iterable[str]) -> Dataset:

@@ -67,7 +67,8 @@ def load_model(
         model: a local folder, a packaged name (see `packaged_names("models")`), a hub name, a live
             Hugging Face model (or a pair of it and its tokenizer), or a bridge, returned as it is.
             A live model and its tokenizer stay as they are: the bridge shares the model's weights
-            but none of its settings, and has a tokenizer of its own.
+            but none of its settings, and has a tokenizer of its own. Hooks that you set on the
+            model before run in the bridge too.
         device: "auto" is CUDA where there is one; for a live model it is the model's own device.
         dtype: by default float32 on the CPU and for packaged models, else the checkpoint's own.
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from saesub.errors import SaesubError, near_names, needs_extra
 from saesub.files import write_atomically
-from saesub.paths import data_digest, notebooks_dir, source_digest
+from saesub.paths import data_digest, library_versions, notebooks_dir, source_digest
 from saesub.progress import QUIET
 from saesub.reproduce import claims
 from saesub.reproduce.report import Outcome, caveat, report_page, run_facts
@@ -58,7 +58,8 @@ def reproduce(
 ) -> list[Outcome]:
     """Executes the notebooks and writes `results/<profile>/`; a failing one does not stop the rest.
 
-    A notebook that already finished with this code, data, text and profile runs only if `again`.
+    A notebook that already finished with this code, data, text, profile and these versions of the
+    libraries runs only if `again`.
     Raises `SaesubError` for an unknown profile or notebook, and if the disk is full or cannot be
     written.
     """
@@ -95,7 +96,8 @@ def _run_unless_done(path: Path, profile: str, folder: Path, *, again: bool, qui
 
 def _key(path: Path, profile: str) -> str:
     """A hash of what a notebook's result depends on."""
-    others = "\0".join((source_digest(), data_digest(), profile, "")).encode()
+    deciding = (source_digest(), data_digest(), library_versions(), profile, "")
+    others = "\0".join(deciding).encode()
     return hashlib.sha256(others + path.read_bytes()).hexdigest()
 
 

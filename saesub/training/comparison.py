@@ -22,7 +22,8 @@ from tqdm.auto import tqdm
 
 from saesub.activations.store import ActivationStore
 from saesub.errors import SaesubError, needs_extra
-from saesub.paths import source_digest
+from saesub.paths import library_versions, source_digest
+from saesub.progress import bar
 from saesub.topk.eligibility import is_hooked
 from saesub.training.trainer import SubspaceSAETrainer
 
@@ -31,10 +32,12 @@ if TYPE_CHECKING:
 
 _FINAL = "final"
 _COMPLETE = "complete"  # an empty file, written when a checkpoint is whole
+# What stores of the same tokens have in common
+_SAME_TOKENS = ("text", "documents", "tokenizer", "context_size", "skip_first", "n_tokens")
 # The code that decides the weights and the history, with the transcoders' and what reads batches.
 _DECIDING = (
     *("activations/checks.py", "activations/store.py", "extras/transcoders.py"),
-    *("optim.py", "precision.py", "topk/", "training/mitigations/"),
+    *("arguments.py", "optim.py", "precision.py", "topk/", "training/mitigations/"),
     *(f"training/{name}.py" for name in ("checkpoint", "comparison", "firing", "history")),
     *(f"training/{name}.py" for name in ("native_step", "schedule", "trainer")),
 )
@@ -116,7 +119,9 @@ def train_together(
     With a `folder`, run an interrupted call again and it continues from its last checkpoint; a
     finished call returns the trained weights at once. Checkpoints are in a subfolder named by a
     hash of all settings and initial weights, so a changed experiment starts anew and the
-    checkpoints of the old one stay. Calls that share a folder wait for one another.
+    checkpoints of the old one stay. The batches count too: those of `joint_batches` by the
+    checksums of their stores; any other stream without an `identity` of its own, a text, is read
+    through once before training. Calls that share a folder wait for one another.
 
     Args:
         conditions: name -> trainer that has made no step. Its SAE is trained in place.
@@ -144,9 +149,8 @@ def train_together(
             f"Conditions {stepped} were trained before, perhaps by an interrupted call: make them "
             "anew; with the same folder the call then continues from its last checkpoint."
         )
-    first = next(batches(0))
-    sites = sites or dict.fromkeys(conditions, next(iter(first)))
-    place = None if folder is None else Path(folder) / _fingerprint(conditions, sites, first)
+    sites = sites or dict.fromkeys(conditions, next(iter(next(batches(0)))))
+    place = None if folder is None else Path(folder) / _fingerprint(conditions, sites, batches)
     together = ComparisonTrainer(
         conditions, sites, checkpoint_folder=place, n_checkpoints=n_checkpoints
     )
@@ -162,20 +166,37 @@ def train_together(
     return pd.DataFrame([{"condition": name, **point} for name, point in points])
 
 
+class StoreBatches(Iterator[dict[str, Float[Tensor, "batch d_in"]]]):
+    """Batches from stores, and the text `identity` that says which batches they are."""
+
+    def __init__(self, batches: Iterator[dict[str, Tensor]], identity: str) -> None:
+        self.identity, self._batches = identity, batches
+
+    def __next__(self) -> dict[str, Float[Tensor, "batch d_in"]]:
+        return next(self._batches)
+
+
 def joint_batches(
     stores: Mapping[str, ActivationStore], batch_size: int, *, seed: int, start_step: int = 0
-) -> Iterator[dict[str, Float[Tensor, "batch d_in"]]]:
+) -> StoreBatches:
     """Endless shuffled batches of the same tokens from the stores of several sites, by step.
 
     Raises:
-        SaesubError: the stores do not hold the same number of tokens.
+        SaesubError: the stores do not hold the same tokens.
     """
     if len({store.n_tokens for store in stores.values()}) != 1:
         sizes = {site: store.n_tokens for site, store in stores.items()}
         raise SaesubError(f"Stores of different lengths hold different tokens: {sizes}.")
+    texts = [{k: s.settings.get(k) for k in _SAME_TOKENS} for s in stores.values()]
+    if any(text != texts[0] for text in texts):
+        raise SaesubError(
+            f"The stores of {', '.join(stores)} were made from different text or settings, so that "
+            "their rows are not of the same tokens: harvest all hook points in one call."
+        )
     streams = [s.batches(batch_size, seed=seed, start_step=start_step) for s in stores.values()]
-    for blocks in zip(*streams, strict=True):
-        yield dict(zip(stores, blocks, strict=True))
+    blocks = (dict(zip(stores, parts, strict=True)) for parts in zip(*streams, strict=True))
+    held = {site: store.identity for site, store in stores.items()}
+    return StoreBatches(blocks, json.dumps([held, int(batch_size), int(seed)], sort_keys=True))
 
 
 @contextmanager
@@ -232,10 +253,10 @@ def _drop_intermediate(place: Path) -> None:
 def _fingerprint(
     conditions: Mapping[str, SubspaceSAETrainer],
     sites: Mapping[str, str],
-    batch: Mapping[str, Tensor],
+    batches: Callable[[int], Iterator[dict[str, Tensor]]],
 ) -> str:
-    """A hash of what the result depends on: code, settings, initial weights, the first batch."""
-    digest = hashlib.sha256(source_digest(*_DECIDING).encode())
+    """A hash of what the result depends on: code, libraries, settings, initial weights, batches."""
+    digest = hashlib.sha256(f"{source_digest(*_DECIDING)} {library_versions()}".encode())
     for name, trainer in sorted(conditions.items()):
         cfg = {k: v for k, v in asdict(trainer.cfg).items() if k != "logger"}
         settings = [name, sites[name], cfg, trainer.optimizer_name, trainer.backend]
@@ -245,9 +266,28 @@ def _fingerprint(
         digest.update(json.dumps(trainer.sae.cfg.to_dict(), default=str, sort_keys=True).encode())
         for tensor in (*trainer.sae.parameters(), *trainer.sae.buffers()):
             digest.update(_bytes_of(tensor))
-    for site in sorted(batch):
-        digest.update(_bytes_of(batch[site]))
+    cfg = next(iter(conditions.values())).cfg
+    digest.update(_identity(batches(0), cfg.total_training_samples).encode())
     return digest.hexdigest()[:16]
+
+
+def _identity(stream: Iterator[dict[str, Tensor]], n_tokens: int) -> str:
+    """What tells a stream of batches from others: its own text, or a hash of all its batches."""
+    identity = getattr(stream, "identity", None)
+    if isinstance(identity, str):
+        return identity
+    digest, read = hashlib.sha256(), 0
+    shows = {"unit": "tok", "desc": "identifying the batches", "delay": 1, "progress": True}
+    with bar(total=n_tokens, **shows) as shown:
+        while read < n_tokens:
+            batch = next(stream)
+            for site in sorted(batch):
+                digest.update(f"{site} {tuple(batch[site].shape)}".encode())
+                digest.update(_bytes_of(batch[site]))
+            n = len(batch[site])
+            read += n
+            shown.update(n)
+    return digest.hexdigest()
 
 
 def _changed_by_hand(name: str, trainer: SubspaceSAETrainer) -> list[Any]:

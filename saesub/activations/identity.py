@@ -1,0 +1,130 @@
+"""What decides the activations of a pass, as hashes: a kept result is used again only if all agree.
+
+Everything is hashed that a pass reads, not a sample of it; the weights of a model take less time
+than one batch. Hooks are functions, which no hash tells apart, so a result made under hooks is
+never used again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge import TransformerBridge
+
+from saesub.errors import SaesubError
+
+_AT_ONCE = 1000  # documents
+# What a config says of where it comes from, and what changes no value beyond rounding.
+_OF_NO_EFFECT = {
+    *("_name_or_path", "transformers_version", "_attn_implementation_autoset", "architectures"),
+    *("_attn_implementation", "attn_implementation", "_experts_implementation", "use_cache"),
+}
+_LIBRARIES = ("torch.", "transformers.", "transformer_lens.", "accelerate.")
+
+
+def model_settings(model: TransformerBridge) -> dict[str, str]:
+    """Hashes of a model's weights, its architecture and its tokenizer, and its active hooks.
+
+    Raises SaesubError for weights on the meta device, which hold no values.
+    """
+    return {
+        "weights": _weights(model.original_model),
+        "architecture": _architecture(model),
+        "tokenizer": _tokenizer(model.tokenizer),
+        "hooks": _hooks(model),
+    }
+
+
+def documents_digest(corpus: Dataset, n: int) -> str:
+    """A hash of the first `n` documents; of all, and of `n`, where they were read again."""
+    digest = hashlib.sha256(str(n).encode() if n > len(corpus) else b"")
+    read: Any = corpus.select(range(min(n, len(corpus))))
+    for block in read.iter(_AT_ONCE):
+        for document in block[corpus.column_names[0]]:
+            content = document.encode() if isinstance(document, str) else _of_ids(document)
+            digest.update(len(content).to_bytes(8, "little") + content)
+    return digest.hexdigest()
+
+
+def _of_ids(document: Any) -> bytes:
+    return np.asarray(document, np.int64).tobytes()
+
+
+def _weights(model: nn.Module) -> str:
+    digest, seen = hashlib.sha256(), set[tuple[Any, ...]]()
+    for name, tensor in _tensors(model):
+        if tensor.is_meta:
+            raise SaesubError(
+                f"the weight {name} is on the meta device and holds no values: load the model "
+                "whole, without offloading"
+            )
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if place in seen:  # tied to one that was hashed
+            continue
+        seen.add(place)
+        plain = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(memoryview(plain.numpy()))  # pyright: ignore[reportArgumentType]
+    return digest.hexdigest()
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    kept = ((k, v) for k, v in model.state_dict().items() if isinstance(v, Tensor))
+    yield from kept
+    yield from model.named_buffers()  # also those that no state dict holds
+
+
+def _architecture(model: TransformerBridge) -> str:
+    config: Any = model.original_model.config
+    parts = [{k: v for k, v in config.to_dict().items() if k not in _OF_NO_EFFECT}]
+    parts += [{"compatibility_mode": model.compatibility_mode}]
+    parts += [{name: type(part).__qualname__ for name, part in model.named_modules()}]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _tokenizer(tokenizer: Any) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        described = json.loads(backend.to_str())
+        for of_last_call in ("padding", "truncation"):
+            described.pop(of_last_call, None)
+    else:
+        described = tokenizer.get_vocab()
+    parts = [type(tokenizer).__qualname__, described, tokenizer.special_tokens_map]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _hooks(model: TransformerBridge) -> str:
+    """The names of the modules that someone hooked, with a mark that no other call has."""
+    modules = {id(m): (name, m) for name, m in model.original_model.named_modules()}
+    modules |= {id(m): (name, m) for name, m in model.named_modules()}
+    names = sorted(name or "the model" for name, module in modules.values() if _is_hooked(module))
+    names += ["every module"] if _of_users(nn.modules.module._global_forward_hooks) else []
+    names += ["every input"] if _of_users(nn.modules.module._global_forward_pre_hooks) else []
+    return f"{', '.join(names)} (call {secrets.token_hex(8)})" if names else "none"
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether a function that is not of the libraries themselves runs with the module."""
+    if isinstance(module, HookPoint):
+        return any(not _of_library(handle.user_hook) for handle in module.fwd_hooks)
+    own = vars(module)
+    replaced = "forward" in own and not _of_library(own["forward"])
+    return replaced or _of_users(own["_forward_hooks"]) or _of_users(own["_forward_pre_hooks"])
+
+
+def _of_users(hooks: dict[int, Callable[..., Any]]) -> bool:
+    return any(not _of_library(hook) for hook in hooks.values())
+
+
+def _of_library(function: Any) -> bool:
+    return (getattr(function, "__module__", None) or "").startswith(_LIBRARIES)

@@ -1,0 +1,211 @@
+"""Kept activations come back only for the model, the tokenizer and the text that made them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny_model import HOOK, tiny_gpt2, tiny_texts, tiny_tokenizer
+from transformer_lens.model_bridge import TransformerBridge
+
+from saesub import SaesubError, harvest, load_model, measure_spectrum
+from saesub.activations import identity
+from saesub.activations.identity import documents_digest, model_settings
+
+RUN: dict[str, Any] = {"n_tokens": 600, "context_size": 64, "batch_size": 4, "progress": False}
+
+
+def _weight(at: tuple[int, ...]) -> Callable[[Any], Any]:
+    def edit(pair: tuple[Any, Any]) -> Any:
+        with torch.no_grad():
+            pair[0].transformer.h[1].attn.c_proj.weight[at] += 1e-3
+        return pair
+
+    return edit
+
+
+def _head(pair: tuple[Any, Any]) -> Any:
+    with torch.no_grad():
+        pair[0].transformer.h[1].attn.c_proj.weight[32:48] = 0  # rows of head 2's W_O
+    return pair
+
+
+def _through_data(pair: tuple[Any, Any]) -> Any:
+    pair[0].transformer.ln_f.bias.data[-1] = 0.5  # no version counter sees it
+    return pair
+
+
+def _config(pair: tuple[Any, Any]) -> Any:
+    return tiny_gpt2(activation_function="relu"), pair[1]
+
+
+def _dtype(pair: tuple[Any, Any]) -> Any:
+    return pair[0].double(), pair[1]
+
+
+def _vocabulary(pair: tuple[Any, Any]) -> Any:
+    return pair[0], tiny_tokenizer(eos="<|other|>")
+
+
+def _hook(pair: tuple[Any, Any]) -> Any:
+    bridge = load_model(pair)
+    bridge.add_hook("blocks.0.hook_attn_out", lambda x, hook: x * 0)
+    return bridge
+
+
+def _permanent_hook(pair: tuple[Any, Any]) -> Any:
+    bridge = load_model(pair)
+    bridge.add_perma_hook("blocks.0.hook_mlp_out", lambda x, hook: x * 0)
+    return bridge
+
+
+def _torch_hook(pair: tuple[Any, Any]) -> Any:
+    pair[0].transformer.h[0].mlp.register_forward_hook(lambda module, given, out: out * 0)
+    return pair
+
+
+def _pre_hook(pair: tuple[Any, Any]) -> Any:
+    pair[0].transformer.h[0].mlp.register_forward_pre_hook(lambda module, given: (given[0] * 0,))
+    return pair
+
+
+def _forward(pair: tuple[Any, Any]) -> Any:
+    mlp = pair[0].transformer.h[0].mlp
+    mlp.forward = lambda x: x * 0
+    return pair
+
+
+EDITS = {
+    "one weight, the last": (_weight((63, 63)), "weights"),
+    "one weight, the first": (_weight((0, 0)), "weights"),
+    "a head ablated": (_head, "weights"),
+    "a bias, through .data": (_through_data, "weights"),
+    "dtype": (_dtype, "weights"),
+    "config": (_config, "architecture"),
+    "tokenizer": (_vocabulary, "tokenizer"),
+    "hook": (_hook, "hooks"),
+    "permanent hook": (_permanent_hook, "hooks"),
+    "torch's hook": (_torch_hook, "hooks"),
+    "torch's pre-hook": (_pre_hook, "hooks"),
+    "replaced forward": (_forward, "hooks"),
+}
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    return tiny_texts(60)
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Path:
+    folder = tmp_path_factory.mktemp("kept")
+    model = tiny_gpt2(), tiny_tokenizer()
+    harvest(model, texts, [HOOK], folder, **RUN)
+    measure_spectrum(model, texts, HOOK, checkpoint=folder / "spectrum", **RUN)
+    return folder
+
+
+@pytest.mark.parametrize(("edit", "named"), EDITS.values(), ids=EDITS)
+def test_an_edited_model_is_refused_with_what_was_edited(
+    kept: Path, texts: list[str], edit: Callable[[Any], Any], named: str
+) -> None:
+    model = edit((tiny_gpt2(), tiny_tokenizer()))
+    with pytest.raises(SaesubError, match=f"differs in .*{named}"):
+        harvest(model, texts, [HOOK], kept, **RUN)
+    with pytest.raises(SaesubError, match=f"differs in .*{named}"):
+        measure_spectrum(model, texts, HOOK, checkpoint=kept / "spectrum", **RUN)
+
+
+def test_the_same_model_made_again_is_the_same(kept: Path, texts: list[str], monkeypatch) -> None:
+    monkeypatch.setattr(
+        "saesub.activations.forward_pass.capture", lambda *_: pytest.fail("ran the model")
+    )
+    for model in ((tiny_gpt2(), tiny_tokenizer()), load_model((tiny_gpt2(), tiny_tokenizer()))):
+        harvest(model, texts, [HOOK], kept, **RUN)
+        measure_spectrum(model, texts, HOOK, checkpoint=kept / "spectrum", **RUN)
+    bridge = load_model((tiny_gpt2(), tiny_tokenizer())).train()
+    bridge.add_hook("blocks.0.hook_attn_out", lambda x, hook: None)
+    bridge.reset_hooks()
+    harvest(bridge, texts, [HOOK], kept, **RUN)
+
+
+@pytest.mark.parametrize("document", [0, 7, 11])
+def test_a_changed_document_is_refused(kept: Path, texts: list[str], document: int) -> None:
+    changed = [*texts]
+    changed[document] = changed[document][:-1] + "!"
+    model = tiny_gpt2(), tiny_tokenizer()
+    with pytest.raises(SaesubError, match="differs in text"):
+        harvest(model, changed, [HOOK], kept, **RUN)
+    with pytest.raises(SaesubError, match="differs in text"):
+        measure_spectrum(model, changed, HOOK, checkpoint=kept / "spectrum", **RUN)
+
+
+def test_every_document_counts_where_the_corpus_is_read_again(tmp_path: Path) -> None:
+    texts, model = tiny_texts(2), (tiny_gpt2(), tiny_tokenizer())
+    with pytest.warns(UserWarning, match="read again"):
+        harvest(model, texts, [HOOK], tmp_path, **RUN)
+    with pytest.raises(SaesubError, match=r"differs in .*text"):
+        harvest(model, [*texts, texts[0] + "more"], [HOOK], tmp_path, **RUN)
+
+
+def test_a_store_made_under_hooks_is_never_used_again(tmp_path: Path, texts: list[str]) -> None:
+    bridge = load_model((tiny_gpt2(), tiny_tokenizer()))
+    bridge.add_hook("blocks.1.hook_attn_out", lambda x, hook: x * 2)
+    doubled = harvest(bridge, texts, [HOOK], tmp_path / "a", **RUN)[HOOK].rows(0, 600)
+    with pytest.raises(SaesubError, match="differs in hooks"):
+        harvest(bridge, texts, [HOOK], tmp_path / "a", **RUN)
+    bridge.reset_hooks()
+    plain = harvest(bridge, texts, [HOOK], tmp_path / "b", **RUN)[HOOK].rows(0, 600)
+    torch.testing.assert_close(doubled, 2 * plain, rtol=2e-3, atol=1e-4)
+    with pytest.raises(SaesubError, match="differs in hooks"):
+        harvest(bridge, texts, [HOOK], tmp_path / "a", **RUN)
+
+
+def test_documents_are_told_apart_by_where_they_end() -> None:
+    def digest(*texts: str) -> str:
+        return documents_digest(Dataset.from_dict({"text": list(texts)}), len(texts))
+
+    assert digest("ab", "c") == digest("ab", "c")
+    assert len({digest("ab", "c"), digest("a", "bc"), digest("abc"), digest("c", "ab")}) == 4
+
+
+def test_a_pass_does_not_change_what_a_model_is() -> None:
+    bridge = load_model((tiny_gpt2(), tiny_tokenizer()))
+    before = model_settings(bridge)
+    measure_spectrum(bridge, tiny_texts(30), HOOK, **RUN)
+    assert model_settings(bridge) == before
+    bridge.enable_compatibility_mode()
+    assert model_settings(bridge)["architecture"] != before["architecture"]
+
+
+@pytest.mark.model
+def test_a_real_model_is_itself_after_a_pass(model: TransformerBridge, corpus: Dataset) -> None:
+    before = model_settings(model)
+    measure_spectrum(model, corpus, HOOK, **RUN)
+    assert model_settings(model) == before
+    assert before["hooks"] == "none"
+
+
+def test_weights_without_values_are_refused() -> None:
+    bridge = load_model((tiny_gpt2(), tiny_tokenizer()))
+    bridge.original_model.to("meta")
+    with pytest.raises(SaesubError, match="meta device"):
+        identity._weights(bridge.original_model)
+
+
+def test_dropout_is_off_in_a_pass_and_on_again_after_it() -> None:
+    texts = tiny_texts(30)
+    bridge = load_model((tiny_gpt2(resid_pdrop=0.5, attn_pdrop=0.5), tiny_tokenizer()))
+    still = measure_spectrum(bridge, texts, HOOK, **RUN).covariance
+    bridge.train()
+    bridge.original_model.transformer.h[0].eval()  # a mode of its own
+    before = [module.training for module in bridge.modules()]
+    assert torch.equal(measure_spectrum(bridge, texts, HOOK, **RUN).covariance, still)
+    assert [module.training for module in bridge.modules()] == before
+    with pytest.raises(SaesubError):  # at the first batch
+        measure_spectrum(bridge, texts, "blocks.1.attn.hook_pattern", **RUN)
+    assert [module.training for module in bridge.modules()] == before
