@@ -22,7 +22,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from saesub.errors import SaesubError
 
-_AT_ONCE = 1000  # documents
+_AT_ONCE = 16  # documents, of which each may be a book
 # What a config says of where it comes from, and what changes no value beyond rounding.
 _OF_NO_EFFECT = {
     *("_name_or_path", "transformers_version", "_attn_implementation_autoset", "architectures"),
