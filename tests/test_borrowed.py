@@ -122,6 +122,8 @@ def _bridge(tokens: Any) -> TransformerBridge:
     hf_model.config.architectures = ["GPT2LMHeadModel"]
     tokens.init_kwargs |= {"name_or_path": "x", "add_bos_token": True}
     bridge = TransformerBridge.boot_transformers("gpt2", hf_model=hf_model, tokenizer=tokens)
+    bridge.tokenizer.backend_tokenizer.enable_truncation(7)  # pyright: ignore
+    bridge.tokenizer.backend_tokenizer.enable_padding(length=9)  # pyright: ignore
     bridge(IDS)  # TransformerLens sets hooks of its own in the first pass
     bridge.train()
     bridge.original_model.transformer.h[0].eval()

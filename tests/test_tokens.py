@@ -10,8 +10,8 @@ import torch
 from datasets import Dataset
 from tiny_language import tokenizer_of
 from tiny_model import tiny_gpt2, tiny_texts, tiny_tokenizer
-from tokenizers import normalizers
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer, models, normalizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from saesub.activations import tokens as module
 from saesub.activations.collect import harvest, measure_spectrum, stream_activations
@@ -72,6 +72,18 @@ def test_windows_give_the_tokens_of_the_whole(
     assert shares == sorted(shares)
     assert shares[-1] == 1
     assert len(pieces) > 5 or kind != "bytes" or " " not in text.strip()
+
+
+@pytest.mark.parametrize("overlap", [300, 301])
+def test_windows_that_disagree_grow(overlap: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a text of one letter in pairs, a window that begins at an odd place gives other pairs."""
+    pairs = Tokenizer(models.BPE({"a": 0, "aa": 1}, [("a", "a")]))
+    tokens = PreTrainedTokenizerFast(tokenizer_object=pairs)
+    monkeypatch.setattr(module, "_AT_ONCE", 1000)
+    monkeypatch.setattr(module, "_OVERLAP", overlap)
+    pieces = list(module._in_windows(tokens, "a" * 7001))
+    assert [token for ids, _ in pieces for token in ids] == [1] * 3500 + [0]
+    assert (len(pieces) > 5) == (overlap == 300)
 
 
 def test_a_documents_tokens_do_not_depend_on_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,17 +264,24 @@ def _given(tokens: Any, how: str) -> Dataset:
     return Dataset.from_list(rows)
 
 
-@pytest.mark.parametrize("bos", [True, False])
 @pytest.mark.parametrize(
-    "how",
-    ["plain", "bos", "both", "padded right", "padded left masked", "padded left", "gpt2 tokens"],
+    ("how", "bos"),
+    [
+        ("plain", "<|bos|>"),
+        ("plain", None),
+        ("bos", "<|bos|>"),
+        ("both", "<|bos|>"),
+        ("padded right", "<|bos|>"),
+        ("padded left", "<|bos|>"),
+        ("padded left masked", "<|bos|>"),
+        ("gpt2 tokens", "<|bos|>"),
+        ("gpt2 tokens", None),
+    ],
 )
-def test_token_ids_give_the_contexts_of_their_texts(how: str, bos: bool) -> None:
-    tokens = tiny_tokenizer() if bos else tiny_tokenizer(bos=None)
+def test_token_ids_give_the_contexts_of_their_texts(how: str, bos: str | None) -> None:
+    tokens = tiny_tokenizer(bos)
     if how.startswith("padded"):
         tokens.pad_token = tokens.eos_token
-    if not bos and how in ("bos", "both", "padded right", "padded left masked", "padded left"):
-        pytest.skip("there is no BOS")
     expected = stream(tokens, tiny_texts()).take(50)
     assert torch.equal(stream(tokens, _given(tokens, how)).take(50), expected)
 
