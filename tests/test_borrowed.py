@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from sae_lens import TopKSAE, TopKSAEConfig
-from tiny_language import BOS, EOS, gpt2, texts, tokenizer
+from tiny_model import tiny_gpt2, tiny_texts, tiny_tokenizer
 from transformer_lens.model_bridge import TransformerBridge
 
 import saesub
@@ -25,27 +25,29 @@ STREAM: dict[str, Any] = {"n_tokens": 150, "context_size": 16, "progress": False
 
 
 def _sae() -> TopKSAE:
-    sae = TopKSAE(TopKSAEConfig(d_in=32, d_sae=64, k=4))
+    sae = TopKSAE(TopKSAEConfig(d_in=64, d_sae=64, k=4))
     sae.cfg.metadata.hook_name = HOOK
     return sae
 
 
 def _spectrum() -> saesub.Spectrum:
-    return saesub.Spectrum.from_activations(torch.randn(200, 32))
+    return saesub.Spectrum.from_activations(torch.randn(200, 64))
 
 
 CALLS: dict[str, Callable[[Any, Path], object]] = {
     "load_model": lambda m, _: saesub.load_model(m),
-    "pack_contexts": lambda m, _: pack_contexts(m, texts(), n_contexts=3, context_size=16),
-    "measure_spectrum": lambda m, _: saesub.measure_spectrum(m, texts(), HOOK, **STREAM),
-    "harvest": lambda m, p: saesub.harvest(m, texts(), [HOOK], p / "acts", **STREAM),
+    "pack_contexts": lambda m, _: pack_contexts(m, tiny_texts(), n_contexts=3, context_size=16),
+    "measure_spectrum": lambda m, _: saesub.measure_spectrum(m, tiny_texts(), HOOK, **STREAM),
+    "harvest": lambda m, p: saesub.harvest(m, tiny_texts(), [HOOK], p / "acts", **STREAM),
     "sae_loss": lambda m, _: sae_loss(m, _sae(), IDS),
     "subspace_loss_recovered": lambda m, _: subspace_loss_recovered(
         m, IDS, HOOK, _spectrum(), [4], progress=False
     ),
-    "mean_features": lambda m, _: mean_features(m, texts(3), HOOK, {"": _sae()}, max_tokens=16),
+    "mean_features": lambda m, _: mean_features(
+        m, tiny_texts(3), HOOK, {"": _sae()}, max_tokens=16
+    ),
     "top_activations": lambda m, _: top_activations(m, _sae(), IDS, [0, 1]),
-    "an unknown hook point": lambda m, _: saesub.measure_spectrum(m, texts(), "no", **STREAM),
+    "an unknown hook point": lambda m, _: saesub.measure_spectrum(m, tiny_texts(), "no", **STREAM),
     "ids beyond the embedding": lambda m, _: pack_contexts(
         m, saesub.load_corpus(["<x>"]), n_contexts=3, context_size=999
     ),
@@ -79,10 +81,10 @@ def _state(tokens: Any) -> dict[str, Any]:
 
 def _tokenizers() -> dict[str, Any]:
     found = {
-        "both": tokenizer(),
-        "no eos": tokenizer(eos=None),
-        "neither": tokenizer(bos=None, eos=None),
-        "no bos": tokenizer(bos=None),
+        "both": tiny_tokenizer(),
+        "no eos": tiny_tokenizer(eos=None),
+        "neither": tiny_tokenizer(bos=None, eos=None),
+        "no bos": tiny_tokenizer(bos=None),
     }
     for tokens in found.values():
         tokens.padding_side = "left"
@@ -94,7 +96,7 @@ def _tokenizers() -> dict[str, Any]:
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("kind", ["both", "no eos", "neither", "no bos"])
 def test_a_pair_is_as_before(call: str, kind: str, tmp_path: Path) -> None:
-    hf_model, tokens = gpt2(), _tokenizers()[kind]
+    hf_model, tokens = tiny_gpt2(), _tokenizers()[kind]
     hf_model.train()
     hf_model.transformer.h[0].eval()
     hf_model.lm_head.weight.requires_grad_(False)
@@ -116,10 +118,12 @@ def _run(call: Callable[[Any, Path], object], model: Any, folder: Path) -> None:
 
 def _bridge(tokens: Any) -> TransformerBridge:
     """As a user makes one, in train mode in part, with hooks of his own."""
-    hf_model = gpt2()
+    hf_model = tiny_gpt2()
     hf_model.config.architectures = ["GPT2LMHeadModel"]
     tokens.init_kwargs |= {"name_or_path": "x", "add_bos_token": True}
     bridge = TransformerBridge.boot_transformers("gpt2", hf_model=hf_model, tokenizer=tokens)
+    bridge.tokenizer.backend_tokenizer.enable_truncation(7)  # pyright: ignore
+    bridge.tokenizer.backend_tokenizer.enable_padding(length=9)  # pyright: ignore
     bridge(IDS)  # TransformerLens sets hooks of its own in the first pass
     bridge.train()
     bridge.original_model.transformer.h[0].eval()
@@ -156,17 +160,17 @@ def test_a_slow_tokenizer_is_as_before() -> None:
 
     tokens = _characters()
     state = _state(tokens)
-    pack_contexts((gpt2(), tokens), texts(), n_contexts=3, context_size=16)
+    pack_contexts((tiny_gpt2(), tokens), tiny_texts(), n_contexts=3, context_size=16)
     assert _state(tokens) == state
     assert "<|endoftext|>" not in tokens.get_added_vocab()
 
 
 def test_a_bridge_has_the_tokenizer_that_was_lent() -> None:
     """Without what TransformerLens adds to one that has no end-of-text token."""
-    bridge = saesub.load_model((gpt2(), tokenizer(bos=None, eos=None)))
+    bridge = saesub.load_model((tiny_gpt2(), tiny_tokenizer(bos=None, eos=None)))
     assert bridge.tokenizer is not None
     assert bridge.tokenizer.eos_token is None
-    assert len(bridge.tokenizer) == len(tokenizer(bos=None, eos=None))
-    whole = saesub.load_model((gpt2(), tokenizer())).tokenizer
+    assert len(bridge.tokenizer) == len(tiny_tokenizer(bos=None, eos=None))
+    whole = saesub.load_model((tiny_gpt2(), tiny_tokenizer())).tokenizer
     assert whole is not None
-    assert (whole.bos_token, whole.eos_token) == (BOS, EOS)
+    assert (whole.bos_token, whole.eos_token) == ("<|bos|>", "<|eos|>")

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
-from tiny_language import gpt2, texts, tokenizer
+from tiny_model import tiny_gpt2, tiny_texts, tiny_tokenizer
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -41,7 +41,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def _with(model: Any) -> tuple[Any, Any]:
-    return model, tokenizer()
+    return model, tiny_tokenizer()
 
 
 def _t5() -> Any:
@@ -59,7 +59,7 @@ def _biogpt() -> Any:
 
 
 def _on_meta(whole: bool) -> Any:
-    model = gpt2()
+    model = tiny_gpt2()
     (model if whole else model.transformer.h[1]).to("meta")
     return model
 
@@ -70,13 +70,13 @@ def _hooked() -> HookedTransformer:
 
 
 def _quantised() -> Any:
-    return torch.ao.quantization.quantize_dynamic(gpt2(), {torch.nn.Linear}, dtype=torch.qint8)
+    return torch.ao.quantization.quantize_dynamic(tiny_gpt2(), {torch.nn.Linear}, dtype=torch.qint8)
 
 
 def _saved(name: str, model: Any, with_tokenizer: bool = True) -> str:
     model.save_pretrained(name)
     if with_tokenizer:
-        tokenizer().save_pretrained(name)
+        tiny_tokenizer().save_pretrained(name)
     return name
 
 
@@ -92,27 +92,35 @@ def _headless() -> Any:
         (lambda: _with(_t5()), "T5ForConditionalGeneration has an encoder and a decoder"),
         (lambda: _with(_vit()), "cannot wrap a ViTModel .*give a causal language model"),
         (lambda: _with(_headless()), r"cannot wrap a LlamaModel .*with its head \(AutoModelForC"),
-        (lambda: _with(gpt2().transformer), "cannot wrap a GPT2Model .*with its head"),
+        (lambda: _with(tiny_gpt2().transformer), "cannot wrap a GPT2Model .*with its head"),
         (lambda: _with(_biogpt()), "cannot wrap a BioGptForCausalLM .*that it supports"),
         (lambda: _with(_quantised()), "cannot wrap a GPT2LMHeadModel"),
         (lambda: _hooked(), r"not HookedTransformer: load it with TransformerBridge\.boot"),
         (lambda: _with(_hooked()), r"HookedTransformer, .*: load it with TransformerBridge\.boot"),
         (
-            lambda: transformers.pipeline("text-generation", model=gpt2(), tokenizer=tokenizer()),
+            lambda: transformers.pipeline(
+                "text-generation", model=tiny_gpt2(), tokenizer=tiny_tokenizer()
+            ),
             r"give \(pipeline\.model, pipeline\.tokenizer\)",
         ),
-        (lambda: torch.nn.DataParallel(gpt2()), "give the model of transformers within the Data"),
-        (lambda: _with(torch.nn.DataParallel(gpt2())), "model of transformers within the DataP"),
-        (lambda: torch.compile(gpt2()), "within the OptimizedModule"),
+        (
+            lambda: torch.nn.DataParallel(tiny_gpt2()),
+            "give the model of transformers within the Data",
+        ),
+        (
+            lambda: _with(torch.nn.DataParallel(tiny_gpt2())),
+            "model of transformers within the DataP",
+        ),
+        (lambda: torch.compile(tiny_gpt2()), "within the OptimizedModule"),
         (lambda: torch.nn.Linear(3, 3), "not Linear"),
-        (lambda: (gpt2(), None), r"not a pair \(GPT2LMHeadModel, NoneType\): load both"),
-        (lambda: (gpt2(), tokenizer().backend_tokenizer), "GPT2LMHeadModel, Tokenizer"),
-        (lambda: (tokenizer(), gpt2()), "give the model first"),
-        (lambda: ("gpt2", tokenizer()), r"not a pair \(str, "),
-        (lambda: [gpt2(), tokenizer()], "not list"),
+        (lambda: (tiny_gpt2(), None), r"not a pair \(GPT2LMHeadModel, NoneType\): load both"),
+        (lambda: (tiny_gpt2(), tiny_tokenizer().backend_tokenizer), "GPT2LMHeadModel, Tokenizer"),
+        (lambda: (tiny_tokenizer(), tiny_gpt2()), "give the model first"),
+        (lambda: ("gpt2", tiny_tokenizer()), r"not a pair \(str, "),
+        (lambda: [tiny_gpt2(), tiny_tokenizer()], "not list"),
         (lambda: None, "not NoneType"),
         (lambda: b"gpt2", "not bytes"),
-        (lambda: gpt2(), r"no tokenizer was found .*give the pair \(model, tokenizer\)"),
+        (lambda: tiny_gpt2(), r"no tokenizer was found .*give the pair \(model, tokenizer\)"),
         (lambda: "", "not ''"),
         (lambda: "a text " * 99, "nothing loads under 'a text"),
         (lambda: "a\0b", "nothing loads under"),
@@ -123,7 +131,10 @@ def _headless() -> Any:
         (lambda: _saved("t5", _t5()), "t5 does not load"),
         (lambda: _saved("biogpt", _biogpt()), "cannot wrap a BioGptForCausalLM"),
         (lambda: _saved("no-head", _headless()), r"lacks weights \(lm_head\.weight\): save"),
-        (lambda: _saved("no-tokens", gpt2(), False), "tokenizer of .*no-tokens has no vocabulary"),
+        (
+            lambda: _saved("no-tokens", tiny_gpt2(), False),
+            "tokenizer of .*no-tokens has no vocabulary",
+        ),
     ],
 )
 def test_a_model_that_cannot_be_read_is_named(make: Callable[[], Any], message: str) -> None:
@@ -135,11 +146,11 @@ def _own_class() -> Any:
     class Mine(transformers.GPT2LMHeadModel):
         """As people write them who add a loss."""
 
-    return Mine(gpt2().config)
+    return Mine(tiny_gpt2().config)
 
 
 def _compiled() -> Any:
-    model = gpt2()
+    model = tiny_gpt2()
     model.compile()
     return model
 
@@ -154,7 +165,7 @@ def _olmo2() -> Any:
 
 
 @pytest.mark.parametrize(
-    "make", [_own_class, _compiled, _gemma3, _olmo2, lambda: gpt2().to(torch.bfloat16)]
+    "make", [_own_class, _compiled, _gemma3, _olmo2, lambda: tiny_gpt2().to(torch.bfloat16)]
 )
 @torch.no_grad()
 def test_a_model_from_a_config_gives_its_own_logits(make: Callable[[], Any]) -> None:
@@ -162,7 +173,7 @@ def test_a_model_from_a_config_gives_its_own_logits(make: Callable[[], Any]) -> 
     architectures = model.config.architectures
     ids = torch.arange(5, 25)[None]
     torch.testing.assert_close(
-        load_model((model, tokenizer()))(ids), model(ids).logits, atol=1e-2, rtol=0
+        load_model((model, tiny_tokenizer()))(ids), model(ids).logits, atol=1e-2, rtol=0
     )
     assert model.config.architectures == architectures
 
@@ -172,36 +183,39 @@ def test_a_device_that_is_not_here_is_named(device: Any) -> None:
     if device == "mps" and torch.backends.mps.is_available():
         pytest.skip("it is here")
     with pytest.raises(SaesubError, match=r"device=.* is not here"):
-        load_model((gpt2(), tokenizer()), device=device)
+        load_model((tiny_gpt2(), tiny_tokenizer()), device=device)
 
 
 @pytest.mark.parametrize("dtype", ["float32", torch.int8, 16])
 def test_a_dtype_that_is_of_no_use_is_named(dtype: Any) -> None:
     with pytest.raises(SaesubError, match=r"dtype must be such as torch\.float32"):
-        load_model((gpt2(), tokenizer()), dtype=dtype)
+        load_model((tiny_gpt2(), tiny_tokenizer()), dtype=dtype)
 
 
 def test_a_bridge_is_not_moved_and_says_so() -> None:
-    bridge = load_model((gpt2(), tokenizer()))
+    bridge = load_model((tiny_gpt2(), tiny_tokenizer()))
     assert load_model(bridge, device="cpu", dtype=torch.float32) is bridge
     with pytest.raises(SaesubError, match=r"on cpu in torch\.float32 and is used as it is"):
         load_model(bridge, dtype=torch.bfloat16)
 
 
 def test_a_bridge_without_a_tokenizer_is_named() -> None:
-    model = gpt2()
+    model = tiny_gpt2()
     model.config.architectures = ["GPT2LMHeadModel"]
-    adapter = load_model((model, tokenizer())).adapter
+    adapter = load_model((model, tiny_tokenizer())).adapter
     with pytest.raises(SaesubError, match=r"has no tokenizer: load it as a pair"):
         pack_contexts(
-            TransformerBridge(gpt2(), adapter, None), texts(), n_contexts=1, context_size=16
+            TransformerBridge(tiny_gpt2(), adapter, None),
+            tiny_texts(),
+            n_contexts=1,
+            context_size=16,
         )
 
 
 def test_the_working_folders_tokenizer_is_not_taken_for_a_models() -> None:
-    _saved(".", gpt2())
+    _saved(".", tiny_gpt2())
     with pytest.raises(SaesubError, match="no tokenizer was found under the model's name ''"):
-        load_model(gpt2())
+        load_model(tiny_gpt2())
     with pytest.raises(SaesubError, match="not ''"):
         load_model("")
     with pytest.raises(SaesubError, match="'' is neither a name nor the path"):
@@ -219,7 +233,7 @@ def test_a_right_name_that_did_not_come_is_not_corrected(name: str) -> None:
 
 
 def _generated() -> Any:
-    yield from texts(3)
+    yield from tiny_texts(3)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +254,7 @@ def _generated() -> Any:
         (lambda: {"text": ["a"]}, r"not dict\."),
         (lambda: b"a text", r"not bytes\."),
         (lambda: None, r"not NoneType\."),
-        (lambda: gpt2(), r"not GPT2LMHeadModel\."),
+        (lambda: tiny_gpt2(), r"not GPT2LMHeadModel\."),
         (lambda: ["a", None], "must hold strings only, not NoneType"),
         (lambda: [b"a"], "must hold strings only, not bytes"),
         (lambda: [{"text": "a"}], "must hold strings only, not dict"),
@@ -280,7 +294,7 @@ def test_a_datasets_format_changes_nothing(kind: str | None) -> None:
     given = Dataset.from_dict({"text": ["a", "", "b"]}).with_format(kind)
     assert list(load_corpus(given)["text"]) == ["a", "b"]
     ids = Dataset.from_dict({"input_ids": [[5, 6, 7] * 9]}).with_format(kind)
-    found = pack_contexts((gpt2(), tokenizer()), ids, n_contexts=1, context_size=16)
+    found = pack_contexts((tiny_gpt2(), tiny_tokenizer()), ids, n_contexts=1, context_size=16)
     assert found[0, 1:4].tolist() == [5, 6, 7]
 
 
@@ -290,16 +304,16 @@ def test_a_datasets_format_changes_nothing(kind: str | None) -> None:
         ({"input_ids": [5, None, 7] * 9}, "holds a null"),
         ({"input_ids": [5] * 20, "attention_mask": [1] * 19}, "differ in length"),
         ({"input_ids": [5] * 20, "attention_mask": None}, "differ in length"),
-        ({"input_ids": [1, 2, 1, 2]}, "holds 0 tokens, fewer than one context needs"),
+        ({"input_ids": [0, 1, 0, 1]}, "holds 0 tokens, fewer than one context needs"),
         ({"input_ids": [5] * 20, "attention_mask": [0] * 20}, "holds 0 tokens"),
     ],
 )
 def test_damaged_token_ids_are_named(row: dict[str, Any], message: str) -> None:
     rows = Dataset.from_list([row, row])
     with pytest.raises(SaesubError, match=message):
-        pack_contexts((gpt2(), tokenizer()), rows, n_contexts=1, context_size=16)
+        pack_contexts((tiny_gpt2(), tiny_tokenizer()), rows, n_contexts=1, context_size=16)
 
 
 @pytest.mark.parametrize("n", [2, 2.0, np.int64(2), np.float32(2)])
 def test_whole_numbers_of_any_type(n: Any) -> None:
-    assert len(load_corpus(texts(), n_documents=n, seed=n)) == 2
+    assert len(load_corpus(tiny_texts(), n_documents=n, seed=n)) == 2
