@@ -34,6 +34,7 @@ from saesub.activations.collect import harvest
 from saesub.activations.store import StoreWriter
 from saesub.loading.corpora import load_corpus
 from saesub.loading.models import load_model
+from saesub.training.comparison import StoreBatches
 
 folder = Path({folder!r})
 model, few = load_model("smollm2-135m", device="cpu"), load_corpus("wiki-en").select(range(200))
@@ -56,11 +57,16 @@ def gated_finish(*args, **settings):
     finish(*args, **settings)
 
 def counted_batches(*args, start_step, **settings):
-    for step, batch in enumerate(batches(*args, start_step=start_step, **settings), start_step):
-        steps.write(b".")
-        if step == {steps} - 1:
-            wait()
-        yield batch
+    stream = batches(*args, start_step=start_step, **settings)
+
+    def counted():
+        for step, batch in enumerate(stream, start_step):
+            steps.write(b".")
+            if step == {steps} - 1:
+                wait()
+            yield batch
+
+    return StoreBatches(counted(), stream.identity)
 
 forward_pass.capture, StoreWriter.finish = counted_capture, gated_finish
 test_faults.joint_batches = counted_batches
