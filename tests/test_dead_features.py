@@ -81,7 +81,7 @@ def test_too_few_tokens_and_unusable_activations_are_refused(judge):
     x = torch.randn(10, 24)
     with pytest.raises(SaesubError, match="Only 10 of 20 tokens"):
         judge(_sae(), x, n_tokens=20)
-    with pytest.raises(SaesubError, match="n_tokens must be at least 1"):
+    with pytest.raises(SaesubError, match="n_tokens must be a whole number of at least 1"):
         judge(_sae(), x, n_tokens=0)
     for wrong in (x[:, :9], x[0], x[None]):
         with pytest.raises(SaesubError, match=r"reads activations of shape \(n, 24\)"):

@@ -431,11 +431,12 @@ def test_bad_shapes_are_refused(model, settings, message):
         Lorsa.from_attention(model, LAYER, **settings)
 
 
-@pytest.mark.parametrize("layer", [30, -1])
+@pytest.mark.parametrize("layer", [30, -1, 0.5, "12"])
 def test_a_layer_that_is_not_there(model, tokens, layer):
-    with pytest.raises(SaesubError, match=r"layers 0\.\.29, not"):
+    message = r"layers 0\.\.29, not 30|layer must be a whole number of at least 0"
+    with pytest.raises(SaesubError, match=message):
         Lorsa.from_attention(model, layer, n_heads=144, k=8)
-    with pytest.raises(SaesubError, match=r"layers 0\.\.29, not"):
+    with pytest.raises(SaesubError, match=message):
         attention_sequences(model, tokens, layer, progress=False)
 
 
@@ -474,8 +475,14 @@ def test_widths_and_spectra_that_do_not_fit(model, lorsa, data, spectra):
         with pytest.raises(SaesubError, match="reads and writes 576 dimensions"):
             use(lorsa, narrow)
     foreign = Lorsa(LorsaConfig(576, 12, 4, 2, (1.0,), LAYER, "none"))
-    with pytest.raises(SaesubError, match=r"4 circuits .* 9 heads .*: make it by from_attention"):
+    with (
+        pytest.raises(SaesubError, match=r"4 circuits .* 9 heads .*: make it by from_attention"),
+        pytest.warns(UserWarning, match="this Lorsa says that it is of the model none"),
+    ):
         initialize_lorsa(foreign, model, spectra[Z])
+    elsewhere = replace(spectra[Z], metadata={"hook_name": Z.replace("12", "11")})
+    with pytest.raises(SaesubError, match=r"z_spectrum is of blocks.11.attn.hook_z, not of"):
+        initialize_lorsa(lorsa, model, elsewhere)
     with pytest.raises(SaesubError, match=r"shape \(5,\) cannot be read"):
         attention_sequences(model, torch.zeros(5, dtype=torch.int64), LAYER)
     with pytest.raises(SaesubError, match=r"measure it at blocks.12.attn.hook_z"):
@@ -507,7 +514,7 @@ def test_training_settings_that_cannot_be(lorsa, data):
     for use in (calibrate_lorsa, train_lorsa):
         with pytest.raises(SaesubError, match="do not vary"):
             use(lorsa, still)
-    with pytest.raises(SaesubError, match="at least 1 context"):
+    with pytest.raises(SaesubError, match="size of a batch must be a whole number of at least 1"):
         evaluate_lorsa(lorsa, data, batch_size=0)
 
 
