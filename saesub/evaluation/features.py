@@ -67,8 +67,9 @@ def unit_rows(directions: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     """Float32 unit vectors; NaN, with a warning, for zero directions. Raises SaesubError for NaN or
     infinite ones."""
     require_finite(directions, "directions", "leave them out")
-    largest = directions.detach().abs().amax(1, keepdim=True)  # whose square may be out of range
-    scaled = (directions.detach() / largest).float()
+    wide = directions.detach().to(torch.promote_types(directions.dtype, torch.float32))
+    largest = wide.abs().amax(1, keepdim=True)  # whose square may be out of range
+    scaled = (wide / largest).float()
     if n_zero := int((largest == 0).sum()):
         warnings.warn(
             f"{n_zero} of {len(directions)} directions are zero, so what is measured of them is "

@@ -325,8 +325,9 @@ def sae_loss(
     first position, which the SAE does not replace either. A model's first token is an attention
     sink, which no SAE trained by this package has seen; in a model without BOS it is replaced by
     the separator of documents. `sae_lens.evals` gives the same numbers with
-    `exclude_special_tokens`; without it, it counts the guess of a text's first word from BOS alone
-    too, which raises every loss by some tenths of a nat. The divergences are averaged over the
+    `exclude_special_tokens`; by default it also counts what is predicted from BOS alone and at
+    separators, the first words of a text, which raises every loss by some tenths of a nat, and
+    puts the SAE in at BOS. The divergences are averaged over the
     last position of each context too. The baseline is zero ablation, at every position, as in
     SAELens. A BatchTopK SAE in training form shares out its features over the replaced positions
     of a batch.

@@ -23,7 +23,7 @@ from saesub.activations.checks import require_finite
 from saesub.activations.forward_pass import capture, hook_points
 from saesub.arguments import batch_of, whole_number
 from saesub.errors import SaesubError
-from saesub.loading.models import model_name
+from saesub.loading.models import in_eval_mode, model_name
 from saesub.progress import bar
 
 Read = TypeVar("Read")
@@ -114,7 +114,8 @@ def site_activations(
     """
     found: dict[str, Tensor] = {}
     points = hook_points(model, [hook_name])
-    capture(model, tokens.to(model.cfg.device), points, found.__setitem__)
+    with in_eval_mode(model):
+        capture(model, tokens.to(model.cfg.device), points, found.__setitem__)
     return vectors(found[hook_name], tokens, hook_name)
 
 
