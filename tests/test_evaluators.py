@@ -308,7 +308,7 @@ def test_any_dtype_of_transcoder_and_activations(of_sae, of_activations) -> None
     judges_prediction(make("inference skip_transcoder", dtype=of_sae), x=x)
 
 
-@pytest.mark.parametrize("of_model", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("of_model", DTYPES)
 @pytest.mark.parametrize("of_sae", DTYPES)
 def test_any_dtype_of_sae_and_model(of_sae, of_model, tokens) -> None:
     model = tiny(getattr(torch, of_model))
@@ -345,7 +345,7 @@ def test_the_loss_is_that_of_saelens_in_float32(hook_name, bos, tokens) -> None:
     )
 
 
-@pytest.mark.parametrize("of_model", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("of_model", DTYPES)
 def test_a_subspaces_loss_in_any_dtype(of_model, tokens, corpus) -> None:
     model = tiny(getattr(torch, of_model))
     settings = {"n_tokens": 600, "context_size": 16, "progress": False}
@@ -529,6 +529,16 @@ def test_a_hook_point_without_a_vector_a_token_is_refused(bridge, tokens) -> Non
 
 
 # --- live objects --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["loss", "top", "texts", "subspace"])
+def test_a_model_that_gives_nan_is_not_judged(name, tokens) -> None:
+    model = tiny()
+    for parameter_name, parameter in model.original_model.named_parameters():
+        if "wte" in parameter_name or "embed" in parameter_name:
+            parameter.data.fill_(torch.nan)
+    with pytest.raises(SaesubError, match=r"NaN|not finite"):
+        evaluates(name, model, make("inference topk"), tokens)
 
 
 class _StopError(Exception):

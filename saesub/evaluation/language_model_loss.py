@@ -389,8 +389,14 @@ def _counted(
 
 
 def _nats(logits: Float[Tensor, "n d_vocab"], following: Int[Tensor, " n"]) -> Tensor:
-    """(n,) cross-entropies, float64 on the CPU."""
-    return cross_entropy(logits, following, reduction="none").cpu().double()
+    """(n,) cross-entropies, float64 on the CPU. Raises SaesubError if one is not finite."""
+    nats = cross_entropy(logits, following, reduction="none").cpu().double()
+    if not nats.isfinite().all():
+        raise SaesubError(
+            "the model's loss is NaN or infinite: load the model in another dtype, such as "
+            "torch.float32"
+        )
+    return nats
 
 
 def _divergence(clean: Float[Tensor, "n d_vocab"], other: Float[Tensor, "n d_vocab"]) -> Tensor:

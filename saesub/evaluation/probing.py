@@ -87,6 +87,7 @@ def mean_features(
     with bar(total=len(texts), unit="text", progress=progress) as shown:
         for batch, mask in zip(tokens.split(batch_size), kept.split(batch_size), strict=True):
             x = site_activations(bridge, batch, hook_name)[mask.to(bridge.cfg.device)]
+            require_finite(x)
             for name, read in readers.items():
                 by_text = read(x).to_dense().float().split(mask.sum(1).tolist())
                 means[name] += [values.mean(0).cpu() for values in by_text]

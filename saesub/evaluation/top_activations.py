@@ -14,6 +14,7 @@ from sae_lens import SAE
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from saesub.activations.checks import require_finite
 from saesub.activations.tokens import kept_positions
 from saesub.arguments import whole_number
 from saesub.errors import SaesubError
@@ -127,6 +128,7 @@ def top_activations(
         *(t.split(batch_size) for t in (acts, kept, tokens)), strict=True
     ):
         x = site_activations(bridge, batch, hook_name)[mask.to(bridge.cfg.device)]
+        require_finite(x)
         of_batch[mask] = encode(x).to_dense()[:, features].float().cpu()
     shown = []
     for feature, own in zip(features, acts.unbind(-1), strict=True):
