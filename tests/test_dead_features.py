@@ -117,7 +117,8 @@ def test_diagnosis_separates_inside_from_outside():
     assert found.auc == 1.0
     assert found.p_value < 0.05
     assert diagnose(directions, ~dead, basis).auc == 0.0
-    assert math.isnan(diagnose(directions, torch.zeros(8, dtype=torch.bool), basis).auc)
+    with pytest.warns(UserWarning, match="0 of 8 features are dead"):
+        assert math.isnan(diagnose(directions, torch.zeros(8, dtype=torch.bool), basis).auc)
     with pytest.raises(SaesubError, match="5 directions and 8 features"):
         diagnose(directions[:5], dead, basis)
     with pytest.raises(SaesubError, match="8 wide and the basis is 6 wide"):

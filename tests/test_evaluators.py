@@ -614,9 +614,10 @@ def test_activations_of_any_kind_give_the_same(give, tmp_path) -> None:
     [
         (lambda x: x.long(), "floating-point"),
         (lambda x: x.long().numpy(), "floating-point"),
-        (lambda x: x[0], r"shape \(n, d_in\)"),
-        (lambda x: [x[0]], r"shape \(n, d_in\)"),
-        (list, r"shape \(n, d_in\)"),
+        (lambda x: x[0], r"shape \(n, 32\)"),
+        (lambda x: [x[0, 0]], r"shape \(n, 32\)"),
+        (lambda x: [x[0]], r"shape \(n, 32\)"),
+        (list, r"shape \(n, 32\)"),
         (lambda x: x.tolist(), "tensor of floating-point numbers"),
         (lambda x: zip(x.split(9), x.split(9), strict=True), "give one tensor for each batch"),
         (lambda x: [{"x": x}], "not a dict"),

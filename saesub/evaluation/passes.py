@@ -90,12 +90,9 @@ def _blocks(activations: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
         part = batch_of(given)
         if part.is_meta:
             raise SaesubError("activations on the meta device hold no values: load the weights")
-        if part.ndim < 2:
-            raise SaesubError(
-                f"a batch of activations must be of shape (n, d_in), not {tuple(part.shape)}: "
-                "give a row for each token"
-            )
-        yield from (block for block in part.detach().split(TOKENS_PER_BLOCK) if len(block))
+        yield from (
+            block for block in torch.atleast_1d(part.detach()).split(TOKENS_PER_BLOCK) if len(block)
+        )
 
 
 def _not_folded(sae: SAE[Any]) -> str:
