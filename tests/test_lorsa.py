@@ -552,7 +552,7 @@ def test_training_settings_that_cannot_be(lorsa, data):
     for use in (calibrate_lorsa, train_lorsa):
         with pytest.raises(SaesubError, match="do not vary"):
             use(lorsa, still)
-    with pytest.raises(SaesubError, match="size of a batch must be a whole number of at least 1"):
+    with pytest.raises(SaesubError, match="batch_size must be a whole number of at least 1"):
         evaluate_lorsa(lorsa, data, batch_size=0)
 
 

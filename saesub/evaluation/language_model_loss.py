@@ -183,9 +183,8 @@ def subspace_loss_recovered(
     kept = kept_positions(bridge, tokens, whole_number(skip_first, "skip_first", 0))
     predicts = _predicting(kept)
     wide = torch.promote_types(bridge.cfg.dtype, torch.float32)
-    directions, mean = (
-        t.to(bridge.cfg.device, wide) for t in (spectrum.eigenvectors, spectrum.mean)
-    )
+    of_spectrum = (spectrum.eigenvectors.to(wide), spectrum.mean.to(wide))
+    directions, mean = (t.to(bridge.cfg.device) for t in of_spectrum)
     conditions: list[Condition] = ["clean", "zero", 0, *kept_numbers]
     replacements = {c: _cut_down(c, mean, directions) for c in conditions[1:]}
     sums: dict[Condition, list[Tensor]] = {c: [] for c in conditions}

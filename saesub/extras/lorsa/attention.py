@@ -92,7 +92,7 @@ class AttentionSequences:
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(x, y, kept) of `size` contexts at a time, in order. Raises SaesubError for size < 1."""
-        size = whole_number(size, "the size of a batch")
+        size = whole_number(size, "batch_size")
         yield from zip(*(t.split(size) for t in (self.x, self.y, self.kept)), strict=True)
 
     def mean_and_variance(self) -> tuple[Float[Tensor, " d_model"], float]:
