@@ -325,12 +325,11 @@ def measures_loss(name: str, given: Any) -> None:
     sae.cfg.metadata.hook_name = HOOK
     tokens = model.tokenizer(TEXT, return_tensors="pt").input_ids[:, :32]
     measured = saesub.sae_loss(model, sae, tokens)
-    # An attention sink, which is left as it is and not counted.
+    # An attention sink, which is left as it is, not counted, and takes no share of a BatchTopK's k.
     tokens[:, 0] = context_tokens(model).separator_id
-    kept = torch.arange(32) > 0
 
     def put_in(x: Tensor, hook: Any) -> Tensor:
-        return torch.where(kept[:, None], sae.decode(sae.encode(x)), x)
+        return torch.cat([x[:, :1], sae.decode(sae.encode(x[:, 1:]))], 1)
 
     with torch.no_grad():
         logits = model.run_with_hooks(tokens, fwd_hooks=[(HOOK, put_in)])[0, 1:-1]

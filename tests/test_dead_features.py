@@ -81,7 +81,7 @@ def test_too_few_tokens_and_unusable_activations_are_refused(judge):
     x = torch.randn(10, 24)
     with pytest.raises(SaesubError, match="Only 10 of 20 tokens"):
         judge(_sae(), x, n_tokens=20)
-    with pytest.raises(SaesubError, match="n_tokens must be at least 1"):
+    with pytest.raises(SaesubError, match="n_tokens must be a whole number of at least 1"):
         judge(_sae(), x, n_tokens=0)
     for wrong in (x[:, :9], x[0], x[None]):
         with pytest.raises(SaesubError, match=r"reads activations of shape \(n, 24\)"):
@@ -117,7 +117,8 @@ def test_diagnosis_separates_inside_from_outside():
     assert found.auc == 1.0
     assert found.p_value < 0.05
     assert diagnose(directions, ~dead, basis).auc == 0.0
-    assert math.isnan(diagnose(directions, torch.zeros(8, dtype=torch.bool), basis).auc)
+    with pytest.warns(UserWarning, match="0 of 8 features are dead"):
+        assert math.isnan(diagnose(directions, torch.zeros(8, dtype=torch.bool), basis).auc)
     with pytest.raises(SaesubError, match="5 directions and 8 features"):
         diagnose(directions[:5], dead, basis)
     with pytest.raises(SaesubError, match="8 wide and the basis is 6 wide"):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from sae_lens import StandardTrainingSAEConfig, TopKTrainingSAEConfig
+from sae_lens.saes.sae import SAEMetadata
 
 from saesub.activations.spectrum import Spectrum
 from saesub.errors import SaesubError
@@ -91,7 +93,15 @@ def test_what_it_refuses(spectrum):
         )
     with pytest.raises(SaesubError, match="576 wide, the SAE reads 64"):
         forecast_dead(spectrum, _cfg(d_in=64), lr=1e-3, d_init=100)
-    with pytest.raises(SaesubError, match="lr must be positive"):
-        forecast_dead(spectrum, _cfg(), lr=0, d_init=100)
+    for lr in (0, float("inf"), float("nan"), "2e-3"):
+        with pytest.raises(SaesubError, match="lr must be a positive number"):
+            forecast_dead(spectrum, _cfg(), lr=lr, d_init=100)
+    for k in (0, 9000):
+        with pytest.raises(SaesubError, match="no top-k threshold"):
+            forecast_dead(spectrum, _cfg(k=k), lr=1e-3, d_init=100)
+    elsewhere = replace(spectrum, metadata={"hook_name": "blocks.4.hook_mlp_out"})
+    cfg = _cfg(metadata=SAEMetadata(hook_name="blocks.4.hook_attn_out"))
+    with pytest.raises(SaesubError, match=r"is of blocks\.4\.hook_mlp_out, not of"):
+        forecast_dead(elsewhere, cfg, lr=1e-3, d_init=100)
     with pytest.raises(SaesubError, match="out of range"):
         forecast_dead(spectrum, _cfg(), lr=1e-3, d_init=577)

@@ -100,6 +100,38 @@ def test_the_models_own_heads_give_its_attention_exactly(model, corpus, layer):
     assert _relative(own @ dense.W_O + dense.b_O, y) < 2e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_dropout_and_the_default_dtype_leave_lorsa_as_it_is(model, dtype):
+    """The model is read in eval mode, and Lorsa is in float32 whatever the default is."""
+    settings = {"attention_dropout": 0.5, "attn_implementation": "eager"}
+    bridge = _tiny(LlamaForCausalLM, LlamaConfig(**SMALL, **settings), model)
+    bridge.original_model.to(dtype)
+    tokens = torch.randint(0, 200, (2, 30), generator=torch.Generator().manual_seed(0))
+    still = dense_lorsa(bridge, 1), attention_sequences(bridge, tokens, 1, progress=False)
+    bridge.train()
+    torch.set_default_dtype(torch.float16)
+    try:
+        dense, data = dense_lorsa(bridge, 1), attention_sequences(bridge, tokens.int(), 1.0)
+        z, expected = (lorsa.pre_activations(data.x) for lorsa in (dense, still[0]))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {p.dtype for p in dense.parameters()} == {torch.float32} == {z.dtype}
+    assert torch.equal(z, expected)
+    assert torch.equal(data.y, still[1].y)
+    assert bridge.training
+    assert all(module.training for module in bridge.blocks[1].modules())
+
+
+def test_a_layer_in_float64_is_checked_as_in_float32(model):
+    """A layer whose scores are scaled a little otherwise is within what bfloat16 would leave."""
+    bridge = _tiny(LlamaForCausalLM, LlamaConfig(**SMALL), model)
+    bridge.original_model.to(torch.float64)
+    dense_lorsa(bridge, 1)
+    bridge.original_model.model.layers[1].self_attn.original_component.scaling *= 1.01
+    with pytest.raises(SaesubError, match=r"is 0\.\d% off"):
+        dense_lorsa(bridge, 1)
+
+
 def test_exactness_would_show_a_wrong_rotary_base(model, data):
     dense = dense_lorsa(model, LAYER)
     base = model.original_model.config.rope_parameters["rope_theta"]
@@ -431,11 +463,12 @@ def test_bad_shapes_are_refused(model, settings, message):
         Lorsa.from_attention(model, LAYER, **settings)
 
 
-@pytest.mark.parametrize("layer", [30, -1])
+@pytest.mark.parametrize("layer", [30, -1, 0.5, "12"])
 def test_a_layer_that_is_not_there(model, tokens, layer):
-    with pytest.raises(SaesubError, match=r"layers 0\.\.29, not"):
+    message = r"layers 0\.\.29, not 30|layer must be a whole number of at least 0"
+    with pytest.raises(SaesubError, match=message):
         Lorsa.from_attention(model, layer, n_heads=144, k=8)
-    with pytest.raises(SaesubError, match=r"layers 0\.\.29, not"):
+    with pytest.raises(SaesubError, match=message):
         attention_sequences(model, tokens, layer, progress=False)
 
 
@@ -474,10 +507,22 @@ def test_widths_and_spectra_that_do_not_fit(model, lorsa, data, spectra):
         with pytest.raises(SaesubError, match="reads and writes 576 dimensions"):
             use(lorsa, narrow)
     foreign = Lorsa(LorsaConfig(576, 12, 4, 2, (1.0,), LAYER, "none"))
-    with pytest.raises(SaesubError, match=r"4 circuits .* 9 heads .*: make it by from_attention"):
+    with (
+        pytest.raises(SaesubError, match=r"4 circuits .* 9 heads .*: make it by from_attention"),
+        pytest.warns(UserWarning, match="this Lorsa says that it is of the model none"),
+    ):
         initialize_lorsa(foreign, model, spectra[Z])
-    with pytest.raises(SaesubError, match=r"shape \(5,\) cannot be read"):
-        attention_sequences(model, torch.zeros(5, dtype=torch.int64), LAYER)
+    elsewhere = replace(spectra[Z], metadata={"hook_name": Z.replace("12", "11")})
+    with pytest.raises(SaesubError, match=r"z_spectrum is of blocks.11.attn.hook_z, not of"):
+        initialize_lorsa(lorsa, model, elsewhere)
+    for wrong in (torch.zeros(5, dtype=torch.int64), torch.zeros(2, 5), torch.full((2, 5), 10**6)):
+        with pytest.raises(
+            SaesubError, match=r"shape \(5,\) cannot be read|integer ids|vocabulary"
+        ):
+            attention_sequences(model, wrong, LAYER)
+    for setting in ({"batch_size": 0}, {"batch_size": 1.5}, {"skip_first": -1}):
+        with pytest.raises(SaesubError, match="must be a whole number"):
+            attention_sequences(model, torch.ones(2, 5).long(), LAYER, **setting)
     with pytest.raises(SaesubError, match=r"measure it at blocks.12.attn.hook_z"):
         initialize_lorsa(lorsa, model, Spectrum.from_activations(torch.randn(50, 7)))
     with pytest.raises(SaesubError, match="from 1 to 64"):
@@ -507,7 +552,7 @@ def test_training_settings_that_cannot_be(lorsa, data):
     for use in (calibrate_lorsa, train_lorsa):
         with pytest.raises(SaesubError, match="do not vary"):
             use(lorsa, still)
-    with pytest.raises(SaesubError, match="at least 1 context"):
+    with pytest.raises(SaesubError, match="batch_size must be a whole number of at least 1"):
         evaluate_lorsa(lorsa, data, batch_size=0)
 
 

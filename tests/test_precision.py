@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -119,8 +120,13 @@ def test_the_loss_of_a_site_cut_down(x, monkeypatch):
         def run_with_hooks(batch, fwd_hooks):
             return logits.to(device)
 
-        bridge = SimpleNamespace(cfg=SimpleNamespace(device=device), run_with_hooks=run_with_hooks)
-        monkeypatch.setattr(language_model_loss, "_checked", lambda *given: bridge)
+        cfg = SimpleNamespace(device=device, dtype=torch.float32, model_name="none")
+        bridge = SimpleNamespace(cfg=cfg, run_with_hooks=run_with_hooks)
+        monkeypatch.setattr(language_model_loss, "load_model", lambda model: model)
+        monkeypatch.setattr(language_model_loss, "contexts_of", lambda _, tokens: tokens.to(device))
+        monkeypatch.setattr(language_model_loss, "in_eval_mode", nullcontext)
+        for check in ("_check_width", "check_site", "check_model"):
+            monkeypatch.setattr(language_model_loss, check, lambda *given: None)
         given = torch.arange(10).view(2, 5) % 7
         spectrum = Spectrum.from_activations(x)
         measured = language_model_loss.subspace_loss_recovered(

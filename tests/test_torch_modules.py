@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from scipy.io import wavfile
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, MPNetConfig, MPNetModel
 
 from saesub.activations.collect import measure_spectra
 from saesub.activations.tokens import kept_positions, pack_contexts
 from saesub.errors import SaesubError
-from saesub.extras import encoders
+from saesub.extras import encoders, speech
 from saesub.extras.encoders import load_encoder
 from saesub.extras.speech import (
     RATE,
@@ -43,7 +44,7 @@ def whisper():
 
 
 @pytest.fixture(scope="module")
-def speech(whisper):
+def window(whisper):
     """The first window of the packaged recordings, as one batch."""
     return list(speech_batches(whisper[1], load_recordings()[:1]))[:1]
 
@@ -136,14 +137,14 @@ def test_pre_norm_blocks_add_up():
     torch.testing.assert_close(total, got[1, "resid_post"])
 
 
-def test_whispers_blocks_add_up(whisper, speech, corpus):
+def test_whispers_blocks_add_up(whisper, window, corpus):
     model, processor = whisper
-    inputs = speech[0][0]
+    inputs = window[0][0]
     got = captured(model, block_sites(model), inputs, model.model.encoder)
     total = got[3, "resid_post"] + got[4, "attn_out"] + got[4, "mlp_out"]
     torch.testing.assert_close(total, got[4, "resid_post"])
     text = text_batches(processor.tokenizer, corpus.select(range(1)), context_size=12)
-    ((inputs, keep),) = decoder_batches(model, speech, text)
+    ((inputs, keep),) = decoder_batches(model, window, text)
     assert int(keep.sum()) == 6  # of 12: four before the text, its first token, the end
     got = captured(model, block_sites(model, "decoder"), inputs, model.model)
     parts = [got[1, part] for part in ("attn_out", "cross_out", "mlp_out")]
@@ -204,9 +205,9 @@ def test_recordings_are_cut_into_equal_windows(whisper):
         assert not keep[0, 0]
 
 
-def test_whisper_hears_what_is_said(whisper, speech):
+def test_whisper_hears_what_is_said(whisper, window):
     """Weights renamed wrongly, or features of another kind, would give no such sentence."""
-    ids = transcribe(whisper[0], speech[0][0])
+    ids = transcribe(whisper[0], window[0][0])
     heard = whisper[1].tokenizer.decode(ids[0])
     assert heard.strip().startswith("It was the best of times, it was the worst of times.")
     assert "<|" not in heard
@@ -230,9 +231,10 @@ class Toy(nn.Module):
         super().__init__()
         self.linear = nn.Linear(4, 4)
         self.unused = nn.Linear(4, 4)
+        self.twice = nn.ReLU()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear(x).sum(-1)
+        return self.twice(self.linear(self.twice(x))).sum(-1)
 
 
 def measure(x=None, site=("linear", "output"), keep=None, training=False):
@@ -251,7 +253,8 @@ def test_a_toy_is_measured():
     keep = torch.tensor([[True, False, True], [False, True, True]])
     spectrum = measure(x, ("linear", "input"), keep)["s"]
     assert spectrum.n_tokens == 4
-    torch.testing.assert_close(spectrum.covariance, torch.cov(x[keep].T.double(), correction=0))
+    read = x[keep].relu().T.double()
+    torch.testing.assert_close(spectrum.covariance, torch.cov(read, correction=0))
 
 
 @pytest.mark.parametrize(
@@ -263,6 +266,8 @@ def test_a_toy_is_measured():
         ({"site": ("", "output")}, r"gives \(2, 3\), not \(batch, pos, d\)"),
         ({"keep": torch.ones(2, 2, dtype=torch.bool)}, r"\(batch, pos\) = \(2, 2\)"),
         ({"keep": torch.zeros(2, 3, dtype=torch.bool)}, "no activations were given"),
+        ({"keep": torch.ones(2, 3, dtype=torch.int64)}, "said by a boolean tensor"),
+        ({"site": ("twice", "output")}, "s runs several times in one pass"),
         ({"x": torch.full((2, 3, 4), torch.nan)}, "s: activations hold NaN"),
         ({"training": True}, r"call model\.eval\(\)"),
     ],
@@ -372,6 +377,72 @@ def test_sites_of_a_model_inside_another_and_of_a_part_of_one():
     part.config = config
     with pytest.raises(SaesubError, match=r"decoder of 'gpt2' are not listed.*Site"):
         block_sites(part, "decoder")
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int16, np.int32, np.float32])
+def test_recordings_are_read_from_any_kind_of_samples(kind, tmp_path):
+    sound = 0.5 * np.sin(np.arange(RATE) / 20)
+    scale, silence = {"u": (128, 128), "i": (-float(np.iinfo(np.int16).min), 0)}.get(
+        np.dtype(kind).kind, (1, 0)
+    )
+    if kind is np.int32:
+        scale = 2.0**31
+    wavfile.write(tmp_path / "sound.wav", RATE, (sound * scale + silence).astype(kind))
+    read = speech._read_wav(tmp_path / "sound.wav")
+    np.testing.assert_allclose(read, sound, atol=1 / 64 if kind is np.uint8 else 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        (np.ones(4000, np.int16), "floating-point numbers in"),
+        (np.ones((4000, 2), np.float32), "floating-point numbers in"),
+        ([0.0] * 4000, "floating-point numbers in"),
+        (np.full(4000, 3000.0), "divide samples of 16 bits by"),
+        (np.full(4000, np.nan), "holds NaN"),
+        (np.zeros(100, np.float32), "shorter than one 20 ms frame"),
+    ],
+)
+def test_what_is_no_recording_is_refused(samples, message):
+    with pytest.raises(SaesubError, match=message):
+        speech_frames(samples)
+    with pytest.raises(SaesubError, match=message):
+        next(speech_batches(None, [samples]))
+
+
+def test_whisper_is_read_in_eval_mode_and_one_window_at_once(whisper, window):
+    inputs, _ = window[0]
+    twice = {"input_features": inputs["input_features"].repeat(2, 1, 1)}
+    with pytest.raises(SaesubError, match="2 windows cannot be transcribed at once"):
+        transcribe(whisper[0], twice)
+    whisper[0].model.encoder.layers[0].train()
+    try:
+        with pytest.raises(SaesubError, match=r"call model\.eval\(\)"):
+            transcribe(whisper[0], inputs)
+        with pytest.raises(SaesubError, match=r"call model\.eval\(\)"):
+            next(decoder_batches(whisper[0], window, []))
+    finally:
+        whisper[0].eval()
+
+
+def test_the_side_of_padding_changes_no_position(minilm):
+    """A decoder counts positions from the first column, so padding there would shift them."""
+    tokenizer = copy.deepcopy(minilm[1])
+    texts = Dataset.from_dict({"text": ["a river", "a much longer text about a river"]})
+    (right, kept), tokenizer.padding_side = next(text_batches(tokenizer, texts)), "left"
+    left, also_kept = next(text_batches(tokenizer, texts))
+    assert torch.equal(left["input_ids"], right["input_ids"])
+    assert torch.equal(kept, also_kept)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"n_tokens": 0}, {"batch_size": 0}, {"context_size": 2.5}, {"skip_first": -1}]
+)
+def test_counts_of_text_are_whole_numbers(setting, minilm, corpus):
+    with pytest.raises(SaesubError, match="must be a whole number"):
+        next(text_batches(minilm[1], corpus, **setting))
+    (_, keep) = next(text_batches(minilm[1], corpus, n_tokens=1e1))
+    assert keep.sum() == 10
 
 
 def test_a_tokenizer_that_cannot_pad(minilm, corpus):

@@ -84,8 +84,9 @@ def x(n: int = 1500) -> torch.Tensor:
     return torch.randn(n, 576, generator=torch.Generator().manual_seed(0))
 
 
-def spectrum() -> saesub.Spectrum:
-    return saesub.Spectrum.from_activations(x(), {"model": "smollm2-135m", "hook_name": HOOK})
+def spectrum(hook_name: str = HOOK) -> saesub.Spectrum:
+    metadata = {"model": "smollm2-135m", "hook_name": hook_name}
+    return saesub.Spectrum.from_activations(x(), metadata)
 
 
 def diagnose(sae: SAE[Any]) -> None:
@@ -104,7 +105,7 @@ ALONE = {
     "diagnose": diagnose,
     "cosine": lambda sae: nearest_cosine(sae.W_dec),
     "matching": lambda sae: match_features(sae.W_dec[:9], sae.W_dec[9:20]),
-    "card": lambda sae: saesub.model_card(sae, spectrum()),
+    "card": lambda sae: saesub.model_card(sae, spectrum(sae.cfg.metadata.hook_name)),
 }
 IN_A_MODEL = {
     "loss": lambda sae, it: saesub.sae_loss(it.model, sae, it.tokens),

@@ -6,16 +6,21 @@ steps, so the same number means another window at another batch size.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Bool, Float
 from sae_lens import SAE
 from scipy.stats import mannwhitneyu
 from torch import Tensor
 
+from saesub.arguments import batch_of
 from saesub.errors import SaesubError
-from saesub.evaluation.features import feature_density
+from saesub.evaluation.features import feature_density, unit_rows
+
+_ROUNDING = 1e-3  # what half precision leaves of orthonormal columns
 
 
 def dead_features(
@@ -33,28 +38,38 @@ def dead_features(
         n_tokens: the window. The field uses 10M; a small run must say what it used.
         progress: show a bar, if it takes more than a second.
 
+    A BatchTopK SAE in training form shares out its features over each block of at most 1,024
+    tokens.
+
     Raises:
-        SaesubError: fewer than `n_tokens` rows came, or activations have another width or hold
-            NaN or Inf.
+        SaesubError: fewer than `n_tokens` rows came, activations have another width or hold NaN or
+            Inf, or the SAE is one that `saesub.topk.encode.encoder_of` refuses.
     """
     return feature_density(sae, activations, n_tokens=n_tokens, progress=progress) == 0
 
 
+@torch.no_grad()
 def overlap(directions: Float[Tensor, "n d"], basis: Float[Tensor, "d r"]) -> Float[Tensor, " n"]:
     """Share of each direction's squared norm that lies in the span of an orthonormal basis.
 
     A random direction in d dimensions has r / d on average, so an isotropic initialisation points
-    mostly outside a small active subspace.
+    mostly outside a small active subspace. A zero direction has no share: NaN, with a warning.
 
-    Raises SaesubError if directions and basis have different widths.
+    Raises SaesubError if directions and basis are not matrices of one width, or the basis is not
+    orthonormal.
     """
-    if directions.shape[-1] != len(basis):
+    directions, basis = batch_of(directions, "directions"), batch_of(basis, "a basis")
+    if directions.ndim != 2 or basis.ndim != 2 or directions.shape[1] != len(basis):
         raise SaesubError(
             f"directions are {directions.shape[-1]} wide and the basis is {len(basis)} wide: take "
-            "both from the same site"
+            "both from the same site, as (n, d) and (d, r)"
         )
-    inside = (directions @ basis.to(directions)).square().sum(-1)
-    return inside / directions.square().sum(-1)
+    unit, basis = unit_rows(directions), basis.to(directions.device, torch.float32)
+    away = (basis.T @ basis).fill_diagonal_(0).abs().amax() if basis.numel() else 0
+    lengths = basis.norm(dim=0)
+    if not (away < _ROUNDING and (lengths - 1).abs().amax() < _ROUNDING):
+        raise SaesubError("the basis is not orthonormal: give that of spectrum.basis(r)")
+    return (unit @ basis).square().sum(1)
 
 
 class Diagnosis(NamedTuple):
@@ -62,8 +77,9 @@ class Diagnosis(NamedTuple):
 
     `overlap` (d_sae,) is the share of each initial direction inside the active subspace, `dead`
     (d_sae,) bool. `auc` is the probability that a random living feature had more overlap at
-    initialisation than a random dead one (area under the ROC curve; 0.5 is chance); NaN if all
-    live or all died. `p_value` is that of a two-sided Mann-Whitney test of auc = 0.5.
+    initialisation than a random dead one (area under the ROC curve; 0.5 is chance); NaN, with a
+    warning, if all live or all died, or an overlap is NaN. `p_value` is that of a two-sided
+    Mann-Whitney test of auc = 0.5.
     """
 
     overlap: Float[Tensor, " d_sae"]
@@ -85,16 +101,25 @@ def diagnose(
         basis: of the active subspace, `spectrum.basis(r)`.
 
     Raises:
-        SaesubError: directions, `dead` and basis do not fit together.
+        SaesubError: directions, `dead` and basis do not fit together, or `dead` is not boolean.
     """
+    initial_directions = batch_of(initial_directions, "directions")
+    if not isinstance(dead, Tensor) or dead.dtype != torch.bool:
+        raise SaesubError("dead must be a boolean tensor, as saesub.dead_features gives it")
     if len(dead) != len(initial_directions):
         raise SaesubError(
             f"{len(initial_directions)} directions and {len(dead)} features do not belong to one "
             "SAE: give the directions of all its features, living and dead"
         )
-    inside = overlap(initial_directions.detach(), basis)
-    living_overlap, dead_overlap = inside[~dead].cpu().numpy(), inside[dead].cpu().numpy()
+    inside = overlap(initial_directions, basis)
+    of_dead = dead.to(inside.device)
+    living_overlap, dead_overlap = inside[~of_dead].cpu().numpy(), inside[of_dead].cpu().numpy()
     if not len(living_overlap) or not len(dead_overlap):
+        warnings.warn(
+            f"{len(dead_overlap)} of {len(dead)} features are dead, so there are no two groups to "
+            "compare and auc is NaN",
+            stacklevel=2,
+        )
         return Diagnosis(inside, dead, float("nan"), float("nan"))
     test = mannwhitneyu(living_overlap, dead_overlap, alternative="two-sided")
     auc = float(test.statistic) / (len(living_overlap) * len(dead_overlap))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -10,8 +11,9 @@ from jaxtyping import Float, Int
 from sae_lens import SAE
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from torch.nn.functional import normalize
 
+from saesub.activations.checks import require_finite
+from saesub.arguments import batch_of, whole_number
 from saesub.errors import SaesubError
 from saesub.evaluation.passes import encoded
 from saesub.topk.encode import encoder_of, times_fired
@@ -30,30 +32,51 @@ def feature_density(
 
     Takes and raises what `saesub.dead_features` does.
     """
+    encode, n_tokens = encoder_of(sae), whole_number(n_tokens, "n_tokens")
     counts = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=sae.device)
-    for _, features in encoded(sae, activations, encoder_of(sae), n_tokens, progress=progress):
+    for _, features in encoded(sae, activations, encode, n_tokens, progress=progress):
         counts += times_fired(features)
-    return counts / n_tokens
+    return counts.float() / n_tokens  # in half precision a rare feature's share would be 0
 
 
 @torch.no_grad()
 def nearest_cosine(directions: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
     """The largest cosine of each direction to any other; near 1 means a feature learned twice.
 
-    SAEBench reports it in its core evaluation. Raises SaesubError for fewer than two directions.
+    SAEBench reports it in its core evaluation. A zero direction has no cosine: its own is NaN, with
+    a warning, and it is no other's neighbour. Raises SaesubError for fewer than two directions, or
+    NaN or infinite ones.
     """
+    directions = batch_of(directions, "directions")
     if directions.ndim != 2 or len(directions) < 2:
         raise SaesubError(
             "a nearest neighbour needs at least 2 directions (n, d), not "
             f"{tuple(directions.shape)}: give the decoder rows of at least two features"
         )
-    unit = normalize(directions.detach().float(), dim=-1)
-    nearest = []
+    unit, nearest = unit_rows(directions), []
     for first in range(0, len(unit), _FEATURES_PER_BLOCK):
         cosines = unit[first : first + _FEATURES_PER_BLOCK] @ unit.T
         cosines.diagonal(first).fill_(-torch.inf)  # a direction is not its own neighbour
-        nearest.append(cosines.amax(1))
-    return torch.cat(nearest)
+        nearest.append(cosines.nan_to_num(-torch.inf, neginf=-torch.inf).amax(1))
+    found = torch.cat(nearest)
+    found[unit.isnan().any(1) | found.isinf()] = torch.nan
+    return found
+
+
+def unit_rows(directions: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    """Float32 unit vectors; NaN, with a warning, for zero directions. Raises SaesubError for NaN or
+    infinite ones."""
+    require_finite(directions, "directions", "leave them out")
+    wide = directions.detach().to(torch.promote_types(directions.dtype, torch.float32))
+    largest = wide.abs().amax(1, keepdim=True)  # whose square may be out of range
+    scaled = (wide / largest).float()
+    if n_zero := int((largest == 0).sum()):
+        warnings.warn(
+            f"{n_zero} of {len(directions)} directions are zero, so what is measured of them is "
+            "NaN: leave those features out",
+            stacklevel=4,
+        )
+    return scaled / scaled.norm(dim=1, keepdim=True)
 
 
 class Matching(NamedTuple):
@@ -71,18 +94,18 @@ def match_features(a: Float[Tensor, "n_a d"], b: Float[Tensor, "n_b d"]) -> Matc
     This is the Hungarian assignment by which Paulo & Belrose (2025, arXiv 2501.16615) compare
     seeds. Give the decoder rows of living features only; the surplus of the larger side stays
     unmatched. It holds all n_a × n_b cosines and takes seconds at 5,000 features; the time grows
-    with their cube.
+    with their cube. A zero direction has no cosine: NaN, with a warning.
 
     Raises:
-        SaesubError: an empty side, or directions of different widths.
+        SaesubError: an empty side, directions of different widths, or NaN or infinite ones.
     """
-    if a.shape[-1] != b.shape[-1] or not len(a) or not len(b):
+    a, b = batch_of(a, "directions"), batch_of(b, "directions")
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or not len(a) or not len(b):
         raise SaesubError(
             f"shapes {tuple(a.shape)} and {tuple(b.shape)} cannot be matched: give two non-empty "
             "sets of directions of one width"
         )
-    unit_a, unit_b = (normalize(side.detach().float(), dim=-1) for side in (a, b))
-    cosines = unit_a @ unit_b.T
-    pairs = linear_sum_assignment(cosines.cpu().numpy(), maximize=True)
+    cosines = unit_rows(a) @ unit_rows(b.to(a.device)).T
+    pairs = linear_sum_assignment(cosines.nan_to_num(0).cpu().numpy(), maximize=True)
     of_a, of_b = (torch.from_numpy(index).to(a.device) for index in pairs)
     return Matching(of_a, of_b, cosines[of_a, of_b])

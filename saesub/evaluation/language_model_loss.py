@@ -1,38 +1,47 @@
 """The language model's loss with a site cut down to a subspace, or with an SAE spliced in.
 
 `subspace_loss_recovered` keeps the top principal directions of a site. `sae_loss` replaces a site
-by an SAE's reconstruction, with SAELens' own measurement.
+by an SAE's reconstruction. Losses come from logits in float32 or wider and are summed in float64,
+whatever the model's dtype.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Literal, NamedTuple, cast
+from functools import cached_property, partial
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from sae_lens import SAE
-from sae_lens.evals import get_recons_loss
-from sae_lens.training.activation_scaler import ActivationScaler
+from sae_lens import SAE, Transcoder
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from saesub.activations.spectrum import Spectrum
 from saesub.activations.tokens import kept_positions
+from saesub.arguments import whole_number
 from saesub.errors import SaesubError
-from saesub.evaluation.passes import check_contexts, site_activations
-from saesub.loading.models import Model, context_tokens, load_model
+from saesub.evaluation.passes import (
+    check_model,
+    check_reads,
+    check_site,
+    contexts_of,
+    hook_of,
+    site_activations,
+    vectors,
+)
+from saesub.loading.models import Model, context_tokens, in_eval_mode, load_model, model_name
 from saesub.progress import bar
-from saesub.topk.encode import flat_heads
+from saesub.topk.encode import autoencoder_of
 
 Ablation = Literal["mean", "zero"]
 Condition = int | Literal["clean", "zero"]
+Replace = Callable[[Float[Tensor, "n d"]], Float[Tensor, "n d"]]
 _ABLATED: dict[Ablation, Condition] = {"mean": 0, "zero": "zero"}
 _RESAMPLES = 1000  # of the bootstrap
 _LEAST_COST = 1e-6  # nats a token; what float32 leaves of an ablation that costs nothing
@@ -42,7 +51,8 @@ class Estimate(NamedTuple):
     """A value and the 95 % bootstrap interval around it.
 
     The value is NaN where ablation costs nothing, so that there is no loss to recover. An end of
-    the interval is NaN where that is so in too many resamples to tell it.
+    the interval is NaN where that is so in too many resamples to tell it, and both are where only
+    one context was measured, of which there are no resamples.
     """
 
     value: float
@@ -93,14 +103,15 @@ class SubspaceLoss:
         """Counts of each context: a row for the sample itself, the others for the bootstrap."""
         n = len(self.n_predicted)
         draws = np.random.default_rng(0).multinomial(n, [1 / n] * n, size=_RESAMPLES)
-        return np.concatenate([np.ones((1, n)), draws])
+        return np.concatenate([np.ones((1, n)), draws if n > 1 else np.full((1, 1), np.nan)])
 
     def _resampled(self, ablation: Ablation) -> dict[int, Float[np.ndarray, " resamples"]]:
         """Number of directions, ascending -> share of the loss recovered in every resample."""
         if ablation not in _ABLATED:
             raise SaesubError(f"ablation must be 'mean' or 'zero', not {ablation!r}")
         weight = self._resamples @ self.n_predicted
-        ce = {c: self._resamples @ sums / weight for c, sums in self.loss_sums.items()}
+        with np.errstate(invalid="ignore"):  # contexts without a prediction alone: NaN
+            ce = {c: self._resamples @ sums / weight for c, sums in self.loss_sums.items()}
         kept = {self.d: ce["clean"]} | {c: v for c, v in ce.items() if isinstance(c, int)}
         ablated = ce[_ABLATED[ablation]]
         cost = ablated - ce["clean"]
@@ -156,68 +167,113 @@ def subspace_loss_recovered(
     as they are in every condition, and predictions made at them are not counted. Each r takes one
     full forward pass, and three more are needed: choose few r.
 
+    Warns of a spectrum of a model of another name.
+
     Raises:
-        SaesubError: no tokens, an unknown hook point, a spectrum of another width, no r, or an r
-            beyond the spectrum.
+        SaesubError: tokens that are no contexts of this model, or in which nothing is predicted at
+            ordinary text; an unknown hook point, a spectrum of another hook point or width, no r,
+            or an r beyond the spectrum.
     """
-    bridge = _checked(model, tokens, batch_size, hook_name, "the spectrum", spectrum.d)
-    kept_numbers = sorted(set(n_components))
-    if not kept_numbers:
-        raise SaesubError("n_components is empty: name at least one number of directions")
-    for r in kept_numbers:
-        spectrum.basis(r)  # refuses an r beyond the spectrum
-    directions = spectrum.eigenvectors.float().to(bridge.cfg.device)
-    mean = spectrum.mean.float().to(bridge.cfg.device)
-    sums: dict[Condition, list[Tensor]] = {c: [] for c in ("clean", "zero", 0, *kept_numbers)}
-    counts: list[Tensor] = []
-    with bar(total=len(tokens) * len(sums), unit="ctx", progress=progress) as shown:
-        for batch in tokens.to(bridge.cfg.device).split(batch_size):
-            kept = kept_positions(bridge, batch, skip_first)
-            predicts, following = kept[:, :-1], batch[:, 1:]
-            counts.append(predicts.sum(1).cpu())
+    bridge = load_model(model)
+    tokens, batch_size = contexts_of(bridge, tokens), whole_number(batch_size, "batch_size")
+    kept_numbers = _directions_kept(n_components, spectrum)
+    _check_width(bridge, tokens, hook_name, "the spectrum", spectrum.d)
+    check_site("the spectrum", spectrum.metadata.get("hook_name"), hook_name, bridge)
+    check_model("the spectrum", spectrum.metadata.get("model"), model_name(bridge))
+    kept = kept_positions(bridge, tokens, whole_number(skip_first, "skip_first", 0))
+    predicts = _predicting(kept)
+    wide = torch.promote_types(bridge.cfg.dtype, torch.float32)
+    of_spectrum = (spectrum.eigenvectors.to(wide), spectrum.mean.to(wide))
+    directions, mean = (t.to(bridge.cfg.device) for t in of_spectrum)
+    conditions: list[Condition] = ["clean", "zero", 0, *kept_numbers]
+    replacements = {c: _cut_down(c, mean, directions) for c in conditions[1:]}
+    sums: dict[Condition, list[Tensor]] = {c: [] for c in conditions}
+    parts = [t.split(batch_size) for t in (tokens, kept, predicts)]
+    shown = bar(total=len(tokens) * len(sums), unit="ctx", progress=progress)
+    with shown, in_eval_mode(bridge):
+        for batch, at, predicting in zip(*parts, strict=True):
+            following = batch.roll(-1, 1)[predicting]
+            context = predicting.nonzero()[:, 0].cpu()
             for condition, of_batches in sums.items():
-                hook = _cut_down(condition, mean, directions, kept)
-                logits = bridge.run_with_hooks(batch, fwd_hooks=[(hook_name, hook)])[:, :-1]
-                of_tokens = cross_entropy(
-                    logits[predicts].float(), following[predicts], reduction="none"
-                )
-                losses = torch.zeros(predicts.shape, dtype=torch.float64, device="cpu")
-                losses[predicts.cpu()] = of_tokens.cpu().double()
-                of_batches.append(losses.sum(1))
+                hook = (hook_name, replacements.get(condition), at)
+                nats = _nats(_logits(bridge, batch, predicting, *hook), following)
+                sum_of = torch.zeros(len(batch), dtype=torch.float64, device="cpu")
+                of_batches.append(sum_of.index_add_(0, context, nats))
                 shown.update(len(batch))
     measured: dict[Condition, np.ndarray] = {
         c: torch.cat(of_batches).numpy() for c, of_batches in sums.items()
     }
-    return SubspaceLoss(spectrum.d, measured, torch.cat(counts).numpy())
+    return SubspaceLoss(spectrum.d, measured, predicts.sum(1).cpu().numpy())
 
 
-def _checked(
-    model: Model, tokens: Tensor, batch_size: int, hook_name: str, what: str, d: int
-) -> TransformerBridge:
-    """The model, if the hook point is as wide as what replaces it. Raises SaesubError if not."""
-    bridge = load_model(model)
-    check_contexts(tokens, batch_size)
-    width = site_activations(bridge, tokens[:1, :1], hook_name).shape[-1]
+def _directions_kept(n_components: Sequence[int], spectrum: Spectrum) -> list[int]:
+    """The numbers of directions, ascending. Raises SaesubError if there are none, or one is beyond
+    the spectrum."""
+    if not isinstance(n_components, Iterable):
+        raise SaesubError(f"n_components is a list of numbers of directions, not {n_components!r}.")
+    numbers = sorted({whole_number(r, "a number of directions") for r in n_components})
+    if not numbers:
+        raise SaesubError("n_components is empty: name at least one number of directions")
+    for r in numbers:
+        spectrum.basis(r)  # refuses an r beyond the spectrum
+    return numbers
+
+
+def _check_width(
+    bridge: TransformerBridge, tokens: Tensor, hook_name: str, what: str, d: int
+) -> None:
+    """Raise SaesubError if the hook point is not as wide as what replaces it."""
+    width = site_activations(bridge, tokens[:1, :2], hook_name).shape[-1]
     if width != d:
         raise SaesubError(f"{what} is {d} wide and {hook_name} is {width}: use one made there")
-    return bridge
 
 
-def _cut_down(
-    condition: Condition, mean: Tensor, directions: Tensor, kept: Bool[Tensor, "batch pos"]
-) -> Callable[..., Tensor | None]:
-    """A hook that makes a condition at the kept positions."""
+def _predicting(counted: Bool[Tensor, "contexts pos"]) -> Bool[Tensor, "contexts pos"]:
+    """The positions at which predictions are counted: those with a following token. Raises
+    SaesubError if there are none."""
+    predicts = counted.clone()
+    predicts[:, -1] = False
+    if not predicts.any():
+        raise SaesubError(
+            f"in tokens of shape {tuple(counted.shape)} nothing is predicted at ordinary text, for "
+            "special tokens and the first positions are left out: give longer contexts"
+        )
+    return predicts
 
-    def replace(tensor: Tensor, hook: HookPoint) -> Tensor | None:
-        if condition == "clean":
-            return None
-        lost = x = tensor.flatten(2).float()
-        if condition != "zero":
-            away = directions[:, condition:]
-            lost = (x - mean) @ away @ away.T  # leaves x itself, to the bit, if none is away
-        return torch.where(kept[..., None], x - lost, x).view(tensor.shape).to(tensor.dtype)
 
-    return replace
+def _logits(
+    bridge: TransformerBridge,
+    tokens: Int[Tensor, "batch pos"],
+    read_at: Bool[Tensor, "batch pos"],
+    hook_name: str,
+    replace: Replace | None,
+    kept: Bool[Tensor, "batch pos"],
+) -> Float[Tensor, "n d_vocab"]:
+    """The model's logits at some positions, in float32 or wider, with the vectors at the `kept`
+    positions of the hook point replaced."""
+
+    def spliced(tensor: Tensor, hook: HookPoint) -> Tensor:
+        x, at = vectors(tensor, tokens, hook_name).clone(), kept.to(tensor.device)
+        if replace is not None and at.any():
+            x[at] = replace(x[at]).to(x)
+        return x.view(tensor.shape)
+
+    hooks: list[Any] = [] if replace is None else [(hook_name, spliced)]
+    logits = bridge.run_with_hooks(tokens, fwd_hooks=hooks)[read_at]
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _cut_down(condition: Condition, mean: Tensor, directions: Tensor) -> Replace:
+    """What leaves of x (n, d) the mean and the first directions, or nothing for "zero"."""
+    if condition == "zero":
+        return torch.zeros_like
+    away = directions[:, condition:]
+
+    def cut(x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+        wide = x.to(mean)
+        return wide - (wide - mean) @ away @ away.T  # x itself, to the bit, if none is away
+
+    return cut
 
 
 class SaeLoss(NamedTuple):
@@ -254,16 +310,6 @@ def _share(recovered: float, cost: float) -> float:
     return float("nan")
 
 
-# SAELens' names of the fields of `SaeLoss`
-_MEASURED = (
-    "ce_loss_without_sae",
-    "ce_loss_with_sae",
-    "ce_loss_with_ablation",
-    "kl_div_with_sae",
-    "kl_div_with_ablation",
-)
-
-
 @torch.no_grad()
 def sae_loss(
     model: Model,
@@ -274,52 +320,84 @@ def sae_loss(
 ) -> SaeLoss:
     """The language model's loss when the SAE's reconstruction replaces its hook point.
 
-    `sae_lens.evals` measures it; its baseline is zero ablation. Special tokens are left as they
-    are and not counted. In a model without BOS the first token of every context is replaced by the
-    separator of documents and so left out too: its activations are an attention sink's, which no
-    SAE trained by this package has seen.
+    Counted are the predictions made at ordinary text: not those made at special tokens nor at the
+    first position, which the SAE does not replace either. A model's first token is an attention
+    sink, which no SAE trained by this package has seen; in a model without BOS it is replaced by
+    the separator of documents. `sae_lens.evals` gives the same numbers with
+    `exclude_special_tokens`; by default it also counts what is predicted from BOS alone and at
+    separators, the first words of a text, which raises every loss by some tenths of a nat, and
+    puts the SAE in at BOS. The divergences are averaged over the
+    last position of each context too. The baseline is zero ablation, at every position, as in
+    SAELens. A BatchTopK SAE in training form shares out its features over the replaced positions
+    of a batch.
+
+    Warns of an SAE of a model of another name.
 
     Args:
         sae: with its input scaling folded in, as SAELens leaves it after training; its metadata
             name the hook point.
-        tokens: contexts that the SAE was not trained on.
+        tokens: contexts that the SAE was not trained on, which cannot be checked here.
 
     Raises:
-        SaesubError: no tokens, a transcoder, metadata without a hook point, or one that is unknown
-            or of another width.
+        SaesubError: tokens that are no contexts of this model, or in which nothing is predicted at
+            ordinary text; a transcoder, an SAE of one head, one whose scaling is not folded in, or
+            one that `saesub.topk.encode.encoder_of` refuses; metadata without a hook point, or one
+            that is unknown or of another width.
     """
-    if hasattr(sae.cfg, "d_out"):
+    if isinstance(sae, Transcoder):
         raise SaesubError(
             "a transcoder does not reconstruct what it reads, so sae_loss cannot put its output "
             "there: give an autoencoder"
         )
-    bridge = _checked(model, tokens, batch_size, hook_of(sae), "the SAE", sae.cfg.d_in)
-    tokens, specials = tokens.to(bridge.cfg.device), context_tokens(bridge)
+    bridge, hook_name, reconstruct = load_model(model), hook_of(sae), autoencoder_of(sae)
+    tokens, batch_size = contexts_of(bridge, tokens), whole_number(batch_size, "batch_size")
+    check_reads(sae, bridge, hook_name)
+    _check_width(bridge, tokens, hook_name, "the SAE", sae.cfg.d_in)
+    tokens, counted = _counted(bridge, tokens)
+    predicts = _predicting(counted)
+    ce: list[Tensor] = []
+    kl: list[Tensor] = []
+    parts = [t.split(batch_size) for t in (tokens, counted, predicts)]
+    with in_eval_mode(bridge):
+        for batch, at, predicting in zip(*parts, strict=True):
+            logits = partial(_logits, bridge, batch, at, hook_name)
+            clean = logits(None, at)
+            changed = [
+                logits(lambda x: reconstruct(x)[1], at),
+                logits(torch.zeros_like, torch.ones_like(at)),
+            ]
+            following, has_next = batch.roll(-1, 1)[predicting], predicting[at]
+            ce.append(torch.stack([_nats(of[has_next], following) for of in (clean, *changed)]))
+            kl.append(torch.stack([_divergence(clean, of) for of in changed]))
+    means = (torch.cat(of_batches, 1).mean(1).tolist() for of_batches in (ce, kl))
+    return SaeLoss(*(value for values in means for value in values))
+
+
+def _counted(
+    bridge: TransformerBridge, tokens: Int[Tensor, "contexts pos"]
+) -> tuple[Int[Tensor, "contexts pos"], Bool[Tensor, "contexts pos"]]:
+    """The contexts, begun with a separator in a model without BOS, and which of their positions
+    `sae_loss` replaces and counts."""
+    specials = context_tokens(bridge)
     if specials.bos_id is None and specials.separator_id is not None:
         tokens = tokens.clone()
         tokens[:, 0] = specials.separator_id
     counted = ~torch.isin(tokens, torch.tensor(specials.special_ids, device=tokens.device))
-    measured: list[dict[str, Tensor]] = []
-    for batch, mask in zip(tokens.split(batch_size), counted.split(batch_size), strict=True):
-        with flat_heads(sae):
-            values = get_recons_loss(
-                sae,
-                cast(Any, bridge),  # SAELens annotates it more narrowly than what it takes
-                ActivationScaler(),
-                batch,
-                compute_kl=True,
-                compute_ce_loss=True,
-                ignore_tokens=list(specials.special_ids),
-            )
-        # a context's last token has no loss
-        measured.append({name: v[mask[:, : v.shape[1]]] for name, v in values.items()})
-    return SaeLoss(*(torch.cat([m[name] for m in measured]).mean().item() for name in _MEASURED))
+    counted[:, 0] = False
+    return tokens, counted
 
 
-def hook_of(sae: SAE[Any]) -> str:
-    """The hook point that an SAE's metadata name. Raises SaesubError if they name none."""
-    if not sae.cfg.metadata.hook_name:
+def _nats(logits: Float[Tensor, "n d_vocab"], following: Int[Tensor, " n"]) -> Tensor:
+    """(n,) cross-entropies, float64 on the CPU. Raises SaesubError if one is not finite."""
+    nats = cross_entropy(logits, following, reduction="none").cpu().double()
+    if not nats.isfinite().all():
         raise SaesubError(
-            "the SAE does not say which hook point it reads: set sae.cfg.metadata.hook_name"
+            "the model's loss is NaN or infinite: load the model in another dtype, such as "
+            "torch.float32"
         )
-    return sae.cfg.metadata.hook_name
+    return nats
+
+
+def _divergence(clean: Float[Tensor, "n d_vocab"], other: Float[Tensor, "n d_vocab"]) -> Tensor:
+    """(n,) divergences of the other predictions from the clean ones, float64 on the CPU."""
+    return kl_div(other.log_softmax(-1), clean.softmax(-1), reduction="none").sum(-1).cpu().double()

@@ -1,24 +1,37 @@
-"""What the measures of this folder read: activations block by block, activations of tokens."""
+"""What the measures of this folder read: activations block by block, activations of tokens.
+
+Also the checks that a model, a hook point and what is judged there belong together.
+"""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from sae_lens import SAE
 from torch import Tensor
+from transformer_lens.loading_from_pretrained import get_official_model_name
 from transformer_lens.model_bridge import TransformerBridge
 
 from saesub.activations.checks import require_finite
 from saesub.activations.forward_pass import capture, hook_points
+from saesub.arguments import batch_of, whole_number
 from saesub.errors import SaesubError
+from saesub.loading.models import in_eval_mode, model_name
 from saesub.progress import bar
 
 Read = TypeVar("Read")
 
-_TOKENS_PER_BLOCK = 1024  # bounds the (tokens, d_sae) block of features
+TOKENS_PER_BLOCK = 1024  # bounds the (tokens, d_sae) block of features
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_SCALED = ("expected_average_only_in", "covariance_whitening")
+"""What `normalize_activations` says while SAELens' trainer scales the input outside of the SAE."""
 
 
 @torch.no_grad()
@@ -33,16 +46,23 @@ def encoded(
     """The first `n_tokens` activations, or all, in blocks on the SAE's device, with what `read`
     makes of each: `encoder_of(sae)` or `autoencoder_of(sae)`.
 
+    Warns of an SAE whose input scaling is not folded in: it must be given scaled activations.
+
     Raises:
-        SaesubError: fewer than `n_tokens` came, `n_tokens` is below 1, or activations have
-            another width or hold NaN or Inf.
+        SaesubError: fewer than `n_tokens` came, `n_tokens` is no whole number of at least 1, or
+            activations are of another kind or width or hold NaN or Inf.
     """
-    if n_tokens is not None and n_tokens < 1:
-        raise SaesubError(f"n_tokens must be at least 1, not {n_tokens}.")
+    if n_tokens is not None:
+        n_tokens = whole_number(n_tokens, "n_tokens")
+    if sae.cfg.normalize_activations in _SCALED:
+        warnings.warn(
+            f"{_not_folded(sae)}: give activations scaled as its trainer scales them, or the "
+            "numbers mean nothing",
+            stacklevel=2,
+        )
     n = 0
-    given = [activations] if isinstance(activations, Tensor) else activations
     with bar(total=n_tokens, unit="tok", desc="encoding", delay=1, progress=progress) as shown:
-        for block in (block for part in given for block in part.split(_TOKENS_PER_BLOCK)):
+        for block in _blocks(activations):
             block = block if n_tokens is None else block[: n_tokens - n]
             require_finite(block)
             found = read(block)
@@ -58,6 +78,30 @@ def encoded(
         )
 
 
+def _blocks(activations: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
+    """Non-empty blocks of at most `TOKENS_PER_BLOCK` rows."""
+    if not isinstance(activations, Iterable):
+        raise SaesubError(
+            "activations must be a tensor or an iterable of tensors, not "
+            f"{type(activations).__name__}: of an ActivationStore, give blocks of store.rows(...)"
+        )
+    whole = isinstance(activations, (Tensor, np.ndarray))
+    for given in [activations] if whole else activations:
+        part = batch_of(given)
+        if part.is_meta:
+            raise SaesubError("activations on the meta device hold no values: load the weights")
+        yield from (
+            block for block in torch.atleast_1d(part.detach()).split(TOKENS_PER_BLOCK) if len(block)
+        )
+
+
+def _not_folded(sae: SAE[Any]) -> str:
+    return (
+        "the SAE's input scaling is not folded into its weights "
+        f"(normalize_activations={sae.cfg.normalize_activations!r})"
+    )
+
+
 def site_activations(
     model: TransformerBridge, tokens: Int[Tensor, "batch pos"], hook_name: str
 ) -> Float[Tensor, "batch pos d"]:
@@ -67,14 +111,98 @@ def site_activations(
     """
     found: dict[str, Tensor] = {}
     points = hook_points(model, [hook_name])
-    capture(model, tokens.to(model.cfg.device), points, found.__setitem__)
-    return found[hook_name].flatten(2)
+    with in_eval_mode(model):
+        capture(model, tokens.to(model.cfg.device), points, found.__setitem__)
+    return vectors(found[hook_name], tokens, hook_name)
 
 
-def check_contexts(tokens: Tensor, batch_size: int) -> None:
-    """Refuse tokens that are not (contexts, pos), or leave nothing to read. Raises SaesubError."""
-    if tokens.ndim != 2 or not len(tokens) or tokens.shape[1] < 2 or batch_size < 1:
+def vectors(
+    tensor: Tensor, tokens: Int[Tensor, "batch pos"], hook_name: str
+) -> Float[Tensor, "batch pos d"]:
+    """What a hook point gives, heads concatenated. Raises SaesubError if that is not one vector
+    for each token."""
+    if tensor.ndim < 3 or tensor.shape[:2] != tokens.shape:
         raise SaesubError(
-            f"tokens of shape {tuple(tokens.shape)} cannot be read in batches of {batch_size}: "
-            "give contexts of at least 2 positions, (contexts, pos), and a batch_size of at least 1"
+            f"{hook_name} gives a tensor of shape {tuple(tensor.shape)}, not one vector for each "
+            "token: choose another hook point"
         )
+    return tensor.flatten(2)
+
+
+def contexts_of(model: TransformerBridge, tokens: Tensor) -> Int[Tensor, "contexts pos"]:
+    """`tokens` as int64 on the model's device. Raises SaesubError if they are not (contexts, pos)
+    ids of the model's vocabulary, of at least 2 positions and no more than it takes."""
+    if not isinstance(tokens, Tensor) or tokens.dtype not in _INTEGERS or tokens.is_meta:
+        kind = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise SaesubError(f"tokens must be a tensor of integer ids (contexts, pos), not {kind}.")
+    if tokens.ndim != 2 or not len(tokens) or not 2 <= tokens.shape[1] <= model.cfg.n_ctx:
+        raise SaesubError(
+            f"tokens of shape {tuple(tokens.shape)} cannot be read: give contexts of at least 2 "
+            f"positions and at most {model.cfg.n_ctx}, (contexts, pos)"
+        )
+    tokens = tokens.long()
+    if tokens.min() < 0 or tokens.max() >= model.cfg.d_vocab:
+        raise SaesubError(
+            f"tokens hold ids {int(tokens.min())}..{int(tokens.max())}, and the model's vocabulary "
+            f"is 0..{model.cfg.d_vocab - 1}: tokenise the text with the model's own tokenizer"
+        )
+    return tokens.to(model.cfg.device)
+
+
+def hook_of(sae: SAE[Any]) -> str:
+    """The hook point that an SAE's metadata name. Raises SaesubError if they name none."""
+    if not isinstance(sae, SAE):
+        raise SaesubError(f"An SAE must be one of SAELens' classes, not {type(sae).__name__}.")
+    if not sae.cfg.metadata.hook_name:
+        raise SaesubError(
+            "the SAE does not say which hook point it reads: set sae.cfg.metadata.hook_name"
+        )
+    return sae.cfg.metadata.hook_name
+
+
+def check_reads(sae: SAE[Any], model: TransformerBridge, hook_name: str) -> None:
+    """Raise SaesubError for an SAE that does not read what the model gives at the hook point, by
+    its metadata or because its input scaling is not folded in; warn of one of another model."""
+    metadata = sae.cfg.metadata
+    check_site("the SAE", metadata.hook_name, hook_name, model)
+    check_model("the SAE", metadata.model_name, model_name(model))
+    if metadata.hook_head_index is not None:
+        raise SaesubError(
+            f"the SAE reads head {metadata.hook_head_index} of {hook_name} alone, and the heads "
+            "are read together here: give an SAE of all of them"
+        )
+    if sae.cfg.normalize_activations in _SCALED:
+        raise SaesubError(
+            f"{_not_folded(sae)}, and the model gives activations as they are: fold it in with "
+            "sae.fold_activation_norm_scaling_factor or sae.fold_activation_whitening"
+        )
+
+
+def check_site(
+    what: str, made_at: str | None, hook_name: str, model: TransformerBridge | None = None
+) -> None:
+    """Raise SaesubError if `what` is known to be of another hook point; a model may have several
+    names for one."""
+    points = {} if model is None else model.hook_dict
+    if made_at in (None, hook_name) or (
+        hook_name in points and points.get(made_at) is points[hook_name]
+    ):
+        return
+    raise SaesubError(f"{what} is of {made_at}, not of {hook_name}: give one made at {hook_name}")
+
+
+def check_model(what: str, made_for: str | None, name: str) -> None:
+    """Warn if `what` says that it is of another model than the one of this name."""
+    if made_for is not None and _bare(made_for) != _bare(name):
+        warnings.warn(
+            f"{what} says that it is of the model {made_for}, and this is {name}: "
+            "unless they are one and the same, the numbers mean nothing",
+            stacklevel=4,
+        )
+
+
+def _bare(name: str) -> str:
+    """A model's name without its folder or owner; TransformerLens has other names for some."""
+    with suppress(ValueError):
+        name = get_official_model_name(name)
+    return Path(name).name.casefold()

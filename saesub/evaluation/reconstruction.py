@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import isfinite
 from typing import Any, NamedTuple
 
 import torch
-from sae_lens import SAE
+from sae_lens import SAE, Transcoder
 from torch import Tensor
 
 from saesub.errors import SaesubError
@@ -40,9 +41,9 @@ def reconstruction(
 
     Raises:
         SaesubError: there are no activations, they are constant, have another width or hold NaN
-            or Inf, or `sae` is a transcoder.
+            or Inf, or `sae` is a transcoder or one that `saesub.topk.encode.encoder_of` refuses.
     """
-    if hasattr(sae.cfg, "d_out"):
+    if isinstance(sae, Transcoder):
         raise SaesubError(
             "reconstruction() judges autoencoders, and a transcoder writes to another place than "
             "it reads: use saesub.extras.transcoders.transcoder_reconstruction"
@@ -55,7 +56,8 @@ def reconstruction(
 def unexplained(blocks: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Reconstruction:
     """FVU and mean L0 over blocks (targets, reconstructions, features) of the same tokens.
 
-    Raises SaesubError if there are no blocks, or the targets are constant or not finite.
+    Raises SaesubError if there are no blocks, or targets or reconstructions are not finite, or the
+    targets are constant.
     """
     n, active, error, squares = 0, 0, 0.0, 0.0
     origin = sums = torch.zeros(())
@@ -75,5 +77,10 @@ def unexplained(blocks: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Reconstructi
         raise SaesubError(
             "FVU needs finite activations that vary: none were given, all are equal, or some are "
             "NaN or Inf"
+        )
+    if not isfinite(error):
+        raise SaesubError(
+            "the SAE's reconstructions of these activations are not finite: convert the SAE by "
+            "sae.to(dtype=torch.float32)"
         )
     return Reconstruction(error / variance, active / n, n)

@@ -7,16 +7,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from sae_lens import SAE
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from saesub.activations.checks import require_finite
 from saesub.activations.tokens import kept_positions
+from saesub.arguments import whole_number
 from saesub.errors import SaesubError
-from saesub.evaluation.language_model_loss import hook_of
-from saesub.evaluation.passes import check_contexts, site_activations
+from saesub.evaluation.passes import check_reads, contexts_of, hook_of, site_activations
 from saesub.loading.models import Model, load_model
 from saesub.topk.encode import encoder_of
 
@@ -34,8 +36,9 @@ class Snippet:
 
     @property
     def peak(self) -> int:
-        """Where the feature is strongest."""
-        return self.activations.index(max(self.activations))
+        """Where the feature is strongest, of either sign."""
+        sizes = [abs(value) for value in self.activations]
+        return sizes.index(max(sizes))
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,9 @@ def top_activations(
     """The contexts in which each of a few features peaks highest, cut around the peak.
 
     Special tokens and the first `skip_first` positions are left out, as in training: features are
-    shown silent there, and densities are shares of the other positions.
+    shown silent there, and densities are shares of the other positions. Strong is what is far from
+    0: the features of an AbsTopK SAE fire with either sign. Warns of an SAE of a model of another
+    name.
 
     Args:
         sae: with its input scaling folded in; its metadata name the hook point.
@@ -100,18 +105,20 @@ def top_activations(
         n_around: tokens shown on either side of the peak.
 
     Raises:
-        SaesubError: no tokens, none but those left out, a feature outside the SAE, or metadata
-            without a hook point.
+        SaesubError: tokens that are no contexts of this model, none but those left out, a feature
+            outside the SAE, metadata without a hook point, an SAE of one head, one whose scaling is
+            not folded in, or one that `saesub.topk.encode.encoder_of` refuses.
     """
-    bridge = load_model(model)
-    check_contexts(tokens, batch_size)
-    if bad := [f for f in features if not 0 <= f < sae.cfg.d_sae]:
-        raise SaesubError(
-            f"features {bad} do not exist: choose among 0..{sae.cfg.d_sae - 1}, the SAE's own"
-        )
-    encode, tokens = encoder_of(sae), tokens.cpu()
-    acts = torch.zeros(*tokens.shape, len(features))
-    kept = kept_positions(bridge, tokens, skip_first)
+    bridge, hook_name, encode = load_model(model), hook_of(sae), encoder_of(sae)
+    tokens, batch_size = contexts_of(bridge, tokens).cpu(), whole_number(batch_size, "batch_size")
+    n_snippets, n_around = (
+        whole_number(n_snippets, "n_snippets"),
+        whole_number(n_around, "n_around", 0),
+    )
+    features = _indices(features, sae.cfg.d_sae)
+    check_reads(sae, bridge, hook_name)
+    acts = torch.zeros(*tokens.shape, len(features), dtype=torch.float32)
+    kept = kept_positions(bridge, tokens, whole_number(skip_first, "skip_first", 0))
     if not kept.any():
         raise SaesubError(
             f"tokens {tuple(tokens.shape)} hold no ordinary token after the first {skip_first} "
@@ -120,14 +127,28 @@ def top_activations(
     for of_batch, mask, batch in zip(
         *(t.split(batch_size) for t in (acts, kept, tokens)), strict=True
     ):
-        x = site_activations(bridge, batch, hook_of(sae))[mask.to(bridge.cfg.device)]
-        of_batch[mask] = encode(x).to_dense()[:, list(features)].float().cpu()
+        x = site_activations(bridge, batch, hook_name)[mask.to(bridge.cfg.device)]
+        require_finite(x)
+        of_batch[mask] = encode(x).to_dense()[:, features].float().cpu()
     shown = []
     for feature, own in zip(features, acts.unbind(-1), strict=True):
         density = (own[kept] != 0).float().mean().item()
         snippets = tuple(_snippets(bridge, tokens, own, n_snippets, n_around))
-        shown.append(FeatureSnippets(int(feature), density, snippets))
+        shown.append(FeatureSnippets(feature, density, snippets))
     return TopActivations(shown)
+
+
+def _indices(features: Sequence[int], d_sae: int) -> list[int]:
+    """The features as ints. Raises SaesubError for what is no list of features of the SAE."""
+    given = features.tolist() if isinstance(features, (Tensor, np.ndarray)) else features
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        raise SaesubError(f"features is a list of indices, not {features!r}.")
+    found = [whole_number(feature, "a feature", 0) for feature in given]
+    if bad := [feature for feature in found if feature >= d_sae]:
+        raise SaesubError(
+            f"features {bad} do not exist: choose among 0..{d_sae - 1}, the SAE's own"
+        )
+    return found
 
 
 def _snippets(
@@ -137,7 +158,7 @@ def _snippets(
     n: int,
     around: int,
 ) -> Iterator[Snippet]:
-    peaks = acts.max(1)
+    peaks = acts.abs().max(1)
     assert model.tokenizer is not None  # kept_positions has refused a model without one
     for context in peaks.values.argsort(descending=True)[:n].tolist():
         if peaks.values[context] <= 0:
@@ -149,7 +170,7 @@ def _snippets(
 
 
 def _feature_html(of_feature: FeatureSnippets) -> str:
-    strongest = max((max(s.activations) for s in of_feature.snippets), default=0.0)
+    strongest = max((abs(s.activations[s.peak]) for s in of_feature.snippets), default=0.0)
     lines = "".join(_snippet_html(s, strongest) for s in of_feature.snippets)
     lines = lines or "<div>silent in this text</div>"
     return f"<div style='margin-bottom:0.8em'><b>{of_feature}</b>{lines}</div>"
@@ -159,8 +180,8 @@ def _snippet_html(snippet: Snippet, strongest: float) -> str:
     spans = []
     for i, (token, value) in enumerate(zip(snippet.tokens, snippet.activations, strict=True)):
         text = html.escape(token.translate(_INVISIBLE))
-        if value > 0:
-            style = f"background:rgba({_SHADE},{_STRONGEST * value / strongest:.2f})"
+        if value:
+            style = f"background:rgba({_SHADE},{_STRONGEST * abs(value) / strongest:.2f})"
             if i == snippet.peak:
                 style += ";font-weight:bold;text-decoration:underline"
             text = f"<span style='{style}' title='{value:.3g}'>{text}</span>"

@@ -67,7 +67,10 @@ def load_encoder(name: str, *, device: str = "auto") -> tuple[PreTrainedModel, A
         raise SaesubError(
             f"the unpacked copy of {name} cannot be read ({error}): delete {folder} and retry."
         ) from error
-    return model.to(place).eval().requires_grad_(False), processor
+    try:
+        return model.to(place).eval().requires_grad_(False), processor
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise SaesubError(f'device={device!r} is not here: give "auto" or "cpu".') from error
 
 
 def _unpacked(entry: Packaged) -> Path:

@@ -17,6 +17,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from saesub.activations.spectrum import Spectrum, SpectrumAccumulator
+from saesub.arguments import whole_number
 from saesub.errors import SaesubError, near_names
 from saesub.progress import bar
 
@@ -104,13 +105,15 @@ def measure_module_spectra(
         progress: show a bar, with the time left where `batches` is a list.
 
     Raises:
-        SaesubError: no batches or no kept position, a module that the model lacks or that did not
-            run, a model in training mode, a tensor of another shape, NaN or infinite activations.
+        SaesubError: no batches or no kept position, one that is not boolean, a module that the
+            model lacks, that did not run or that ran several times in one pass, a model in training
+            mode, a tensor of another shape, NaN or infinite activations.
     """
     if any(module.training for module in model.modules()):
         raise SaesubError("the model is in training mode, with dropout: call model.eval() first.")
     totals: dict[Any, SpectrumAccumulator] = {}
     current: list[Tensor] = []  # `keep` of the batch that runs
+    heard: set[Any] = set()  # the sites that it passed
 
     def listener(name: Any) -> Callable[..., None]:
         def listen(_module: nn.Module, args: Any, output: Any = None) -> None:
@@ -123,6 +126,12 @@ def measure_module_spectra(
                     f"{name} gives {given}, not (batch, pos, d) with (batch, pos) = "
                     f"{tuple(keep.shape)}: choose another module."
                 )
+            if name in heard:
+                raise SaesubError(
+                    f"{name} runs several times in one pass, so its activations are not one vector "
+                    "for each token: choose a module that runs once."
+                )
+            heard.add(name)
             if name not in totals:
                 totals[name] = SpectrumAccumulator(x.shape[2])
             try:
@@ -136,7 +145,13 @@ def measure_module_spectra(
         for name, site in sites.items():
             stack.callback(_hooked(model, site, listener(name)).remove)
         for inputs, keep in bar(batches, unit="batch", progress=progress):
+            if not isinstance(keep, Tensor) or keep.dtype != torch.bool:
+                raise SaesubError(
+                    "which positions count is said by a boolean tensor (batch, pos), such as "
+                    "attention_mask.bool()"
+                )
             current[:] = [keep]
+            heard.clear()
             (forward or model)(**inputs)
     if silent := [name for name in sites if name not in totals]:
         raise SaesubError(f"no activations came from {silent[:3]}: check the batches and modules.")
@@ -179,7 +194,10 @@ def text_batches(
     """
     if tokenizer.pad_token is None:
         raise SaesubError("the tokenizer has no padding token: set its pad_token to its eos_token.")
-    missing = float("inf") if n_tokens is None else n_tokens
+    missing = float("inf") if n_tokens is None else whole_number(n_tokens, "n_tokens")
+    batch_size = whole_number(batch_size, "batch_size")
+    context_size = whole_number(context_size, "context_size")
+    skip_first = whole_number(skip_first, "skip_first", 0)
     for start in range(0, len(corpus), batch_size):
         if missing < 1:
             return
@@ -188,6 +206,7 @@ def text_batches(
             truncation=True,
             max_length=context_size,
             padding=True,
+            padding_side="right",  # models count positions from the first column, padding or not
             return_special_tokens_mask=True,  # padding is marked too
             return_tensors="pt",
         ).to(device)

@@ -20,9 +20,13 @@ from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput, TrainStepO
 from safetensors.torch import load_file
 from torch import Tensor
 
+from saesub.activations.checks import require_finite
 from saesub.activations.store import ActivationStore
+from saesub.arguments import batch_of
 from saesub.errors import SaesubError
+from saesub.evaluation.passes import TOKENS_PER_BLOCK, encoded
 from saesub.evaluation.reconstruction import Reconstruction, unexplained
+from saesub.topk.encode import predictor_of
 from saesub.training.comparison import StoreBatches, joint_batches
 
 
@@ -147,22 +151,33 @@ def transcoder_reconstruction(
         pairs: blocks (x, y) of the same tokens.
 
     Raises:
-        SaesubError: blocks of other widths or unequal lengths, none at all, constant targets, or an
-            autoencoder.
+        SaesubError: blocks of other widths or unequal lengths, none at all, values that are not
+            finite, constant targets, or an autoencoder.
     """
-    if not hasattr(transcoder.cfg, "d_out"):
+    if not isinstance(transcoder, Transcoder):
         raise SaesubError("this SAE predicts what it reads: judge it by saesub.reconstruction.")
-    widths = (transcoder.cfg.d_in, transcoder.cfg.d_out)
+    read, widths = predictor_of(transcoder), (transcoder.cfg.d_in, transcoder.cfg.d_out)
 
     def judged() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for x, y in pairs:
-            if len(x) != len(y) or (x.shape[-1], y.shape[-1]) != widths:
+        for pair in pairs:
+            x, y = _pair(pair)
+            if x.ndim != 2 or len(x) != len(y) or (x.shape[-1], *y.shape[1:]) != widths:
                 raise SaesubError(
                     f"blocks of shapes {tuple(x.shape)} and {tuple(y.shape)} came, but the "
                     f"transcoder reads (n, {widths[0]}) and predicts (n, {widths[1]}) at the same "
                     "tokens."
                 )
-            x, y = (t.to(transcoder.device, torch.float32) for t in (x, y))
-            yield y, *transcoder.forward_with_activations(x)
+            require_finite(y, "targets")
+            targets = y.to(transcoder.device).split(TOKENS_PER_BLOCK)
+            blocks = encoded(transcoder, x, read, progress=False)
+            for target, (_, (features, predicted)) in zip(targets, blocks, strict=False):
+                yield target, predicted, features
 
     return unexplained(judged())
+
+
+def _pair(given: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """x and y. Raises SaesubError for what is no pair of blocks of activations."""
+    if not isinstance(given, (tuple, list)) or len(given) != 2:
+        raise SaesubError(f"give pairs (x, y) of blocks, not {type(given).__name__}.")
+    return batch_of(given[0]), batch_of(given[1])

@@ -30,6 +30,7 @@ from scipy.special import expit, logit
 
 from saesub.activations.spectrum import Spectrum
 from saesub.errors import SaesubError
+from saesub.evaluation.passes import check_site
 from saesub.init.subspace import choose_d_init
 from saesub.paths import data_file
 
@@ -67,20 +68,24 @@ def forecast_dead(
         d_init: as in `choose_d_init`; the spectrum's width for a random initialisation.
 
     Raises:
-        SaesubError: no top-k threshold, another width, an `lr` or a `d_init` out of range.
+        SaesubError: no top-k threshold, a spectrum of another hook point or width, an `lr` or a
+            `d_init` out of range.
     """
     k = getattr(cfg, "k", None)
-    if not isinstance(k, int | float):
+    if not isinstance(k, int | float) or not 0 < k <= cfg.d_sae:
         raise SaesubError(
-            f"{type(cfg).__name__} has no top-k threshold (no k): give the config of a TopK SAE"
+            f"{type(cfg).__name__} has no top-k threshold (k={k}, not in 1..d_sae): give the "
+            "config of a TopK SAE"
         )
+    if cfg.metadata.hook_name is not None:
+        check_site("the spectrum", spectrum.metadata.get("hook_name"), cfg.metadata.hook_name)
     if cfg.d_in != spectrum.d:
         raise SaesubError(
             f"the spectrum is {spectrum.d} wide, the SAE reads {cfg.d_in}: "
             "give the spectrum of the activations that it reads"
         )
-    if not lr > 0:
-        raise SaesubError(f"lr must be positive, not {lr}")
+    if not isinstance(lr, int | float) or not 0 < lr < float("inf"):
+        raise SaesubError(f"lr must be a positive number, not {lr!r}")
     r = choose_d_init(spectrum, d_init)
     spectrum.variance_in(r)  # refuses constant activations
     fit, variances = calibration(), spectrum.eigenvalues.numpy()

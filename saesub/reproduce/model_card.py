@@ -9,10 +9,11 @@ import re
 from typing import Any
 
 from huggingface_hub import ModelCardData
-from sae_lens import SAE
+from sae_lens import SAE, Transcoder
 
 from saesub.activations.spectrum import Spectrum
 from saesub.errors import SaesubError
+from saesub.evaluation.passes import check_model, check_site
 from saesub.loading.registry import packaged
 from saesub.reproduce.claims_table import ClaimsTable
 
@@ -20,7 +21,7 @@ _PAPER = "arXiv 2508.16929, *Attention Layers Add Into Low-Dimensional Residual 
 _USE = """## Use
 
 ```python
-from sae_lens import SAE
+from sae_lens import SAE, Transcoder
 
 sae = SAE.from_pretrained("<this repository>", "<its folder>")
 ```"""
@@ -46,9 +47,11 @@ def model_card(
         licence: of the model it was trained on, an identifier of the hub ("apache-2.0", "gemma")
             or words; packaged models bring theirs.
 
+    Warns of an SAE of a model of another name.
+
     Raises:
-        SaesubError: the spectrum names no model, is of another width, or the model's licence is
-            not known.
+        SaesubError: the spectrum names no model, is of another hook point or width, or the model's
+            licence is not known.
     """
     name = spectrum.metadata.get("model")
     if name is None:
@@ -60,6 +63,12 @@ def model_card(
             f"the spectrum is {spectrum.d} wide, the SAE writes {sae.W_dec.shape[1]}: "
             "give the spectrum of the activations that it reconstructs"
         )
+    metadata = sae.cfg.metadata
+    written_at = metadata.hook_name_out if isinstance(sae, Transcoder) else metadata.hook_name
+    measured_at = spectrum.metadata.get("hook_name")
+    if written_at is not None:
+        check_site("the spectrum", measured_at, written_at)
+    check_model("the SAE", metadata.model_name, name)
     source, licence = _source(name, licence)
     sections = [
         f"# {sae.cfg.architecture()} SAE, {sae.cfg.d_sae:,} features, for {name}",

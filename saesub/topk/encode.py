@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
-from sae_lens import SAE, TopKSAE, TopKTrainingSAE
+from sae_lens import SAE, TemporalSAE, TopKSAE, TopKTrainingSAE, Transcoder
 from torch import Tensor
 
 from saesub.errors import SaesubError
@@ -30,7 +30,10 @@ def encoder_of(sae: Any) -> Encode:
     tokens, except on MPS, where torch lacks operators on sparse tensors. The features are those
     that SAELens' `encode` ranks highest, by the whole product in the SAE's own precision.
 
-    The function raises SaesubError for activations of another shape.
+    Raises SaesubError for what is no SAE, one on the meta device or with NaN or infinite weights,
+    weights in another dtype than the SAE's own, and a temporal SAE, whose features depend on the
+    tokens before. The function raises it for activations of another shape, and where the SAE's
+    dtype cannot hold the features.
     """
     return _leaving(sae, _encode_of(sae))
 
@@ -46,10 +49,25 @@ def autoencoder_of(sae: Any) -> Callable[[Float[Tensor, "n d_in"]], tuple[Tensor
     return _leaving(sae, encode_and_decode)
 
 
+def predictor_of(
+    transcoder: Transcoder,
+) -> Callable[[Float[Tensor, "n d_in"]], tuple[Tensor, Tensor]]:
+    """As `encoder_of`, the function from activations to a transcoder's features and predictions
+    (n, d_out), to which a skip connection adds."""
+
+    def encode_and_predict(x: Float[Tensor, "n d_in"]) -> tuple[Tensor, Tensor]:
+        # The skip connection takes x as it is, without the conversion that `encode` makes.
+        predicted, features = transcoder.forward_with_activations(x.to(transcoder.dtype))
+        return _finite(features), predicted
+
+    return _leaving(transcoder, encode_and_predict)
+
+
 def _leaving(
     sae: Any, read: Callable[[Float[Tensor, "n d_in"]], Read]
 ) -> Callable[[Float[Tensor, "n d_in"]], Read]:
     """`read` of checked activations with heads concatenated; the SAE stays as it is."""
+    _check_readable(sae)
 
     @torch.no_grad()
     def checked(x: Float[Tensor, "n d_in"]) -> Read:
@@ -64,12 +82,47 @@ def _leaving(
     return checked
 
 
+def _check_readable(sae: Any) -> None:
+    if not isinstance(sae, SAE):
+        raise SaesubError(f"An SAE must be one of SAELens' classes, not {type(sae).__name__}.")
+    if isinstance(sae, TemporalSAE):
+        raise SaesubError(
+            "A temporal SAE predicts each token from those before it, so a row of activations has "
+            "no features of its own: judge it by sae(x) on whole contexts."
+        )
+    for name, weight in sae.named_parameters():
+        if weight.is_meta:
+            raise SaesubError("The SAE is on the meta device, without values: load its weights.")
+        if weight.dtype != sae.dtype:
+            raise SaesubError(
+                f"{name} of the SAE is {weight.dtype} and the SAE says {sae.dtype}: convert it by "
+                "sae.to(dtype=...), which tells it so."
+            )
+        # A bias or a threshold may be infinite, which silences its feature.
+        usable = weight.isfinite() if weight.ndim > 1 else ~weight.isnan()
+        if not usable.all():
+            raise SaesubError(
+                f"{name} of the SAE holds NaN or infinite values, so none of its features can be "
+                "judged: take a checkpoint from before they came up."
+            )
+
+
+def _finite(features: Tensor) -> Tensor:
+    values = features.coalesce().values() if features.is_sparse else features
+    if not values.isfinite().all():
+        raise SaesubError(
+            f"The SAE's features of these activations are not finite in {values.dtype}: convert "
+            "the SAE by sae.to(dtype=torch.float32)."
+        )
+    return features
+
+
 def _encode_of(sae: Any) -> Encode:
     """`sae.encode`, for a TopK SAE block by block into sparse entries."""
 
     def encode(x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
         if not _is_plain_topk(sae):
-            return sae.encode(x)
+            return _finite(sae.encode(x))
         scale, best = feature_scale(sae), []
         for rows in sae.process_sae_in(x).split(TOKENS_PER_BLOCK):
             scores = rows @ sae.W_enc + sae.b_enc
@@ -78,7 +131,7 @@ def _encode_of(sae: Any) -> Encode:
             best.append(scores.topk(sae.activation_fn.k, sorted=False))
         values, features = (torch.cat(parts) for parts in zip(*best, strict=True))
         selected = Selected.equally(features, values, sae.cfg.d_sae)
-        return sparse_activations(selected, selected.pre.relu(), len(x))
+        return _finite(sparse_activations(selected, selected.pre.relu(), len(x)))
 
     return encode
 

@@ -13,9 +13,10 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from saesub.activations.checks import all_finite
 from saesub.activations.tokens import kept_positions
+from saesub.arguments import whole_number
 from saesub.errors import SaesubError
-from saesub.evaluation.passes import check_contexts
-from saesub.loading.models import Model, load_model, model_name
+from saesub.evaluation.passes import contexts_of
+from saesub.loading.models import Model, in_eval_mode, load_model, model_name
 from saesub.progress import bar
 
 WHAT_FITS = "choose a layer with full rotary attention, as in the Llama and Qwen2 families"
@@ -27,7 +28,7 @@ def rotary_attention(bridge: TransformerBridge, layer: int) -> tuple[Any, tuple[
     Raises SaesubError for a layer that the model lacks, one whose positions are encoded in another
     way, or one that attends within a sliding window.
     """
-    check_layer(bridge, layer)
+    layer = check_layer(bridge, layer)
     attention: Any = bridge.blocks[layer].attn
     rotary: Any = getattr(bridge, "rotary_emb", None)
     frequencies = () if rotary is None else rotary.original_component.inv_freq.tolist()
@@ -44,11 +45,13 @@ def rotary_attention(bridge: TransformerBridge, layer: int) -> tuple[Any, tuple[
     )
 
 
-def check_layer(bridge: TransformerBridge, layer: int) -> None:
-    """Raises SaesubError for a layer that the model lacks."""
-    if not 0 <= layer < bridge.cfg.n_layers:
+def check_layer(bridge: TransformerBridge, layer: int) -> int:
+    """The layer. Raises SaesubError for one that the model lacks."""
+    layer = whole_number(layer, "layer", 0)
+    if not layer < bridge.cfg.n_layers:
         last = bridge.cfg.n_layers - 1
         raise SaesubError(f"{model_name(bridge)} has layers 0..{last}, not {layer}: choose one.")
+    return layer
 
 
 def _has_window(config: Any, layer: int) -> bool:
@@ -63,7 +66,8 @@ def read_and_written(
 ) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "batch pos d_model"]]:
     """What the layer's projections read (after its norm), and what the layer adds to the stream."""
     names = [f"blocks.{layer}.attn.hook_in", f"blocks.{layer}.hook_attn_out"]
-    _, cache = bridge.run_with_cache(tokens, names_filter=names, stop_at_layer=layer + 1)
+    with in_eval_mode(bridge):
+        _, cache = bridge.run_with_cache(tokens, names_filter=names, stop_at_layer=layer + 1)
     return cache[names[0]], cache[names[1]]
 
 
@@ -88,8 +92,7 @@ class AttentionSequences:
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(x, y, kept) of `size` contexts at a time, in order. Raises SaesubError for size < 1."""
-        if size < 1:
-            raise SaesubError(f"a batch holds at least 1 context, not {size}.")
+        size = whole_number(size, "batch_size")
         yield from zip(*(t.split(size) for t in (self.x, self.y, self.kept)), strict=True)
 
     def mean_and_variance(self) -> tuple[Float[Tensor, " d_model"], float]:
@@ -119,15 +122,16 @@ def attention_sequences(
     1, or values that float16 cannot hold.
     """
     bridge = load_model(model)
-    check_layer(bridge, layer)
-    check_contexts(tokens, batch_size)
+    layer, tokens = check_layer(bridge, layer), contexts_of(bridge, tokens)
+    batch_size = whole_number(batch_size, "batch_size")
     x, y = torch.empty((2, *tokens.shape, bridge.cfg.d_model), dtype=torch.float16)
+    kept = kept_positions(bridge, tokens, whole_number(skip_first, "skip_first", 0)).cpu()
     firsts = range(0, len(tokens), batch_size)
     for first in bar(firsts, unit="batch", desc="activations", progress=progress):
         part = slice(first, first + batch_size)
-        x[part], y[part] = read_and_written(bridge, tokens[part].to(bridge.cfg.device), layer)
+        x[part], y[part] = read_and_written(bridge, tokens[part], layer)
     if not (all_finite(x) and all_finite(y)):
         raise SaesubError(
             f"layer {layer} reads or writes NaN, or values beyond float16's range: choose another."
         )
-    return AttentionSequences(x, y, kept_positions(bridge, tokens, skip_first))
+    return AttentionSequences(x, y, kept)

@@ -9,9 +9,10 @@ from torch.nn import functional as F
 
 from saesub.activations.spectrum import Spectrum
 from saesub.errors import SaesubError
+from saesub.evaluation.passes import check_model, check_site
 from saesub.extras.lorsa.model import Lorsa, dense_lorsa
 from saesub.init.subspace import choose_d_init
-from saesub.loading.models import Model
+from saesub.loading.models import Model, load_model, model_name
 
 
 @torch.no_grad()
@@ -44,9 +45,17 @@ def initialize_lorsa(
         seed: of the random directions.
 
     Raises:
-        SaesubError: a Lorsa or a spectrum of another model, or `d_init` is out of range.
+        SaesubError: a Lorsa of another shape than the model's, a spectrum of another hook point or
+            width, or `d_init` is out of range.
+
+    Warns of a Lorsa or a spectrum of a model of another name.
     """
-    own = dense_lorsa(model, lorsa.cfg.layer)
+    bridge = load_model(model)
+    own = dense_lorsa(bridge, lorsa.cfg.layer)
+    hook_z = f"blocks.{own.cfg.layer}.attn.hook_z"
+    check_site("z_spectrum", z_spectrum.metadata.get("hook_name"), hook_z, bridge)
+    check_model("z_spectrum", z_spectrum.metadata.get("model"), model_name(bridge))
+    check_model("this Lorsa", lorsa.cfg.model, model_name(bridge))
     n_query, repeats = own.cfg.n_qk, lorsa.cfg.n_qk // own.cfg.n_qk
     if lorsa.cfg.d_model != own.cfg.d_model or lorsa.cfg.n_qk != repeats * n_query:
         raise SaesubError(
@@ -56,7 +65,7 @@ def initialize_lorsa(
     if z_spectrum.d != own.cfg.n_heads:
         raise SaesubError(
             f"z_spectrum is {z_spectrum.d} wide but the heads of layer {own.cfg.layer} are "
-            f"{own.cfg.n_heads} together: measure it at blocks.{own.cfg.layer}.attn.hook_z."
+            f"{own.cfg.n_heads} together: measure it at {hook_z}."
         )
     generator = torch.Generator().manual_seed(seed)
     W_V, W_O = (w.unflatten(0, (n_query, -1)).cpu() for w in (own.W_V, own.W_O))

@@ -104,16 +104,16 @@ class Lorsa(nn.Module):
         generator = torch.Generator().manual_seed(cfg.seed)
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator)
+            return torch.randn(shape, generator=generator, dtype=torch.float32)
 
         self.W_V = nn.Parameter(F.normalize(normal(cfg.n_heads, cfg.d_model), dim=-1))
         self.W_O = nn.Parameter(F.normalize(normal(cfg.n_heads, cfg.d_model), dim=-1))
         self.W_Q = nn.Parameter(normal(cfg.n_qk, cfg.d_model, cfg.d_qk) / cfg.d_model**0.5)
         self.W_K = nn.Parameter(normal(cfg.n_qk, cfg.d_model, cfg.d_qk) / cfg.d_model**0.5)
-        self.b_Q = nn.Parameter(torch.zeros(cfg.n_qk, cfg.d_qk))
-        self.b_K = nn.Parameter(torch.zeros(cfg.n_qk, cfg.d_qk))
-        self.b_V = nn.Parameter(torch.zeros(cfg.n_heads))
-        self.b_O = nn.Parameter(torch.zeros(cfg.d_model))
+        self.b_Q = nn.Parameter(torch.zeros(cfg.n_qk, cfg.d_qk, dtype=torch.float32))
+        self.b_K = nn.Parameter(torch.zeros(cfg.n_qk, cfg.d_qk, dtype=torch.float32))
+        self.b_V = nn.Parameter(torch.zeros(cfg.n_heads, dtype=torch.float32))
+        self.b_O = nn.Parameter(torch.zeros(cfg.d_model, dtype=torch.float32))
 
     @classmethod
     def from_attention(
@@ -193,7 +193,7 @@ class Lorsa(nn.Module):
         return self.decode(active), active
 
     def _rotated(self, q: Float[Tensor, "batch n_qk pos d_qk"]) -> Tensor:
-        frequencies = torch.tensor(self.cfg.frequencies, device=q.device)
+        frequencies = torch.tensor(self.cfg.frequencies, dtype=torch.float32, device=q.device)
         angles = torch.outer(torch.arange(q.shape[2], device=q.device), frequencies)
         cos, sin = angles.cos(), angles.sin()
         a, b = q.chunk(2, dim=-1)
@@ -242,11 +242,12 @@ def dense_lorsa(model: Model, layer: int) -> Lorsa:
         if name[2:] in ("K", "V"):  # several query heads share a key and a value head
             own = own.repeat_interleave(n_qk // len(own), 0)
         parameter.copy_((own.transpose(1, 2) if name == "W_V" else own).reshape(parameter.shape))
-    tokens = torch.arange(_CHECK_TOKENS, device=bridge.cfg.device)[None] + bridge.cfg.d_vocab // 2
+    ids = torch.arange(_CHECK_TOKENS, device=bridge.cfg.device) + bridge.cfg.d_vocab // 2
+    tokens = ids[None] % bridge.cfg.d_vocab
     x, y = read_and_written(bridge, tokens, layer)
     error = (lorsa.pre_activations(x) @ lorsa.W_O + lorsa.b_O - y).norm() / y.float().norm()
     # A model in bfloat16 is within 0.01 of its weights' own output.
-    if not error < (1e-3 if y.dtype == torch.float32 else 0.02):
+    if not error < (1e-3 if y.dtype in (torch.float32, torch.float64) else 0.02):
         raise SaesubError(
             f"layer {layer} of {cfg.model} is no plain rotary attention, for the output computed "
             f"from its weights is {error:.1%} off (it may normalise queries, cap scores, gate "
