@@ -488,7 +488,7 @@ def test_widths_and_spectra_that_do_not_fit(model, lorsa, data, spectra):
 def test_training_settings_that_cannot_be(lorsa, data):
     with pytest.raises(SaesubError, match=r"batch_size in 1\.\.20"):
         train_lorsa(lorsa, data, batch_size=21)
-    with pytest.raises(SaesubError, match="epochs must be at least 1"):
+    with pytest.raises(SaesubError, match="epochs must be a whole number of at least 1"):
         train_lorsa(lorsa, data, epochs=0)
     with pytest.raises(SaesubError, match="Unknown optimizer 'sgd': pass 'adam' or"):
         train_lorsa(lorsa, data, optimizer=cast(Any, "sgd"))
