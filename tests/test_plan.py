@@ -268,6 +268,8 @@ def test_settings_of_annealing_that_cannot_be(settings):
         {"feature_sampling_window": 0},
         {"n_batches_for_norm_estimate": 0},
         {"lr_scheduler_name": "linear"},
+        {"device": "gpu"},
+        {"device": "cuda:99"},
         {"lr_scheduler_name": "cosineannealing", "lr_end": 0.0},
         {"lr_scheduler_name": "cosineannealing", "lr_end": 1.0},
         {"lr_scheduler_name": "cosineannealing", "lr_decay_steps": STEPS - 5},
@@ -275,7 +277,9 @@ def test_settings_of_annealing_that_cannot_be(settings):
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings):
-    with pytest.raises(SaesubError, match=r"must|Unknown lr_sch.* known names|too few for"):
+    with pytest.raises(
+        SaesubError, match=r"must|is not here|Unknown lr_sch.* known names|too few for"
+    ):
         SubspaceSAETrainer(recipe(**settings), topk(), iter(()))
 
 
@@ -371,12 +375,18 @@ def loader() -> Iterator[Any]:
     return iter(DataLoader(TensorDataset(X), batch_size=BATCH))
 
 
+def in_inference_mode(x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return x.clone()
+
+
 GIVEN = {
     "lists of one": loader,
     "tuples": lambda: ((x,) for x in batches()),
     "numpy": lambda: (x.numpy() for x in batches()),
     "float64": lambda: (x.double() for x in batches()),
     "float16": lambda: (x.half() for x in batches()),
+    "of inference mode": lambda: map(in_inference_mode, batches()),
     "with gradients": lambda: (x.clone().requires_grad_() for x in batches()),
 }
 
@@ -387,6 +397,7 @@ def test_batches_in_other_forms_train_the_same(given, normalised):
     saes = [topk(normalize_activations=normalised) for _ in range(2)]
     SubspaceSAETrainer(recipe(10), saes[0], batches()).fit()
     SubspaceSAETrainer(recipe(10), saes[1], GIVEN[given]()).fit()
+    SubspaceSAETrainer(recipe(1), topk(), iter(()), backend="dense").step(next(GIVEN[given]()))
     exact = given not in ("float16", "float64")
     tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 0.05, "atol": 0.01}
     torch.testing.assert_close(saes[1].state_dict(), saes[0].state_dict(), **tolerance)
@@ -424,6 +435,14 @@ def test_a_scale_of_nothing_is_refused(batch):
     together = {"a": SubspaceSAETrainer(recipe(), sae, iter(()))}
     with pytest.raises(SaesubError, match="empty or all zero"):
         train_together(together, lambda step: itertools.repeat({"site": batch}))
+
+
+@pytest.mark.parametrize("scaling", ["expected_average_only_in", "covariance_whitening"])
+def test_steps_by_hand_that_nobody_scaled_are_said(scaling):
+    trainer = SubspaceSAETrainer(recipe(), topk(normalize_activations=scaling), iter(()))
+    found = said(trainer, [BATCH, BATCH])
+    assert len(found) == 1
+    assert "fit estimates the scale" in found[0]
 
 
 @pytest.mark.parametrize("n", [0, 3, 10])
@@ -466,6 +485,7 @@ def test_a_run_goes_on_with_another_provider():
     [
         (lambda step: iter(()), {}, r"\{site: \(batch, d_in\)\}.* not of NoneType"),
         (lambda step: batches(), {}, "not of Tensor"),
+        (batches(), {}, "function of a step's number"),
         (lambda step: iter([{"b": X[:BATCH]}]), {"sites": {"a": "c"}}, r"sites \['b'\], and no"),
         (
             lambda step: iter([{"b": X[:BATCH]}]),

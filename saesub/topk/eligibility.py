@@ -157,7 +157,7 @@ def check_weights(sae: Any) -> None:
         if torch.finfo(weights.dtype).eps > torch.finfo(torch.float32).eps:
             raise SaesubError(
                 f"{name} is in {weights.dtype}, which rounds most of Adam's updates away: make the "
-                "SAE with dtype='float32', and for products in bfloat16 set autocast=True in the "
+                "SAE with dtype='float32' (of a Lorsa call .float()), and for products in bfloat16 set autocast=True in the "
                 "SAETrainerConfig."
             )
         if weights.is_meta:
@@ -166,8 +166,7 @@ def check_weights(sae: Any) -> None:
             )
         if not bool(weights.isfinite().all()):
             raise SaesubError(
-                f"{name} holds NaN or infinite values: make the SAE anew, or load its "
-                "weights again."
+                f"{name} holds NaN or infinite values: make it anew, or load its weights again."
             )
 
 

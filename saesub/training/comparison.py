@@ -25,7 +25,7 @@ from saesub.arguments import batch_of, whole_number
 from saesub.errors import SaesubError, needs_extra
 from saesub.paths import source_digest
 from saesub.topk.eligibility import is_hooked
-from saesub.training.plan import ended, zero_scale
+from saesub.training.plan import ended, lacks_scale, zero_scale
 from saesub.training.trainer import SubspaceSAETrainer
 
 if TYPE_CHECKING:
@@ -96,8 +96,8 @@ class ComparisonTrainer(MultiSAETrainer):
         came = 0
         for came, batch in enumerate(given, start=1):  # noqa: B007 - it is counted for the error
             tensors = _sites_of(batch, self.hook_names.values())
-            if self.n_training_samples == 0:
-                for name, trainer in self.trainers.items():
+            for name, trainer in self.trainers.items():
+                if lacks_scale(trainer):
                     trainer.check_batch(tensors[self.hook_names[name]])
             yield tensors
         raise ended(self, came)
@@ -156,6 +156,11 @@ def train_together(
 
     if not conditions:
         raise SaesubError("There are no conditions to train: give at least one.")
+    if not callable(batches):
+        raise SaesubError(
+            "batches must be a function of a step's number that gives the batches from there on, "
+            f"not {type(batches).__name__}."
+        )
 
     stepped = sorted(name for name, trainer in conditions.items() if trainer.n_training_samples)
     if stepped:

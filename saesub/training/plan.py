@@ -10,6 +10,7 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from sae_lens.config import SAETrainerConfig
 
 from saesub.arguments import whole_number
@@ -51,6 +52,12 @@ def completed(cfg: SAETrainerConfig) -> SAETrainerConfig:
     for name in ("adam_beta1", "adam_beta2"):
         _check_number(getattr(cfg, name), name, least=0, below=1)
     _check_schedule(cfg)
+    try:
+        torch.empty(0, device=cfg.device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise SaesubError(
+            f"cfg.device={cfg.device!r} is not here: give 'cpu' or a device you have."
+        ) from error
     return cfg
 
 
@@ -95,6 +102,14 @@ def _check_schedule(cfg: SAETrainerConfig) -> None:
         )
 
 
+def lacks_scale(trainer: SubspaceSAETrainer) -> bool:
+    """Whether the trainer is to scale or whiten activations and does not know how yet."""
+    scaler = trainer.activation_scaler
+    scaling = getattr(trainer.sae.cfg, "normalize_activations", "none")  # a Lorsa has none
+    by_norm = scaling == "expected_average_only_in" and scaler.scaling_factor is None
+    return by_norm or (scaling == "covariance_whitening" and scaler.whitening is None)
+
+
 class PlanWatch:
     """Says, each once, where a trainer's batches or rate are not those of its plan."""
 
@@ -103,8 +118,15 @@ class PlanWatch:
         self._was_full = False  # whether the batch before had the configured size
 
     def before_step(self, trainer: SubspaceSAETrainer) -> None:
-        """Warn of a step past the end of the plan, or one at rate 0."""
+        """Warn of a step past the end of the plan, one at rate 0, or one without the scale that
+        `fit` estimates."""
         cfg, seen = trainer.cfg, trainer.n_training_samples
+        if lacks_scale(trainer):
+            self._say(
+                "unscaled",
+                "Activations are not scaled as the SAE's normalize_activations says, since fit "
+                "estimates the scale: call fit, or trainer.activation_scaler.estimate_… before.",
+            )
         if seen >= cfg.total_training_samples:
             self._say(
                 "past",

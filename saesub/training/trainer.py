@@ -49,7 +49,14 @@ from saesub.training.checkpoint import (
 from saesub.training.firing import TokenCountingTrainer
 from saesub.training.mitigations.mitigation import Mitigation, one_of_each
 from saesub.training.native_step import Backend, NativeStep
-from saesub.training.plan import PlanWatch, completed, ended, require_iterator, zero_scale
+from saesub.training.plan import (
+    PlanWatch,
+    completed,
+    ended,
+    lacks_scale,
+    require_iterator,
+    zero_scale,
+)
 
 
 class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
@@ -171,7 +178,7 @@ class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CON
         came = 0
         for came, batch in enumerate(given, start=1):  # noqa: B007 - it is counted for the error
             tensor = batch_of(batch)
-            if self.n_training_samples == 0:
+            if lacks_scale(self):
                 self.check_batch(tensor)
             yield tensor
         raise ended(self, came)
@@ -179,6 +186,8 @@ class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CON
     def step(self, batch: Tensor) -> TrainStepOutput:
         """One training step on raw activations (batch, d_in); counts firing by tokens."""
         batch = batch_of(batch).detach()
+        if batch.is_inference():
+            batch = batch.clone()  # autograd saves no others
         self.check_batch(batch)
         self._watch.before_step(self)
         try:

@@ -206,7 +206,7 @@ def evaluate_lorsa(
     dead = torch.ones(lorsa.cfg.n_heads, dtype=torch.bool, device=lorsa.W_V.device)
 
     def judged() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for batch in held_out.batches(batch_size):
+        for batch in held_out.batches(whole_number(batch_size, "batch_size")):
             x, y, kept = (t.to(dead.device) for t in batch)
             output, active = lorsa(x)
             heads = active.dense(lorsa.cfg.n_heads)[kept]

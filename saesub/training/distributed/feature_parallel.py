@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from saesub.activations.spectrum import Spectrum
-from saesub.arguments import batch_of
+from saesub.arguments import batch_of, whole_number
 from saesub.errors import SaesubError
 from saesub.init import biases, norm
 from saesub.topk.ops import decode_at
@@ -78,7 +78,10 @@ def fit_norm(
     """
     check_suits(sae)
     biases.check_fits(sae, spectrum)
+    norm.check_unhooked(sae)
+    seed = whole_number(seed, "seed", 0)
     if activations is not None:
+        activations = batch_of(activations, "activations")
         norm.check_activations(sae, activations, "fit_norm")
     x = norm.sample_of(spectrum, activations, seed)
     processes.check_same("sample of activations", (len(x), float(x.sum(dtype=torch.float64))))
