@@ -548,6 +548,16 @@ def test_a_resumed_run_is_the_uninterrupted_one_whatever_size_batches_have(tmp_p
     assert (rate(second), coefficients(second)) == (rate(whole), coefficients(whole))
 
 
+def test_weights_that_cannot_be_restored_are_named(tmp_path):
+    theirs = SAETrainer(recipe(), topk(), iter(()))
+    theirs.step(X[:BATCH])
+    theirs.save_checkpoint("here", tmp_path)  # which has no checksums
+    (tmp_path / "here" / "sae_weights.safetensors").write_bytes(b"no weights")
+    trainer = SubspaceSAETrainer(recipe(), topk(), iter(()), optimizer="adam")
+    with pytest.raises(SaesubError, match=r"The weights in .* are damaged"):
+        trainer.load_trainer_state(tmp_path / "here")
+
+
 @pytest.mark.parametrize("size", [BATCH // 2, 4 * BATCH])
 @pytest.mark.parametrize("decay", [0, 10])
 @pytest.mark.filterwarnings("ignore::UserWarning")

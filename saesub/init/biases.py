@@ -18,7 +18,7 @@ from jaxtyping import Float
 from sae_lens import SAE
 from torch import Tensor
 
-from saesub.activations.checks import require_finite
+from saesub.activations.checks import all_finite, require_finite
 from saesub.activations.spectrum import Spectrum
 from saesub.arguments import batch_of
 from saesub.errors import SaesubError
@@ -69,7 +69,7 @@ def unchanged_on_error(sae: SAE[Any]) -> Iterator[None]:
     try:
         yield
         for name, value in sae.named_parameters():
-            if not bool(value.isfinite().all()):
+            if not all_finite(value):
                 raise SaesubError(
                     f"{name} became NaN or infinite: these activations are too large, or vary too "
                     "little, for this initialisation; scale them, or pass directions='flat'."
@@ -218,7 +218,7 @@ def check_fits(sae: SAE[Any], spectrum: Spectrum, input_spectrum: Spectrum | Non
                 "measure it at the hook point that the SAE is trained on."
             )
         numbers = (given.mean, given.covariance, torch.tensor(given.mean_norm))
-        if not all(bool(part.isfinite().all()) for part in numbers):
+        if not all(map(all_finite, numbers)):
             raise SaesubError(f"{name} holds NaN or infinite values: measure it again.")
     _check_source(sae, spectrum, input_spectrum)
     return is_transcoder

@@ -157,8 +157,8 @@ def check_weights(sae: Any) -> None:
         if torch.finfo(weights.dtype).eps > torch.finfo(torch.float32).eps:
             raise SaesubError(
                 f"{name} is in {weights.dtype}, which rounds most of Adam's updates away: make the "
-                "SAE with dtype='float32' (of a Lorsa call .float()), and for products in bfloat16 set autocast=True in the "
-                "SAETrainerConfig."
+                "SAE with dtype='float32' (of a Lorsa call .float()), and for products in bfloat16 "
+                "set autocast=True in the SAETrainerConfig."
             )
         if weights.is_meta:
             raise SaesubError(

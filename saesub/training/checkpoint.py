@@ -163,9 +163,23 @@ def load_state(
     }
     trainer.recorder.load_state(state)
     follow_config(trainer, folder, kept_settings.get("total_training_samples"))
+    _restore_weights(trainer.sae, folder)
     trainer.n_training_steps = steps
     reached = trainer.n_training_samples
     trainer.checkpoint_thresholds = [t for t in trainer.checkpoint_thresholds if t >= reached]
+
+
+def _restore_weights(sae: Any, folder: Path) -> None:
+    """SAELens asks the user to load them, and without them trains others in silence."""
+    if not (folder / SAE_WEIGHTS_FILENAME).is_file():
+        return
+    try:
+        sae.load_weights_from_checkpoint(folder)
+    except _UNREADABLE as error:
+        raise SaesubError(
+            f"The weights in {folder} are damaged or those of another SAE ({error}): resume from "
+            "an earlier checkpoint, or start anew."
+        ) from error
 
 
 class _KeptState:
@@ -188,8 +202,6 @@ def _load_saelens_part(
     trainer.lr_scheduler = kept  # pyright: ignore[reportAttributeAccessIssue]
     try:
         load_saelens(folder)
-        if (folder / SAE_WEIGHTS_FILENAME).is_file():
-            trainer.sae.load_weights_from_checkpoint(folder)
     except _UNREADABLE as error:
         raise SaesubError(
             f"The checkpoint {folder} is damaged or incomplete, or of another optimizer than "
