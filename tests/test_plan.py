@@ -68,6 +68,10 @@ def batches(size: int = BATCH) -> Iterator[Tensor]:
     return itertools.cycle(X.split(size)[:-1])
 
 
+def batches_from(size: int, start: int) -> Iterator[Tensor]:
+    return itertools.islice(batches(size), start, None)
+
+
 def coefficients(trainer: Any) -> list[float]:
     return list(trainer.get_coefficients().values())
 
@@ -342,7 +346,7 @@ def half_only(sae: TopKTrainingSAE) -> TopKTrainingSAE:
 
 
 UNFIT = {
-    "float16": (lambda: topk(dtype="float16"), r"torch\.float16.* dtype='float32', .*autocast"),
+    "float16": (lambda: topk(dtype="float16"), r"torch\.float16.* dtype='float32' .*autocast"),
     "bfloat16": (lambda: topk(dtype="bfloat16"), r"torch\.bfloat16.* dtype='float32'"),
     "one parameter": (lambda: half_only(topk()), r"b_enc is in torch\.bfloat16"),
     "NaN": (lambda: with_nan(topk()), "W_dec holds NaN"),
@@ -427,14 +431,36 @@ def test_bad_batches_are_refused_in_training_and_where_scales_are_estimated(kind
     assert all(torch.equal(value, before[name]) for name, value in sae.state_dict().items())
 
 
-@pytest.mark.parametrize("batch", [torch.zeros(BATCH, D_IN), torch.zeros(0, D_IN)])
-def test_a_scale_of_nothing_is_refused(batch):
-    sae = topk(normalize_activations="expected_average_only_in")
+@pytest.mark.parametrize(
+    ("scaling", "n"),
+    [
+        ("expected_average_only_in", BATCH),
+        ("expected_average_only_in", 0),
+        ("covariance_whitening", 0),
+    ],
+)
+def test_a_scale_of_nothing_is_refused(scaling, n):
+    sae, batch = topk(normalize_activations=scaling), torch.zeros(n, D_IN)
     with pytest.raises(SaesubError, match="empty or all zero"):
         SubspaceSAETrainer(recipe(), sae, itertools.repeat(batch)).fit()
     together = {"a": SubspaceSAETrainer(recipe(), sae, iter(()))}
     with pytest.raises(SaesubError, match="empty or all zero"):
         train_together(together, lambda step: itertools.repeat({"site": batch}))
+
+
+def test_norms_beyond_float16_give_a_scale():
+    sae = topk(normalize_activations="expected_average_only_in")
+    large = (X[:BATCH] / X[:BATCH].abs().max() * 60_000).half()
+    trainer = SubspaceSAETrainer(recipe(1), sae, itertools.repeat(large))
+    scales, step = [], trainer.step
+    trainer.step = lambda x: (scales.append(trainer.activation_scaler.scaling_factor), step(x))[1]
+    trainer.fit()
+    assert scales == [pytest.approx(D_IN**0.5 / large.float().norm(dim=1).mean().item())]
+    scales.clear()
+    other = topk(normalize_activations="expected_average_only_in")
+    together = SubspaceSAETrainer(recipe(1), other, iter(()))
+    train_together({"a": together}, lambda step: itertools.repeat({"site": large}))
+    assert torch.equal(other.W_dec, sae.W_dec)
 
 
 @pytest.mark.parametrize("scaling", ["expected_average_only_in", "covariance_whitening"])
@@ -460,6 +486,54 @@ def test_a_provider_that_ends_says_how_far_it_came(n, normalised):
         )
         with pytest.raises(SaesubError, match=f"ended after {n} batches"):
             sliced.fit()
+
+
+@pytest.mark.parametrize("size", ODD_SIZES)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_conditions_go_by_tokens_also_when_they_are_interrupted(tmp_path, size):
+    def conditions() -> dict[str, SubspaceSAETrainer]:
+        saes = {"topk": topk(normalize_activations="expected_average_only_in"), "l1": standard()}
+        return {name: SubspaceSAETrainer(recipe(), sae, iter(())) for name, sae in saes.items()}
+
+    def stream(start: int, stop: int | None = None) -> Iterator[dict[str, Tensor]]:
+        return ({"site": x} for x in itertools.islice(batches(size), start, stop))
+
+    whole, cut, resumed = conditions(), conditions(), conditions()
+    train_together(whole, stream)
+    n = -(-STEPS * BATCH // size)
+    with pytest.raises(SaesubError, match="ended"):
+        train_together(cut, lambda start: stream(start, n - 1), folder=tmp_path)
+    starts = []
+    train_together(resumed, lambda s: (starts.append(s), stream(s))[1], folder=tmp_path)
+    assert 0 < starts[-1] < n
+    for name, trainer in whole.items():
+        assert trainer.lr_scheduler.last_epoch == trainer.n_training_samples // BATCH
+        assert torch.equal(trainer.sae.W_dec, resumed[name].sae.W_dec)
+        assert rate(trainer) == rate(resumed[name])
+
+
+@pytest.mark.parametrize("kind", [DataParallelSAETrainer, FeatureParallelSAETrainer])
+@pytest.mark.parametrize("size", ODD_SIZES)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_processes_go_by_tokens(tmp_path, kind, size):
+    """Also after a resume, for which the batches are those of the step that was reached."""
+    cfg = recipe(checkpoint_path=str(tmp_path), n_checkpoints=2)
+    alone = SubspaceSAETrainer(recipe(), topk(), batches(size), backend="torch")
+    alone.fit()
+    with join() as processes:
+        n = -(-STEPS * BATCH // size)
+        first = kind(processes, cfg, topk(), lambda s: itertools.islice(batches(size), n - 1))
+        with pytest.raises(SaesubError, match="ended"):
+            first.fit()
+        starts = []
+        second = kind(
+            processes, cfg, topk(), lambda s: (starts.append(s), batches_from(size, s))[1]
+        )
+        second.fit()
+    assert 0 < starts[0] < n
+    assert second.n_training_steps == alone.n_training_steps == n
+    assert rate(second) == rate(alone)
+    torch.testing.assert_close(second.sae.W_dec, alone.sae.W_dec, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("n", [1, 3])

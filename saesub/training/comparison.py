@@ -25,7 +25,7 @@ from saesub.arguments import batch_of, whole_number
 from saesub.errors import SaesubError, needs_extra
 from saesub.paths import source_digest
 from saesub.topk.eligibility import is_hooked
-from saesub.training.plan import ended, lacks_scale, zero_scale
+from saesub.training.plan import NO_SCALE, ended, for_scale, lacks_scale, zero_scale
 from saesub.training.trainer import SubspaceSAETrainer
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class ComparisonTrainer(MultiSAETrainer):
         self.data_provider = self._batches_of(batches(0))
         try:
             self._estimate_scaling_factors()
-        except ZeroDivisionError as error:  # SAELens' scale is √d_in / mean norm
+        except NO_SCALE as error:
             raise SaesubError(zero_scale(self.cfg)) from error
         self.data_provider = self._batches_of(batches(self.n_training_steps))
         self.fit()
@@ -98,7 +98,8 @@ class ComparisonTrainer(MultiSAETrainer):
             tensors = _sites_of(batch, self.hook_names.values())
             for name, trainer in self.trainers.items():
                 if lacks_scale(trainer):
-                    trainer.check_batch(tensors[self.hook_names[name]])
+                    site = self.hook_names[name]
+                    tensors[site] = for_scale(trainer, tensors[site])
             yield tensors
         raise ended(self, came)
 

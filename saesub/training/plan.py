@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from sae_lens.config import SAETrainerConfig
+from torch import Tensor
 
 from saesub.arguments import whole_number
 from saesub.errors import SaesubError, near_names
@@ -26,6 +27,8 @@ _LEAST = {
     **dict.fromkeys(("lr_warm_up_steps", "lr_decay_steps", "dead_feature_window"), 0),
     **dict.fromkeys(("n_checkpoints",), 0),
 }
+# What SAELens' estimates raise where there is no token, or no norm to divide by.
+NO_SCALE = (ZeroDivisionError, torch.linalg.LinAlgError)  # pyright: ignore
 _SCHEDULES = ("constant", "cosineannealing", "cosineannealingwarmrestarts")
 
 
@@ -110,6 +113,13 @@ def lacks_scale(trainer: SubspaceSAETrainer) -> bool:
     return by_norm or (scaling == "covariance_whitening" and scaler.whitening is None)
 
 
+def for_scale(trainer: SubspaceSAETrainer, batch: Tensor) -> Tensor:
+    """A batch that SAELens reads for the scale: checked, and at least float32, since norms in
+    float16 overflow. Raises SaesubError as `check_batch`."""
+    trainer.check_batch(batch)
+    return batch.to(torch.promote_types(batch.dtype, torch.float32))
+
+
 class PlanWatch:
     """Says, each once, where a trainer's batches or rate are not those of its plan."""
 
@@ -183,8 +193,8 @@ def ended(trainer: Any, came: int) -> SaesubError:
 
 
 def zero_scale(cfg: SAETrainerConfig) -> str:
-    """The message for activations whose mean norm no input can be scaled by."""
+    """The message for activations by which no input can be scaled or whitened."""
     return (
         f"The first {cfg.n_batches_for_norm_estimate:,} batches are empty or all zero, and the SAE "
-        "scales its input by their mean norm: leave them out."
+        "scales or whitens its input by them: leave them out."
     )

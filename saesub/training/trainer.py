@@ -50,9 +50,11 @@ from saesub.training.firing import TokenCountingTrainer
 from saesub.training.mitigations.mitigation import Mitigation, one_of_each
 from saesub.training.native_step import Backend, NativeStep
 from saesub.training.plan import (
+    NO_SCALE,
     PlanWatch,
     completed,
     ended,
+    for_scale,
     lacks_scale,
     require_iterator,
     zero_scale,
@@ -168,7 +170,7 @@ class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CON
         self.data_provider = self._batches_of(given)
         try:
             return super().fit()
-        except ZeroDivisionError as error:  # SAELens' scale is √d_in / mean norm
+        except NO_SCALE as error:
             raise SaesubError(zero_scale(self.cfg)) from error
         finally:
             self.data_provider = given
@@ -178,9 +180,7 @@ class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CON
         came = 0
         for came, batch in enumerate(given, start=1):  # noqa: B007 - it is counted for the error
             tensor = batch_of(batch)
-            if lacks_scale(self):
-                self.check_batch(tensor)
-            yield tensor
+            yield for_scale(self, tensor) if lacks_scale(self) else tensor
         raise ended(self, came)
 
     def step(self, batch: Tensor) -> TrainStepOutput:
