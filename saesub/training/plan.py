@@ -20,13 +20,12 @@ from saesub.errors import SaesubError, near_names
 if TYPE_CHECKING:  # the trainer imports this module
     from saesub.training.trainer import SubspaceSAETrainer
 
-_LEAST = {
-    **dict.fromkeys(("total_training_samples", "train_batch_size_samples"), 1),
-    **dict.fromkeys(("n_restart_cycles", "feature_sampling_window"), 1),
-    **dict.fromkeys(("n_batches_for_norm_estimate",), 1),
-    **dict.fromkeys(("lr_warm_up_steps", "lr_decay_steps", "dead_feature_window"), 0),
-    **dict.fromkeys(("n_checkpoints",), 0),
-}
+_FROM_1 = (
+    *("total_training_samples", "train_batch_size_samples", "n_restart_cycles"),
+    *("feature_sampling_window", "n_batches_for_norm_estimate"),
+)
+_FROM_0 = ("lr_warm_up_steps", "lr_decay_steps", "dead_feature_window", "n_checkpoints")
+_LEAST = dict.fromkeys(_FROM_1, 1) | dict.fromkeys(_FROM_0, 0)
 # What SAELens' estimates raise where there is no token, or no norm to divide by.
 NO_SCALE = (ZeroDivisionError, torch.linalg.LinAlgError)  # pyright: ignore
 _SCHEDULES = ("constant", "cosineannealing", "cosineannealingwarmrestarts")
@@ -147,9 +146,9 @@ class PlanWatch:
             self._say(
                 "at rate 0",
                 f"The learning rate is 0 after {seen:,} of {cfg.total_training_samples:,} tokens, "
-                f"since the schedule has {cfg.total_training_steps} whole steps of "
-                f"{cfg.train_batch_size_samples:,}: make total_training_samples a multiple of "
-                "that.",
+                f"and nothing is learnt: the schedule has {cfg.total_training_steps} whole steps "
+                f"of {cfg.train_batch_size_samples:,}, so make total_training_samples a multiple "
+                "of that.",
             )
 
     def after_step(self, trainer: SubspaceSAETrainer) -> None:

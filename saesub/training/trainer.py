@@ -171,6 +171,8 @@ class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CON
         try:
             return super().fit()
         except NO_SCALE as error:
+            if not lacks_scale(self):
+                raise
             raise SaesubError(zero_scale(self.cfg)) from error
         finally:
             self.data_provider = given
