@@ -111,6 +111,11 @@ def moments(optimizer: torch.optim.Adam, parameter: nn.Parameter) -> tuple[Tenso
     return state["step"], state["exp_avg"], state["exp_avg_sq"]
 
 
+def steps_taken(optimizer: torch.optim.Optimizer) -> int:
+    """How many updates the most often updated parameter has had."""
+    return max((int(kept.get("step", 0)) for kept in optimizer.state.values()), default=0)
+
+
 class SparseAdam(torch.optim.Adam):
     """Adam in which a feature moves only in steps where it has a gradient.
 

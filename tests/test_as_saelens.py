@@ -429,13 +429,14 @@ def test_a_window_of_steps_is_saelens_window_auxk_included(backend):
     assert torch.equal(ours.tokens_since_fired >= 4 * BATCH, ours.dead_neurons)
 
 
-def test_a_window_of_steps_counts_steps_where_batches_differ():
-    cfg = recipe(dead_feature_window=3)
-    ours, theirs = adam(cfg, make(), iter(())), SAETrainer(cfg, make(), iter(()))
+def test_a_window_of_steps_counts_tokens_where_batches_differ():
+    """As many as its steps have with batches of the configured size."""
+    ours = adam(recipe(dead_feature_window=3), make(), iter(()))
+    fired = []
     for x in itertools.islice(batches(), 12):
-        ours.step(x[:2])
-        theirs.step(x[:2])
-        assert torch.equal(ours.dead_neurons, theirs.dead_neurons)
+        fired.append((ours.step(x[: BATCH // 2]).feature_acts.to_dense() != 0).any(0))
+        silent = ~torch.stack(fired[-8:]).any(0)
+        assert torch.equal(ours.dead_neurons, silent if len(fired) >= 8 else silent & False)
     assert ours.dead_neurons.any()
 
 
@@ -621,7 +622,7 @@ def test_firing_rates_are_right_where_batches_differ(backend):
     for x in itertools.islice(batches(), 7):
         trainer.step(x[:10])
     assert trainer.n_frac_active_samples == 70
-    assert trainer.feature_sparsity.sum() <= K
+    assert trainer.feature_sparsity.sum() <= K * (1 + 1e-6)
 
 
 def test_a_resumed_run_writes_no_checkpoint_twice(tmp_path):

@@ -533,7 +533,7 @@ def test_widths_and_spectra_that_do_not_fit(model, lorsa, data, spectra):
 def test_training_settings_that_cannot_be(lorsa, data):
     with pytest.raises(SaesubError, match=r"batch_size in 1\.\.20"):
         train_lorsa(lorsa, data, batch_size=21)
-    with pytest.raises(SaesubError, match="epochs must be at least 1"):
+    with pytest.raises(SaesubError, match="epochs must be a whole number of at least 1"):
         train_lorsa(lorsa, data, epochs=0)
     with pytest.raises(SaesubError, match="Unknown optimizer 'sgd': pass 'adam' or"):
         train_lorsa(lorsa, data, optimizer=cast(Any, "sgd"))
@@ -544,6 +544,10 @@ def test_training_settings_that_cannot_be(lorsa, data):
     assert all(torch.equal(kept, before[name]) for name, kept in lorsa.state_dict().items())
     with torch.no_grad():
         lorsa.W_O[0] = float("inf")
+    with pytest.raises(SaesubError, match=r"W_O holds NaN or infinite"):
+        train_lorsa(lorsa, data, progress=False)
+    with torch.no_grad():
+        lorsa.W_O[0] = 1e30
     with pytest.raises(SaesubError, match=r"the loss is \w+ at step 1: pass a smaller lr"):
         train_lorsa(lorsa, data, progress=False)
     still = AttentionSequences(data.x, torch.zeros_like(data.y), data.kept)
@@ -554,6 +558,32 @@ def test_training_settings_that_cannot_be(lorsa, data):
             use(lorsa, still)
     with pytest.raises(SaesubError, match="batch_size must be a whole number of at least 1"):
         evaluate_lorsa(lorsa, data, batch_size=0)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"epochs": 1.5}, {"batch_size": 0}, {"batch_size": "4"}, {"seed": -1}, {"lr": 0}]
+)
+def test_numbers_that_cannot_be_are_refused_in_training(lorsa, data, settings):
+    with pytest.raises(SaesubError, match="must be a"):
+        train_lorsa(lorsa, data, progress=False, **settings)
+
+
+def test_what_has_no_error_or_scale_is_refused(lorsa, data):
+    before = {name: kept.clone() for name, kept in lorsa.state_dict().items()}
+    kept = data.kept.clone()
+    kept[:8] = False
+    with pytest.raises(SaesubError, match="no position is kept"):
+        train_lorsa(lorsa, AttentionSequences(data.x, data.y, kept), batch_size=1, progress=False)
+    lorsa.load_state_dict(before)
+    with torch.no_grad():
+        lorsa.W_O.zero_()
+    with pytest.raises(SaesubError, match="write nothing"):
+        calibrate_lorsa(lorsa, data)
+    assert torch.equal(lorsa.b_O, before["b_O"])
+    assert torch.equal(lorsa.b_V, before["b_V"])
+    lorsa.load_state_dict(before)
+    with pytest.raises(SaesubError, match="dtype='float32'"):
+        train_lorsa(lorsa.bfloat16(), data, progress=False)
 
 
 def test_config_alone_makes_a_lorsa():

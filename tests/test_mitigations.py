@@ -293,10 +293,10 @@ def test_resampling_falls_where_it_was_asked_for():
     trainer = _trainer(_topk(), 40, Resampling(every_tokens=10 * BATCH, n_batches=3))
     when = {}
     for step in range(1, 41):
-        trainer.n_training_samples = step * BATCH
-        when[step] = trainer.mitigations[0]._batch_of_resampling(trainer)
-    assert {s: b for s, b in when.items() if b is not None} == {
-        10: 0, 11: 1, 12: 2, 20: 0, 21: 1, 22: 2
+        trainer.tokens_before, trainer.n_training_samples = (step - 1) * BATCH, step * BATCH
+        when[step] = trainer.mitigations[0]._parts(trainer)
+    assert {step: (done, now) for step, (done, now) in when.items() if now > done} == {
+        10: (0, 1), 11: (1, 2), 12: (2, 3), 20: (0, 1), 21: (1, 2), 22: (2, 3)
     }  # fmt: skip
 
 
@@ -598,7 +598,7 @@ def test_what_cannot_work_is_refused(make, given, message):
     [
         (lambda: Resampling(), "not neither"),
         (lambda: Resampling(every_tokens=5, at_tokens=(5,)), "not both"),
-        (lambda: Resampling(every_tokens=0), "out of range"),
+        (lambda: Resampling(every_tokens=0), "at least 1, not 0"),
         (lambda: Resampling(at_tokens=(5,), encoder_norm=0), "out of range"),
         (lambda: Resampling(every_tokens=5, until=1.5), "out of range"),
         (lambda: KAnnealing(16, 0.0), r"must lie in \(0, 1\]"),

@@ -392,7 +392,7 @@ def test_more_active_features_than_there_are_is_refused(activations):
     spectrum = Spectrum.from_activations(activations)
     sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=576, d_sae=64, k=100))
     for act in (initialize_in_subspace, fit_norm):
-        with pytest.raises(SaesubError, match=r"k=100 must lie in 1\.\.64"):
+        with pytest.raises(SaesubError, match=r"k must lie in 1\.\.64 \(d_sae\), not 100"):
             act(sae, spectrum)
 
 

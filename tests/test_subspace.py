@@ -6,16 +6,21 @@ import json
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from sae_lens import SAE, StandardTrainingSAEConfig, TrainingSAE
+from sae_lens import SAE, StandardTrainingSAEConfig, TopKSAE, TopKSAEConfig, TrainingSAE
+from sae_lens.config import SAETrainerConfig
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 
 from saesub.activations.spectrum import Spectrum
 from saesub.errors import SaesubError
-from saesub.init.biases import center_biases
+from saesub.init.biases import center_at, center_biases
+from saesub.init.norm import fit_norm
 from saesub.init.subspace import choose_d_init, initialize_in_subspace
+from saesub.training.trainer import SubspaceSAETrainer
 
 D_IN, D_OUT, D_SAE = 24, 20, 96
 EXTRA = {"matryoshka_batchtopk": {"matryoshka_widths": [32, 64, 96]}}
@@ -225,6 +230,187 @@ def test_misfits_are_refused_and_nothing_is_changed():
     with pytest.raises(SaesubError, match="whitens its input"):
         initialize_in_subspace(whitening, _spectrum(D_IN, 5))
     assert all(torch.equal(v, before[k]) for k, v in sae.state_dict().items())
+
+
+def _nan(sae: SAE) -> SAE:
+    with torch.no_grad():
+        sae.W_dec[3, 1] = torch.nan
+    return sae
+
+
+def _hooked(sae: SAE) -> SAE:
+    sae.add_hook("hook_sae_acts_post", lambda acts, hook: acts * 2)
+    return sae
+
+
+def _trained() -> SAE:
+    sae = _training_sae("topk")
+    cfg = SAETrainerConfig(total_training_samples=64, train_batch_size_samples=32)
+    return SubspaceSAETrainer(cfg, sae, iter(torch.randn(2, 32, D_IN))).fit()
+
+
+def _in_training() -> SAE:
+    sae = _training_sae("topk", normalize_activations="expected_average_only_in")
+    cfg = SAETrainerConfig(
+        total_training_samples=320, train_batch_size_samples=32, n_batches_for_norm_estimate=1
+    )
+    with pytest.raises(SaesubError, match="ended"):
+        SubspaceSAETrainer(cfg, sae, iter(torch.randn(3, 32, D_IN))).fit()
+    return sae
+
+
+def _of_inference() -> SAE:
+    return TopKSAE(TopKSAEConfig(d_in=D_IN, d_sae=D_SAE, k=4))
+
+
+UNFIT = {
+    "for inference": (_of_inference, "TopKSAE is made for inference"),
+    "trained": (_trained, "was trained .*l0 and num_dead_features"),
+    "in training": (_in_training, "was trained .*activations_scaled_by"),
+    "bfloat16": (lambda: _training_sae("topk", dtype="bfloat16"), "dtype='float32'"),
+    "float16": (lambda: _training_sae("gated", dtype="float16"), "dtype='float32'"),
+    "NaN": (lambda: _nan(_training_sae("topk")), "W_dec holds NaN"),
+}
+
+
+@pytest.mark.parametrize("kind", UNFIT)
+@pytest.mark.parametrize("start", [initialize_in_subspace, center_biases, fit_norm])
+def test_an_sae_whose_weights_cannot_be_drawn_is_left_as_it_was(kind, start):
+    make, message = UNFIT[kind]
+    sae = make()
+    before = {name: value.clone() for name, value in sae.state_dict().items()}
+    with pytest.raises(SaesubError, match=message):
+        start(sae, _spectrum(D_IN, 10))
+    for name, value in sae.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("start", [initialize_in_subspace, fit_norm])
+def test_a_norm_is_not_fitted_through_hooks(start):
+    sae = _hooked(_training_sae("topk"))
+    before = sae.W_dec.clone()
+    with pytest.raises(SaesubError, match=r"sae\.reset_hooks\(\)"):
+        start(sae, _spectrum(D_IN, 10))
+    assert torch.equal(sae.W_dec, before)
+    sae.reset_hooks()
+    start(sae, _spectrum(D_IN, 10))
+
+
+@pytest.mark.parametrize("part", ["mean", "covariance", "mean_norm"])
+@pytest.mark.parametrize("start", [initialize_in_subspace, center_biases, fit_norm])
+def test_a_spectrum_that_is_not_finite_is_refused(start, part):
+    spectrum = _spectrum(D_IN, 10)
+    broken = replace(spectrum, **{part: getattr(spectrum, part) * float("nan")})
+    with pytest.raises(SaesubError, match="spectrum holds NaN"):
+        start(_training_sae("topk"), broken)
+
+
+@pytest.mark.parametrize(
+    ("hook_name", "model", "said"),
+    [
+        ("blocks.3.hook_resid_post", "maker/Model-1B", []),
+        ("blocks.3.hook_resid_post", "model-1b", []),
+        ("blocks.4.hook_resid_post", "model-1b", ["hook_name 'blocks.4.hook_resid_post'"]),
+        ("blocks.3.hook_resid_post", "model-2b", ["model_name 'model-2b'"]),
+        (None, None, []),
+    ],
+)
+@pytest.mark.parametrize("start", [initialize_in_subspace, center_biases, fit_norm])
+def test_a_spectrum_of_another_site_is_said(start, hook_name, model, said):
+    sae = _training_sae("topk")
+    sae.cfg.metadata.hook_name = "blocks.3.hook_resid_post"
+    sae.cfg.metadata.model_name = "maker/model-1b"
+    known = {"hook_name": hook_name, "model": model} if hook_name else {}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        start(sae, replace(_spectrum(D_IN, 10), metadata=known))
+    assert len(caught) == len(said)
+    assert all(text in str(w.message) for text, w in zip(said, caught, strict=True))
+
+
+@pytest.mark.parametrize("number", [float, np.float32, np.float64, np.int64])
+def test_whole_numbers_of_any_kind_are_taken(number):
+    spectrum = _spectrum(D_IN, 10)
+    saes = [_training_sae("topk") for _ in range(2)]
+    report = initialize_in_subspace(saes[0], spectrum, number(7), seed=number(3))
+    initialize_in_subspace(saes[1], spectrum, 7, seed=3)
+    assert report.d_init == 7
+    assert isinstance(report.seed, int)
+    assert torch.equal(saes[0].W_dec, saes[1].W_dec)
+    assert fit_norm(saes[0], spectrum, seed=number(3)) == fit_norm(saes[1], spectrum, seed=3)
+    assert choose_d_init(spectrum, np.float32(0.5)) == choose_d_init(spectrum, 0.5)
+
+
+@pytest.mark.parametrize("seed", [-1, 0.5, "0", None, float("nan")])
+@pytest.mark.parametrize("start", [initialize_in_subspace, fit_norm])
+def test_seeds_that_cannot_be_are_refused(start, seed):
+    with pytest.raises(SaesubError, match="seed must be a whole number"):
+        start(_training_sae("topk"), _spectrum(D_IN, 10), seed=seed)
+
+
+ROWS = torch.randn(300, D_IN, generator=torch.Generator().manual_seed(3))
+GIVEN = {
+    "numpy": ROWS.numpy(),
+    "strided numpy": np.asfortranarray(ROWS.numpy()),
+    "list of one": [ROWS],
+    "with gradients": ROWS.clone().requires_grad_(),
+    "float64": ROWS.double(),
+}
+
+
+@pytest.mark.parametrize("given", GIVEN)
+@pytest.mark.parametrize("directions", ["flat", "data", "whitened_data"])
+def test_activations_in_other_forms_start_the_same(given, directions):
+    spectrum = Spectrum.from_activations(ROWS)
+    starts = []
+    for activations in (ROWS, GIVEN[given]):
+        sae = _training_sae("topk")
+        initialize_in_subspace(sae, spectrum, directions=directions, activations=activations)
+        starts.append((sae.W_dec.detach(), fit_norm(sae, spectrum, activations=activations)))
+    assert not starts[1][0].requires_grad
+    assert torch.equal(starts[0][0], starts[1][0])
+    assert starts[0][1] == starts[1][1]
+
+
+@pytest.mark.parametrize(
+    ("activations", "message"),
+    [
+        (torch.ones(300, D_IN, dtype=torch.int64), "floating-point"),
+        (np.ones((300, D_IN), dtype=int), "not a ndarray"),
+        ({"x": ROWS}, "not a dict"),
+        ([ROWS, ROWS], "list of 2"),
+        (ROWS * float("nan"), "NaN"),
+        (ROWS * 0, "all zero"),
+        (ROWS[:0], "activations"),
+    ],
+)
+@pytest.mark.parametrize("start", [initialize_in_subspace, fit_norm])
+def test_activations_that_cannot_be_are_refused(start, activations, message):
+    sae = _training_sae("topk")
+    before = sae.W_dec.clone()
+    with pytest.raises(SaesubError, match=message):
+        start(sae, _spectrum(D_IN, 10), activations=activations)
+    assert torch.equal(sae.W_dec, before)
+
+
+@pytest.mark.parametrize("mean_norm", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_centre_is_not_scaled_by_a_norm_that_cannot_be(mean_norm):
+    sae = _training_sae("topk", normalize_activations="expected_average_only_in")
+    with pytest.raises(SaesubError, match="mean_norm must be above 0"):
+        center_at(sae, torch.ones(D_IN), mean_norm=mean_norm)
+    center_at(sae, np.ones(D_IN), mean_norm=2.0)  # pyright: ignore
+    torch.testing.assert_close(sae.b_dec, torch.full((D_IN,), D_IN**0.5 / 2))
+
+
+def test_weights_that_would_not_be_finite_are_not_kept():
+    sae = _training_sae("topk")
+    before = {name: value.clone() for name, value in sae.state_dict().items()}
+    far = torch.full((D_IN,), 1e39, dtype=torch.float64)  # beyond float32
+    with pytest.raises(SaesubError, match="b_dec became NaN or infinite"):
+        center_biases(sae, replace(_spectrum(D_IN, 10), mean=far))
+    with pytest.raises(SaesubError, match="b_dec became NaN or infinite"):
+        center_at(sae, far)
+    assert all(torch.equal(value, before[name]) for name, value in sae.state_dict().items())
 
 
 _LOAD_ALONE = """

@@ -7,6 +7,10 @@ alike. Both initialisations that are compared get the same biases.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import isfinite
 from typing import Any
 
 import torch
@@ -14,11 +18,15 @@ from jaxtyping import Float
 from sae_lens import SAE
 from torch import Tensor
 
-from saesub.activations.checks import require_finite
+from saesub.activations.checks import all_finite, require_finite
 from saesub.activations.spectrum import Spectrum
+from saesub.arguments import batch_of
 from saesub.errors import SaesubError
 from saesub.precision import where_float64
+from saesub.topk.eligibility import check_weights
 
+# What SAELens and this package write into an SAE's metadata in training.
+_OF_TRAINING = ("l0", "num_dead_features", "activations_scaled_by")
 ENCODER_BIASES = ("b_enc", "b_gate", "b_mag")
 _ROWS_PER_BLOCK = 8192
 _MAX_STEPS = 1000
@@ -43,12 +51,33 @@ def center_biases(
         input_spectrum: of the activations that a transcoder reads; refused for an autoencoder.
 
     Raises:
-        SaesubError: a spectrum of another width, an SAE that whitens its input or has no bias, a
-            transcoder without its input spectrum, or an autoencoder with one.
+        SaesubError: a spectrum of another width or not finite, an SAE that whitens its input, has
+            no bias, was trained before or is made for inference, a transcoder without its input
+            spectrum, or an autoencoder with one.
     """
     check_fits(sae, spectrum, input_spectrum)
-    set_biases(sae, spectrum, input_spectrum)
+    with unchanged_on_error(sae):
+        set_biases(sae, spectrum, input_spectrum)
     note_source(sae, spectrum, input_spectrum)
+
+
+@contextmanager
+def unchanged_on_error(sae: SAE[Any]) -> Iterator[None]:
+    """Leave the SAE's parameters as they were if the block raises, or if it makes one of them NaN
+    or infinite, which raises SaesubError."""
+    before = {name: value.detach().clone() for name, value in sae.named_parameters()}
+    try:
+        yield
+        for name, value in sae.named_parameters():
+            if not all_finite(value):
+                raise SaesubError(
+                    f"{name} became NaN or infinite: these activations are too large, or vary too "
+                    "little, for this initialisation; scale them, or pass directions='flat'."
+                )
+    except BaseException:
+        for name, value in sae.named_parameters():
+            value.data.copy_(before[name])
+        raise
 
 
 def set_biases(sae: SAE[Any], spectrum: Spectrum, input_spectrum: Spectrum | None) -> None:
@@ -77,7 +106,9 @@ def center_at(
             input (which centres it) or has no bias, or a missing `mean_norm`.
     """
     check_autoencoder(sae, "center_at")
+    check_new(sae)
     _check_bias(sae)
+    center = batch_of(center, "center")
     if center.shape != (sae.cfg.d_in,):
         raise SaesubError(
             f"center_at needs a centre ({sae.cfg.d_in},), not of shape {tuple(center.shape)}: take "
@@ -85,6 +116,8 @@ def center_at(
         )
     require_finite(center[None])
     scaled = sae.cfg.normalize_activations != "none"
+    if mean_norm is not None and not (mean_norm > 0 and isfinite(mean_norm)):
+        raise SaesubError(f"mean_norm must be above 0 and finite, not {mean_norm!r}.")
     if scaled and mean_norm is None:
         raise SaesubError(
             "This SAE rescales its input "
@@ -92,8 +125,9 @@ def center_at(
             "pass the activations' mean norm as mean_norm=spectrum.mean_norm."
         )
     scale = sae.cfg.d_in**0.5 / mean_norm if scaled and mean_norm is not None else 1.0
-    sae.b_dec.copy_(center.to(sae.b_dec) * scale)
-    _center_encoder(sae, sae.b_dec)
+    with unchanged_on_error(sae):
+        sae.b_dec.copy_(center.to(sae.b_dec) * scale)
+        _center_encoder(sae, sae.b_dec)
 
 
 @torch.no_grad()
@@ -109,6 +143,7 @@ def geometric_median(x: Float[Tensor, "n d"], *, tolerance: float = 1e-7) -> Flo
         SaesubError: `x` is empty, not of shape (n, d), or not finite; or the iteration has not
             settled after 1,000 steps.
     """
+    x = batch_of(x, "x")
     if x.ndim != 2 or not len(x):
         raise SaesubError(f"A median needs activations (n, d), n at least 1, not {tuple(x.shape)}.")
     require_finite(x)
@@ -172,11 +207,7 @@ def check_fits(sae: SAE[Any], spectrum: Spectrum, input_spectrum: Spectrum | Non
         )
     if not is_transcoder and input_spectrum is not None:
         raise SaesubError("input_spectrum is for transcoders; an autoencoder reads what it writes.")
-    if sae.W_dec.is_meta:
-        raise SaesubError("The SAE is on the meta device and holds no weights: make it on another.")
-    k = getattr(sae.cfg, "k", 1)
-    if not 0 < k <= sae.cfg.d_sae:
-        raise SaesubError(f"k={k} must lie in 1..{sae.cfg.d_sae} (d_sae): set it in the SAE's cfg.")
+    check_new(sae)
     pairs = [("spectrum", spectrum, sae.W_dec.shape[1])]
     if input_spectrum is not None:
         pairs.append(("input_spectrum", input_spectrum, sae.W_enc.shape[0]))
@@ -186,7 +217,28 @@ def check_fits(sae: SAE[Any], spectrum: Spectrum, input_spectrum: Spectrum | Non
                 f"{name} is {given.d} wide but the SAE needs {width}: "
                 "measure it at the hook point that the SAE is trained on."
             )
+        numbers = (given.mean, given.covariance, torch.tensor(given.mean_norm))
+        if not all(map(all_finite, numbers)):
+            raise SaesubError(f"{name} holds NaN or infinite values: measure it again.")
+    _check_source(sae, spectrum, input_spectrum)
     return is_transcoder
+
+
+def check_new(sae: SAE[Any]) -> None:
+    """Refuse an SAE whose weights are to be used, not drawn, or could not be trained from. Raises
+    SaesubError."""
+    if not hasattr(sae, "training_forward_pass") and not hasattr(sae.cfg, "d_out"):
+        raise SaesubError(
+            f"{type(sae).__name__} is made for inference, and its weights would be lost: "
+            "initialise one of SAELens' training classes."
+        )
+    known = [name for name in _OF_TRAINING if sae.cfg.metadata[name] is not None]
+    if known:
+        raise SaesubError(
+            f"This SAE was trained (its metadata says {' and '.join(known)}), and its weights "
+            "would be lost: make a new one to initialise."
+        )
+    check_weights(sae)
 
 
 def check_autoencoder(sae: SAE[Any], name: str) -> None:
@@ -222,10 +274,27 @@ def _center_encoder(sae: SAE[Any], seen: Float[Tensor, " d_in"]) -> None:
 
 def note_source(sae: SAE[Any], spectrum: Spectrum, input_spectrum: Spectrum | None) -> None:
     """SAELens splices an SAE in at `hook_name`; a transcoder writes at `hook_name_out`."""
+    for name, value in _source(spectrum, input_spectrum).items():
+        if sae.cfg.metadata[name] is None:
+            sae.cfg.metadata[name] = value
+
+
+def _source(spectrum: Spectrum, input_spectrum: Spectrum | None) -> dict[str, str]:
+    """What spectra say of hook points and model, by the names that SAELens has for it."""
     read = (input_spectrum or spectrum).metadata
     known = {"hook_name": read.get("hook_name"), "model_name": read.get("model")}
     if input_spectrum is not None:
         known["hook_name_out"] = spectrum.metadata.get("hook_name")
-    for name, value in known.items():
-        if value is not None and sae.cfg.metadata[name] is None:
-            sae.cfg.metadata[name] = value
+    return {name: value for name, value in known.items() if value is not None}
+
+
+def _check_source(sae: SAE[Any], spectrum: Spectrum, input_spectrum: Spectrum | None) -> None:
+    """Warn where the SAE's metadata names another hook point or model; one may have two names."""
+    for name, value in _source(spectrum, input_spectrum).items():
+        own = sae.cfg.metadata[name]
+        if own is not None and own.rpartition("/")[2].lower() != value.rpartition("/")[2].lower():
+            warnings.warn(
+                f"The spectrum is of {name} {value!r}, and the SAE's metadata says {own!r}: if "
+                "they are not two names for one, measure the spectrum where the SAE is trained.",
+                stacklevel=4,
+            )

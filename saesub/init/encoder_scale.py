@@ -9,15 +9,18 @@ from jaxtyping import Float
 from sae_lens import SAE
 from torch import Tensor
 
+from saesub.arguments import batch_of
 from saesub.errors import SaesubError
 from saesub.init.biases import check_autoencoder
 from saesub.init.norm import (
     Pairs,
     check_activations,
+    check_unhooked,
     encoder_factor,
     has_encoder,
     scale_encoder_columns,
 )
+from saesub.topk.eligibility import check_weights
 
 
 @torch.no_grad()
@@ -38,6 +41,9 @@ def fit_encoder_scale(sae: SAE[Any], activations: Float[Tensor, "n d_in"]) -> fl
             reconstructions that are not finite, or have nothing of these activations.
     """
     check_autoencoder(sae, "fit_encoder_scale")
+    check_weights(sae)
+    check_unhooked(sae)
+    activations = batch_of(activations, "activations")
     check_activations(sae, activations, "fit_encoder_scale")
     _check_encoder(sae)
     if hasattr(sae, "threshold"):

@@ -11,7 +11,6 @@ the best c is the root of a least-squares factor, and one pass over some thousan
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from math import exp, isfinite, log, sqrt
 from typing import Any, NamedTuple
 
@@ -23,9 +22,17 @@ from torch import Tensor
 
 from saesub.activations.checks import require_finite
 from saesub.activations.spectrum import Spectrum
+from saesub.arguments import batch_of, whole_number
 from saesub.errors import SaesubError
-from saesub.init.biases import ENCODER_BIASES, check_autoencoder, check_fits, input_scale
+from saesub.init.biases import (
+    ENCODER_BIASES,
+    check_autoencoder,
+    check_fits,
+    input_scale,
+    unchanged_on_error,
+)
 from saesub.precision import where_float64
+from saesub.topk.eligibility import is_hooked
 from saesub.topk.encode import autoencoder_of, flat_heads
 
 _TOKENS = 4096
@@ -70,12 +77,14 @@ def fit_norm(
 
     Raises:
         SaesubError: a spectrum or activations of another width, activations that are not finite or
-            all zero, a transcoder, an SAE that whitens its input, or one that writes nothing. The
-            SAE is then left as it was.
+            all zero, a transcoder, an SAE that whitens its input, has hooks, writes nothing, was
+            trained before or is made for inference. The SAE is then left as it was.
     """
     check_autoencoder(sae, "fit_norm")
     check_fits(sae, spectrum)
+    seed = whole_number(seed, "seed", 0)
     if activations is not None:
+        activations = batch_of(activations, "activations")
         check_activations(sae, activations, "fit_norm")
     else:
         check_draws(sae, spectrum)
@@ -151,6 +160,7 @@ def set_best_norm(sae: SAE[Any], pairs: Pairs) -> float:
 
     Raises SaesubError for an SAE that writes nothing of what it is to write, or not finite.
     """
+    check_unhooked(sae)
     set_unit_norms(sae)
     if not has_encoder(sae):
         return 1.0  # SAELens' matching pursuit divides by no norm and prescribes this one
@@ -176,16 +186,13 @@ def set_unit_norms(sae: SAE[Any]) -> None:
     scale_features(sae, 1 / lengths)
 
 
-@contextmanager
-def unchanged_on_error(sae: SAE[Any]) -> Iterator[None]:
-    """Leave the SAE's parameters as they were if the block raises."""
-    before = {name: value.detach().clone() for name, value in sae.named_parameters()}
-    try:
-        yield
-    except BaseException:
-        for name, value in sae.named_parameters():
-            value.data.copy_(before[name])
-        raise
+def check_unhooked(sae: SAE[Any]) -> None:
+    """Refuse an SAE whose hooks would take part in what is fitted. Raises SaesubError."""
+    if is_hooked(sae):
+        raise SaesubError(
+            "The SAE has hooks, and its norm would be fitted to what they make of it: remove them "
+            "with sae.reset_hooks()."
+        )
 
 
 def encoder_factor(sae: SAE[Any], pairs: Pairs, scale: float = 1.0) -> float:

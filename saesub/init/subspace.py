@@ -10,7 +10,7 @@ stay as they are. Other ways to draw the rows are in `saesub.init.directions`, t
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -19,8 +19,9 @@ from sae_lens import SAE
 from torch import Tensor
 
 from saesub.activations.spectrum import Spectrum
+from saesub.arguments import batch_of, whole_number
 from saesub.errors import SaesubError, near_names
-from saesub.init.biases import check_fits, note_source, set_biases
+from saesub.init.biases import check_fits, note_source, set_biases, unchanged_on_error
 from saesub.init.directions import (
     FROM_DATA,
     Directions,
@@ -37,7 +38,6 @@ from saesub.init.norm import (
     sample_of,
     scale_in_training,
     set_best_norm,
-    unchanged_on_error,
 )
 
 Norm = Literal["fit", "keep"]
@@ -117,14 +117,20 @@ def initialize_in_subspace(
     Raises:
         SaesubError: the spectrum or the activations have another width, `d_init` is out of range,
             directions or norm are unknown, activations are missing or not finite, the SAE whitens
-            its input or has no bias, or a transcoder lacks its input spectrum. The SAE is then left
-            as it was.
+            its input, has no bias or hooks, was trained before or is made for inference, its
+            weights are not finite or coarser than float32, or a transcoder lacks its input
+            spectrum. The SAE is then left as it was.
 
     Example:
         >>> spectrum = saesub.measure_spectrum(model, "wiki-en", hook_name, n_tokens=200_000)
         >>> saesub.initialize_in_subspace(sae, spectrum)  # doctest: +SKIP
     """
     check_fits(sae, spectrum, input_spectrum)
+    seed = whole_number(seed, "seed", 0)
+    if activations is not None:
+        activations = batch_of(activations, "activations")
+    if input_activations is not None:
+        input_activations = batch_of(input_activations, "input_activations")
     if norm not in get_args(Norm):
         raise SaesubError(f"Unknown norm {norm!r}: {near_names(str(norm), get_args(Norm))}")
     _check_pairs(directions, spectrum, input_spectrum, activations, input_activations)
@@ -241,11 +247,14 @@ def choose_d_init(spectrum: Spectrum, d_init: int | float | str = "auto") -> int
     """
     if d_init == "auto":
         return max(1, round(spectrum.effective_rank("singular_values") / 2))
-    if isinstance(d_init, float) and 0 < d_init < 1:
-        return spectrum.rank_at(d_init)
-    whole = isinstance(d_init, Integral) and not isinstance(d_init, bool)
-    if whole and 1 <= d_init <= spectrum.d:  # pyright: ignore[reportOperatorIssue]
-        return int(d_init)
+    if isinstance(d_init, Real) and not isinstance(d_init, bool):
+        number = float(d_init)
+        if 0 < number < 1:
+            return spectrum.rank_at(number)
+        # 1.0 could be meant as the whole variance.
+        whole = isinstance(d_init, Integral) or number > 1
+        if whole and number == number // 1 and 1 <= number <= spectrum.d:
+            return int(number)
     raise SaesubError(
         f"d_init={d_init!r} is out of range: pass a whole number from 1 to {spectrum.d}, "
         'a share of variance strictly between 0 and 1, or "auto".'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -128,23 +129,45 @@ def _other_input(sae: Any) -> str | None:
 
 
 def check_sae(sae: Any) -> None:
-    """Refuse an SAE without a loss, k outside 1..d_sae and weights in float16.
-
-    Raises SaesubError.
-    """
+    """Refuse an SAE without a loss, and what `check_weights` refuses. Raises SaesubError."""
     if not hasattr(sae, "training_forward_pass"):
         raise SaesubError(
             f"{type(sae).__name__} has no loss to train by: make SAELens' training class of it (of "
             "a transcoder a TrainingTranscoder or TrainingSkipTranscoder of "
             "saesub.extras.transcoders) and load_state_dict the weights."
         )
+    check_weights(sae)
+    k = getattr(sae.cfg, "k", None)
+    used = getattr(getattr(sae, "activation_fn", None), "k", k)
+    if used != k is not None:
+        warnings.warn(
+            f"The SAE is trained with its activation function's k, {used}, and is saved and loaded "
+            f"with that of its cfg, {k}: set both.",
+            stacklevel=4,
+        )
+
+
+def check_weights(sae: Any) -> None:
+    """Refuse k outside 1..d_sae, and weights that are not finite, hold no values (meta device) or
+    are coarser than float32. Raises SaesubError."""
     k, d_sae = getattr(sae.cfg, "k", 1), sae.cfg.d_sae
     if not 0 < k <= d_sae:
         raise SaesubError(f"k must lie in 1..{d_sae} (d_sae), not {k}: set it in the SAE's config.")
-    if any(parameter.dtype == torch.float16 for parameter in sae.parameters()):
-        raise SaesubError(
-            "Weights in float16 lose Adam's small updates: make the SAE with dtype='float32'."
-        )
+    for name, weights in sae.named_parameters():
+        if torch.finfo(weights.dtype).eps > torch.finfo(torch.float32).eps:
+            raise SaesubError(
+                f"{name} is in {weights.dtype}, which rounds most of Adam's updates away: make the "
+                "SAE with dtype='float32' (of a Lorsa call .float()), and for products in bfloat16 "
+                "set autocast=True in the SAETrainerConfig."
+            )
+        if weights.is_meta:
+            raise SaesubError(
+                f"{name} is on the meta device and holds no values: make the SAE on another."
+            )
+        if not bool(weights.isfinite().all()):
+            raise SaesubError(
+                f"{name} holds NaN or infinite values: make it anew, or load its weights again."
+            )
 
 
 def lay_out_by_feature(sae: Any) -> None:

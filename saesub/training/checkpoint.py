@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from sae_lens.constants import SAE_CFG_FILENAME, TRAINER_STATE_FILENAME
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, TRAINER_STATE_FILENAME
 from safetensors import SafetensorError
 from torch import Tensor
 
 from saesub.errors import SaesubError
 from saesub.files import Form, damaged, file_sha256, read_checksummed, write_checksummed
+from saesub.optim import steps_taken
 from saesub.training.schedule import follow_schedule
 
 if TYPE_CHECKING:  # the trainer imports this module
@@ -43,6 +44,12 @@ _UNREADABLE = (
 )
 _MITIGATION = "mitigation."  # before the names of what mitigations keep
 _MARK = "saesub_checkpoint.txt"  # the first file written: without the last, it is half a checkpoint
+# In an SAE's metadata: what its trainer does to activations before it gives them to the SAE.
+SCALED_BY = "activations_scaled_by"
+_SCALED = (
+    "The SAE reads activations that its trainer has scaled (metadata.activations_scaled_by: {}). "
+    "Training folds this into the weights at its end; until then scale what the SAE is given."
+)
 _FOLDED = ("normalize_activations", "rescale_acts_by_decoder_norm")
 # Where a run is made and what is kept of it, and what folding changes in the SAE at its end.
 _FREE_TO_CHANGE = {
@@ -56,6 +63,10 @@ _FOLLOWED = (
     *("total_training_samples", "train_batch_size_samples", "lr", "lr_end", "lr_scheduler_name"),
     *("lr_warm_up_steps", "lr_decay_steps", "n_restart_cycles"),
     *("dead_window_tokens", "dead_feature_window", "autocast"),
+)
+_RESUME = (
+    "Resume with those, or go on from its weights: load them into the SAE of a new trainer, with "
+    "sae.load_weights_from_checkpoint."
 )
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO)
 
@@ -80,7 +91,10 @@ def save_state(
     """Write a trainer's state: SAELens' part by `save_saelens`, then what that lacks, and the
     checksums of all files in the folder."""
     folder.mkdir(exist_ok=True, parents=True)
-    (folder / _MARK).write_text(f"SAELens' files, and what they lack in {STATE_FILENAME}\n")
+    lines = [f"SAELens' files, and what they lack in {STATE_FILENAME}"]
+    if scaled_by := note_scaling(trainer):
+        lines.append(_SCALED.format(scaled_by))
+    (folder / _MARK).write_text("\n".join(lines) + "\n")
     save_saelens(folder)
     state = {"tokens_since_fired": trainer.tokens_since_fired} | trainer.recorder.state()
     state |= {f"{_MITIGATION}{name}": kept for name, kept in trainer.mitigation_state.items()}
@@ -93,10 +107,23 @@ def save_state(
     write_checksummed(folder / STATE_FILENAME, _FORM, state, record)
 
 
+def note_scaling(trainer: SubspaceSAETrainer) -> float | str | None:
+    """Write into the SAE's metadata what activations are multiplied by before the SAE reads them,
+    "covariance_whitening" if they are whitened; nothing where that is folded into the weights."""
+    scaler, metadata = trainer.activation_scaler, getattr(trainer.sae.cfg, "metadata", None)
+    scaled_by = "covariance_whitening" if scaler.whitening is not None else scaler.scaling_factor
+    if scaled_by is not None:
+        setattr(metadata, SCALED_BY, scaled_by)
+    elif metadata is not None:
+        vars(metadata).pop(SCALED_BY, None)
+    return scaled_by
+
+
 def load_state(
     trainer: SubspaceSAETrainer, folder: Path, load_saelens: Callable[[Path], None]
 ) -> None:
-    """Restore a checkpoint of saesub or of SAELens, whose part `load_saelens` restores.
+    """Restore a checkpoint of saesub or of SAELens, whose part `load_saelens` restores, and the
+    SAE's weights, if they are there: the state belongs to them alone.
 
     What SAELens' checkpoints lack is filled in: features are silent for as many whole batches as
     SAELens counted, the history is empty.
@@ -136,9 +163,23 @@ def load_state(
     }
     trainer.recorder.load_state(state)
     follow_config(trainer, folder, kept_settings.get("total_training_samples"))
+    _restore_weights(trainer.sae, folder)
     trainer.n_training_steps = steps
     reached = trainer.n_training_samples
     trainer.checkpoint_thresholds = [t for t in trainer.checkpoint_thresholds if t >= reached]
+
+
+def _restore_weights(sae: Any, folder: Path) -> None:
+    """SAELens asks the user to load them, and without them trains others in silence."""
+    if not (folder / SAE_WEIGHTS_FILENAME).is_file():
+        return
+    try:
+        sae.load_weights_from_checkpoint(folder)
+    except _UNREADABLE as error:
+        raise SaesubError(
+            f"The weights in {folder} are damaged or those of another SAE ({error}): resume from "
+            "an earlier checkpoint, or start anew."
+        ) from error
 
 
 class _KeptState:
@@ -171,7 +212,7 @@ def _load_saelens_part(
         trainer.lr_scheduler = schedule
     follow_schedule(trainer, kept.state, kept_batch)
     # SAELens saves in the middle of a step, before it counts it.
-    return max(trainer.n_training_steps, kept.state["last_epoch"])
+    return max(trainer.n_training_steps, steps_taken(trainer.optimizer))
 
 
 def _settings_of_saelens(folder: Path) -> dict[str, Any]:
@@ -230,7 +271,7 @@ def check_same_settings(folder: Path, kept: dict[str, Any], wanted: dict[str, An
     if contradicting:
         raise SaesubError(
             f"The checkpoint {folder} was made with other settings: {', '.join(contradicting)}. "
-            "Resume with those, or start anew."
+            + _RESUME
         )
     if differing:
         text = ", ".join(differing.values())
@@ -271,12 +312,13 @@ def follow_config(trainer: SubspaceSAETrainer, folder: Path, kept_total: int | N
         if kept_total is None or reached >= kept_total:
             raise SaesubError(
                 f"The run of {folder} is finished and its input scaling folded into the weights: "
-                "continue from a checkpoint before its end, or start a new run from its weights."
+                "continue from a checkpoint before its end, or load its SAE into a new trainer, "
+                "with SAE.load_weights_from_checkpoint and normalize_activations='none'."
             )
         here = {name: getattr(sae.cfg, name) for name in differing}
         raise SaesubError(
             f"The checkpoint {folder} was made with other settings: {differing} (here {here}). "
-            "Resume with those, or start anew."
+            + _RESUME
         )
     for name, value in differing.items():
         setattr(sae.cfg, name, value)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,10 +21,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from saesub.activations.store import ActivationStore
+from saesub.arguments import batch_of, whole_number
 from saesub.errors import SaesubError, needs_extra
 from saesub.paths import library_versions, source_digest
 from saesub.progress import bar
 from saesub.topk.eligibility import is_hooked
+from saesub.training.plan import NO_SCALE, ended, for_scale, lacks_scale, zero_scale
 from saesub.training.trainer import SubspaceSAETrainer
 
 if TYPE_CHECKING:
@@ -36,10 +38,10 @@ _COMPLETE = "complete"  # an empty file, written when a checkpoint is whole
 _SAME_TOKENS = ("text", "documents", "tokenizer", "context_size", "skip_first", "n_tokens")
 # The code that decides the weights and the history, with the transcoders' and what reads batches.
 _DECIDING = (
-    *("activations/checks.py", "activations/store.py", "extras/transcoders.py"),
-    *("arguments.py", "optim.py", "precision.py", "topk/", "training/mitigations/"),
+    *("arguments.py", "activations/checks.py", "activations/store.py", "extras/transcoders.py"),
+    *("optim.py", "precision.py", "topk/", "training/mitigations/"),
     *(f"training/{name}.py" for name in ("checkpoint", "comparison", "firing", "history")),
-    *(f"training/{name}.py" for name in ("native_step", "schedule", "trainer")),
+    *(f"training/{name}.py" for name in ("native_step", "plan", "schedule", "trainer")),
 )
 
 
@@ -76,7 +78,7 @@ class ComparisonTrainer(MultiSAETrainer):
         )
         saes = {name: trainer.sae for name, trainer in conditions.items()}
         super().__init__(cfg, saes, dict(sites), iter(()), save_checkpoint_fn=_mark_complete)  # pyright: ignore
-        self.trainers = dict(conditions)
+        self.trainers: dict[str, Any] = dict(conditions)
 
     def fit_from(self, batches: Callable[[int], Iterator[dict[str, Tensor]]]) -> None:
         """Train from the step that was reached; input scales come from the first batches.
@@ -84,10 +86,25 @@ class ComparisonTrainer(MultiSAETrainer):
         SAELens would take these batches out of the training stream, and a resumed run would then
         train on other batches than an uninterrupted one.
         """
-        self.data_provider = batches(0)
-        self._estimate_scaling_factors()
-        self.data_provider = batches(self.n_training_steps)
+        self.data_provider = self._batches_of(batches(0))
+        try:
+            self._estimate_scaling_factors()
+        except NO_SCALE as error:
+            raise SaesubError(zero_scale(self.cfg)) from error
+        self.data_provider = self._batches_of(batches(self.n_training_steps))
         self.fit()
+
+    def _batches_of(self, given: Iterator[Any]) -> Iterator[dict[str, Tensor]]:
+        """The batches as tensors, checked where SAELens reads them before the first step."""
+        came = 0
+        for came, batch in enumerate(given, start=1):  # noqa: B007 - it is counted for the error
+            tensors = _sites_of(batch, self.hook_names.values())
+            for name, trainer in self.trainers.items():
+                if lacks_scale(trainer):
+                    site = self.hook_names[name]
+                    tensors[site] = for_scale(trainer, tensors[site])
+            yield tensors
+        raise ended(self, came)
 
     def save_checkpoint(self, checkpoint_name: str, wandb_aliases: list[str] | None = None) -> None:
         """SAELens' checkpoint. If the disk is full, what was written of it is deleted."""
@@ -143,13 +160,29 @@ def train_together(
     with needs_extra("train_together"):
         import pandas as pd
 
+    if not conditions:
+        raise SaesubError("There are no conditions to train: give at least one.")
+    if not callable(batches):
+        raise SaesubError(
+            "batches must be a function of a step's number that gives the batches from there on, "
+            f"not {type(batches).__name__}."
+        )
+
     stepped = sorted(name for name, trainer in conditions.items() if trainer.n_training_samples)
     if stepped:
         raise SaesubError(
             f"Conditions {stepped} were trained before, perhaps by an interrupted call: make them "
             "anew; with the same folder the call then continues from its last checkpoint."
         )
-    sites = sites or dict.fromkeys(conditions, next(iter(next(batches(0)))))
+    first = _sites_of(next(batches(0), None), [] if sites is None else sites.values())
+    if sites is None:
+        sites = dict.fromkeys(conditions, next(iter(first)))
+    if {*sites} != {*conditions}:
+        raise SaesubError(
+            f"sites names the conditions {sorted(sites)}, not {sorted(conditions)}: give each its "
+            "site."
+        )
+    n_checkpoints = whole_number(n_checkpoints, "n_checkpoints", 0)
     place = None if folder is None else Path(folder) / _fingerprint(conditions, sites, batches)
     together = ComparisonTrainer(
         conditions, sites, checkpoint_folder=place, n_checkpoints=n_checkpoints
@@ -197,6 +230,19 @@ def joint_batches(
     blocks = (dict(zip(stores, parts, strict=True)) for parts in zip(*streams, strict=True))
     held = {site: store.identity for site, store in stores.items()}
     return StoreBatches(blocks, json.dumps([held, int(batch_size), int(seed)], sort_keys=True))
+
+
+def _sites_of(batch: Any, sites: Iterable[str]) -> dict[str, Tensor]:
+    """A batch's tensors by site. Raises SaesubError for anything else, and a site it lacks."""
+    if not isinstance(batch, Mapping) or not batch:
+        raise SaesubError(
+            "batches must give an iterator of {site: (batch, d_in)}, as joint_batches does, not of "
+            f"{type(batch).__name__}."
+        )
+    missing = sorted({*sites} - {*batch})
+    if missing:
+        raise SaesubError(f"The batches have the sites {sorted(batch)}, and no {missing}.")
+    return {site: batch_of(x, f"the batch of site {site!r}") for site, x in batch.items()}
 
 
 @contextmanager
@@ -279,12 +325,12 @@ def _identity(stream: Iterator[dict[str, Tensor]], n_tokens: int) -> str:
     digest, read = hashlib.sha256(), 0
     shows = {"unit": "tok", "desc": "identifying the batches", "delay": 1, "progress": True}
     with bar(total=n_tokens, **shows) as shown:
-        while read < n_tokens:
-            batch = next(stream)
+        while read < n_tokens and (given := next(stream, None)) is not None:
+            batch = _sites_of(given, [])
             for site in sorted(batch):
                 digest.update(f"{site} {tuple(batch[site].shape)}".encode())
                 digest.update(_bytes_of(batch[site]))
-            n = len(batch[site])
+            n = len(next(iter(batch.values())))
             read += n
             shown.update(n)
     return digest.hexdigest()

@@ -13,6 +13,7 @@ from sae_lens.saes.sae import T_TRAINING_SAE, T_TRAINING_SAE_CONFIG, TrainStepOu
 from sae_lens.training.sae_trainer import Evaluator, SaveCheckpointFn
 from torch import Tensor
 
+from saesub.arguments import whole_number
 from saesub.errors import SaesubError
 from saesub.training.history import History
 
@@ -23,6 +24,9 @@ class TokenCountingTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     """`SAETrainer` whose dead features can be those silent over a window of tokens, not of steps.
 
     AuxK takes these too. Arguments and attributes are as in `SubspaceSAETrainer`.
+
+    Attributes:
+        tokens_before: those trained on before the last step.
     """
 
     n_forward_passes_since_fired: Tensor
@@ -37,7 +41,7 @@ class TokenCountingTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         save_checkpoint_fn: SaveCheckpointFn | None,
     ) -> None:
         super().__init__(cfg, sae, data_provider, evaluator, save_checkpoint_fn)
-        self.window_in_steps = dead_window_tokens is None
+        self.tokens_before = 0
         self.dead_window_tokens = _window(cfg, dead_window_tokens)
         self.tokens_since_fired = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=cfg.device)
         exact = torch.promote_types(sae.dtype, torch.float32)
@@ -51,9 +55,10 @@ class TokenCountingTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
 
     @property
     def dead_neurons(self) -> Bool[Tensor, " d_sae"]:
-        """(d_sae,) bool: silent for the whole window. SAELens' AuxK reads this."""
-        if self.window_in_steps:
-            return self._dead_by_steps()
+        """(d_sae,) bool: silent for the whole window. SAELens' AuxK reads this.
+
+        With batches of the configured size, a window of steps gives SAELens' own dead features.
+        """
         return self.tokens_since_fired >= self.dead_window_tokens
 
     def _dead_by_steps(self) -> Bool[Tensor, " d_sae"]:
@@ -86,14 +91,17 @@ class TokenCountingTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
 
     def step(self, batch: Tensor) -> TrainStepOutput:
         """One training step on raw activations (batch, d_in), counted and recorded."""
+        self.tokens_before = before = self.n_training_samples
         output = super().step(batch)
-        self.tokens_since_fired += len(batch)
+        now, size = self.n_training_samples, self.cfg.train_batch_size_samples
+        self.tokens_since_fired += now - before
         # `_train_step` has just set the counter of steps to zero where a feature fired.
         self.tokens_since_fired[self.n_forward_passes_since_fired == 0] = 0
-        self.recorder.add(output.losses["mse_loss"])
-        if (self.n_training_steps + 1) % self.recorder.every == 0:
+        self.recorder.add(output.losses["mse_loss"], (now - before) / size)
+        distance = self.recorder.every * size
+        if now // distance > before // distance:
             dead_share = self.dead_fraction() if self.has_seen_window else float("nan")
-            self.recorder.record(self.n_training_samples, dead_share)
+            self.recorder.record(now, dead_share)
         return output
 
     @torch.no_grad()
@@ -120,7 +128,11 @@ class TokenCountingTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
 
     def set_final_sae_metadata(self) -> None:
         """SAELens' figures, which count the dead over its window of steps, and the dead share over
-        the window of tokens, or None if less was trained on."""
+        the window of tokens, or None if less was trained on.
+
+        Raises SaesubError if the loss was not finite.
+        """
+        self.recorder.require_finite(self.n_training_samples)
         super().set_final_sae_metadata()
         metadata = self.sae.cfg.metadata
         if metadata.num_dead_features is not None:
@@ -138,6 +150,4 @@ def _window(cfg: SAETrainerConfig, dead_window_tokens: int | None) -> int:
             f"Two windows were set, cfg.dead_feature_window={cfg.dead_feature_window} steps and "
             f"dead_window_tokens={dead_window_tokens} tokens: leave one of them out."
         )
-    if dead_window_tokens < 1:
-        raise SaesubError(f"dead_window_tokens must be at least 1, not {dead_window_tokens}.")
-    return int(dead_window_tokens)
+    return whole_number(dead_window_tokens, "dead_window_tokens")

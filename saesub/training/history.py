@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from saesub.errors import SaesubError
+
 _POINTS = 40
 _COLUMNS = ("tokens", "mse", "dead_share")
 
@@ -20,8 +22,9 @@ class History:
 
     Attributes:
         points: one dict (tokens, mse, dead_share) per point.
-        every: steps between points.
-        since: (2,) sum of losses, and steps, since the last point.
+        every: steps of the configured batch size between points.
+        since: (2,) sum of losses, and steps, since the last point; a smaller batch is a part of a
+            step.
     """
 
     def __init__(self, n_steps: int, since: Tensor) -> None:
@@ -31,16 +34,25 @@ class History:
         # frees, and split the free memory.
         self.since = since
 
-    def add(self, mse: Tensor) -> None:
-        """Add the loss of a step."""
-        self.since[0] += mse.detach()
-        self.since[1] += 1
+    def add(self, mse: Tensor, steps: float) -> None:
+        """Add the loss of a batch, which is so many steps of the configured size."""
+        self.since[0] += mse.detach() * steps
+        self.since[1] += steps
 
     def record(self, tokens: int, dead_share: float) -> None:
-        """Make a point of the losses since the last one."""
+        """Make a point of the losses since the last one. Raises as `require_finite`."""
+        self.require_finite(tokens)
         total, steps = self.since.tolist()
         self.points.append({"tokens": tokens, "mse": total / steps, "dead_share": dead_share})
         self.since.zero_()
+
+    def require_finite(self, tokens: int) -> None:
+        """Raises SaesubError if a loss since the last point was NaN or infinite."""
+        if not bool(self.since.isfinite().all()):
+            raise SaesubError(
+                f"The loss became NaN or infinite before {tokens:,} tokens, and so did the "
+                "weights: make the SAE anew and train with a smaller lr."
+            )
 
     def state(self) -> dict[str, Tensor]:
         """The points by column, in float64, and the losses since the last one."""

@@ -20,20 +20,21 @@ def follow_schedule(
 ) -> None:
     """Continue the schedule that a checkpoint kept, or the trainer's own where it is another.
 
-    It continues from the same step, or, where batches were of another size, from the same token.
+    It continues from the same token: the checkpoint may be of batches of another size.
 
     Args:
         kept: the state of the schedule.
         kept_batch: the batch size of the checkpoint; None if it says nothing of its settings.
     """
-    if _shape_of(kept) == _shape_of(trainer.lr_scheduler.state_dict()):
+    steps = trainer.n_training_samples // trainer.cfg.train_batch_size_samples
+    same = _shape_of(kept) == _shape_of(trainer.lr_scheduler.state_dict())
+    if same and kept["last_epoch"] == steps:
         trainer.lr_scheduler.load_state_dict(kept)
         return
-    if kept_batch is None:
+    if kept_batch is None and not same:
         warnings.warn("The run continues with another learning rate schedule.", stacklevel=6)
-    batch = trainer.cfg.train_batch_size_samples
-    same = kept_batch in (None, batch)
-    steps = kept["last_epoch"] if same else trainer.n_training_samples // batch
+    for scheduler in trainer.coefficient_schedulers.values():
+        scheduler.load_state_dict({"current_step": steps})
     for group in trainer.optimizer.param_groups:
         group["lr"] = group["initial_lr"] = trainer.cfg.lr
     trainer.lr_scheduler = trainer.new_schedule()

@@ -6,11 +6,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from sae_lens import BatchTopKTrainingSAE, TopKTrainingSAE
 from sae_lens.config import SAETrainerConfig
@@ -26,6 +25,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from saesub.activations.checks import require_finite
+from saesub.arguments import batch_of
 from saesub.errors import SaesubError
 from saesub.optim import OptimizerName, align_moments, make_optimizer
 from saesub.topk.eligibility import (
@@ -39,10 +39,26 @@ from saesub.topk.eligibility import (
 from saesub.topk.encode import times_fired
 from saesub.topk.sae import DENSE_STEP, SparseTopKTrainingSAE, use_sparse_step
 from saesub.topk.step import WHOLE, SparseStepOutput, WholeDictionary
-from saesub.training.checkpoint import load_state, save_state, settings_of, writing
+from saesub.training.checkpoint import (
+    load_state,
+    note_scaling,
+    save_state,
+    settings_of,
+    writing,
+)
 from saesub.training.firing import TokenCountingTrainer
 from saesub.training.mitigations.mitigation import Mitigation, one_of_each
 from saesub.training.native_step import Backend, NativeStep
+from saesub.training.plan import (
+    NO_SCALE,
+    PlanWatch,
+    completed,
+    ended,
+    for_scale,
+    lacks_scale,
+    require_iterator,
+    zero_scale,
+)
 
 
 class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
@@ -55,9 +71,16 @@ class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CON
     where that pass is taken, and why. `W_enc` lies feature-major in memory (same shape, other
     strides) until training ends.
 
+    Everything that SAELens counts in steps (schedules, windows, annealing) is counted in tokens:
+    a step is `cfg.train_batch_size_samples` of them, whatever size batches have. With batches of
+    that size this is SAELens' count. The optimizer moves the weights once for each batch; a warning
+    says where batches have another size, or the rate is 0.
+
     Args:
         cfg, sae, data_provider, evaluator, save_checkpoint_fn: as `SAETrainer` takes them;
-            `data_provider` is any iterator of float tensors (batch, d_in).
+            `data_provider` is any iterator of float tensors (batch, d_in), also NumPy's or each in
+            a list of its own, that lasts as long as the run. Weights are at least float32;
+            `cfg.autocast` is for products in bfloat16.
         optimizer: "sparse_adam" (`saesub.optim.SparseAdam`) or "adam" (torch's).
         backend: how a TopK step is computed. A sparse SAE keeps its own `search_name` under "auto".
             "auto": on the CPU the compiled step with its 8-bit
@@ -69,8 +92,8 @@ class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CON
             Triton kernels on CUDA; only by name, until they have been run on a GPU. "dense":
             SAELens' own step.
         dead_window_tokens: a feature silent for this many tokens is dead. By default SAELens'
-            window of steps counts: silent for more than w = `cfg.dead_feature_window` steps, which
-            are (w + 1) × `cfg.train_batch_size_samples` tokens.
+            window counts: silent for more than w = `cfg.dead_feature_window` steps, which are
+            (w + 1) × `cfg.train_batch_size_samples` tokens.
         mitigations: at most one of each kind, applied in this order. AuxK and whitening are
             settings of the SAE (`aux_loss_coefficient`,
             `normalize_activations="covariance_whitening"`).
@@ -83,10 +106,11 @@ class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CON
         mitigation_state: tensors that mitigations keep from step to step, saved with the rest.
 
     Raises:
-        SaesubError: no iterator of batches, unknown optimizer or backend, two windows, a
-            mitigation that does not apply, k outside 1..d_sae, weights in float16, a batch of the
-            wrong shape, NaN or Inf in a batch (before any weight is touched), or more features than
-            the GPU's memory holds.
+        SaesubError: no iterator of batches or one that ends too early, settings of `cfg` out of
+            range, unknown optimizer or backend, two windows, a mitigation that does not apply, k
+            outside 1..d_sae, weights in float16 or bfloat16, or not finite, a batch of the wrong
+            shape, NaN or Inf in a batch (before any weight is touched), a loss that is no longer
+            finite, or more features than the GPU's memory holds.
     """
 
     dictionary: WholeDictionary = WHOLE  # another in trainers on several processes
@@ -104,13 +128,9 @@ class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CON
         dead_window_tokens: int | None = None,
         mitigations: Sequence[Mitigation] = (),
     ) -> None:
-        cfg = _completed(cfg)
+        cfg = completed(cfg)
         check_sae(sae)
-        if not isinstance(data_provider, Iterator):
-            raise SaesubError(
-                f"data_provider must be an iterator of batches, not {type(data_provider).__name__}:"
-                " of a store pass store.batches(batch_size, seed=0), of a list iter(...)."
-            )
+        require_iterator(data_provider)
         self.native_step = NativeStep(backend, sae)
         _make_sparse(sae, backend)
         super().__init__(cfg, sae, data_provider, dead_window_tokens, evaluator, save_checkpoint_fn)
@@ -118,6 +138,7 @@ class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CON
         betas = (cfg.adam_beta1, cfg.adam_beta2)
         self.optimizer = make_optimizer(optimizer, sae, lr=cfg.lr, betas=betas)
         self.lr_scheduler = self.new_schedule()
+        self._watch = PlanWatch()
         self.mitigations = one_of_each(mitigations)
         self.mitigation_state: dict[str, Tensor] = {}
         for mitigation in self.mitigations:
@@ -126,7 +147,7 @@ class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CON
     def new_schedule(self) -> LRScheduler:
         """The learning rate schedule of `cfg`, at its first step, for the optimizer as it is."""
         cfg = self.cfg
-        assert cfg.lr_end is not None  # `_completed` sets it
+        assert cfg.lr_end is not None  # `completed` sets it
         return get_lr_scheduler(
             cfg.lr_scheduler_name,
             lr=cfg.lr,
@@ -138,9 +159,39 @@ class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CON
             num_cycles=cfg.n_restart_cycles,
         )
 
+    def fit(self) -> T_TRAINING_SAE:
+        """Train to the end of the plan.
+
+        Raises:
+            SaesubError: the data provider ended before, its first batches are all zero where the
+                SAE scales its input by them, or a loss is no longer finite; and what `step` raises.
+        """
+        given = self.data_provider
+        self.data_provider = self._batches_of(given)
+        try:
+            return super().fit()
+        except NO_SCALE as error:
+            if not lacks_scale(self):
+                raise
+            raise SaesubError(zero_scale(self.cfg)) from error
+        finally:
+            self.data_provider = given
+
+    def _batches_of(self, given: Iterator[Any]) -> Iterator[Tensor]:
+        """The batches as tensors, checked where SAELens reads them before the first step."""
+        came = 0
+        for came, batch in enumerate(given, start=1):  # noqa: B007 - it is counted for the error
+            tensor = batch_of(batch)
+            yield for_scale(self, tensor) if lacks_scale(self) else tensor
+        raise ended(self, came)
+
     def step(self, batch: Tensor) -> TrainStepOutput:
         """One training step on raw activations (batch, d_in); counts firing by tokens."""
-        self._check_batch(batch)
+        batch = batch_of(batch).detach()
+        if batch.is_inference():
+            batch = batch.clone()  # autograd saves no others
+        self.check_batch(batch)
+        self._watch.before_step(self)
         try:
             with ExitStack() as stack:
                 for mitigation in self.mitigations:
@@ -149,11 +200,14 @@ class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CON
         except torch.OutOfMemoryError as error:
             copies = 3 if self.backend == "triton" else 5
             raise SaesubError(memory_advice(self.sae, len(batch), copies)) from error
+        self._watch.after_step(self)
+        note_scaling(self)
         for mitigation in self.mitigations:
             mitigation.after_step(self, output)
         return output
 
-    def _check_batch(self, batch: Tensor) -> None:
+    def check_batch(self, batch: Tensor) -> None:
+        """Raises SaesubError for another width, and for NaN or Inf."""
         width = getattr(self.sae, "batch_width", self.sae.cfg.d_in)
         if batch.ndim != 2 or batch.shape[1] != width:
             raise SaesubError(
@@ -173,7 +227,7 @@ class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CON
             if isinstance(sae, SparseTopKTrainingSAE):
                 lay_out_by_feature(sae)  # the weights may have been replaced since the last step
                 align_moments(self.optimizer)
-            with self._added_losses():
+            with self._added_losses(), self._schedules_at_rest():
                 output = super()._train_step(sae, sae_in)
             # SAELens counts every batch as one of the configured size.
             self.n_frac_active_samples += len(sae_in) - self.cfg.train_batch_size_samples
@@ -181,7 +235,7 @@ class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CON
             sae.train()
             output = self.native_step.take(self, rows, sae_in)
             self._count_firing(times_fired(output.feature_acts), len(sae_in))
-            self._advance_schedules()
+        self._advance_schedules()
         return self._as_asked(output)
 
     def _as_asked(self, output: TrainStepOutput) -> TrainStepOutput:
@@ -193,9 +247,24 @@ class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CON
         return output
 
     def _advance_schedules(self) -> None:
-        self.lr_scheduler.step()
-        for scheduler in self.coefficient_schedulers.values():
-            scheduler.step()
+        """By the whole steps of the configured size that the tokens so far make."""
+        size = self.cfg.train_batch_size_samples
+        for _ in range(self.n_training_samples // size - self.tokens_before // size):
+            self.lr_scheduler.step()
+            for scheduler in self.coefficient_schedulers.values():
+                scheduler.step()
+
+    @contextmanager
+    def _schedules_at_rest(self) -> Iterator[None]:
+        """SAELens' step advances the schedules for every batch; inside the block it does not."""
+        own = self.lr_scheduler, self.coefficient_schedulers
+        still: Any = [SimpleNamespace(value=s.value, step=lambda: None) for s in own[1].values()]
+        self.lr_scheduler = SimpleNamespace(step=lambda: None)  # pyright: ignore
+        self.coefficient_schedulers = dict(zip(own[1], still, strict=True))
+        try:
+            yield
+        finally:
+            self.lr_scheduler, self.coefficient_schedulers = own
 
     @contextmanager
     def _added_losses(self) -> Iterator[None]:
@@ -228,8 +297,11 @@ class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CON
     def _update_pbar(
         self, step_output: TrainStepOutput, pbar: Any, update_interval: int = 10
     ) -> None:
-        """More often than SAELens' every hundred steps, which on a CPU can be minutes."""
-        super()._update_pbar(step_output, pbar, update_interval)
+        """More often than SAELens' every hundred steps, which on a CPU can be minutes; and by the
+        tokens that came."""
+        if self.n_training_steps % update_interval == 0:
+            super()._update_pbar(step_output, pbar, update_interval)
+            pbar.update(self.n_training_samples - pbar.n)
 
     def set_final_sae_metadata(self) -> None:
         """Record, beside SAELens' own figures, dead features, the optimizer and mitigations.
@@ -242,6 +314,7 @@ class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CON
         metadata = self.sae.cfg.metadata
         metadata.backend, metadata.optimizer = self.backend, self.optimizer_name
         metadata.mitigations = [repr(mitigation) for mitigation in self.mitigations]
+        note_scaling(self)
 
     def save_checkpoint(
         self,
@@ -259,7 +332,8 @@ class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CON
         save_state(self, checkpoint_path, super().save_trainer_state)
 
     def load_trainer_state(self, checkpoint_path: Path | str) -> None:
-        """Restore a state written by `save_trainer_state`, SAELens' or this one's.
+        """Restore a state written by `save_trainer_state`, SAELens' or this one's, and the SAE's
+        weights where the folder has them.
 
         A run may be continued with more tokens, another batch size, learning rate or dead window:
         the schedule is then that of `cfg` from the step that was reached, and a warning says so.
@@ -292,13 +366,3 @@ def _make_sparse(sae: Any, backend: Backend) -> None:
     elif isinstance(sae, TopKTrainingSAE):
         derive = f"{type(sae).__name__} is not derived from saesub.SparseTopKTrainingSAE"
         warnings.warn(DENSE_STEP.format(why_dense(sae) or derive), stacklevel=3)
-
-
-def _completed(cfg: SAETrainerConfig) -> SAETrainerConfig:
-    """With a final learning rate, and with Python's numbers in place of NumPy's.
-
-    Settings out of a table are NumPy's, which no weights-only reading of a checkpoint takes.
-    """
-    plain = {k: v.item() for k, v in vars(cfg).items() if isinstance(v, np.generic)}
-    cfg = replace(cfg, **plain)
-    return cfg if cfg.lr_end is not None else replace(cfg, lr_end=cfg.lr / 10)  # as SAELens' runner

@@ -12,6 +12,7 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch import Tensor, nn
 
+from saesub.arguments import whole_number
 from saesub.errors import SaesubError
 from saesub.evaluation.reconstruction import unexplained
 from saesub.extras.lorsa.attention import AttentionSequences
@@ -32,10 +33,12 @@ def calibrate_lorsa(lorsa: Lorsa, data: AttentionSequences) -> None:
     writing vectors being equally long on average. Calibrate every initialisation that you compare,
     so that they differ in their directions alone.
 
-    Raises SaesubError for another width, or outputs that do not vary.
+    Raises SaesubError for another width, outputs that do not vary, or heads that write nothing or
+    values that are not finite.
     """
     _check_width(lorsa, data)
     mean, variance = data.mean_and_variance()
+    before = {name: weights.clone() for name, weights in lorsa.state_dict().items()}
     lorsa.b_O.copy_(mean)
     x, _, kept = next(data.batches(_CALIBRATION_CONTEXTS))
     device = lorsa.W_V.device
@@ -44,6 +47,12 @@ def calibrate_lorsa(lorsa: Lorsa, data: AttentionSequences) -> None:
     scale = (variance / written.square().sum(-1).mean()) ** 0.5
     lengths = [w.norm(dim=-1).mean() for w in (lorsa.W_V, lorsa.W_O)]
     for_output = (scale * lengths[0] / lengths[1]) ** 0.5
+    if not bool(for_output > 0) or not bool(for_output.isfinite()):
+        lorsa.load_state_dict(before)
+        raise SaesubError(
+            "The heads of this Lorsa write nothing, or values that are not finite, at the first "
+            "contexts: initialise it, with Lorsa.from_attention, before it is calibrated."
+        )
     lorsa.W_O.mul_(for_output)
     lorsa.W_V.mul_(scale / for_output)
     lorsa.b_V.mul_(scale / for_output)
@@ -78,13 +87,16 @@ def train_lorsa(
         averaged since the last point.
 
     Raises:
-        SaesubError: another width, fewer contexts than a batch, an unknown optimizer, NaN or Inf
+        SaesubError: another width, counts out of range, fewer contexts than a batch, an unknown
+            optimizer, weights in float16 or bfloat16, a batch without a kept position, NaN or Inf
             in the data, or a loss that is no longer finite.
     """
     _check_width(lorsa, data)
     n, positions = data.kept.shape
-    if epochs < 1 or not 1 <= batch_size <= n:
-        raise SaesubError(f"epochs must be at least 1, and batch_size in 1..{n} (contexts).")
+    epochs, seed = whole_number(epochs, "epochs"), whole_number(seed, "seed", 0)
+    batch_size = whole_number(batch_size, "batch_size")
+    if batch_size > n:
+        raise SaesubError(f"There are {n} contexts: pass a batch_size in 1..{n}, not {batch_size}.")
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(n, generator=generator) for _ in range(epochs)]
     steps = [rows for o in orders for rows in o.split(batch_size) if len(rows) == batch_size]
@@ -138,6 +150,11 @@ class _TrainedOnSequences(nn.Module):
             [width, width, 1], dim=-1
         )
         kept = kept.squeeze(-1).bool()
+        if not bool(kept.any()):
+            raise SaesubError(
+                "A batch came in which no position is kept, so it has no error to train on: give "
+                "longer contexts, or a larger batch_size."
+            )
         output, active = self.lorsa(x)
         y, output, heads = (t[kept] for t in (y, output, active.dense(self.cfg.d_sae)))
         mse = (output - y).square().sum(-1).mean()
@@ -189,7 +206,7 @@ def evaluate_lorsa(
     dead = torch.ones(lorsa.cfg.n_heads, dtype=torch.bool, device=lorsa.W_V.device)
 
     def judged() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for batch in held_out.batches(batch_size):
+        for batch in held_out.batches(whole_number(batch_size, "batch_size")):
             x, y, kept = (t.to(dead.device) for t in batch)
             output, active = lorsa(x)
             heads = active.dense(lorsa.cfg.n_heads)[kept]

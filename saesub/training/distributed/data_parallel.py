@@ -15,6 +15,7 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import TrainStepOutput
 from torch import Tensor
 
+from saesub.arguments import batch_of
 from saesub.topk.step import WholeDictionary
 from saesub.training.distributed.processes import Processes
 from saesub.training.distributed.trainer import Batches, MultiProcessTrainer, sae_with
@@ -97,14 +98,15 @@ class DataParallelSAETrainer(MultiProcessTrainer):
 
     def step(self, batch: Tensor) -> TrainStepOutput:
         """One step on this process's tokens (n_here, d_in) of the batch; collective."""
+        batch = batch_of(batch)
         n = int(self.processes.sum_(torch.tensor(len(batch))))
         self._require_tokens(n)
         self._n_elsewhere = n - len(batch)
         self._gradients.weight = len(batch) / n
-        self.n_training_samples += self._n_elsewhere
         return super().step(batch)
 
     def _train_step(self, sae: Any, sae_in: Tensor) -> TrainStepOutput:
+        self.n_training_samples += self._n_elsewhere
         if len(sae_in) == 0:  # no mean can be differentiated: take a token of weight 0
             sae_in = sae_in.new_zeros(1, sae_in.shape[1])
         output = super()._train_step(sae, sae_in)
@@ -118,4 +120,3 @@ class DataParallelSAETrainer(MultiProcessTrainer):
         weight = self._gradients.weight
         counts = self.processes.sum_(counts * (weight > 0))
         super()._count_firing(counts, self._n_elsewhere + n_tokens * (weight > 0))
-        self.tokens_since_fired += self._n_elsewhere  # `step` adds the tokens of this process

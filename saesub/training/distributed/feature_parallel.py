@@ -25,8 +25,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from saesub.activations.spectrum import Spectrum
+from saesub.arguments import batch_of, whole_number
 from saesub.errors import SaesubError
-from saesub.init import norm
+from saesub.init import biases, norm
 from saesub.topk.ops import decode_at
 from saesub.topk.step import input_bias
 from saesub.training.distributed.processes import Processes
@@ -76,8 +77,11 @@ def fit_norm(
             was.
     """
     check_suits(sae)
-    norm.check_fits(sae, spectrum)
+    biases.check_fits(sae, spectrum)
+    norm.check_unhooked(sae)
+    seed = whole_number(seed, "seed", 0)
     if activations is not None:
+        activations = batch_of(activations, "activations")
         norm.check_activations(sae, activations, "fit_norm")
     x = norm.sample_of(spectrum, activations, seed)
     processes.check_same("sample of activations", (len(x), float(x.sum(dtype=torch.float64))))
@@ -88,7 +92,7 @@ def fit_norm(
         chosen = select_over_processes(processes, centred, sae.W_enc, sae.b_enc, k)
         return processes.sum_(decode_at(chosen, chosen.pre.relu(), sae.W_dec))
 
-    with norm.unchanged_on_error(sae):
+    with biases.unchanged_on_error(sae):
         norm.set_unit_norms(sae)
         blocks = (x.to(sae.W_dec) for x in x.split(norm.TOKENS_PER_BLOCK))
         found = sqrt(norm.least_squares_factor((x - sae.b_dec, written(x)) for x in blocks))
@@ -163,7 +167,8 @@ class FeatureParallelSAETrainer(MultiProcessTrainer):
     def step(self, batch: Tensor) -> TrainStepOutput:
         """One step on the tokens of all processes, of which `batch` (n_here, d_in) are this one's;
         collective."""
-        self._check_batch(batch)
+        batch = batch_of(batch)
+        self.check_batch(batch)
         rows = self.processes.gather_rows(batch.to(self.sae.device, self.sae.dtype))
         self._require_tokens(len(rows))
         return super().step(rows)

@@ -16,13 +16,14 @@ from sae_lens.saes.sae import TrainStepOutput
 from torch import Tensor, nn
 
 from saesub.errors import SaesubError
-from saesub.optim import FEATURE_AXIS, SparseAdam, moments
+from saesub.optim import FEATURE_AXIS, SparseAdam, moments, steps_taken
 from saesub.topk.eligibility import lay_out_by_feature, other_pass, why_dense
 from saesub.topk.encode import times_fired
 from saesub.topk.sae import SparseTopKTrainingSAE, search_for
 from saesub.topk.step import autograd_pass
 from saesub.training.distributed.checkpoint import newest_state, read_state, write_state
 from saesub.training.distributed.processes import Processes
+from saesub.training.plan import require_iterator
 from saesub.training.schedule import follow_schedule
 from saesub.training.trainer import Backend, OptimizerName, SubspaceSAETrainer
 
@@ -71,7 +72,13 @@ class MultiProcessTrainer(SubspaceSAETrainer):
             newest = newest_state(processes, Path(cfg.checkpoint_path))
             if newest is not None:
                 self._resume(newest)
+        if not callable(batches):
+            raise SaesubError(
+                "batches must be a function of a step's number that gives the batches from there "
+                f"on, not {type(batches).__name__}."
+            )
         self.data_provider = batches(self.n_training_steps)
+        require_iterator(self.data_provider)
 
     @abstractmethod
     def _agree(self) -> None:
@@ -144,7 +151,7 @@ class MultiProcessTrainer(SubspaceSAETrainer):
         if base is None:
             return
         progress = {name: getattr(self, name) for name in _PROGRESS} | {
-            "steps": self.lr_scheduler.last_epoch,  # SAELens saves before it counts the step
+            "steps": steps_taken(self.optimizer),  # SAELens saves before it counts the step
             "lr": [group["lr"] for group in self.optimizer.param_groups],
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "batch_size": self.cfg.train_batch_size_samples,

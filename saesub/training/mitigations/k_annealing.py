@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from sae_lens import BatchTopKTrainingSAEConfig
@@ -38,8 +39,10 @@ class KAnnealing(Mitigation):
     share: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise SaesubError(f"share={self.share} of the training steps must lie in (0, 1].")
+        if not (isinstance(self.share, Real) and 0 < self.share <= 1):
+            raise SaesubError(f"share={self.share!r} of the training steps must lie in (0, 1].")
+        if not isinstance(self.k_start, Real):
+            raise SaesubError(f"k_start={self.k_start!r} must be a number.")
 
     def check(self, trainer: SubspaceSAETrainer) -> None:
         """Raise SaesubError if the SAE has no k, or `k_start` lies outside k..d_sae."""

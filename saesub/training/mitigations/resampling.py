@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from sae_lens.saes.sae import TrainStepOutput
 from torch import Tensor
 
+from saesub.arguments import whole_number
 from saesub.errors import SaesubError
 from saesub.optim import FEATURE_AXIS
 from saesub.precision import where_float64
@@ -63,18 +66,25 @@ class Resampling(Mitigation):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "at_tokens", tuple(sorted(self.at_tokens)))
+        given = self.at_tokens
+        if not isinstance(given, Iterable):
+            raise SaesubError(f"at_tokens={given!r} must be a tuple of token counts.")
+        numbers = {"at_tokens": tuple(sorted(whole_number(n, "at_tokens") for n in given))}
+        numbers |= {"n_batches": whole_number(self.n_batches, "n_batches")}
+        numbers |= {"seed": whole_number(self.seed, "seed", 0)}
+        if self.every_tokens is not None:
+            numbers |= {"every_tokens": whole_number(self.every_tokens, "every_tokens")}
+        for name, value in numbers.items():
+            object.__setattr__(self, name, value)
         if (self.every_tokens is None) == (not self.at_tokens):
             raise SaesubError(
                 "Resampling needs to know when: pass either every_tokens=… or at_tokens=(…), "
                 f"not {'both' if self.at_tokens else 'neither'}."
             )
-        tokens = self.at_tokens if self.every_tokens is None else (self.every_tokens,)
-        positive = (*tokens, self.encoder_norm, self.n_batches)
-        if not (0 < self.until <= 1 and self.seed >= 0 and min(positive) > 0):
+        reals = isinstance(self.until, Real) and isinstance(self.encoder_norm, Real)
+        if not (reals and 0 < self.until <= 1 and 0 < self.encoder_norm < float("inf")):
             raise SaesubError(
-                f"{self} is out of range: token counts, encoder_norm and n_batches must be above "
-                "0, until in (0, 1], seed at least 0."
+                f"{self} is out of range: encoder_norm must be above 0 and finite, until in (0, 1]."
             )
 
     def times(self, total_tokens: int) -> tuple[int, ...]:
@@ -113,17 +123,17 @@ class Resampling(Mitigation):
     @torch.no_grad()
     def after_step(self, trainer: SubspaceSAETrainer, output: TrainStepOutput) -> None:
         """Resample this batch's part of the dead features, if the step is part of a resampling."""
-        batch = self._batch_of_resampling(trainer)
-        dead = trainer.dead_neurons
-        if batch is None:
+        done, now = self._parts(trainer)
+        if now <= done:
             return
-        if batch == 0 or _NORMS not in trainer.mitigation_state:
+        dead = trainer.dead_neurons
+        if done == 0 or _NORMS not in trainer.mitigation_state:
             trainer.mitigation_state[_NORMS] = _mean_norms(trainer.sae, ~dead)
         if not bool(dead.any()):
             return
         rng = np.random.default_rng([self.seed, trainer.n_training_samples])
         rows = dead.nonzero().squeeze(1)
-        n_now = -(-len(rows) // (self.n_batches - batch))
+        n_now = -(-len(rows) * (now - done) // (self.n_batches - done))
         directions = _directions(trainer.sae, output.sae_in)
         tokens = _draw_by_squared_loss(output, directions.any(-1), n_now, rng)
         chosen = torch.from_numpy(rng.permutation(len(rows))[: len(tokens)]).to(rows.device)
@@ -132,12 +142,18 @@ class Resampling(Mitigation):
     def _spread(self, trainer: SubspaceSAETrainer) -> int:
         return self.n_batches * trainer.cfg.train_batch_size_samples
 
-    def _batch_of_resampling(self, trainer: SubspaceSAETrainer) -> int | None:
-        """Which batch of a resampling the step just taken was, from 0; None outside of one."""
-        seen, size = trainer.n_training_samples, trainer.cfg.train_batch_size_samples
-        since = [seen - time for time in self.times(trainer.cfg.total_training_samples)]
-        batches = [s // size for s in since if 0 <= s < self._spread(trainer)]
-        return batches[0] if batches else None
+    def _parts(self, trainer: SubspaceSAETrainer) -> tuple[int, int]:
+        """How many of a resampling's `n_batches` parts were due before the last step, and are now.
+
+        They are due by tokens, whatever size batches have; (0, 0) outside of a resampling.
+        """
+        size = trainer.cfg.train_batch_size_samples
+        for time in reversed(self.times(trainer.cfg.total_training_samples)):
+            seen = (trainer.tokens_before, trainer.n_training_samples)
+            done, now = (min(self.n_batches, max(0, (n - time) // size + 1)) for n in seen)
+            if now:
+                return done, now
+        return 0, 0
 
     def _restart(
         self,
