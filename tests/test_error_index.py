@@ -5,13 +5,18 @@ from __future__ import annotations
 import re
 import runpy
 import textwrap
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 index = runpy.run_path(str(ROOT / "notebooks" / "error_index.py"))
-SITES = list(index["package"]().sites())
+
+
+@cache
+def _sites() -> list:
+    return list(index["package"]().sites())
 
 
 def _messages(code: str, **modules: str) -> list[str]:
@@ -29,7 +34,7 @@ def test_no_place_that_makes_a_message_is_missed():
         for line, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
         if made.search(text)
     }
-    assert {(site.function.module, site.line) for site in SITES} == written
+    assert {(site.function.module, site.line) for site in _sites()} == written
 
 
 @pytest.mark.parametrize(
@@ -145,7 +150,7 @@ WITHOUT_ADVICE = (
 
 
 def test_an_error_says_what_to_do_or_which_value_is_wanted():
-    messages = [index["plain"](site.message) for site in index["lacking"](SITES)]
+    messages = [index["plain"](site.message) for site in index["lacking"](_sites())]
     told = "say what to do, after a colon; _IMPERATIVES has the verbs that an advice begins with"
     assert [text for text in messages if not text.startswith(WITHOUT_ADVICE)] == [], told
 
