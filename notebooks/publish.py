@@ -51,6 +51,7 @@ WIDE = ("long", "million", "scaled")  # the studies of the table of wide diction
 FAULTS_FILE = ROOT / "data" / "results" / "faults.json"
 ARCHITECTURES_FILE = ROOT / "data" / "results" / "architectures.json"
 REGISTRY = ROOT / "data" / "registry.toml"
+ERROR_INDEX = runpy.run_path(str(ROOT / "notebooks" / "error_index.py"))
 # The packaged files that the notebooks ask for at `quick`, by kind.
 FETCHED = {
     "models": ("smollm2-135m", "gemma3-270m", "qwen2.5-coder-0.5b"),
@@ -217,6 +218,7 @@ def with_tables(page: str, record: dict) -> str:
         "architectures": architectures_table(
             json.loads(ARCHITECTURES_FILE.read_text(encoding="utf-8"))
         ),
+        "errors": ERROR_INDEX["tables"](),
     }
     for name, table in tables.items():
         mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)

@@ -140,7 +140,7 @@ def read_checksummed(path: str | os.PathLike[str], form: Form) -> tuple[dict[str
 
 def damaged(path: str | os.PathLike[str], form: Form, error: object) -> SaesubError:
     """The error for a file whose content is not of its form."""
-    return SaesubError(f"{path} is damaged or not a saesub {form.what}: {error}")
+    return SaesubError(f"{path} is damaged or not a saesub {form.what} ({error}): {form.damaged}")
 
 
 def file_sha256(path: Path) -> str:
