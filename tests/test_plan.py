@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from saesub.errors import SaesubError
-from saesub.training.comparison import train_together
+from saesub.training.comparison import StoreBatches, train_together
 from saesub.training.distributed import DataParallelSAETrainer, FeatureParallelSAETrainer, join
 from saesub.training.mitigations import GhostGradients, KAnnealing, Resampling
 from saesub.training.trainer import SubspaceSAETrainer
@@ -495,8 +495,9 @@ def test_conditions_go_by_tokens_also_when_they_are_interrupted(tmp_path, size):
         saes = {"topk": topk(normalize_activations="expected_average_only_in"), "l1": standard()}
         return {name: SubspaceSAETrainer(recipe(), sae, iter(())) for name, sae in saes.items()}
 
-    def stream(start: int, stop: int | None = None) -> Iterator[dict[str, Tensor]]:
-        return ({"site": x} for x in itertools.islice(batches(size), start, stop))
+    def stream(start: int, stop: int | None = None) -> StoreBatches:
+        cut_off = itertools.islice(batches(size), start, stop)
+        return StoreBatches(({"site": x} for x in cut_off), "the same, though it ends before")
 
     whole, cut, resumed = conditions(), conditions(), conditions()
     train_together(whole, stream)

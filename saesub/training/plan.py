@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from math import isfinite
 from numbers import Real
@@ -47,12 +47,12 @@ def completed(cfg: SAETrainerConfig) -> SAETrainerConfig:
     plain = {k: v.item() for k, v in vars(cfg).items() if isinstance(v, np.generic)}
     plain |= {name: whole_number(getattr(cfg, name), name, least) for name, least in _LEAST.items()}
     cfg = replace(cfg, **plain)
-    _check_number(cfg.lr, "lr", above=0)
+    _require(cfg.lr, "lr", "above 0 and finite", lambda rate: rate > 0)
     if cfg.lr_end is None:
         cfg = replace(cfg, lr_end=cfg.lr / 10)  # as SAELens' runner
-    _check_number(cfg.lr_end, "lr_end", least=0)
+    _require(cfg.lr_end, "lr_end", "at least 0 and finite", lambda rate: rate >= 0)
     for name in ("adam_beta1", "adam_beta2"):
-        _check_number(getattr(cfg, name), name, least=0, below=1)
+        _require(getattr(cfg, name), name, "at least 0 and below 1", lambda beta: 0 <= beta < 1)
     _check_schedule(cfg)
     try:
         torch.empty(0, device=cfg.device)
@@ -63,19 +63,9 @@ def completed(cfg: SAETrainerConfig) -> SAETrainerConfig:
     return cfg
 
 
-def _check_number(
-    value: Any,
-    name: str,
-    *,
-    above: float = -np.inf,
-    least: float = -np.inf,
-    below: float = np.inf,
-) -> None:
-    fits = isinstance(value, Real) and above < value < below and value >= least  # pyright: ignore
-    if not fits or not isfinite(value):
-        low = f"above {above}" if isfinite(above) else f"at least {least}"
-        high = f"below {below}" if isfinite(below) else "finite"
-        raise SaesubError(f"{name} must be a number {low} and {high}, not {value!r}.")
+def _require(value: Any, name: str, what: str, fits: Callable[[Any], bool]) -> None:
+    if not (isinstance(value, Real) and isfinite(value) and fits(value)):
+        raise SaesubError(f"{name} must be a number {what}, not {value!r}.")
 
 
 def _check_schedule(cfg: SAETrainerConfig) -> None:
@@ -124,7 +114,7 @@ class PlanWatch:
 
     def __init__(self) -> None:
         self._said: set[str] = set()
-        self._was_full = False  # whether the batch before had the configured size
+        self._was_small = False  # whether the batch before was smaller than configured
 
     def before_step(self, trainer: SubspaceSAETrainer) -> None:
         """Warn of a step past the end of the plan, one at rate 0, or one without the scale that
@@ -155,14 +145,15 @@ class PlanWatch:
         """Warn of batches of another size; one smaller batch is the last of a loader's epoch."""
         size = trainer.cfg.train_batch_size_samples
         came = trainer.n_training_samples - trainer.tokens_before
-        if came > size or (came < size and not self._was_full):
+        first = trainer.tokens_before == 0
+        if came > size or (came < size and (first or self._was_small)):
             self._say(
                 "another size",
                 f"A batch of {came:,} tokens came, and train_batch_size_samples is {size:,}: steps "
                 "of schedules and windows are counted as so many tokens, and Adam moves the "
                 "weights once for each batch; set it to the size of your batches.",
             )
-        self._was_full = came == size
+        self._was_small = came < size
 
     def _say(self, kind: str, what: str) -> None:
         if kind not in self._said:
