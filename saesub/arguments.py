@@ -29,7 +29,7 @@ def batch_of(given: Any, what: str = "a batch of activations") -> Tensor:
     """The tensor of a batch: itself, a NumPy array's, or the only one of a list or tuple.
 
     A `DataLoader` over a `TensorDataset` gives lists of one tensor. Raises SaesubError for anything
-    else, and for numbers that are not floating point.
+    else, for numbers that are not floating point, and on the meta device, where there are none.
     """
     import numpy as np
     import torch
@@ -46,4 +46,6 @@ def batch_of(given: Any, what: str = "a batch of activations") -> Tensor:
         )
     if not given.is_floating_point():
         raise SaesubError(f"{what} must hold floating-point numbers, not {given.dtype}.")
+    if given.is_meta:
+        raise SaesubError(f"{what} on the meta device hold no values: load the weights.")
     return given

@@ -14,7 +14,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from saesub import SaesubError, harvest, load_model, measure_spectrum
 from saesub.activations import identity
-from saesub.activations.identity import documents_digest, model_settings
+from saesub.activations.forward_pass import capture
+from saesub.activations.identity import DocumentsDigest, model_settings
 
 RUN: dict[str, Any] = {"n_tokens": 600, "context_size": 64, "batch_size": 4, "progress": False}
 
@@ -79,6 +80,11 @@ def _forward(pair: tuple[Any, Any]) -> Any:
     return pair
 
 
+def _activation(pair: tuple[Any, Any]) -> Any:
+    pair[0].transformer.h[0].mlp.act = torch.nn.ReLU()  # the config says GELU
+    return pair
+
+
 EDITS = {
     "one weight, the last": (_weight((63, 63)), "weights"),
     "one weight, the first": (_weight((0, 0)), "weights"),
@@ -86,6 +92,7 @@ EDITS = {
     "a bias, through .data": (_through_data, "weights"),
     "dtype": (_dtype, "weights"),
     "config": (_config, "architecture"),
+    "an activation function": (_activation, "architecture"),
     "tokenizer": (_vocabulary, "tokenizer"),
     "hook": (_hook, "hooks"),
     "permanent hook": (_permanent_hook, "hooks"),
@@ -167,7 +174,7 @@ def test_a_store_made_under_hooks_is_never_used_again(tmp_path: Path, texts: lis
 
 def test_documents_are_told_apart_by_where_they_end() -> None:
     def digest(*texts: str) -> str:
-        return documents_digest(Dataset.from_dict({"text": list(texts)}), len(texts))
+        return DocumentsDigest(Dataset.from_dict({"text": list(texts)})).of(len(texts))
 
     assert digest("ab", "c") == digest("ab", "c")
     assert len({digest("ab", "c"), digest("a", "bc"), digest("abc"), digest("c", "ab")}) == 4
@@ -195,6 +202,66 @@ def test_weights_without_values_are_refused() -> None:
     bridge.original_model.to("meta")
     with pytest.raises(SaesubError, match="meta device"):
         identity._weights(bridge.original_model)
+
+
+def test_buffers_that_no_state_dict_holds_count() -> None:
+    module = torch.nn.Module()
+    module.register_buffer("frequencies", torch.zeros(2), persistent=False)
+    before = identity._weights(module)
+    module.frequencies += 1
+    assert identity._weights(module) != before
+
+
+def test_hooks_of_all_modules_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    bridge = load_model((tiny_gpt2(), tiny_tokenizer()))
+    hooks = torch.nn.modules.module
+    for register in (
+        hooks.register_module_forward_hook,
+        hooks.register_module_forward_pre_hook,
+    ):
+        handle = register(lambda *_: None)
+        assert model_settings(bridge)["hooks"].startswith("every ")
+        handle.remove()
+    assert model_settings(bridge)["hooks"] == "none"
+
+
+def test_the_padding_of_the_last_call_is_none_of_a_tokenizers() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    before = identity._tokenizer(tokenizer)
+    tokenizer(["a b c", "a"], padding=True, truncation=True, max_length=2)
+    assert identity._tokenizer(tokenizer) == before
+
+
+def test_a_checkpoint_keeps_to_its_keep_massive(texts: list[str], tmp_path: Path) -> None:
+    model, path = (tiny_gpt2(), tiny_tokenizer()), tmp_path / "spectrum"
+    measure_spectrum(model, texts, HOOK, checkpoint=path, **RUN)
+    with pytest.raises(SaesubError, match="differs in keep_massive"):
+        measure_spectrum(model, texts, HOOK, checkpoint=path, keep_massive=True, **RUN)
+
+
+def test_an_unfinished_store_made_under_hooks_is_begun_anew(
+    texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("saesub.activations.forward_pass.KEEP_EVERY", 0.0)
+    bridge = load_model((tiny_gpt2(), tiny_tokenizer()))
+    bridge.add_hook("blocks.1.hook_attn_out", lambda x, hook: x * 2)
+    passes = iter(range(3))
+
+    def interrupted(*given: Any) -> None:
+        if next(passes) == 2:
+            raise KeyboardInterrupt
+        capture(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("saesub.activations.forward_pass.capture", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            harvest(bridge, texts, [HOOK], tmp_path, **RUN)
+    assert (tmp_path / f"{HOOK}.json").is_file()
+    bridge.reset_hooks()
+    plain = harvest(bridge, texts, [HOOK], tmp_path, **RUN)[HOOK].rows(0, 600)
+    whole = harvest(bridge, texts, [HOOK], tmp_path / "whole", **RUN)[HOOK].rows(0, 600)
+    assert torch.equal(plain, whole)
 
 
 def test_dropout_is_off_in_a_pass_and_on_again_after_it() -> None:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TypedDict
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
-from saesub.activations.identity import documents_digest, model_settings
+from saesub.activations.identity import DocumentsDigest, model_settings
 from saesub.activations.tokens import ContextStream, kept_positions
 from saesub.arguments import whole_number
 from saesub.errors import SaesubError, near_names
@@ -89,6 +89,19 @@ def capture(
         )
 
 
+def vectors(
+    tensor: Tensor, tokens: Int[Tensor, "batch pos"], hook_name: str
+) -> Float[Tensor, "batch pos d"]:
+    """What a hook point gives, heads concatenated. Raises SaesubError if that is not one vector
+    for each token."""
+    if tensor.ndim < 3 or tensor.shape[:2] != tokens.shape:
+        raise SaesubError(
+            f"{hook_name} gives a tensor of shape {tuple(tensor.shape)}, not one vector for each "
+            "token: choose another hook point"
+        )
+    return tensor.flatten(2)
+
+
 class ModelPass:
     """A pass over the first `n_tokens` kept tokens of a corpus, batch by batch.
 
@@ -114,10 +127,8 @@ class ModelPass:
         progress: bool = True,
         share: tuple[int, int] = (0, 1),
     ) -> None:
-        n_tokens, batch_size = (
-            whole_number(n_tokens, "n_tokens"),
-            whole_number(batch_size, "batch_size"),
-        )
+        n_tokens = whole_number(n_tokens, "n_tokens")
+        batch_size = whole_number(batch_size, "batch_size")
         context_size = whole_number(context_size, "context_size", 2)
         skip_first = whole_number(skip_first, "skip_first", 0)
         if not 0 <= share[0] < share[1]:
@@ -135,7 +146,7 @@ class ModelPass:
             )
         self.n_tokens, self.batch_size, self.skip_first = n_tokens, batch_size, skip_first
         self.progress, self.share = progress, share
-        self._digests: dict[int, str] = {}  # number of documents -> hash of them
+        self._text_hash = DocumentsDigest(self.contexts.corpus)
         named = isinstance(corpus, (str, Path))
         self.source = {
             "model": model_name(self.model),
@@ -160,9 +171,7 @@ class ModelPass:
         return self._text(int(n)) if n.isdecimal() else {"documents": "unknown"}
 
     def _text(self, n: int) -> dict[str, str]:
-        if n not in self._digests:
-            self._digests[n] = documents_digest(self.contexts.corpus, n)
-        return {"documents": str(n), "text": self._digests[n]}
+        return {"documents": str(n), "text": self._text_hash.of(n)}
 
     def batches(self, receive: Receive, first: int = 0) -> Iterator[int]:
         """Yield the number of kept tokens of each batch, after `receive` had its activations at
@@ -199,13 +208,9 @@ class ModelPass:
 
     def _run(self, batch: int, tokens: Tensor, index: Tensor, receive: Receive) -> None:
         def select(name: str, tensor: Tensor) -> None:
-            if tensor.ndim < 3 or tensor.shape[:2] != tokens.shape:
-                raise SaesubError(
-                    f"{name} gives a tensor of shape {tuple(tensor.shape)}, not one vector for "
-                    "each token: choose another hook point"
-                )
+            rows = vectors(tensor, tokens, name).flatten(0, 1)[index]
             try:
-                receive(name, tensor.flatten(2).flatten(0, 1)[index])
+                receive(name, rows)
             except SaesubError as error:
                 raise SaesubError(f"{name}, batch {batch}: {error}") from error
 

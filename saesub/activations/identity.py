@@ -1,8 +1,8 @@
 """What decides the activations of a pass, as hashes: a kept result is used again only if all agree.
 
-Everything is hashed that a pass reads, not a sample of it; the weights of a model take less time
-than one batch. Hooks are functions, which no hash tells apart, so a result made under hooks is
-never used again.
+Everything is hashed that a pass reads, not a sample of it: on the CPU the weights take less time
+than one batch, on a GPU some seconds for each GB. Hooks are functions, which no hash tells apart,
+so a result made under hooks is never used again.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -44,24 +44,35 @@ def model_settings(model: TransformerBridge) -> dict[str, str]:
     }
 
 
-def documents_digest(corpus: Dataset, n: int) -> str:
-    """A hash of the first `n` documents; of all, and of `n`, where they were read again."""
-    digest = hashlib.sha256(str(n).encode() if n > len(corpus) else b"")
-    read: Any = corpus.select(range(min(n, len(corpus))))
-    for block in read.iter(_AT_ONCE):
-        for document in block[corpus.column_names[0]]:
-            content = document.encode() if isinstance(document, str) else _of_ids(document)
-            digest.update(len(content).to_bytes(8, "little") + content)
-    return digest.hexdigest()
+class DocumentsDigest:
+    """Hashes of the first documents of a corpus. Those that an earlier hash is of are not read
+    again, so that a long pass, which asks every minute, reads its text but once more."""
 
+    def __init__(self, corpus: Dataset) -> None:
+        self._corpus, self._known = corpus, {0: hashlib.sha256()}
 
-def _of_ids(document: Any) -> bytes:
-    return np.asarray(document, np.int64).tobytes()
+    def of(self, n: int) -> str:
+        """A hash of the first `n` documents, or of all where there are fewer."""
+        n = min(n, len(self._corpus))
+        if n in self._known:
+            return self._known[n].hexdigest()
+        known = max(m for m in self._known if m < n)
+        self._known[n] = digest = self._known[known].copy()
+        read: Any = self._corpus.select(range(known, n))
+        for block in read.iter(_AT_ONCE):
+            for document in block[self._corpus.column_names[0]]:
+                is_text = isinstance(document, str)
+                content = document.encode() if is_text else np.asarray(document, np.int64).tobytes()
+                digest.update(len(content).to_bytes(8, "little") + content)
+        return digest.hexdigest()
 
 
 def _weights(model: nn.Module) -> str:
     digest, seen = hashlib.sha256(), set[tuple[Any, ...]]()
-    for name, tensor in _tensors(model):
+    # Some buffers are in no state dict.
+    for name, tensor in (*model.state_dict().items(), *model.named_buffers()):
+        if not isinstance(tensor, Tensor):
+            continue
         if tensor.is_meta:
             raise SaesubError(
                 f"the weight {name} is on the meta device and holds no values: load the model "
@@ -75,12 +86,6 @@ def _weights(model: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(memoryview(plain.numpy()))  # pyright: ignore[reportArgumentType]
     return digest.hexdigest()
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    kept = ((k, v) for k, v in model.state_dict().items() if isinstance(v, Tensor))
-    yield from kept
-    yield from model.named_buffers()  # also those that no state dict holds
 
 
 def _architecture(model: TransformerBridge) -> str:

@@ -107,8 +107,6 @@ class SpectrumAccumulator:
         x = batch_of(x, "activations")
         if x.ndim != 2 or x.shape[1] != self.d:
             raise SaesubError(f"expected activations of shape (n, {self.d}), got {tuple(x.shape)}")
-        if x.is_meta:
-            raise SaesubError("activations on the meta device hold no values: load the weights")
         if len(x) == 0:
             return
         x = x.detach().to(torch.promote_types(x.dtype, torch.float32))

@@ -22,6 +22,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
+from saesub.activations.forward_pass import vectors
 from saesub.activations.spectrum import Spectrum
 from saesub.activations.tokens import kept_positions
 from saesub.arguments import whole_number
@@ -33,7 +34,6 @@ from saesub.evaluation.passes import (
     contexts_of,
     hook_of,
     site_activations,
-    vectors,
 )
 from saesub.loading.models import Model, context_tokens, in_eval_mode, load_model, model_name
 from saesub.progress import bar
@@ -180,7 +180,7 @@ def subspace_loss_recovered(
     _check_width(bridge, tokens, hook_name, "the spectrum", spectrum.d)
     check_site("the spectrum", spectrum.metadata.get("hook_name"), hook_name, bridge)
     check_model("the spectrum", spectrum.metadata.get("model"), model_name(bridge))
-    kept = kept_positions(bridge, tokens, whole_number(skip_first, "skip_first", 0))
+    kept = kept_positions(bridge, tokens, skip_first)
     predicts = _predicting(kept)
     wide = torch.promote_types(bridge.cfg.dtype, torch.float32)
     of_spectrum = (spectrum.eigenvectors.to(wide), spectrum.mean.to(wide))

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,14 +14,13 @@ import torch
 from jaxtyping import Float, Int
 from sae_lens import SAE
 from torch import Tensor
-from transformer_lens.loading_from_pretrained import get_official_model_name
 from transformer_lens.model_bridge import TransformerBridge
 
 from saesub.activations.checks import require_finite
-from saesub.activations.forward_pass import capture, hook_points
+from saesub.activations.forward_pass import capture, hook_points, vectors
 from saesub.arguments import batch_of, whole_number
 from saesub.errors import SaesubError
-from saesub.loading.models import in_eval_mode, model_name
+from saesub.loading.models import model_name, same_model
 from saesub.progress import bar
 
 Read = TypeVar("Read")
@@ -87,12 +84,8 @@ def _blocks(activations: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
         )
     whole = isinstance(activations, (Tensor, np.ndarray))
     for given in [activations] if whole else activations:
-        part = batch_of(given)
-        if part.is_meta:
-            raise SaesubError("activations on the meta device hold no values: load the weights")
-        yield from (
-            block for block in torch.atleast_1d(part.detach()).split(TOKENS_PER_BLOCK) if len(block)
-        )
+        part = torch.atleast_1d(batch_of(given, "activations").detach())
+        yield from (block for block in part.split(TOKENS_PER_BLOCK) if len(block))
 
 
 def _not_folded(sae: SAE[Any]) -> str:
@@ -111,22 +104,8 @@ def site_activations(
     """
     found: dict[str, Tensor] = {}
     points = hook_points(model, [hook_name])
-    with in_eval_mode(model):
-        capture(model, tokens.to(model.cfg.device), points, found.__setitem__)
+    capture(model, tokens.to(model.cfg.device), points, found.__setitem__)
     return vectors(found[hook_name], tokens, hook_name)
-
-
-def vectors(
-    tensor: Tensor, tokens: Int[Tensor, "batch pos"], hook_name: str
-) -> Float[Tensor, "batch pos d"]:
-    """What a hook point gives, heads concatenated. Raises SaesubError if that is not one vector
-    for each token."""
-    if tensor.ndim < 3 or tensor.shape[:2] != tokens.shape:
-        raise SaesubError(
-            f"{hook_name} gives a tensor of shape {tuple(tensor.shape)}, not one vector for each "
-            "token: choose another hook point"
-        )
-    return tensor.flatten(2)
 
 
 def contexts_of(model: TransformerBridge, tokens: Tensor) -> Int[Tensor, "contexts pos"]:
@@ -193,16 +172,9 @@ def check_site(
 
 def check_model(what: str, made_for: str | None, name: str) -> None:
     """Warn if `what` says that it is of another model than the one of this name."""
-    if made_for is not None and _bare(made_for) != _bare(name):
+    if made_for is not None and not same_model(made_for, name):
         warnings.warn(
             f"{what} says that it is of the model {made_for}, and this is {name}: "
             "unless they are one and the same, the numbers mean nothing",
             stacklevel=4,
         )
-
-
-def _bare(name: str) -> str:
-    """A model's name without its folder or owner; TransformerLens has other names for some."""
-    with suppress(ValueError):
-        name = get_official_model_name(name)
-    return Path(name).name.casefold()

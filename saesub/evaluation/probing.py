@@ -66,11 +66,8 @@ def mean_features(
     """
     bridge = load_model(model)
     texts = _texts(texts)
-    max_tokens, batch_size = (
-        whole_number(max_tokens, "max_tokens"),
-        whole_number(batch_size, "batch_size"),
-    )
-    skip_first = whole_number(skip_first, "skip_first", 0)
+    max_tokens = whole_number(max_tokens, "max_tokens")
+    batch_size = whole_number(batch_size, "batch_size")
     if RAW in saes:
         raise SaesubError(f"no SAE can have the name {RAW!r}: give it another")
     readers: dict[str, Callable[[Tensor], Tensor]] = {RAW: lambda x: x}

@@ -111,14 +111,12 @@ def top_activations(
     """
     bridge, hook_name, encode = load_model(model), hook_of(sae), encoder_of(sae)
     tokens, batch_size = contexts_of(bridge, tokens).cpu(), whole_number(batch_size, "batch_size")
-    n_snippets, n_around = (
-        whole_number(n_snippets, "n_snippets"),
-        whole_number(n_around, "n_around", 0),
-    )
+    n_snippets = whole_number(n_snippets, "n_snippets")
+    n_around = whole_number(n_around, "n_around", 0)
     features = _indices(features, sae.cfg.d_sae)
     check_reads(sae, bridge, hook_name)
     acts = torch.zeros(*tokens.shape, len(features), dtype=torch.float32)
-    kept = kept_positions(bridge, tokens, whole_number(skip_first, "skip_first", 0))
+    kept = kept_positions(bridge, tokens, skip_first)
     if not kept.any():
         raise SaesubError(
             f"tokens {tuple(tokens.shape)} hold no ordinary token after the first {skip_first} "

@@ -22,6 +22,7 @@ from saesub.activations.checks import all_finite, require_finite
 from saesub.activations.spectrum import Spectrum
 from saesub.arguments import batch_of
 from saesub.errors import SaesubError
+from saesub.loading.models import same_model
 from saesub.precision import where_float64
 from saesub.topk.eligibility import check_weights
 
@@ -292,7 +293,8 @@ def _check_source(sae: SAE[Any], spectrum: Spectrum, input_spectrum: Spectrum | 
     """Warn where the SAE's metadata names another hook point or model; one may have two names."""
     for name, value in _source(spectrum, input_spectrum).items():
         own = sae.cfg.metadata[name]
-        if own is not None and own.rpartition("/")[2].lower() != value.rpartition("/")[2].lower():
+        same = own == value or (name == "model_name" and own and same_model(own, value))
+        if own is not None and not same:
             warnings.warn(
                 f"The spectrum is of {name} {value!r}, and the SAE's metadata says {own!r}: if "
                 "they are not two names for one, measure the spectrum where the SAE is trained.",

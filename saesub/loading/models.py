@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -14,6 +14,7 @@ import torch
 from torch.nn import Module, Parameter
 from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
 from transformer_lens.hook_points import HookedRootModule
+from transformer_lens.loading_from_pretrained import get_official_model_name
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import (
     AutoModelForCausalLM,
@@ -104,6 +105,17 @@ def model_name(model: TransformerBridge) -> str:
     """A readable name for records: the packaged or hub name, or the folder's."""
     name = str(model.cfg.model_name)
     return Path(name).name if Path(name).is_absolute() else name
+
+
+def same_model(a: str, b: str) -> bool:
+    """Whether two names are of one model, whatever its owner or folder; TransformerLens has names
+    of its own for some."""
+    bare = []
+    for name in (a, b):
+        with suppress(ValueError):
+            name = get_official_model_name(name)
+        bare.append(Path(name).name.casefold())
+    return bare[0] == bare[1]
 
 
 @contextmanager

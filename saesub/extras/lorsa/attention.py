@@ -125,7 +125,7 @@ def attention_sequences(
     layer, tokens = check_layer(bridge, layer), contexts_of(bridge, tokens)
     batch_size = whole_number(batch_size, "batch_size")
     x, y = torch.empty((2, *tokens.shape, bridge.cfg.d_model), dtype=torch.float16)
-    kept = kept_positions(bridge, tokens, whole_number(skip_first, "skip_first", 0)).cpu()
+    kept = kept_positions(bridge, tokens, skip_first).cpu()
     firsts = range(0, len(tokens), batch_size)
     for first in bar(firsts, unit="batch", desc="activations", progress=progress):
         part = slice(first, first + batch_size)
