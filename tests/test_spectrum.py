@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saesub.activations.spectrum import Spectrum, SpectrumAccumulator
+from saesub.activations.spectrum import Spectrum, SpectrumAccumulator, massive
 from saesub.errors import SaesubError
 from saesub.init.subspace import choose_d_init
 
@@ -282,6 +282,36 @@ def test_massive_activations_are_found_in_small_blocks_and_after_a_resume():
     assert found.n_tokens == len(ordinary)
     both = found + found
     assert both.metadata["massive_tokens"] == str(2 * (len(x) - len(ordinary)))
+
+
+def test_a_token_is_massive_by_the_mean_of_the_others():
+    """Where tokens are of two kinds, the median is at one of them, and the mean between."""
+    x = torch.randn(1000, 64, generator=torch.Generator().manual_seed(0)) / 8
+    x[:490, 0] += 15
+    x[77, 0] = 25
+    assert not massive(x).any()
+    x[77, 0] = 1000
+    assert massive(x).nonzero().tolist() == [[77]]
+
+
+def test_few_tokens_and_equal_ones_are_not_judged():
+    x = torch.randn(32, 4, generator=torch.Generator().manual_seed(0))
+    x[7] = 1000
+    assert not massive(x[:31]).any()
+    assert massive(x).nonzero().tolist() == [[7]]
+    equal = torch.full((100, 64), 1000.0)
+    equal[::2] += 1e-4  # the rounding of float32
+    equal[5] = 1100
+    assert not massive(equal).any()
+
+
+def test_a_resumed_measurement_keeps_massive_activations():
+    _, x = _with_sinks(0.01, 100.0, n=1000)
+    accumulator = SpectrumAccumulator(64, keep_massive=True)
+    accumulator.update(x[:500])
+    accumulator = SpectrumAccumulator.from_state(accumulator.state())
+    accumulator.update(x[500:])
+    assert accumulator.finish().n_tokens == len(x)
 
 
 def test_activations_of_numpy_and_of_integers():

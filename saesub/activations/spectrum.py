@@ -56,7 +56,10 @@ def massive(x: Float[Tensor, "n d"]) -> Bool[Tensor, " n"]:
 
 
 def _judge(x: Float[Tensor, "n d"]) -> tuple[Bool[Tensor, " n"], float]:
-    """Which tokens are massive, and the median distance of the others from their mean."""
+    """Which tokens are massive, and the median distance of the others from their mean; infinite
+    where it tells nothing, so that no token is far."""
+    if len(x) < _ROWS_TO_JUDGE:
+        return x.new_zeros(len(x), dtype=torch.bool), float("inf")
     some = x[:: max(1, len(x) // _ROWS_FOR_CENTER)]
     center = some.median(dim=0).values  # a mean would be pulled to massive ones
     distance = (x - center).norm(dim=1)
@@ -71,8 +74,8 @@ def _judge(x: Float[Tensor, "n d"]) -> tuple[Bool[Tensor, " n"], float]:
 
 
 def _usual(distance: Float[Tensor, " n"], center: Float[Tensor, " d"]) -> float:
-    """The median distance; infinite where it tells nothing, so that no token is far."""
-    usual = distance.median().item() if len(distance) >= _ROWS_TO_JUDGE else 0.0
+    """The median distance; infinite where it is rounding."""
+    usual = distance.median().item()
     return usual if usual > len(center) * _ROUNDING * center.norm().item() else float("inf")
 
 
