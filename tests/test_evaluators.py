@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import tiny_model
 import torch
 from sae_lens.evals import get_recons_loss
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
@@ -30,6 +31,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import saesub
 from saesub.errors import SaesubError
+from saesub.evaluation import language_model_loss
 from saesub.evaluation.dead_features import diagnose, overlap
 from saesub.evaluation.features import feature_density, match_features, nearest_cosine
 from saesub.evaluation.language_model_loss import SubspaceLoss, sae_loss, subspace_loss_recovered
@@ -515,6 +517,22 @@ def test_narrow_integers_and_whole_floats_are_taken(bridge, tokens) -> None:
             top_activations(bridge, sae, tokens, [3], **setting)
 
 
+def test_the_first_position_is_left_out_of_contexts_without_bos(bridge, tokens) -> None:
+    sae, inner = make("inference topk"), tokens[:, 1:]
+    set_metadata(sae, hook_name=HOOK)
+    with torch.no_grad():
+        sae.b_dec += 100  # what it writes is far from any activation
+    assert not language_model_loss._counted(bridge, inner)[1][:, 0].any()
+    seen = []
+    bridge.add_hook("blocks.1.hook_out", lambda x, hook: seen.append(x[:, 0].clone()))
+    try:
+        sae_loss(bridge, sae, inner, batch_size=len(inner))
+    finally:
+        bridge.reset_hooks()
+    clean, with_sae, _ = seen[-3:]
+    assert torch.equal(clean, with_sae)
+
+
 def test_a_hook_point_without_a_vector_a_token_is_refused(bridge, tokens) -> None:
     sae, name = make("inference topk"), "blocks.1.attn.hook_pattern"
     set_metadata(sae, hook_name=name)
@@ -788,6 +806,14 @@ def test_features_may_be_any_list_of_indices(features, bridge, tokens) -> None:
 def test_features_that_are_no_indices_are_refused(features, bridge, tokens) -> None:
     with pytest.raises(SaesubError):
         top_activations(bridge, make("inference topk"), tokens, features)
+
+
+def test_padding_is_no_token_of_a_text_whatever_its_id_is() -> None:
+    pair = tiny_model.tiny_gpt2(), tiny_model.tiny_tokenizer(bos=None, eos=None)
+    short, long = "ba be bi bo", "ba be bi bo bu ba be bi bo bu"
+    both = mean_features(pair, [short, long], tiny_model.HOOK, {}, progress=False)[RAW]
+    alone = mean_features(pair, [short], tiny_model.HOOK, {}, progress=False)[RAW]
+    torch.testing.assert_close(both[:1], alone, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("wrap", [list, tuple, pd.Series, iter, np.array])

@@ -16,6 +16,8 @@ from saesub import SaesubError, harvest, load_model, measure_spectrum
 from saesub.activations import identity
 from saesub.activations.forward_pass import capture
 from saesub.activations.identity import DocumentsDigest, model_settings
+from saesub.activations.store import ActivationStore
+from saesub.training.comparison import joint_batches
 
 RUN: dict[str, Any] = {"n_tokens": 600, "context_size": 64, "batch_size": 4, "progress": False}
 
@@ -170,6 +172,17 @@ def test_a_store_made_under_hooks_is_never_used_again(tmp_path: Path, texts: lis
     torch.testing.assert_close(doubled, 2 * plain, rtol=2e-3, atol=1e-4)
     with pytest.raises(SaesubError, match="differs in hooks"):
         harvest(bridge, texts, [HOOK], tmp_path / "a", **RUN)
+
+
+def test_stores_of_other_text_or_settings_hold_other_tokens(
+    kept: Path, texts: list[str], tmp_path: Path
+) -> None:
+    model, store = (tiny_gpt2(), tiny_tokenizer()), ActivationStore.open(kept, HOOK)
+    reversed_text = harvest(model, texts[::-1], [HOOK], tmp_path / "a", **RUN)[HOOK]
+    later = harvest(model, texts, [HOOK], tmp_path / "b", skip_first=3, **RUN)[HOOK]
+    for other in (reversed_text, later):
+        with pytest.raises(SaesubError, match="not of the same tokens"):
+            joint_batches({"a": store, "b": other}, 4, seed=0)
 
 
 def test_documents_are_told_apart_by_where_they_end() -> None:

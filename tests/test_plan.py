@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from saesub.errors import SaesubError
-from saesub.training.comparison import StoreBatches, train_together
+from saesub.training.comparison import StoreBatches, _fingerprint, train_together
 from saesub.training.distributed import DataParallelSAETrainer, FeatureParallelSAETrainer, join
 from saesub.training.mitigations import GhostGradients, KAnnealing, Resampling
 from saesub.training.trainer import SubspaceSAETrainer
@@ -139,6 +140,16 @@ def test_batches_of_another_size_are_said_once_with_both_numbers(sizes, wrong):
     assert all(map(re.match, expected, found))
     assert trainer.n_training_samples == sum(sizes)
     assert trainer.lr_scheduler.last_epoch == sum(sizes) // BATCH
+
+
+def test_the_last_batch_of_an_epoch_may_be_smaller_after_a_resume(tmp_path):
+    trainer = SubspaceSAETrainer(recipe(), topk(), iter(()))
+    trainer.step(X[:BATCH])
+    trainer.save_trainer_state(tmp_path)
+    resumed = SubspaceSAETrainer(recipe(), topk(), iter(()))
+    resumed.load_trainer_state(tmp_path)
+    assert said(resumed, [7, BATCH, 7]) == []
+    assert len(said(resumed, [7])) == 1
 
 
 @pytest.mark.parametrize(
@@ -511,6 +522,46 @@ def test_conditions_go_by_tokens_also_when_they_are_interrupted(tmp_path, size):
         assert trainer.lr_scheduler.last_epoch == trainer.n_training_samples // BATCH
         assert torch.equal(trainer.sae.W_dec, resumed[name].sae.W_dec)
         assert rate(trainer) == rate(resumed[name])
+
+
+def _set(place: str, name: str, value: Any) -> Callable[[Any], None]:
+    return lambda trainer: setattr(operator.attrgetter(place)(trainer), name, value)
+
+
+BY_HAND = {
+    "a frozen weight": _set("sae.b_dec", "requires_grad", False),
+    "k of the activation function": _set("sae.activation_fn", "k", 5),
+    "a weight": lambda t: t.sae.W_dec.data[3, 5].add_(1e-3),
+    "the optimizer's rate": lambda t: t.optimizer.param_groups[0].update(lr=2e-3),
+    "the window": lambda t: setattr(t, "dead_window_tokens", 999),
+    "mitigations": lambda t: setattr(t, "mitigations", (GhostGradients(),)),
+}
+REPLACED = {
+    "a hook": lambda sae: sae.hook_sae_acts_post.add_hook(lambda x, hook: x * 0),
+    "a function": lambda sae: setattr(sae, "decode", lambda f: f),
+    "the error": lambda sae: setattr(sae, "mse_loss_fn", lambda x, y: (x - y).abs()),
+}
+
+
+@pytest.mark.parametrize("edit", BY_HAND.values(), ids=BY_HAND)
+def test_what_decides_a_run_is_in_the_name_of_what_is_kept_of_it(edit):
+    def name(edit: Callable[[Any], Any] = lambda trainer: None, batch: Tensor = X[:BATCH]) -> str:
+        trainer = SubspaceSAETrainer(recipe(), topk(), iter(()))
+        edit(trainer)
+        return _fingerprint({"a": trainer}, {"a": "site"}, lambda step: iter([{"site": batch}] * 9))
+
+    assert name() == name()
+    assert name(edit) != name()
+    assert name(batch=X[1 : BATCH + 1]) != name()
+
+
+@pytest.mark.parametrize("replace", REPLACED.values(), ids=REPLACED)
+def test_a_run_that_no_hash_tells_apart_is_not_kept(tmp_path, replace):
+    sae = standard()
+    replace(sae)
+    conditions = {"a": SubspaceSAETrainer(recipe(), sae, iter(()))}
+    with pytest.raises(SaesubError, match="hooks or replaced functions"):
+        train_together(conditions, lambda step: itertools.repeat({"site": X[:8]}), folder=tmp_path)
 
 
 @pytest.mark.parametrize("kind", [DataParallelSAETrainer, FeatureParallelSAETrainer])

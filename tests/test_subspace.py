@@ -328,6 +328,17 @@ def test_a_spectrum_of_another_site_is_said(start, hook_name, model, said):
     assert all(text in str(w.message) for text, w in zip(said, caught, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("of_sae", "of_spectrum"),
+    [("gpt2-small", "gpt2"), ("tiny-stories-1L-21M", "roneneldan/TinyStories-1L-21M")],
+)
+def test_transformer_lens_has_names_of_its_own_for_models(of_sae, of_spectrum, recwarn):
+    sae = _training_sae("topk")
+    sae.cfg.metadata.model_name = of_sae
+    center_biases(sae, replace(_spectrum(D_IN, 10), metadata={"model": of_spectrum}))
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize("number", [float, np.float32, np.float64, np.int64])
 def test_whole_numbers_of_any_kind_are_taken(number):
     spectrum = _spectrum(D_IN, 10)

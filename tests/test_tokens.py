@@ -253,6 +253,7 @@ def _given(tokens: Any, how: str) -> Dataset:
             "both": ([bos], [eos]),
             "padded right": ([bos], [eos] * 5),
             "padded left": ([eos] * 5 + [bos], []),
+            "padded with its own token": ([], [tokens.pad_token_id] * 5),
             "gpt2": ([eos], [eos]),
         }[how.removesuffix(" masked").removesuffix(" tokens")]
         rows.append({"input_ids": before + ids + after})
@@ -274,6 +275,7 @@ def _given(tokens: Any, how: str) -> Dataset:
         ("padded right", "<|bos|>"),
         ("padded left", "<|bos|>"),
         ("padded left masked", "<|bos|>"),
+        ("padded with its own token", "<|bos|>"),
         ("gpt2 tokens", "<|bos|>"),
         ("gpt2 tokens", None),
     ],
@@ -281,7 +283,8 @@ def _given(tokens: Any, how: str) -> Dataset:
 def test_token_ids_give_the_contexts_of_their_texts(how: str, bos: str | None) -> None:
     tokens = tiny_tokenizer(bos)
     if how.startswith("padded"):
-        tokens.pad_token = tokens.eos_token
+        own = how.endswith("own token")
+        tokens.add_special_tokens({"pad_token": "<|pad|>" if own else tokens.eos_token})
     expected = stream(tokens, tiny_texts()).take(50)
     assert torch.equal(stream(tokens, _given(tokens, how)).take(50), expected)
 
