@@ -145,8 +145,7 @@ class PlanWatch:
         """Warn of batches of another size; one smaller batch is the last of a loader's epoch."""
         size = trainer.cfg.train_batch_size_samples
         came = trainer.n_training_samples - trainer.tokens_before
-        first = trainer.tokens_before == 0
-        if came > size or (came < size and (first or self._was_small)):
+        if came > size or (came < size and self._was_small):
             self._say(
                 "another size",
                 f"A batch of {came:,} tokens came, and train_batch_size_samples is {size:,}: steps "
