@@ -190,6 +190,9 @@ def test_documents_are_told_apart_by_where_they_end() -> None:
         return DocumentsDigest(Dataset.from_dict({"text": list(texts)})).of(len(texts))
 
     assert digest("ab", "c") == digest("ab", "c")
+    longer = DocumentsDigest(Dataset.from_dict({"text": ["ab", "c", "d"]}))
+    found = [longer.of(n) for n in (2, 3, 2, 9)]
+    assert found == [digest("ab", "c"), digest("ab", "c", "d"), found[0], found[1]]
     assert len({digest("ab", "c"), digest("a", "bc"), digest("abc"), digest("c", "ab")}) == 4
 
 

@@ -330,7 +330,7 @@ def test_a_spectrum_of_another_site_is_said(start, hook_name, model, said):
 
 @pytest.mark.parametrize(
     ("of_sae", "of_spectrum"),
-    [("gpt2-small", "gpt2"), ("tiny-stories-1L-21M", "roneneldan/TinyStories-1L-21M")],
+    [("gpt2-small", "gpt2"), ("tiny-stories-1L-21M", "roneneldan/TinyStories-1Layer-21M")],
 )
 def test_transformer_lens_has_names_of_its_own_for_models(of_sae, of_spectrum, recwarn):
     sae = _training_sae("topk")

@@ -97,16 +97,13 @@ def measure_spectra(
     if checkpoint is None:
         run.run(receive, lambda *_: None)
     else:
-        path, settings = (
-            Path(checkpoint),
-            run.settings()
-            | {
-                "hook_names": ", ".join(run.points),
-                "share": f"{share[0]} of {share[1]}",
-                "batch_size": str(run.batch_size),
-                "keep_massive": str(keep_massive),
-            },
-        )
+        path = Path(checkpoint)
+        settings = run.settings() | {
+            "hook_names": ", ".join(run.points),
+            "share": f"{share[0]} of {share[1]}",
+            "batch_size": str(run.batch_size),
+            "keep_massive": str(keep_massive),
+        }
         kept, first = load_totals(path, settings, run.same_text)
         totals.update(kept)
         run.run(
