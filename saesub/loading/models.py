@@ -351,7 +351,7 @@ def _from_pretrained(name: str, source: str, dtype: torch.dtype | None) -> tuple
                 "transformers, where you can say that you trust it, and give the live model."
             )
         elif os.path.isdir(source):
-            message = f"the model folder {source} does not load: {reason}"
+            message = f"the model folder {source} does not load ({reason}): save it again."
         else:
             message = not_found(name, "models", reason, _HUB_NAMES)
         raise SaesubError(message) from error
