@@ -478,7 +478,7 @@ def test_a_few_massive_activations_do_not_decide_the_norm(made: Any) -> None:
     clean = torch.randn(20_000, 64, generator=generator) * torch.logspace(0, -1.5, 64)
     x, hit = clean.clone(), torch.rand(20_000, generator=generator) < 0.002
     x[hit] += torch.nn.functional.normalize(torch.randn(64, generator=generator), dim=0) * 500
-    config = {
+    configs = {
         TopKTrainingSAE: TopKTrainingSAEConfig,
         BatchTopKTrainingSAE: BatchTopKTrainingSAEConfig,
     }

@@ -71,8 +71,8 @@ def fit_norm(
         sae: any SAELens training SAE.
         spectrum: of the activations that it is trained on.
         activations: (n, d_in) at the same hook point, unscaled, of which 4,096 are used, evenly
-            spaced, without massive ones where the spectrum leaves them out. Without them as many are drawn, with the spectrum's mean, covariance and mean
-            norm.
+            spaced, without massive ones where the spectrum leaves them out. Without activations as
+            many are drawn, with the spectrum's mean, covariance and mean norm.
         seed: of that draw.
 
     Raises:
