@@ -132,15 +132,7 @@ def _bridge(tokens: Any) -> TransformerBridge:
     return bridge
 
 
-@pytest.mark.parametrize(
-    "call",
-    [
-        pytest.param(call, marks=pytest.mark.xfail(reason="it leaves the truncation it sets"))
-        if call == "mean_features"
-        else call
-        for call in CALLS
-    ],
-)
+@pytest.mark.parametrize("call", CALLS)
 def test_a_bridge_is_as_before(call: str, tmp_path: Path) -> None:
     bridge = _bridge(_tokenizers()["both"])
     cfg, flags = copy.deepcopy(vars(bridge.cfg)), _flags(bridge)

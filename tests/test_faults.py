@@ -401,6 +401,16 @@ def test_damaged_checkpoints_of_training_are_found(stores, tmp_path: Path, fault
         faults.survived("checkpoint of training truncated or with a flipped bit", tried)
 
 
+def test_what_a_killed_writer_left_is_no_part_of_a_checkpoint(
+    tmp_path: Path, faults: Faults
+) -> None:
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / ".saesub_state.safetensors.01234567.tmp").write_bytes(b"half")
+    make_trainer().save_checkpoint("0", tmp_path)
+    make_trainer().load_trainer_state(tmp_path / "0")
+    faults.survived("a file that a killed process left half-written in a checkpoint", 1)
+
+
 # --- changed settings ----------------------------------------------------------------------------
 
 

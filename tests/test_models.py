@@ -191,8 +191,8 @@ def test_a_conversion_is_keyed_by_all_that_decides_it(
     changed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entry = packaged()["smollm2-135m"]
-    before = conversion.conversion_key(entry)
-    assert conversion.conversion_key(entry) == before
+    before = conversion.conversion_key(entry, "loading/conversion.py")
+    assert conversion.conversion_key(entry, "loading/conversion.py") == before
     if changed == "code":
         monkeypatch.setattr(conversion, "source_digest", lambda _: "other")
     elif changed == "transformers":
@@ -201,4 +201,4 @@ def test_a_conversion_is_keyed_by_all_that_decides_it(
         entry = replace(entry, details={**entry.details, "bos": True})
     else:
         entry = replace(entry, files=(replace(entry.files[0], sha256="0" * 64),))
-    assert conversion.conversion_key(entry) != before
+    assert conversion.conversion_key(entry, "loading/conversion.py") != before

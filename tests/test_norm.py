@@ -4,10 +4,13 @@ reconstructs best, medians that are minima, biases that centre."""
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from sae_lens import (
+    BatchTopKTrainingSAE,
+    BatchTopKTrainingSAEConfig,
     GatedTrainingSAE,
     GatedTrainingSAEConfig,
     JumpReLUTrainingSAE,
@@ -467,3 +470,21 @@ def test_what_contradicts_or_cannot_be_is_refused(activations, make, act, messag
     with pytest.raises(SaesubError, match=message):
         act(sae, activations)
     assert all(torch.equal(value, before[name]) for name, value in sae.state_dict().items())
+
+
+def test_a_few_massive_activations_do_not_decide_the_norm() -> None:
+    """A BatchTopK SAE would give them most of its active entries."""
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.randn(20_000, 64, generator=generator) * torch.logspace(0, -1.5, 64)
+    x, hit = clean.clone(), torch.rand(20_000, generator=generator) < 0.002
+    x[hit] += torch.nn.functional.normalize(torch.randn(64, generator=generator), dim=0) * 500
+
+    def norm(x: torch.Tensor, **settings: Any) -> float | None:
+        sae = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=64, d_sae=256, k=8))
+        spectrum = Spectrum.from_activations(x, **settings)
+        found = initialize_in_subspace(sae, spectrum, 32, activations=x)
+        assert fit_norm(sae, spectrum, activations=x) == pytest.approx(found.norm, rel=1e-4)
+        return found.norm
+
+    assert norm(x) == pytest.approx(norm(clean[~hit]), rel=0.01)
+    assert norm(x, keep_massive=True) != pytest.approx(norm(clean[~hit]), rel=0.03)

@@ -251,7 +251,10 @@ def test_massive_activations_are_left_out_and_counted(share, times, offset):
     kept = Spectrum.from_activations(with_sinks + offset, keep_massive=True)
     assert kept.n_tokens == len(with_sinks)
     assert kept.effective_rank("singular_values") < 0.9 * clean.effective_rank("singular_values")
-    assert "massive_tokens" not in kept.metadata
+    assert kept.metadata["massive_tokens"] == "kept"
+    assert (kept + kept).metadata["massive_tokens"] == "kept"
+    with pytest.raises(SaesubError, match="same keep_massive"):
+        kept + found
 
 
 def test_large_tokens_that_are_no_sinks_count():

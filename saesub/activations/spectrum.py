@@ -35,7 +35,7 @@ _BLOCK = 8192
 _GRAM_PANEL = 192
 _ROUNDING = 2.0**-23  # of float32, which centring leaves in constant activations
 _SAME_WHEN_MERGED = ("hook_name", "model")
-_COUNTED = "massive_tokens"
+_COUNTED, _KEPT = "massive_tokens", "kept"
 _MASSIVE = 20.0  # times the median distance from the mean
 _ROWS_FOR_CENTER = 256  # whose median is near enough
 _ROWS_TO_JUDGE = 32  # of a block, for its median to say what is usual
@@ -173,8 +173,8 @@ class SpectrumAccumulator:
         if self._n == 0:
             raise SaesubError("no activations were given: give at least one token")
         metadata = dict(metadata or {})
-        if self._n_massive:
-            metadata[_COUNTED] = str(self._n_massive)
+        if self._n_massive or self._keep_massive:
+            metadata[_COUNTED] = _KEPT if self._keep_massive else str(self._n_massive)
         _warn_of_massive(self._n_massive, self._n, metadata)
         upper = self._scatter.cpu().triu() / self._n
         return Spectrum(
@@ -213,7 +213,7 @@ class Spectrum:
     `covariance` is centred and divided by `n_tokens`; `mean_norm` is the mean L2 norm of the
     activations themselves (what SAELens scales inputs by); `metadata` says where they come from
     (hook_name, model, corpus, context_size, ...), and under "massive_tokens" how many tokens were
-    left out as massive activations, if any were.
+    left out as massive activations, if any were, or "kept".
     """
 
     n_tokens: int
@@ -251,6 +251,11 @@ class Spectrum:
     def d(self) -> int:
         """Width of the activations."""
         return len(self.mean)
+
+    @property
+    def keeps_massive(self) -> bool:
+        """Whether massive activations were counted like all others."""
+        return self.metadata.get(_COUNTED) == _KEPT
 
     @cached_property
     def eigenvalues(self) -> Float[Tensor, " d"]:
@@ -310,16 +315,22 @@ class Spectrum:
 
     def __add__(self, other: Spectrum) -> Spectrum:
         """The spectrum of both samples together, exactly. Raises SaesubError for differing widths,
-        hook points or models."""
+        hook points or models, or where one has kept massive activations and the other has not."""
         if self.d != other.d:
             raise SaesubError(
                 f"cannot merge spectra of widths {self.d} and {other.d}: merge those of one site"
             )
-        merged = SpectrumAccumulator(self.d)
+        if self.keeps_massive != other.keeps_massive:
+            raise SaesubError(
+                "one of these spectra has kept massive activations and the other has not: measure "
+                "both with the same keep_massive"
+            )
+        merged = SpectrumAccumulator(self.d, keep_massive=self.keeps_massive)
         for s in (self, other):
             merged._merge_mean(s.n_tokens, s.mean, s.mean_norm * s.n_tokens)
             merged._scatter += s.covariance * s.n_tokens
-            merged._n_massive += int(s.metadata.get(_COUNTED, 0))
+            if not s.keeps_massive:
+                merged._n_massive += int(s.metadata.get(_COUNTED, 0))
         return merged.finish(_merge_metadata(self.metadata, other.metadata))
 
     def save(self, path: str | os.PathLike[str]) -> None:

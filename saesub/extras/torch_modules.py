@@ -89,6 +89,7 @@ def measure_module_spectra(
     sites: Mapping[Any, Site],
     *,
     forward: Callable[..., Any] | None = None,
+    keep_massive: bool = False,
     progress: bool = True,
 ) -> dict[Any, Spectrum]:
     """Mean and covariance at several sites from one pass over the batches; nothing is stored.
@@ -102,6 +103,7 @@ def measure_module_spectra(
         sites: the modules to listen to, by names of your own.
         forward: what to call with each batch's arguments; by default the model itself. It may be a
             part of the model, such as one without the output layer.
+        keep_massive: as in `saesub.measure_spectra`.
         progress: show a bar, with the time left where `batches` is a list.
 
     Raises:
@@ -133,7 +135,7 @@ def measure_module_spectra(
                 )
             heard.add(name)
             if name not in totals:
-                totals[name] = SpectrumAccumulator(x.shape[2])
+                totals[name] = SpectrumAccumulator(x.shape[2], keep_massive=keep_massive)
             try:
                 totals[name].update(x[keep.to(x.device)])
             except SaesubError as error:
@@ -147,7 +149,7 @@ def measure_module_spectra(
         for inputs, keep in bar(batches, unit="batch", progress=progress):
             if not isinstance(keep, Tensor) or keep.dtype != torch.bool:
                 raise SaesubError(
-                    "which positions count is said by a boolean tensor (batch, pos), such as "
+                    "which positions count must be a boolean tensor (batch, pos): pass "
                     "attention_mask.bool()"
                 )
             current[:] = [keep]

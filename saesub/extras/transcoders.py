@@ -164,8 +164,8 @@ def transcoder_reconstruction(
             if x.ndim != 2 or len(x) != len(y) or (x.shape[-1], *y.shape[1:]) != widths:
                 raise SaesubError(
                     f"blocks of shapes {tuple(x.shape)} and {tuple(y.shape)} came, but the "
-                    f"transcoder reads (n, {widths[0]}) and predicts (n, {widths[1]}) at the same "
-                    "tokens."
+                    f"transcoder reads (n, {widths[0]}) and predicts (n, {widths[1]}): pass both "
+                    "of the same tokens."
                 )
             require_finite(y, "targets")
             targets = y.to(transcoder.device).split(TOKENS_PER_BLOCK)

@@ -187,7 +187,9 @@ def input_scale(sae: SAE[Any], spectrum: Spectrum) -> float:
     if sae.cfg.normalize_activations == "none":
         return 1.0
     if not spectrum.mean_norm > 0:
-        raise SaesubError("The spectrum's activations are all zero: they have no scale.")
+        raise SaesubError(
+            "The spectrum's activations are all zero: measure more text, or another site."
+        )
     return spectrum.d**0.5 / spectrum.mean_norm
 
 
@@ -207,7 +209,7 @@ def check_fits(sae: SAE[Any], spectrum: Spectrum, input_spectrum: Spectrum | Non
             "as input_spectrum=…."
         )
     if not is_transcoder and input_spectrum is not None:
-        raise SaesubError("input_spectrum is for transcoders; an autoencoder reads what it writes.")
+        raise SaesubError("input_spectrum is for transcoders: leave it out.")
     check_new(sae)
     pairs = [("spectrum", spectrum, sae.W_dec.shape[1])]
     if input_spectrum is not None:

@@ -52,7 +52,7 @@ def fit_encoder_scale(sae: SAE[Any], activations: Float[Tensor, "n d_in"]) -> fl
             "thresholds stay where they are: use scale_encoder with a factor of your own."
         )
     if not activations.any():
-        raise SaesubError("The activations are all zero: they have no scale to fit.")
+        raise SaesubError("The activations are all zero: measure more text, or another hook point.")
     scale = 1.0
     if sae.cfg.normalize_activations == "expected_average_only_in":
         dtype = torch.promote_types(activations.dtype, torch.float32)  # float16 norms may overflow
@@ -78,5 +78,6 @@ def scale_encoder(sae: SAE[Any], factor: float) -> None:
 def _check_encoder(sae: SAE[Any]) -> None:
     if not has_encoder(sae):
         raise SaesubError(
-            f"An SAE of architecture {sae.cfg.architecture()!r} has no encoder to scale."
+            f"An SAE of architecture {sae.cfg.architecture()!r} has no encoder to scale: "
+            "leave scale_encoder out."
         )

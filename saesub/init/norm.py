@@ -15,13 +15,13 @@ from math import exp, isfinite, log, sqrt
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from sae_lens import SAE, BatchTopKTrainingSAE
 from scipy.optimize import brentq, minimize_scalar
 from torch import Tensor
 
 from saesub.activations.checks import require_finite
-from saesub.activations.spectrum import Spectrum
+from saesub.activations.spectrum import Spectrum, massive
 from saesub.arguments import batch_of, whole_number
 from saesub.errors import SaesubError
 from saesub.init.biases import (
@@ -71,8 +71,8 @@ def fit_norm(
         sae: any SAELens training SAE.
         spectrum: of the activations that it is trained on.
         activations: (n, d_in) at the same hook point, unscaled, of which 4,096 are used, evenly
-            spaced. Without them as many are drawn, with the spectrum's mean, covariance and mean
-            norm.
+            spaced, without massive ones where the spectrum leaves them out. Without activations as
+            many are drawn, with the spectrum's mean, covariance and mean norm.
         seed: of that draw.
 
     Raises:
@@ -89,7 +89,7 @@ def fit_norm(
     else:
         check_draws(sae, spectrum)
     x = sample_of(spectrum, activations, seed)
-    scaled = x * scale_in_training(sae, spectrum)
+    scaled = x[counted(spectrum, x)] * scale_in_training(sae, spectrum)
     with unchanged_on_error(sae):
         return set_best_norm(sae, Pairs(scaled, scaled))
 
@@ -106,7 +106,9 @@ def sample_of(
     """
     if activations is not None:
         if not activations.any():
-            raise SaesubError("The activations are all zero: they have no norm to fit.")
+            raise SaesubError(
+                "The activations are all zero: measure more text, or another hook point."
+            )
         return _evenly(activations, _TOKENS).float()
     generator = torch.Generator().manual_seed(_SAMPLE_SEED + seed)
     coordinates = torch.randn(_TOKENS, spectrum.d, generator=generator, dtype=torch.float32)
@@ -128,6 +130,14 @@ def sample_of(
         return drawn(_MOST_SPREAD)
     spread: Any = brentq(too_long, 0.0, _MOST_SPREAD, xtol=1e-3)
     return drawn(spread)
+
+
+def counted(spectrum: Spectrum, x: Float[Tensor, "n d"]) -> Bool[Tensor, " n"]:
+    """Which tokens the spectrum would count: not massive ones, unless it has kept them.
+
+    A BatchTopK SAE would give them most of its active entries, and its norm would be theirs.
+    """
+    return torch.full_like(x[:, 0], spectrum.keeps_massive, dtype=torch.bool) | ~massive(x)
 
 
 def check_draws(sae: SAE[Any], spectrum: Spectrum) -> None:
@@ -228,7 +238,10 @@ def least_squares_factor(blocks: Iterable[tuple[Tensor, Tensor]]) -> float:
         overlap += (target * written).sum().item()
         energy += written.square().sum().item()
     if not isfinite(energy):
-        raise SaesubError("The SAE's reconstructions of these activations are not finite.")
+        raise SaesubError(
+            "The SAE's reconstructions of these activations are not finite: check its weights, or "
+            "pass norm='keep'."
+        )
     if not overlap > 0:
         raise SaesubError(
             "The SAE's features reconstruct nothing of these activations, so no factor fits: set "

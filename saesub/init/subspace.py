@@ -35,6 +35,7 @@ from saesub.init.directions import (
 from saesub.init.norm import (
     Pairs,
     check_draws,
+    counted,
     sample_of,
     scale_in_training,
     set_best_norm,
@@ -225,11 +226,13 @@ def _set_directions(sae: SAE[Any], drawn: _Drawn, *, keep_norms: bool) -> None:
 def _pairs(sae: SAE[Any], written: _Space, read: _Space | None, seed: int) -> Pairs:
     """What the norm is fitted to, in the scale of training."""
     y = sample_of(written.spectrum, written.activations, seed)
+    kept = counted(written.spectrum, y)
     if read is None:
-        scaled = y * scale_in_training(sae, written.spectrum)
+        scaled = y[kept] * scale_in_training(sae, written.spectrum)
         return Pairs(scaled, scaled)
     x = sample_of(read.spectrum, read.activations, seed)
-    return Pairs(x * scale_in_training(sae, read.spectrum), y)
+    kept &= counted(read.spectrum, x)
+    return Pairs(x[kept] * scale_in_training(sae, read.spectrum), y[kept])
 
 
 def choose_d_init(spectrum: Spectrum, d_init: int | float | str = "auto") -> int:
@@ -278,7 +281,7 @@ def _check_pairs(
     """A transcoder's activations come in pairs, where they are asked for or given."""
     if input_spectrum is None:
         if read is not None:
-            raise SaesubError("input_activations are for a transcoder, which reads another space.")
+            raise SaesubError("input_activations are for transcoders: leave them out.")
         return
     if written is None and read is None and directions not in FROM_DATA:
         return

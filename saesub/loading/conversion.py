@@ -17,13 +17,13 @@ from saesub.loading.registry import Packaged
 from saesub.paths import source_digest
 
 
-def conversion_key(entry: Packaged) -> str:
-    """Eight characters that change with whatever decides the converted folder: the files, the
-    registry's settings, this code and transformers, which reads the file."""
+def conversion_key(entry: Packaged, *code: str) -> str:
+    """Eight characters that change with whatever decides a converted folder: the files, the
+    registry's settings, the `code` of saesub that converts, and transformers, which reads them."""
     parts = (
         entry.digest,
         repr(sorted(entry.details.items())),
-        source_digest("loading/conversion.py"),
+        source_digest(*code),
         transformers.__version__,
     )
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:8]

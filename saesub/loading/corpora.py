@@ -202,7 +202,7 @@ def _from_path(path: Path) -> Any:
         return load_dataset(form, data_files=str(path), split="train", **lenient)
     except Exception as error:  # datasets raises what each reader raises
         reason = str(error.__cause__ or error).split("\n")[0]
-        raise SaesubError(f"{path} cannot be read: {reason}") from error
+        raise SaesubError(f"{path} cannot be read ({reason}): check the file.") from error
 
 
 def _from_hub(name: str, n_documents: int | None, seed: int) -> Any:

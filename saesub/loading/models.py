@@ -363,7 +363,7 @@ def _from_pretrained(name: str, source: str, dtype: torch.dtype | None) -> tuple
                 "transformers, where you can say that you trust it, and give the live model."
             )
         elif os.path.isdir(source):
-            message = f"the model folder {source} does not load: {reason}"
+            message = f"the model folder {source} does not load ({reason}): save it again."
         else:
             message = not_found(name, "models", reason, _HUB_NAMES)
         raise SaesubError(message) from error
@@ -371,5 +371,7 @@ def _from_pretrained(name: str, source: str, dtype: torch.dtype | None) -> tuple
 
 def _converted(entry: Packaged) -> Path:
     """The folder of the model's de-quantised safetensors, written at the first call."""
-    folder = cache_dir() / "models" / f"{entry.name}-{conversion_key(entry)}"
+    folder = (
+        cache_dir() / "models" / f"{entry.name}-{conversion_key(entry, 'loading/conversion.py')}"
+    )
     return made_once(folder, lambda partial: convert(entry, partial))

@@ -99,7 +99,9 @@ def read_registry(path: Path) -> Registry:
     except SaesubError:
         raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise SaesubError(f"{path} is not a registry of packaged files: {error!r}") from error
+        raise SaesubError(
+            f"{path} is not a registry of packaged files ({error!r}): reinstall saesub."
+        ) from error
 
 
 @cache

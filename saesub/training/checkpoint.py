@@ -101,8 +101,9 @@ def save_state(
     state["random.cpu"] = torch.get_rng_state()
     if torch.device(trainer.cfg.device).type == "cuda":
         state["random.cuda"] = torch.cuda.get_rng_state(trainer.cfg.device)
-    others = [p for p in sorted(folder.iterdir()) if p.is_file() and p.name != STATE_FILENAME]
-    checksums = {path.name: file_sha256(path) for path in others}
+    # Hidden files are what a killed process left half-written; the writing below removes them.
+    others = [p for p in sorted(folder.iterdir()) if p.is_file() and p.name[0] != "."]
+    checksums = {path.name: file_sha256(path) for path in others if path.name != STATE_FILENAME}
     record = json.dumps({"settings": trainer.settings(), "files": checksums})
     write_checksummed(folder / STATE_FILENAME, _FORM, state, record)
 

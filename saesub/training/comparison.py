@@ -219,7 +219,10 @@ def joint_batches(
     """
     if len({store.n_tokens for store in stores.values()}) != 1:
         sizes = {site: store.n_tokens for site, store in stores.items()}
-        raise SaesubError(f"Stores of different lengths hold different tokens: {sizes}.")
+        raise SaesubError(
+            f"Stores of different lengths hold different tokens ({sizes}): harvest all hook "
+            "points in one call."
+        )
     texts = [{k: s.settings.get(k) for k in _SAME_TOKENS} for s in stores.values()]
     if any(text != texts[0] for text in texts):
         raise SaesubError(
@@ -241,7 +244,10 @@ def _sites_of(batch: Any, sites: Iterable[str]) -> dict[str, Tensor]:
         )
     missing = sorted({*sites} - {*batch})
     if missing:
-        raise SaesubError(f"The batches have the sites {sorted(batch)}, and no {missing}.")
+        raise SaesubError(
+            f"The batches have the sites {sorted(batch)}, and no {missing}: give each condition "
+            "one of theirs."
+        )
     return {site: batch_of(x, f"the batch of site {site!r}") for site, x in batch.items()}
 
 

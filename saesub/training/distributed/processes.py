@@ -120,7 +120,10 @@ class Processes:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # gloo's for a connection closed or timed out
-            message = self.report_loss() or f"The processes lost touch: {error}"
+            message = self.report_loss() or (
+                f"The processes lost touch ({error}): run the same command again, and it continues "
+                "from its last checkpoint."
+            )
             raise SaesubError(message) from error
 
     def report_loss(self) -> str:

@@ -223,7 +223,8 @@ def _check_pass(sae: Any, cfg: SAETrainerConfig) -> None:
     reason = "cfg.autocast is on" if cfg.autocast else other_pass(sae) or why_dense(sae)
     if reason is not None:
         raise SaesubError(
-            f"Several processes train by the sparse step alone, and it does not suit: {reason}."
+            f"Several processes train by the sparse step alone, and it does not suit ({reason}): "
+            "train it in one process."
         )
 
 
