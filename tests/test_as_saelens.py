@@ -366,10 +366,47 @@ def test_a_batch_topk_run_is_kept_by_its_threshold_too(tmp_path):
     assert len(folders) == 2
 
 
-def test_a_run_with_hooks_is_not_kept(tmp_path):
+def _of_own_class(trainer: Any) -> None:
+    class Doubling(SubspaceSAETrainer):
+        def step(self, batch: Tensor) -> TrainStepOutput:
+            return super().step(2 * batch)
+
+    trainer.__class__ = Doubling
+
+
+def _sae_of_own_class(trainer: Any) -> None:
+    class Doubling(type(trainer.sae)):
+        def process_sae_in(self, x: Tensor) -> Tensor:
+            return super().process_sae_in(2 * x)
+
+    trainer.sae.__class__ = Doubling
+
+
+def _own_schedule(trainer: Any) -> None:
+    halving = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda step: 0.5**step)
+    trainer.lr_scheduler = halving
+
+
+UNKEPT: dict[str, Callable[[Any], Any]] = {
+    "hook of the SAE": lambda t: t.sae.hook_sae_input.add_hook(lambda x, hook: x),
+    "hook of a gradient": lambda t: t.sae.W_dec.register_hook(lambda gradient: gradient * 0),
+    "hook of a kept gradient": lambda t: t.sae.W_dec.register_post_accumulate_grad_hook(
+        lambda weight: weight.grad.zero_()
+    ),
+    "hook before the step": lambda t: t.optimizer.register_step_pre_hook(lambda *_: None),
+    "hook after the step": lambda t: t.optimizer.register_step_post_hook(lambda *_: None),
+    "replaced step": lambda t: setattr(t, "step", lambda batch: type(t).step(t, 2 * batch)),
+    "class of the trainer": _of_own_class,
+    "class of the SAE": _sae_of_own_class,
+    "schedule": _own_schedule,
+}
+
+
+@pytest.mark.parametrize("change", UNKEPT.values(), ids=UNKEPT)
+def test_a_run_with_code_of_ones_own_is_not_kept(tmp_path, change):
     trainer = adam(recipe(4), make(), iter(()))
-    trainer.sae.hook_sae_input.add_hook(lambda x, hook: x)
-    with pytest.raises(SaesubError, match="'one' has hooks or replaced functions"):
+    change(trainer)
+    with pytest.raises(SaesubError, match="'one' has hooks, replaced functions or classes"):
         train_together(
             {"one": trainer}, lambda start: iter([{"site": torch.ones(2, D_IN)}]), folder=tmp_path
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -176,3 +177,11 @@ def test_unknown_name_offline_gets_a_near_one(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(corpora, "hub_is_reachable", lambda: False)
     with pytest.raises(SaesubError, match=r"did you mean 'wiki-en'.*recipes-en.*cannot be reached"):
         load_corpus("wiki-eng")
+
+
+def test_a_file_of_the_same_time_is_read_anew(tmp_path: Path) -> None:
+    path = tmp_path / "texts.jsonl"  # datasets' cache goes by path and time
+    for text in ("the first text", "another text"):
+        path.write_text(json.dumps({"text": text}) + "\n")
+        os.utime(path, (1_000_000_000, 1_000_000_000))  # as files of an archive may all have
+        assert load_corpus(path)["text"] == [text]

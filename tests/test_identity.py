@@ -11,6 +11,8 @@ import torch
 from datasets import Dataset
 from tiny_model import HOOK, tiny_gpt2, tiny_texts, tiny_tokenizer
 from transformer_lens.model_bridge import TransformerBridge
+from transformers import PreTrainedTokenizer
+from transformers.pytorch_utils import Conv1D
 
 from saesub import SaesubError, harvest, load_model, measure_spectrum
 from saesub.activations import identity
@@ -85,6 +87,71 @@ def _forward(pair: tuple[Any, Any]) -> Any:
 def _activation(pair: tuple[Any, Any]) -> Any:
     pair[0].transformer.h[0].mlp.act = torch.nn.ReLU()  # the config says GELU
     return pair
+
+
+class Lora(torch.nn.Module):
+    """As PEFT's layers, it has a scale that is no weight."""
+
+    def __init__(self, base: torch.nn.Module, scale: float) -> None:
+        super().__init__()
+        self.base, self.scaling = base, {"default": scale}
+        self.register_buffer("update", torch.eye(64).repeat(4, 1))
+
+    def forward(self, x: Any) -> Any:
+        return self.base(x) + self.scaling["default"] * x @ self.update
+
+
+def _adapted(scale: float) -> tuple[Any, Any]:
+    model = tiny_gpt2()
+    model.transformer.h[0].mlp.c_proj = Lora(model.transformer.h[0].mlp.c_proj, scale)
+    return model, tiny_tokenizer()
+
+
+def test_the_scale_of_an_adapter_tells_models_apart(tmp_path: Path, texts: list[str]) -> None:
+    harvest(_adapted(1.0), texts, [HOOK], tmp_path, **RUN)
+    harvest(_adapted(1.0), texts, [HOOK], tmp_path, **RUN)
+    with pytest.raises(SaesubError, match="differs in architecture"):
+        harvest(_adapted(0.0), texts, [HOOK], tmp_path, **RUN)
+
+
+def test_a_forward_replaced_for_a_whole_class_is_a_hook(
+    kept: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Conv1D.forward
+    monkeypatch.setattr(Conv1D, "forward", lambda module, x: 2 * own(module, x))
+    with pytest.raises(SaesubError, match="differs in hooks"):
+        harvest((tiny_gpt2(), tiny_tokenizer()), texts, [HOOK], kept, **RUN)
+
+
+class Letters(PreTrainedTokenizer):
+    """A tokenizer in Python alone, of which no file describes what it does."""
+
+    def __init__(self, *, lower: bool) -> None:
+        self.lower, self.ids = lower, {"<e>": 0, **{chr(i): i - 31 for i in range(32, 127)}}
+        super().__init__(eos_token="<e>")
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.ids)
+
+    def get_vocab(self) -> dict[str, int]:
+        return dict(self.ids)
+
+    def _tokenize(self, text: str, **_: Any) -> list[str]:
+        return list(text.lower() if self.lower else text)
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self.ids.get(token, 1)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return list(self.ids)[index]
+
+
+def test_a_tokenizer_in_python_is_told_apart_by_what_it_gives() -> None:
+    def hashed(lower: bool) -> str:
+        return model_settings(load_model((tiny_gpt2(), Letters(lower=lower))))["tokenizer"]
+
+    assert hashed(False) == hashed(False) != hashed(True)
 
 
 EDITS = {

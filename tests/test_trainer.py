@@ -316,6 +316,28 @@ def test_a_state_of_other_shapes_is_refused(tmp_path):
         check_same_shapes(tmp_path, state, optimizer, 4)
 
 
+def test_conditions_that_share_an_sae_are_refused(store, spectrum):
+    conditions = _conditions(store, spectrum)
+    first, other = conditions
+    conditions[other].sae = conditions[first].sae
+    before = conditions[first].sae.W_dec.detach().clone()
+    with pytest.raises(SaesubError, match=f"'{first}' and '{other}' share weights"):
+        train_together(conditions, lambda start: iter([{"site": torch.ones(2, 4)}]))
+    assert torch.equal(conditions[first].sae.W_dec, before)
+
+
+def test_one_iterator_for_all_calls_is_refused(store, spectrum):
+    stream = joint_batches({"site": store}, BATCH, seed=0)
+    with pytest.raises(SaesubError, match="the same iterator at every call"):
+        train_together(_conditions(store, spectrum), lambda start: stream)
+
+
+def test_other_parts_of_stores_give_no_joint_batches(store):
+    parts = store.split(store.n_tokens // 2)
+    with pytest.raises(SaesubError, match="different parts of it"):
+        joint_batches(dict(zip("ab", parts, strict=True)), BATCH, seed=0)
+
+
 def test_a_kept_run_is_of_all_its_batches(store, spectrum, tmp_path):
     def kept(batches) -> set[str]:
         train_together(_conditions(store, spectrum), batches, folder=tmp_path)

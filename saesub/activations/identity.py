@@ -2,7 +2,8 @@
 
 Everything is hashed that a pass reads, not a sample of it: on the CPU the weights take less time
 than one batch, on a GPU some seconds for each GB. Hooks are functions, which no hash tells apart,
-so a result made under hooks is never used again.
+so a result made under hooks is never used again. Modules of the user's own, such as those of LoRA,
+may hold numbers that are no weights, a scale or a switch: these are hashed too.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ _OF_NO_EFFECT = {
     *("_name_or_path", "transformers_version", "_attn_implementation_autoset", "architectures"),
     *("_attn_implementation", "attn_implementation", "_experts_implementation", "use_cache"),
 }
+_PROBE = "It's 2026: Ça va? Ünïcode  FAST,\n\ttabs & NEWLINES… 12,345.67"  # for slow tokenizers
 _LIBRARIES = ("torch.", "transformers.", "transformer_lens.", "accelerate.")
 
 
@@ -82,10 +84,14 @@ def _weights(model: nn.Module) -> str:
         if place in seen:  # tied to one that was hashed
             continue
         seen.add(place)
-        plain = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(memoryview(plain.numpy()))  # pyright: ignore[reportArgumentType]
+        digest.update(_bytes_of(tensor))
     return digest.hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    plain = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return memoryview(plain.numpy())  # pyright: ignore[reportArgumentType]
 
 
 def _architecture(model: TransformerBridge) -> str:
@@ -93,7 +99,29 @@ def _architecture(model: TransformerBridge) -> str:
     parts = [{k: v for k, v in config.to_dict().items() if k not in _OF_NO_EFFECT}]
     parts += [{"compatibility_mode": model.compatibility_mode}]
     parts += [{name: type(part).__qualname__ for name, part in model.named_modules()}]
+    parts += [{name: _own_values(part) for name, part in model.original_model.named_modules()}]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _own_values(module: nn.Module) -> dict[str, str]:
+    """What a module of another library or of the user holds beside weights, and modules in it."""
+    if _of_library(type(module)):
+        return {}
+    held = {k: v for k, v in vars(module).items() if k not in vars(nn.Module())}
+    return {k: _described(v) for k, v in held.items()}
+
+
+def _described(value: Any) -> str:
+    """A text that two processes make alike: of objects without plain content, their class."""
+    if isinstance(value, Tensor):
+        return hashlib.sha256(_bytes_of(value)).hexdigest()
+    if isinstance(value, dict):
+        return str({str(k): _described(v) for k, v in value.items()})
+    if isinstance(value, (list, tuple)):
+        return str([_described(v) for v in value])
+    if isinstance(value, (str, int, float, bool, type(None))):
+        return repr(value)
+    return str(getattr(value, "__qualname__", type(value).__qualname__))
 
 
 def _tokenizer(tokenizer: Any) -> str:
@@ -103,7 +131,7 @@ def _tokenizer(tokenizer: Any) -> str:
         for of_last_call in ("padding", "truncation"):
             described.pop(of_last_call, None)
     else:
-        described = tokenizer.get_vocab()
+        described = [tokenizer.get_vocab(), tokenizer(_PROBE).input_ids]
     parts = [type(tokenizer).__qualname__, described, tokenizer.special_tokens_map]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -124,6 +152,8 @@ def _is_hooked(module: nn.Module) -> bool:
         return any(not _of_library(handle.user_hook) for handle in module.fwd_hooks)
     own = vars(module)
     replaced = "forward" in own and not _of_library(own["forward"])
+    # As by Conv1D.forward = ..., for all modules of a class
+    replaced |= _of_library(type(module)) and not _of_library(type(module).forward)
     return replaced or _of_users(own["_forward_hooks"]) or _of_users(own["_forward_pre_hooks"])
 
 

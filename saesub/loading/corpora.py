@@ -23,6 +23,7 @@ from datasets import (
 
 from saesub.arguments import whole_number
 from saesub.errors import SaesubError
+from saesub.files import file_sha256
 from saesub.loading.corpus_parsers import clean, decode, documents
 from saesub.loading.download import fetch
 from saesub.loading.hub import hub_is_reachable, not_found
@@ -199,7 +200,9 @@ def _from_path(path: Path) -> Any:
             return load_from_disk(str(path)).with_format(None)
         form = _TABLES[path.suffix]
         lenient: dict[str, Any] = {} if form == "parquet" else {"encoding_errors": "replace"}
-        return load_dataset(form, data_files=str(path), split="train", **lenient)
+        # The name keeps datasets' cache from giving another file of the same path and time.
+        content = f"content-{file_sha256(path)[:16]}"
+        return load_dataset(form, content, data_files=str(path), split="train", **lenient)
     except Exception as error:  # datasets raises what each reader raises
         reason = str(error.__cause__ or error).split("\n")[0]
         raise SaesubError(f"{path} cannot be read ({reason}): check the file.") from error

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _FINAL = "final"
+_LIBRARIES = ("saesub.", "sae_lens.", "torch.")
 _COMPLETE = "complete"  # an empty file, written when a checkpoint is whole
 # What stores of the same tokens have in common
 _SAME_TOKENS = ("text", "documents", "tokenizer", "context_size", "skip_first", "n_tokens")
@@ -153,9 +154,11 @@ def train_together(
         columns condition, tokens, mse, dead_share (see `SubspaceSAETrainer.history`).
 
     Raises:
-        SaesubError: no conditions, or conditions that train on different numbers of tokens or were
-            trained before; a folder for an SAE with hooks or replaced functions; bad batches; a
-            damaged checkpoint; a folder that is full or cannot be written; pandas is not installed.
+        SaesubError: no conditions, or conditions that train on different numbers of tokens, were
+            trained before or share weights; a folder for an SAE, trainer or optimizer with hooks,
+            replaced functions or code of your own; bad batches, or the same iterator at every call;
+            a damaged checkpoint; a folder that is full or cannot be written; pandas is not
+            installed.
     """
     with needs_extra("train_together"):
         import pandas as pd
@@ -174,7 +177,14 @@ def train_together(
             f"Conditions {stepped} were trained before, perhaps by an interrupted call: make them "
             "anew; with the same folder the call then continues from its last checkpoint."
         )
-    first = _sites_of(next(batches(0), None), [] if sites is None else sites.values())
+    _check_weights_apart(conditions)
+    stream = batches(0)
+    first = _sites_of(next(stream, None), [] if sites is None else sites.values())
+    if batches(0) is stream:
+        raise SaesubError(
+            "batches gives the same iterator at every call, which goes on where it was: make a new "
+            "one at each, from the step it is given, as joint_batches does."
+        )
     if sites is None:
         sites = dict.fromkeys(conditions, next(iter(first)))
     if {*sites} != {*conditions}:
@@ -197,6 +207,19 @@ def train_together(
             _drop_intermediate(place)
     points = [(name, point) for name, trainer in conditions.items() for point in trainer.history]
     return pd.DataFrame([{"condition": name, **point} for name, point in points])
+
+
+def _check_weights_apart(conditions: Mapping[str, SubspaceSAETrainer]) -> None:
+    """Refuse conditions that would train one SAE's weights together. Raises SaesubError."""
+    owner: dict[int, str] = {}
+    for name, trainer in conditions.items():
+        for weight in trainer.sae.parameters():
+            other = owner.setdefault(weight.data_ptr(), name)
+            if weight.numel() and other != name:
+                raise SaesubError(
+                    f"The conditions {other!r} and {name!r} share weights, so that each would "
+                    "train the other's: give each an SAE of its own, such as copy.deepcopy(sae)."
+                )
 
 
 class StoreBatches(Iterator[dict[str, Float[Tensor, "batch d_in"]]]):
@@ -224,10 +247,12 @@ def joint_batches(
             "points in one call."
         )
     texts = [{k: s.settings.get(k) for k in _SAME_TOKENS} for s in stores.values()]
-    if any(text != texts[0] for text in texts):
+    parts = {store.identity.partition(" ")[2] for store in stores.values()}  # without checksums
+    if any(text != texts[0] for text in texts) or len(parts) != 1:
         raise SaesubError(
-            f"The stores of {', '.join(stores)} were made from different text or settings, so that "
-            "their rows are not of the same tokens: harvest all hook points in one call."
+            f"The stores of {', '.join(stores)} were made from different text or settings, or are "
+            "different parts of it, so that their rows are not of the same tokens: harvest all "
+            "hook points in one call, and split all alike."
         )
     streams = [s.batches(batch_size, seed=seed, start_step=start_step) for s in stores.values()]
     blocks = (dict(zip(stores, parts, strict=True)) for parts in zip(*streams, strict=True))
@@ -344,17 +369,19 @@ def _identity(stream: Iterator[dict[str, Tensor]], n_tokens: int) -> str:
 
 def _changed_by_hand(name: str, trainer: SubspaceSAETrainer) -> list[Any]:
     """What decides a run and is in no config: the optimizer's own settings, frozen weights, the
-    activation function.
+    activation function, the input scale.
 
-    Raises SaesubError for hooks and replaced functions, which a hash does not tell apart.
+    Raises SaesubError for hooks, replaced functions and classes of the user's own, which a hash
+    does not tell apart.
     """
     sae, function = trainer.sae, getattr(trainer.sae, "activation_fn", None)
-    replaced = [key for key in vars(sae) if callable(getattr(type(sae), key, None))]
     own_error = getattr(sae, "mse_loss_fn", mse_loss) is not mse_loss
-    if is_hooked(sae) or replaced or own_error:
+    own_schedule = trainer.lr_scheduler is not trainer.planned_schedule
+    if own_error or own_schedule or _is_changed(trainer):
         raise SaesubError(
-            f"The SAE of condition {name!r} has hooks or replaced functions, so a kept run of it "
-            "could be another's: leave the folder out."
+            f"Condition {name!r} has hooks, replaced functions or classes of your own (of its SAE, "
+            "trainer, optimizer or schedule), so a kept run of it could be another's: leave the "
+            "folder out."
         )
     groups = [
         {key: value for key, value in group.items() if key != "params"}
@@ -362,7 +389,27 @@ def _changed_by_hand(name: str, trainer: SubspaceSAETrainer) -> list[Any]:
     ]
     frozen = [key for key, p in sae.named_parameters() if not p.requires_grad]
     activation = [type(function).__qualname__, getattr(function, "k", None)]
-    return [type(trainer.optimizer).__qualname__, groups, frozen, activation]
+    scale = trainer.activation_scaler.scaling_factor
+    return [type(trainer.optimizer).__qualname__, groups, frozen, activation, scale]
+
+
+def _is_changed(trainer: SubspaceSAETrainer) -> bool:
+    """Whether other code takes part in training than that of the libraries, which is hashed."""
+    sae, optimizer = trainer.sae, trainer.optimizer
+    parts = (trainer, sae, optimizer, *trainer.mitigations)
+    foreign = any(not type(part).__module__.startswith(_LIBRARIES) for part in parts)
+    replaced = any(callable(getattr(type(p), k, None)) for p in (trainer, sae) for k in vars(p))
+    of_step = [
+        hook
+        for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+        for hook in vars(optimizer)[hooks].values()
+        if not (getattr(hook, "__module__", None) or "").startswith(_LIBRARIES)
+    ]
+    of_gradients = any(
+        p._backward_hooks or p._post_accumulate_grad_hooks  # pyright: ignore
+        for p in sae.parameters()
+    )
+    return foreign or replaced or bool(of_step) or of_gradients or is_hooked(sae)
 
 
 def _bytes_of(tensor: Tensor) -> bytes:

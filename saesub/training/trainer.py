@@ -103,6 +103,7 @@ class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CON
         history: one dict (tokens, mse, dead_share) per recorded point. `mse` is the summed squared
             error per token, averaged since the last point; `dead_share` is NaN until a whole
             window has been seen.
+        planned_schedule: the learning rate schedule that `cfg` gave.
         mitigation_state: tensors that mitigations keep from step to step, saved with the rest.
 
     Raises:
@@ -137,7 +138,7 @@ class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CON
         self.backend, self.optimizer_name = backend, optimizer
         betas = (cfg.adam_beta1, cfg.adam_beta2)
         self.optimizer = make_optimizer(optimizer, sae, lr=cfg.lr, betas=betas)
-        self.lr_scheduler = self.new_schedule()
+        self.lr_scheduler = self.planned_schedule = self.new_schedule()
         self._watch = PlanWatch()
         self.mitigations = one_of_each(mitigations)
         self.mitigation_state: dict[str, Tensor] = {}
