@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from sae_lens import TopKSAE, TopKSAEConfig
+from sae_lens import TopKSAE, TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
 from tiny_model import tiny_gpt2, tiny_texts, tiny_tokenizer
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -166,3 +166,56 @@ def test_a_bridge_has_the_tokenizer_that_was_lent() -> None:
     whole = saesub.load_model((tiny_gpt2(), tiny_tokenizer())).tokenizer
     assert whole is not None
     assert (whole.bos_token, whole.eos_token) == ("<|bos|>", "<|eos|>")
+
+
+@pytest.mark.parametrize("name", ["load_model", "pack_contexts", "measure_spectrum", "harvest"])
+def test_torchs_random_numbers_go_on_as_without_the_call(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    CALLS[name]((tiny_gpt2(), tiny_tokenizer()), tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_autocast_around_a_call_rounds_nothing(tmp_path: Path) -> None:
+    """A store that was rounded would be used again without autocast."""
+    pair, x = (tiny_gpt2(), tiny_tokenizer()), torch.randn(500, 64) + 5
+    saes = _topk(), _topk()
+
+    def measured(sae: TopKTrainingSAE, folder: Path) -> list[torch.Tensor]:
+        spectrum = saesub.Spectrum.from_activations(x)
+        saesub.initialize_in_subspace(sae, spectrum)
+        store = saesub.harvest(pair, tiny_texts(), [HOOK], folder, dtype=torch.float32, **STREAM)[
+            HOOK
+        ]
+        sae.cfg.metadata.hook_name, sae.cfg.metadata.model_name = HOOK, None
+        figures = [*sae_loss(pair, sae, IDS), saesub.reconstruction(sae, x).fvu]
+        return [spectrum.covariance, sae.W_dec, store.rows(0, 150), torch.tensor(figures)]
+
+    plain = measured(saes[0], tmp_path / "plain")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        within = measured(saes[1], tmp_path / "within")
+        assert torch.is_autocast_enabled("cpu")
+    for one, other in zip(plain, within, strict=True):
+        assert torch.equal(one, other)
+
+
+def _topk() -> TopKTrainingSAE:
+    torch.manual_seed(0)
+    return TopKTrainingSAE(TopKTrainingSAEConfig(d_in=64, d_sae=128, k=4))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"hook_names": None}, "is a text, not None"),
+        ({"hook_names": [[HOOK]]}, "is a text, not"),
+        ({"hook_names": HOOK, "share": 0.5}, "a share is"),
+        ({"hook_names": HOOK, "share": (0.5, 2)}, "a share is"),
+    ],
+)
+def test_hook_points_and_shares_that_are_none_are_refused(given: Any, message: str) -> None:
+    pair = tiny_gpt2(), tiny_tokenizer()
+    with pytest.raises(saesub.SaesubError, match=message):
+        saesub.measure_spectra(pair, tiny_texts(), **given, **STREAM)
+    with pytest.raises(saesub.SaesubError, match="one hook point"):
+        saesub.measure_spectrum(pair, tiny_texts(), [HOOK], **STREAM)  # pyright: ignore

@@ -455,3 +455,49 @@ def test_standard_config_is_covered():
     assert SAE_TRAINING_CLASS_REGISTRY["standard"][1] is StandardTrainingSAEConfig
     assert len(SAE_TRAINING_CLASS_REGISTRY) >= 8
     assert len(TRANSCODERS) >= 4
+
+
+@pytest.mark.parametrize("change", [initialize_in_subspace, fit_norm, center_biases])
+def test_a_decoder_that_is_the_encoders_memory_is_refused(change):
+    """Each factor would be taken twice, and the norm that is reported would not be the SAE's."""
+    sae = _training_sae("topk")
+    sae.W_enc.data = sae.W_dec.data.T
+    before = sae.W_dec.detach().clone()
+    with pytest.raises(SaesubError, match="are one memory"):
+        change(sae, _spectrum(sae.cfg.d_in, 4))
+    assert torch.equal(sae.W_dec, before)
+    sae.W_enc.data = sae.W_enc.data.clone()
+    change(sae, _spectrum(sae.cfg.d_in, 4))
+
+
+@pytest.mark.parametrize("change", [initialize_in_subspace, fit_norm, center_biases])
+@pytest.mark.parametrize(
+    ("given", "advice"),
+    [
+        ({"blocks.0.hook_attn_out": _spectrum(16, 4)}, r"spectra\[hook_name\]"),
+        ("spectrum.safetensors", r"Spectrum\.load"),
+        (None, "measure one"),
+    ],
+    ids=["of measure_spectra", "a path", "none"],
+)
+def test_what_is_no_spectrum_is_refused_with_what_to_give(change, given, advice):
+    with pytest.raises(SaesubError, match=f"must be a Spectrum, .*{advice}"):
+        change(_training_sae("topk"), given)
+    with pytest.raises(SaesubError, match=f"must be a Spectrum, .*{advice}"):
+        choose_d_init(given)
+
+
+def test_a_spectrum_and_an_sae_in_the_wrong_order_are_refused():
+    with pytest.raises(SaesubError, match="An SAE must be"):
+        initialize_in_subspace(_spectrum(16, 4), _training_sae("topk"))
+
+
+def test_torchs_default_dtype_decides_nothing():
+    spectrum, saes = _spectrum(24, 4), (_training_sae("topk"), _training_sae("topk"))
+    initialize_in_subspace(saes[0], spectrum)
+    torch.set_default_dtype(torch.float64)
+    try:
+        initialize_in_subspace(saes[1], spectrum)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(saes[0].W_dec, saes[1].W_dec)

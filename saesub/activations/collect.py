@@ -124,6 +124,11 @@ def measure_spectrum(
     **stream: Unpack[TokenStream],
 ) -> Spectrum:
     """`measure_spectra` at one hook point."""
+    if not isinstance(hook_name, str):
+        raise SaesubError(
+            f"measure_spectrum takes the name of one hook point, not {hook_name!r}: for several "
+            "take measure_spectra"
+        )
     kept = {"checkpoint": checkpoint, "keep_massive": keep_massive}
     return measure_spectra(model, corpus, [hook_name], n_tokens=n_tokens, **kept, **stream)[
         hook_name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TypedDict
@@ -131,10 +131,15 @@ class ModelPass:
         batch_size = whole_number(batch_size, "batch_size")
         context_size = whole_number(context_size, "context_size", 2)
         skip_first = whole_number(skip_first, "skip_first", 0)
-        if not 0 <= share[0] < share[1]:
+        pair = isinstance(share, Sequence) and [*map(type, share)] == [int, int]
+        if not pair or not 0 <= share[0] < share[1]:
             raise SaesubError(f"a share is (i, n) with 0 <= i < n, not {share}")
         self.model = load_model(model)
-        names = [hook_names] if isinstance(hook_names, str) else list(dict.fromkeys(hook_names))
+        names = [hook_names] if isinstance(hook_names, str) else hook_names
+        names = [*names] if isinstance(names, Iterable) else [names]
+        if wrong := [name for name in names if not isinstance(name, str)]:
+            raise SaesubError(f"the name of a hook point is a text, not {wrong[0]!r}")
+        names = list(dict.fromkeys(names))
         if not names:
             raise SaesubError("no hook point was named: name at least one")
         self.points = hook_points(self.model, names)

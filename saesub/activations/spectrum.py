@@ -11,7 +11,7 @@ import os
 import warnings
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -21,7 +21,7 @@ from saesub.activations.checks import require_finite
 from saesub.arguments import batch_of
 from saesub.errors import SaesubError
 from saesub.files import Form, damaged, read_checksummed, write_checksummed
-from saesub.precision import where_float64
+from saesub.precision import where_float64, without_autocast
 
 _FORM = Form(
     format="saesub-spectrum-1",
@@ -79,6 +79,18 @@ def _usual(distance: Float[Tensor, " n"], center: Float[Tensor, " d"]) -> float:
     return usual if usual > len(center) * _ROUNDING * center.norm().item() else float("inf")
 
 
+def require_spectrum(given: Any, name: str = "spectrum") -> None:
+    """Raise SaesubError, with what to give, for what is no `Spectrum`."""
+    if isinstance(given, Spectrum):
+        return
+    advice = "measure one with saesub.measure_spectrum"
+    if isinstance(given, dict):
+        advice = "of what measure_spectra gives take one, spectra[hook_name]"
+    elif isinstance(given, (str, os.PathLike)):
+        advice = "read a file with saesub.Spectrum.load(path)"
+    raise SaesubError(f"{name} must be a Spectrum, not a {type(given).__name__}: {advice}")
+
+
 class SpectrumAccumulator:
     """Count, mean, centred scatter and mean norm of a stream of activations of width `d`.
 
@@ -101,6 +113,7 @@ class SpectrumAccumulator:
         self._scatter = torch.zeros(d, d, dtype=torch.float64, device="cpu")  # its upper triangle
         self._norm_sum = 0.0
 
+    @without_autocast()
     def update(self, x: Float[Tensor, "n d"]) -> None:
         """Add a block of activations, on any device, in any floating type.
 

@@ -23,7 +23,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from saesub.activations.forward_pass import vectors
-from saesub.activations.spectrum import Spectrum
+from saesub.activations.spectrum import Spectrum, require_spectrum
 from saesub.activations.tokens import kept_positions
 from saesub.arguments import whole_number
 from saesub.errors import SaesubError
@@ -176,6 +176,7 @@ def subspace_loss_recovered(
     """
     bridge = load_model(model)
     tokens, batch_size = contexts_of(bridge, tokens), whole_number(batch_size, "batch_size")
+    require_spectrum(spectrum)
     kept_numbers = _directions_kept(n_components, spectrum)
     _check_width(bridge, tokens, hook_name, "the spectrum", spectrum.d)
     check_site("the spectrum", spectrum.metadata.get("hook_name"), hook_name, bridge)

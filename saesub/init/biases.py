@@ -19,11 +19,11 @@ from sae_lens import SAE
 from torch import Tensor
 
 from saesub.activations.checks import all_finite, require_finite
-from saesub.activations.spectrum import Spectrum
+from saesub.activations.spectrum import Spectrum, require_spectrum
 from saesub.arguments import batch_of
 from saesub.errors import SaesubError
 from saesub.loading.models import same_model
-from saesub.precision import where_float64
+from saesub.precision import where_float64, without_autocast
 from saesub.topk.eligibility import check_weights
 
 # What SAELens and this package write into an SAE's metadata in training.
@@ -34,6 +34,7 @@ _MAX_STEPS = 1000
 
 
 @torch.no_grad()
+@without_autocast()
 def center_biases(
     sae: SAE[Any], spectrum: Spectrum, *, input_spectrum: Spectrum | None = None
 ) -> None:
@@ -91,6 +92,7 @@ def set_biases(sae: SAE[Any], spectrum: Spectrum, input_spectrum: Spectrum | Non
 
 
 @torch.no_grad()
+@without_autocast()
 def center_at(
     sae: SAE[Any], center: Float[Tensor, " d_in"], *, mean_norm: float | None = None
 ) -> None:
@@ -195,6 +197,11 @@ def input_scale(sae: SAE[Any], spectrum: Spectrum) -> float:
 
 def check_fits(sae: SAE[Any], spectrum: Spectrum, input_spectrum: Spectrum | None = None) -> bool:
     """Whether the SAE is a transcoder. Raises SaesubError where the spectra are not the SAE's."""
+    if not isinstance(sae, SAE):
+        raise SaesubError(f"An SAE must be one of SAELens' classes, not {type(sae).__name__}.")
+    require_spectrum(spectrum)
+    if input_spectrum is not None:
+        require_spectrum(input_spectrum, "input_spectrum")
     is_transcoder = hasattr(sae.cfg, "d_out")
     if sae.cfg.normalize_activations == "covariance_whitening":
         raise SaesubError(

@@ -39,7 +39,7 @@ def random_directions(
     spectrum: Spectrum, rank: int, directions: Directions, n: int, generator: torch.Generator
 ) -> Float[Tensor, "n d"]:
     """`n` unit directions by a rule that needs the spectrum alone, float32."""
-    coordinates = torch.randn(n, rank, generator=generator)
+    coordinates = torch.randn(n, rank, generator=generator, dtype=torch.float32)
     if directions == "spectrum":
         coordinates *= spectrum.eigenvalues[:rank].float().pow(0.25)
     return normalize(coordinates, dim=-1) @ spectrum.basis(rank).T

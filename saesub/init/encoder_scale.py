@@ -20,10 +20,12 @@ from saesub.init.norm import (
     has_encoder,
     scale_encoder_columns,
 )
+from saesub.precision import without_autocast
 from saesub.topk.eligibility import check_weights
 
 
 @torch.no_grad()
+@without_autocast()
 def fit_encoder_scale(sae: SAE[Any], activations: Float[Tensor, "n d_in"]) -> float:
     """Scale the encoder alone so that the SAE as it is reconstructs best; returns the factor.
 

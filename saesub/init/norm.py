@@ -31,7 +31,7 @@ from saesub.init.biases import (
     input_scale,
     unchanged_on_error,
 )
-from saesub.precision import where_float64
+from saesub.precision import where_float64, without_autocast
 from saesub.topk.eligibility import is_hooked
 from saesub.topk.encode import autoencoder_of, flat_heads
 
@@ -52,6 +52,7 @@ class Pairs(NamedTuple):
 
 
 @torch.no_grad()
+@without_autocast()
 def fit_norm(
     sae: SAE[Any],
     spectrum: Spectrum,

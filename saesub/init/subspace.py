@@ -18,7 +18,7 @@ from jaxtyping import Float
 from sae_lens import SAE
 from torch import Tensor
 
-from saesub.activations.spectrum import Spectrum
+from saesub.activations.spectrum import Spectrum, require_spectrum
 from saesub.arguments import batch_of, whole_number
 from saesub.errors import SaesubError, near_names
 from saesub.init.biases import check_fits, note_source, set_biases, unchanged_on_error
@@ -40,6 +40,7 @@ from saesub.init.norm import (
     scale_in_training,
     set_best_norm,
 )
+from saesub.precision import without_autocast
 
 Norm = Literal["fit", "keep"]
 
@@ -73,6 +74,7 @@ class SubspaceInit:
 
 
 @torch.no_grad()
+@without_autocast()
 def initialize_in_subspace(
     sae: SAE[Any],
     spectrum: Spectrum,
@@ -248,6 +250,7 @@ def choose_d_init(spectrum: Spectrum, d_init: int | float | str = "auto") -> int
     Raises:
         SaesubError: `d_init` is not a whole number in 1…d, a share in (0, 1) or "auto".
     """
+    require_spectrum(spectrum)
     if d_init == "auto":
         return max(1, round(spectrum.effective_rank("singular_values") / 2))
     if isinstance(d_init, Real) and not isinstance(d_init, bool):

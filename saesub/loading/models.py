@@ -29,6 +29,7 @@ from saesub.loading.conversion import conversion_key, convert, quiet
 from saesub.loading.hub import hub_is_reachable, not_found
 from saesub.loading.registry import Packaged, packaged, packaged_names
 from saesub.paths import cache_dir, made_once
+from saesub.precision import without_autocast
 
 Model: TypeAlias = (
     str
@@ -120,13 +121,14 @@ def same_model(a: str, b: str) -> bool:
 
 @contextmanager
 def in_eval_mode(model: TransformerBridge) -> Iterator[None]:
-    """Switches off dropout within, whatever mode the model was left in, and then sets every
-    module's mode back."""
+    """Switches off dropout and autocast within, whatever mode the model was left in, and then sets
+    every module's mode back."""
     modules = [*model.modules(), *model.original_model.modules()]
     modes = [(module, module.training) for module in modules]
     model.eval()
     try:
-        yield
+        with without_autocast():
+            yield
     finally:
         for module, mode in modes:
             module.training = mode
@@ -255,7 +257,8 @@ def _bridge(
         hf_model = _sharing_weights(hf_model)
         if device != "auto" or dtype is not None:
             hf_model = hf_model.to(device=None if device == "auto" else device, dtype=dtype)
-        bridge = _boot(hf_model, copy.deepcopy(tokenizer), name)
+        with torch.random.fork_rng():  # TransformerLens draws weights that it then replaces
+            bridge = _boot(hf_model, copy.deepcopy(tokenizer), name)
         n_embeddings(bridge)  # a model of images has none
     except torch.OutOfMemoryError:
         raise

@@ -148,11 +148,12 @@ def check_sae(sae: Any) -> None:
 
 
 def check_weights(sae: Any) -> None:
-    """Refuse k outside 1..d_sae, and weights that are not finite, hold no values (meta device) or
-    are coarser than float32. Raises SaesubError."""
+    """Refuse k outside 1..d_sae, and weights that are not finite, hold no values (meta device), are
+    coarser than float32 or are the memory of others. Raises SaesubError."""
     k, d_sae = getattr(sae.cfg, "k", 1), sae.cfg.d_sae
     if not 0 < k <= d_sae:
         raise SaesubError(f"k must lie in 1..{d_sae} (d_sae), not {k}: set it in the SAE's config.")
+    places: dict[int, str] = {}
     for name, weights in sae.named_parameters():
         if torch.finfo(weights.dtype).eps > torch.finfo(torch.float32).eps:
             raise SaesubError(
@@ -167,6 +168,12 @@ def check_weights(sae: Any) -> None:
         if not bool(weights.isfinite().all()):
             raise SaesubError(
                 f"{name} holds NaN or infinite values: make it anew, or load its weights again."
+            )
+        other = places.setdefault(weights.data_ptr(), name)
+        if other != name and weights.data_ptr():  # 0 of an empty one
+            raise SaesubError(
+                f"{name} and {other} are one memory, so that a change of one changes the other: "
+                f"copy it, as by sae.{name}.data = sae.{name}.data.clone()."
             )
 
 

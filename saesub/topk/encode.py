@@ -12,6 +12,7 @@ from sae_lens import SAE, TemporalSAE, TopKSAE, TopKTrainingSAE, Transcoder
 from torch import Tensor
 
 from saesub.errors import SaesubError
+from saesub.precision import without_autocast
 from saesub.topk.eligibility import other_activation
 from saesub.topk.ops import TOKENS_PER_BLOCK, Selected
 from saesub.topk.sae import SparseTopKTrainingSAE
@@ -70,6 +71,7 @@ def _leaving(
     _check_readable(sae)
 
     @torch.no_grad()
+    @without_autocast()
     def checked(x: Float[Tensor, "n d_in"]) -> Read:
         if x.ndim < 2 or x.shape[1:].numel() != sae.cfg.d_in:
             raise SaesubError(

@@ -215,7 +215,7 @@ def _check_weights_apart(conditions: Mapping[str, SubspaceSAETrainer]) -> None:
     for name, trainer in conditions.items():
         for weight in trainer.sae.parameters():
             other = owner.setdefault(weight.data_ptr(), name)
-            if weight.numel() and other != name:
+            if weight.data_ptr() and other != name:
                 raise SaesubError(
                     f"The conditions {other!r} and {name!r} share weights, so that each would "
                     "train the other's: give each an SAE of its own, such as copy.deepcopy(sae)."
