@@ -165,7 +165,7 @@ def test_a_finished_store_is_reused_and_a_damaged_one_redone(
         torch.testing.assert_close(again(batch_size=2).rows(0, 200), first)
         with pytest.raises(SaesubError, match="differs in n_tokens"):
             again(n_tokens=100)
-        with pytest.raises(SaesubError, match="differs in corpus"):
+        with pytest.raises(SaesubError, match="differs in text"):
             harvest(model, corpus.select(range(99)), [ATTN], tmp_path, n_tokens=200, **SMALL)
     data.write_bytes(data.read_bytes()[:-2])
     with pytest.raises(SaesubError, match="truncated"):
@@ -308,7 +308,7 @@ def test_split_holds_the_last_rows_out(tmp_path: Path) -> None:
     for wrong in ({"seed": -1}, {"seed": 0, "start_step": -1}):
         with pytest.raises(SaesubError, match="at least 0"):
             next(train.batches(8, **wrong))
-    with pytest.raises(SaesubError, match="not within"):
+    with pytest.raises(SaesubError, match="are not among the stored"):
         train.rows(80, 84)
 
 
@@ -361,3 +361,29 @@ def test_errors_say_what_to_do(model: TransformerBridge, corpus: Dataset) -> Non
         pack_contexts(model, corpus, n_contexts=0, context_size=16)
     with pytest.raises(TypeError, match="contxt_size"):
         spectrum(contxt_size=16)
+
+
+def test_values_that_vanish_in_float16_are_refused(tmp_path: Path) -> None:
+    small = torch.randn(50, 8, generator=torch.Generator().manual_seed(0)) * 1e-7
+    told = pytest.raises(SaesubError, match=r"too small for torch\.float16: pass dtype=")
+    with told, StoreWriter(tmp_path, "h", 50, torch.float16) as writer:
+        writer.write(small)
+    assert not list(tmp_path.iterdir())
+    with StoreWriter(tmp_path, "h", 50, torch.float16) as writer:
+        writer.write(small * 1e3)
+
+
+def test_the_files_of_another_hook_point_are_refused(tmp_path: Path) -> None:
+    _store(tmp_path)
+    for suffix in (".bin", ".json"):
+        (tmp_path / f"h{suffix}").rename(tmp_path / f"other{suffix}")
+    with pytest.raises(SaesubError, match="of another hook point"):
+        ActivationStore.open(tmp_path, "other")
+
+
+def test_rows_held_out_of_text_that_was_read_twice_are_warned_of(tmp_path: Path) -> None:
+    with StoreWriter(tmp_path, "h", 20, torch.float32) as writer:
+        writer.write(torch.randn(20, 4))
+        writer.finish({}, epochs=2.0)
+    with pytest.warns(UserWarning, match=r"read 2 times, so held-out rows are not new"):
+        ActivationStore.open(tmp_path, "h").split(5)

@@ -185,3 +185,10 @@ def test_a_file_of_the_same_time_is_read_anew(tmp_path: Path) -> None:
         path.write_text(json.dumps({"text": text}) + "\n")
         os.utime(path, (1_000_000_000, 1_000_000_000))  # as files of an archive may all have
         assert load_corpus(path)["text"] == [text]
+
+
+def test_a_dataset_with_a_transform_is_refused() -> None:
+    shown = Dataset.from_dict({"text": ["one", "two"]})
+    shown.set_transform(lambda rows: {"text": [text.upper() for text in rows["text"]]})
+    with pytest.raises(SaesubError, match="apply it with map"):
+        load_corpus(shown)

@@ -488,7 +488,9 @@ def unlike(tokens: Tensor, position: int, value: int) -> Tensor:
         (lambda t: t.repeat(1, 4), "at most 40"),
         (lambda t: unlike(t, 3, -1), r"ids -1\.\.\d+, and the model's vocabulary is 0\.\.79"),
         (lambda t: unlike(t, 3, 80), r"ids 0\.\.80, and the model's vocabulary is 0\.\.79"),
-        (lambda t: torch.ones_like(t), "longer contexts"),
+        (lambda t: torch.ones_like(t), "context 0 is padded"),
+        (lambda t: torch.cat([t[:, :1]] * 3 + [t[:, 1:-2]], dim=1), "context 0 is padded"),
+        (lambda t: torch.cat([t[:, :-3]] + [t[:, :1]] * 3, dim=1), "context 0 is padded"),
         (lambda t: unlike(t[:, :2], 1, 1), "longer contexts"),
     ],
 )

@@ -19,6 +19,7 @@ from saesub.activations import identity
 from saesub.activations.forward_pass import capture
 from saesub.activations.identity import DocumentsDigest, model_settings
 from saesub.activations.store import ActivationStore
+from saesub.loading.models import ContextTokens
 from saesub.training.comparison import joint_batches
 
 RUN: dict[str, Any] = {"n_tokens": 600, "context_size": 64, "batch_size": 4, "progress": False}
@@ -311,9 +312,11 @@ def test_hooks_of_all_modules_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_padding_of_the_last_call_is_none_of_a_tokenizers() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
-    before = identity._tokenizer(tokenizer)
+    specials = ContextTokens(0, 1, (0, 1))
+    before = identity._tokenizer(tokenizer, specials)
     tokenizer(["a b c", "a"], padding=True, truncation=True, max_length=2)
-    assert identity._tokenizer(tokenizer) == before
+    assert identity._tokenizer(tokenizer, specials) == before
+    assert identity._tokenizer(tokenizer, ContextTokens(None, 1, (0, 1))) != before
 
 
 def test_a_checkpoint_keeps_to_its_keep_massive(texts: list[str], tmp_path: Path) -> None:

@@ -128,6 +128,7 @@ def said(trainer: SubspaceSAETrainer, sizes: list[int]) -> list[str]:
         ([BATCH] * 5, None),
         ([BATCH, BATCH, 7, BATCH, BATCH, 7], None),  # epochs of a loader
         ([7, 7, 7], 7),
+        ([BATCH - 2, BATCH - 1, BATCH + 1, BATCH - 3], None),  # a stream without special tokens
         ([BATCH, 7, 7], 7),
         ([BATCH, 2 * BATCH, 3 * BATCH], 2 * BATCH),
     ],
@@ -560,7 +561,7 @@ def test_a_run_that_no_hash_tells_apart_is_not_kept(tmp_path, replace):
     sae = standard()
     replace(sae)
     conditions = {"a": SubspaceSAETrainer(recipe(), sae, iter(()))}
-    with pytest.raises(SaesubError, match="hooks or replaced functions"):
+    with pytest.raises(SaesubError, match="hooks, replaced functions"):
         train_together(conditions, lambda step: itertools.repeat({"site": X[:8]}), folder=tmp_path)
 
 

@@ -273,10 +273,11 @@ def test_a_few_sinks_are_counted_without_a_warning(recwarn):
     assert not recwarn.list
 
 
-def test_massive_activations_are_found_in_small_blocks_and_after_a_resume():
+@pytest.mark.parametrize("sizes", [[500, 20, *[1] * 80, 400], [16] * 50 + [200], [1] * 1000])
+def test_massive_activations_are_found_in_small_blocks_and_after_a_resume(sizes):
     ordinary, x = _with_sinks(0.01, 100.0, n=1000)
     accumulator = SpectrumAccumulator(64)
-    for i, block in enumerate(x.split([500, 20, *[1] * 80, 400])):
+    for i, block in enumerate(x.split(sizes)):
         if i == 40:
             accumulator = SpectrumAccumulator.from_state(accumulator.state())
         accumulator.update(block)

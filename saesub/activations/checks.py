@@ -39,6 +39,10 @@ SameText = Callable[[Mapping[str, str]], Mapping[str, str]]
 """From the settings of a kept result to what they must say of the text; see `ModelPass`."""
 
 
+_NAMES = {"model", "corpus"}  # what they are called; hashes say what they are
+
+
 def differing(kept: Mapping[str, str], wanted: Mapping[str, str]) -> str:
     """The names of the settings that are not the same in both, or ''."""
-    return ", ".join(sorted(k for k in {*kept, *wanted} if kept.get(k) != wanted.get(k)))
+    deciding = {*kept, *wanted} - _NAMES
+    return ", ".join(sorted(k for k in deciding if kept.get(k) != wanted.get(k)))

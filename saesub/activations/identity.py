@@ -22,6 +22,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from saesub.errors import SaesubError
+from saesub.loading.models import ContextTokens, context_tokens
 
 _AT_ONCE = 16  # documents, of which each may be a book
 # What a config says of where it comes from, and what changes no value beyond rounding.
@@ -41,7 +42,7 @@ def model_settings(model: TransformerBridge) -> dict[str, str]:
     return {
         "weights": _weights(model.original_model),
         "architecture": _architecture(model),
-        "tokenizer": _tokenizer(model.tokenizer),
+        "tokenizer": _tokenizer(model.tokenizer, context_tokens(model)),
         "hooks": _hooks(model),
     }
 
@@ -124,7 +125,7 @@ def _described(value: Any) -> str:
     return str(getattr(value, "__qualname__", type(value).__qualname__))
 
 
-def _tokenizer(tokenizer: Any) -> str:
+def _tokenizer(tokenizer: Any, specials: ContextTokens) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         described = json.loads(backend.to_str())
@@ -132,7 +133,7 @@ def _tokenizer(tokenizer: Any) -> str:
             described.pop(of_last_call, None)
     else:
         described = [tokenizer.get_vocab(), tokenizer(_PROBE).input_ids]
-    parts = [type(tokenizer).__qualname__, described, tokenizer.special_tokens_map]
+    parts = [type(tokenizer).__qualname__, described, tokenizer.special_tokens_map, specials]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 

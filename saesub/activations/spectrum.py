@@ -95,8 +95,8 @@ class SpectrumAccumulator:
     """Count, mean, centred scatter and mean norm of a stream of activations of width `d`.
 
     Holds one (d, d) float64 matrix, never the activations. Massive activations, as `massive` finds
-    them in each block, are counted and left out; a block of less than 32 tokens is judged by the
-    last larger one.
+    them in each block, are counted and left out. Blocks of less than 32 tokens wait until they are
+    32 together; the last of them are judged by the block before.
 
     Args:
         d: width of the activations.
@@ -109,6 +109,7 @@ class SpectrumAccumulator:
         self.d, self._keep_massive = d, keep_massive
         self._n = self._n_massive = 0
         self._usual = float("inf")  # distance from the mean in the last block that was judged
+        self._waiting: list[Tensor] = []
         self._mean = torch.zeros(d, dtype=torch.float64, device="cpu")
         self._scatter = torch.zeros(d, d, dtype=torch.float64, device="cpu")  # its upper triangle
         self._norm_sum = 0.0
@@ -130,6 +131,18 @@ class SpectrumAccumulator:
         if not norms.sum(dtype=torch.float64) < float("inf"):
             require_finite(x)
             raise SaesubError(f"activations overflow {x.dtype} when squared: scale them down")
+        if self._waiting or len(x) < _ROWS_TO_JUDGE:
+            self._waiting.append(x.clone())
+            if sum(map(len, self._waiting)) >= _ROWS_TO_JUDGE:
+                self._add_waiting()
+        else:
+            self._add(x, norms)
+
+    def _add_waiting(self) -> None:
+        x, self._waiting = torch.cat(self._waiting), []
+        self._add(x, where_float64(x.norm(dim=1)))
+
+    def _add(self, x: Float[Tensor, "n d"], norms: Float[Tensor, " n"]) -> None:
         far = self._massive(x)
         if far.any():
             self._n_massive += int(far.sum())
@@ -162,10 +175,12 @@ class SpectrumAccumulator:
         self._n, self._norm_sum = total, self._norm_sum + norm_sum
 
     def state(self) -> dict[str, Tensor]:
-        """Float64 tensors from which `from_state` makes the same accumulator."""
+        """Tensors from which `from_state` makes the same accumulator."""
         numbers = [self._n, self._norm_sum, self._n_massive, self._usual, self._keep_massive]
         totals = torch.tensor(numbers, dtype=torch.float64, device="cpu")
-        return {"mean": self._mean, "scatter": self._scatter, "totals": totals}
+        waiting = torch.cat(self._waiting) if self._waiting else self._mean.new_empty(0, self.d)
+        kept = {"mean": self._mean, "scatter": self._scatter, "totals": totals}
+        return kept | {"waiting": waiting}
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> SpectrumAccumulator:
@@ -175,6 +190,7 @@ class SpectrumAccumulator:
         n, accumulator._norm_sum, n_massive, usual, kept = state["totals"].tolist()
         accumulator._n, accumulator._n_massive = int(n), int(n_massive)
         accumulator._usual, accumulator._keep_massive = usual, bool(kept)
+        accumulator._waiting = [state["waiting"]] if len(state["waiting"]) else []
         return accumulator
 
     def finish(self, metadata: dict[str, str] | None = None) -> Spectrum:
@@ -183,6 +199,8 @@ class SpectrumAccumulator:
         The number of tokens left out is noted in the metadata, "massive_tokens"; where it is more
         than one in a thousand, a warning says so. Raises SaesubError if there were no blocks.
         """
+        if self._waiting:
+            self._add_waiting()
         if self._n == 0:
             raise SaesubError("no activations were given: give at least one token")
         metadata = dict(metadata or {})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from saesub.errors import SaesubError
 from saesub.files import file_sha256, write_atomically
 from saesub.loading.download import require_disk
 
+_ROUNDING = 1e-2  # of a block, relative; ten times that of float16 within its range
 _DTYPES = {torch.float16: np.dtype("<f2"), torch.float32: np.dtype("<f4")}
 
 
@@ -51,8 +53,8 @@ class ActivationStore:
         if not path.is_file() or not data.is_file():
             raise SaesubError(f"no finished store of {hook_name} in {folder}: harvest it first")
         record = _read_record(path)
-        if record is None:
-            raise SaesubError(f"{path} is damaged: {again}")
+        if record is None or record.get("file") != data.name:
+            raise SaesubError(f"{path} is damaged, or of another hook point: {again}")
         if "sha256" not in record:
             raise SaesubError(
                 f"the store of {hook_name} in {folder} is unfinished: harvest it again, which "
@@ -119,11 +121,20 @@ class ActivationStore:
             step += 1
 
     def split(self, n_held_out: int) -> tuple[ActivationStore, ActivationStore]:
-        """The store without its last `n_held_out` rows, and those rows. Raises SaesubError if
-        either side would be empty."""
+        """The store without its last `n_held_out` rows, and those rows.
+
+        Warns where the corpus was read more than once, since held-out rows then repeat others.
+        Raises SaesubError if either side would be empty.
+        """
         n_held_out = whole_number(n_held_out, "n_held_out", 0)
         if not 1 <= n_held_out < self.n_tokens:
             raise SaesubError(f"n_held_out must lie in 1..{self.n_tokens - 1}, got {n_held_out}")
+        if self.epochs > 1:
+            warnings.warn(
+                f"the text of this store was read {self.epochs:.3g} times, so held-out rows are "
+                "not new to the others: harvest fewer tokens, or a larger corpus",
+                stacklevel=2,
+            )
         cut = self.n_tokens - n_held_out
         return self._part(0, cut), self._part(cut, self.n_tokens)
 
@@ -169,8 +180,8 @@ class StoreWriter:
             self._data.unlink(missing_ok=True)
 
     def write(self, x: Float[Tensor, "n d"]) -> None:
-        """Append rows. Raises SaesubError for NaN, infinite or overflowing values, or too little
-        disk; OSError if the disk fills up."""
+        """Append rows. Raises SaesubError for NaN, values beyond or below the dtype's range, or too
+        little disk; OSError if the disk fills up."""
         dtype = _DTYPES[self._dtype]
         if not self._file.tell():
             self._d = x.shape[1]
@@ -181,6 +192,9 @@ class StoreWriter:
             self._refused = True
             require_finite(x)
             raise SaesubError(f"values beyond {self._dtype}'s range: pass dtype=torch.float32")
+        if (stored.float() - x).norm() > _ROUNDING * x.float().norm():  # in float16, below 1e-7
+            self._refused = True
+            raise SaesubError(f"values too small for {self._dtype}: pass dtype=torch.float32")
         self._file.write(stored.cpu().numpy().astype(dtype, copy=False).tobytes())
 
     def keep(self, settings: dict[str, str], n_batches: int, n_rows: int) -> None:
@@ -188,13 +202,14 @@ class StoreWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         record = {"n_batches": n_batches, "n_rows": n_rows, "d_in": self._d}
-        record |= {"n_bytes": self._file.tell(), "settings": settings}
+        record |= {"n_bytes": self._file.tell(), "settings": settings, "file": self._data.name}
         _write_record(self._path, record)
 
     def finish(self, settings: dict[str, str], epochs: float) -> None:
         """Say that the store is whole."""
         self._file.close()
         record = {
+            "file": self._data.name,
             "n_tokens": self._n_tokens,
             "d_in": self._d,
             "dtype": _DTYPES[self._dtype].str,

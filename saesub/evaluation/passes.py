@@ -6,7 +6,7 @@ Also the checks that a model, a hook point and what is judged there belong toget
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,12 +20,13 @@ from saesub.activations.checks import require_finite
 from saesub.activations.forward_pass import capture, hook_points, vectors
 from saesub.arguments import batch_of, whole_number
 from saesub.errors import SaesubError
-from saesub.loading.models import model_name, same_model
+from saesub.loading.models import context_tokens, model_name, same_model
 from saesub.progress import bar
 
 Read = TypeVar("Read")
 
 TOKENS_PER_BLOCK = 1024  # bounds the (tokens, d_sae) block of features
+_PADDED = 3  # equal special tokens at an end of a context; packed text has at most two
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _SCALED = ("expected_average_only_in", "covariance_whitening")
 """What `normalize_activations` says while SAELens' trainer scales the input outside of the SAE."""
@@ -110,7 +111,8 @@ def site_activations(
 
 def contexts_of(model: TransformerBridge, tokens: Tensor) -> Int[Tensor, "contexts pos"]:
     """`tokens` as int64 on the model's device. Raises SaesubError if they are not (contexts, pos)
-    ids of the model's vocabulary, of at least 2 positions and no more than it takes."""
+    ids of the model's vocabulary, without padding, of at least 2 positions and no more than it
+    takes."""
     if not isinstance(tokens, Tensor) or tokens.dtype not in _INTEGERS or tokens.is_meta:
         kind = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
         raise SaesubError(f"tokens must be a tensor of integer ids (contexts, pos), not {kind}.")
@@ -125,7 +127,20 @@ def contexts_of(model: TransformerBridge, tokens: Tensor) -> Int[Tensor, "contex
             f"tokens hold ids {int(tokens.min())}..{int(tokens.max())}, and the model's vocabulary "
             f"is 0..{model.cfg.d_vocab - 1}: tokenise the text with the model's own tokenizer"
         )
+    _check_unpadded(tokens, context_tokens(model).special_ids)
     return tokens.to(model.cfg.device)
+
+
+def _check_unpadded(tokens: Int[Tensor, "contexts pos"], special_ids: Sequence[int]) -> None:
+    """Refuse contexts that begin or end in the same special token several times."""
+    specials = torch.tensor(special_ids, device=tokens.device)
+    for end in (tokens[:, :_PADDED], tokens[:, -_PADDED:]):
+        same = (end == end[:, :1]).all(1) & torch.isin(end[:, 0], specials)
+        if end.shape[1] == _PADDED and same.any():
+            raise SaesubError(
+                f"context {int(same.nonzero()[0])} is padded, and the model would read the "
+                "padding: cut contexts of one length with pack_contexts"
+            )
 
 
 def hook_of(sae: SAE[Any]) -> str:

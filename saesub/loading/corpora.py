@@ -81,6 +81,11 @@ def load_corpus(corpus: Corpus, *, n_documents: int | None = None, seed: int = 0
 def _given(corpus: Corpus, n_documents: int | None, seed: int) -> tuple[Dataset, str]:
     """The documents with whatever columns they have, and what to call them in errors."""
     if isinstance(corpus, Dataset):
+        if corpus.format["type"] == "custom":
+            raise SaesubError(
+                "the dataset has a transform, which changes what it shows and not what it holds: "
+                "apply it with map in place of set_transform."
+            )
         return corpus.with_format(None), "the dataset"
     if isinstance(corpus, list):
         return _from_texts(corpus), "the list"

@@ -28,6 +28,7 @@ _FROM_0 = ("lr_warm_up_steps", "lr_decay_steps", "dead_feature_window", "n_check
 _LEAST = dict.fromkeys(_FROM_1, 1) | dict.fromkeys(_FROM_0, 0)
 # What SAELens' estimates raise where there is no token, or no norm to divide by.
 NO_SCALE = (ZeroDivisionError, torch.linalg.LinAlgError)  # pyright: ignore
+_ABOUT = 0.1  # by how much a batch may differ in size without a word
 _SCHEDULES = ("constant", "cosineannealing", "cosineannealingwarmrestarts")
 
 
@@ -142,17 +143,21 @@ class PlanWatch:
             )
 
     def after_step(self, trainer: SubspaceSAETrainer) -> None:
-        """Warn of batches of another size; one smaller batch is the last of a loader's epoch."""
+        """Warn of batches of another size; one smaller batch is the last of a loader's epoch.
+
+        A stream without its special tokens gives some per cent less: a tenth is not spoken of.
+        """
         size = trainer.cfg.train_batch_size_samples
         came = trainer.n_training_samples - trainer.tokens_before
-        if came > size or (came < size and self._was_small):
+        small, large = came < (1 - _ABOUT) * size, came > (1 + _ABOUT) * size
+        if large or (small and self._was_small):
             self._say(
                 "another size",
                 f"A batch of {came:,} tokens came, and train_batch_size_samples is {size:,}: steps "
                 "of schedules and windows are counted as so many tokens, and Adam moves the "
                 "weights once for each batch; set it to the size of your batches.",
             )
-        self._was_small = came < size
+        self._was_small = small
 
     def _say(self, kind: str, what: str) -> None:
         if kind not in self._said:
