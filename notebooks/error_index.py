@@ -515,7 +515,7 @@ def package() -> Package:
 _NEAR = "near names"  # the function that writes "did you mean …?" or "known names: …"
 # What an advice begins with: the imperatives of the messages.
 _IMPERATIVES = (
-    "add|ask|call|cast|check|choose|compute|continue|convert|cut|define|delete|divide|drop|fit|fold|"
+    "add|apply|ask|call|cast|check|choose|compute|continue|convert|copy|cut|define|delete|divide|drop|fit|fold|"
     "free|give|go|harvest|increase|initialise|install|judge|keep|leave|load|lower|make|measure|merge|"
     "move|name|pad|pass|pip|put|raise|reduce|reinstall|remove|rename|repeat|replace|resample|"
     "retry|resume|run|save|scale|see|select|set|shorten|skip|split|start|stop|switch|take|tokenise|train|"

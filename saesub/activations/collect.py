@@ -126,8 +126,8 @@ def measure_spectrum(
     """`measure_spectra` at one hook point."""
     if not isinstance(hook_name, str):
         raise SaesubError(
-            f"measure_spectrum takes the name of one hook point, not {hook_name!r}: for several "
-            "take measure_spectra"
+            f"measure_spectrum takes the name of one hook point, not {hook_name!r}: call "
+            "measure_spectra for several"
         )
     kept = {"checkpoint": checkpoint, "keep_massive": keep_massive}
     return measure_spectra(model, corpus, [hook_name], n_tokens=n_tokens, **kept, **stream)[
