@@ -6,7 +6,7 @@ TORCH := torch==2.13.0
 STAMP := $(VENV)/.ready
 ROOMS := $(patsubst saesub/%/__init__.py,saesub.%,$(wildcard saesub/*/__init__.py))
 
-.PHONY: setup reproduce publish bench test test-slow test-all lint docs lock clean
+.PHONY: setup reproduce publish bench test test-all lint docs lock clean
 
 setup: $(STAMP)
 
@@ -35,16 +35,13 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/report.py
 
-# What to run while working, in minutes; `test-all` adds, beside it, kills, browsers, several processes
-# and every notebook.
+# What to run while working, in minutes; `test-all` adds kills, browsers, several processes and every
+# notebook.
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow"
 
-test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow
-
 test-all: $(STAMP)
-	$(MAKE) --jobs 2 --output-sync=target test test-slow
+	$(BIN)/python -m pytest
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
