@@ -150,7 +150,7 @@ def test_the_report_says_what_was_done(spectrum, activations):
         ({"activations": torch.zeros(100, 5)}, "The norm is fitted to activations of width 576"),
         ({"activations": torch.full((9, 576), torch.nan)}, "NaN or infinite"),
         ({"activations": torch.zeros(100, 576)}, "all zero"),
-        ({"input_activations": torch.zeros(100, 576)}, "for a transcoder"),
+        ({"input_activations": torch.zeros(100, 576)}, "are for transcoders"),
     ],
 )
 def test_mistakes_are_refused(settings, message, spectrum):

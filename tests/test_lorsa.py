@@ -522,7 +522,7 @@ def test_widths_and_spectra_that_do_not_fit(model, lorsa, data, spectra):
             attention_sequences(model, wrong, LAYER)
     for setting in ({"batch_size": 0}, {"batch_size": 1.5}, {"skip_first": -1}):
         with pytest.raises(SaesubError, match="must be a whole number"):
-            attention_sequences(model, torch.ones(2, 5).long(), LAYER, **setting)
+            attention_sequences(model, torch.arange(100, 110).view(2, 5), LAYER, **setting)
     with pytest.raises(SaesubError, match=r"measure it at blocks.12.attn.hook_z"):
         initialize_lorsa(lorsa, model, Spectrum.from_activations(torch.randn(50, 7)))
     with pytest.raises(SaesubError, match="from 1 to 64"):

@@ -94,7 +94,7 @@ def _mono(samples: Float[np.ndarray, " samples"]) -> Float[np.ndarray, " samples
     return samples
 
 
-def _check_eval(model: Any) -> None:
+def _require_still(model: Any) -> None:
     if any(module.training for module in model.modules()):
         raise SaesubError("the model is in training mode, with dropout: call model.eval() first.")
 
@@ -129,7 +129,7 @@ def transcribe(model: Any, inputs: Any) -> Int[Tensor, "1 n"]:
 
     Raises SaesubError for a model in training mode, or a batch of several windows.
     """
-    _check_eval(model)
+    _require_still(model)
     if len(inputs["input_features"]) != 1:
         raise SaesubError(
             f"{len(inputs['input_features'])} windows cannot be transcribed at once: give one."
@@ -152,7 +152,7 @@ def decoder_batches(model: Any, speech: Iterable[Batch], text: Iterable[Batch]) 
     windows = [inputs for inputs, _ in speech]
     if not windows:
         raise SaesubError("a decoder needs at least one window of speech to attend to.")
-    _check_eval(model)
+    _require_still(model)
     with torch.no_grad():
         heard = [model.model.encoder(**inputs).last_hidden_state for inputs in windows]
     for i, (inputs, keep) in enumerate(text):
