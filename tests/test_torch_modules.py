@@ -266,7 +266,7 @@ def test_a_toy_is_measured():
         ({"site": ("", "output")}, r"gives \(2, 3\), not \(batch, pos, d\)"),
         ({"keep": torch.ones(2, 2, dtype=torch.bool)}, r"\(batch, pos\) = \(2, 2\)"),
         ({"keep": torch.zeros(2, 3, dtype=torch.bool)}, "no activations were given"),
-        ({"keep": torch.ones(2, 3, dtype=torch.int64)}, "said by a boolean tensor"),
+        ({"keep": torch.ones(2, 3, dtype=torch.int64)}, "must be a boolean tensor"),
         ({"site": ("twice", "output")}, "s runs several times in one pass"),
         ({"x": torch.full((2, 3, 4), torch.nan)}, "s: activations hold NaN"),
         ({"training": True}, r"call model\.eval\(\)"),
