@@ -258,7 +258,7 @@ def test_bad_batches_are_refused_before_any_weight_moves(stores):
 def test_pairs_that_do_not_belong_together_are_refused(stores):
     x, y = (s.rows(0, 20) for s in stores)
     for pair in ((x, y[:10]), (x[:, :9], y), (x, y[:, :9])):
-        with pytest.raises(SaesubError, match="at the same tokens"):
+        with pytest.raises(SaesubError, match="pass both of the same tokens"):
             transcoder_reconstruction(_transcoder(), [pair])
     with pytest.raises(SaesubError, match="none were given"):
         transcoder_reconstruction(_transcoder(), [])
