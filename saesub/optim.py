@@ -8,7 +8,8 @@ move only where the gradient is non-zero.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -73,6 +74,20 @@ def _leave_fused_out(_: torch.optim.Optimizer, state: dict[str, Any]) -> None:
 def _fuse(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         group["fused"] = True
+
+
+@contextmanager
+def found_inf(optimizer: torch.optim.Optimizer, found: Tensor | None) -> Iterator[None]:
+    """Let a step of torch's fused Adam or of `SparseAdam` change nothing where `found`, a scalar on
+    the device, is not 0. As torch's GradScaler asks for it."""
+    if found is None:
+        yield
+        return
+    optimizer.found_inf, optimizer.grad_scale = found, None  # pyright: ignore
+    try:
+        yield
+    finally:
+        del optimizer.found_inf, optimizer.grad_scale
 
 
 _OWN_HOOKS = {align_moments}
@@ -188,7 +203,7 @@ class SparseAdam(torch.optim.Adam):
         # Views with one row per feature, contiguous if features lie together in memory.
         rows = [t.detach().movedim(axis or 0, 0) for t in (parameter, grad, *averages)]
         if axis is None:
-            return _fused_adam(rows, step, group)
+            return _fused_adam(rows, step, group, getattr(self, "found_inf", None))
         moved, moves = self.moved(parameter, axis), _rows_with_gradient(rows[1])
         if int(moves.sum()) < _LAZY_BELOW * len(moves):
             return _update_rows(rows, moves.nonzero().squeeze(1), moved, step, group)
@@ -212,7 +227,9 @@ def _check_group(group: dict[str, Any]) -> None:
             )
 
 
-def _fused_adam(rows: list[Tensor], step: Tensor, group: dict[str, Any]) -> None:
+def _fused_adam(
+    rows: list[Tensor], step: Tensor, group: dict[str, Any], found: Tensor | None = None
+) -> None:
     """torch's fused Adam on (parameter, gradient, moments), without a copy where they match."""
     parameter, grad, average, square = rows
     if grad.stride() != parameter.stride():
@@ -232,6 +249,7 @@ def _fused_adam(rows: list[Tensor], step: Tensor, group: dict[str, Any]) -> None
         weight_decay=0.0,
         eps=group["eps"],
         maximize=False,
+        found_inf=found,
     )
 
 

@@ -11,12 +11,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from saesub.topk.ops import Selected, dense_search
+
+if TYPE_CHECKING:  # it launches the kernels of a backend
+    from saesub.topk.shadow import EncoderShadow
 
 
 @dataclass(frozen=True)
@@ -70,10 +74,11 @@ class RowGradients(ABC):
         return len(self.start) - 1
 
     def norms(
-        self, W_enc: Float[Tensor, "d_in d_sae"]
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, " d_in"]]:
-        """Squared norm of all gradients, float64; and `W_enc @ gradient of b_enc`."""
-        check(self.x.device.type, (W_enc.T, (self.d_sae, self.x.shape[1])))
+        self, W_enc: Float[Tensor, "d_in d_sae"] | None
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, " d_in"] | None]:
+        """Squared norm of all gradients, float64; and, if asked, `W_enc @ gradient of b_enc`."""
+        if W_enc is not None:
+            check(self.x.device.type, (W_enc.T, (self.d_sae, self.x.shape[1])))
         return self._norms(W_enc)
 
     def adam(
@@ -83,25 +88,27 @@ class RowGradients(ABC):
         clip: Float[Tensor, ""],
         *tensors: Tensor,
         moved: Int[Tensor, " d_sae"] | None,
+        shadow: EncoderShadow | None = None,
     ) -> None:
         """Update W_enc, W_dec and b_enc, each given with its two moments, W_enc transposed.
 
         `step` is this update's number, from 1; `clip` a factor on every gradient. With `moved`,
         the last step at which each feature was updated, features without entries stay, and their
-        moments decay when next updated; without it every feature moves.
+        moments decay when next updated; without it every feature moves. A `shadow` gets the rows
+        that moved.
         """
         enc, dec = (self.d_sae, self.x.shape[1]), (self.d_sae, self.g_out.shape[1])
         shapes = [enc] * 3 + [dec] * 3 + [(self.d_sae,)] * 3
         check(self.x.device.type, *zip(tensors, shapes, strict=True))
         check(self.x.device.type, (moved, (self.d_sae,)), dtype=torch.int64)
-        self._adam(settings, step, clip, tensors, moved)
+        self._adam(settings, step, clip, tensors, moved, shadow)
 
     # What a device does with the checked arguments of the methods above, in the same order.
     @abstractmethod
-    def _norms(self, W_enc) -> tuple[Tensor, Tensor]: ...
+    def _norms(self, W_enc) -> tuple[Tensor, Tensor | None]: ...
 
     @abstractmethod
-    def _adam(self, settings, step, clip, tensors, moved) -> None: ...
+    def _adam(self, settings, step, clip, tensors, moved, shadow) -> None: ...
 
 
 class RowBackend(ABC):
@@ -109,9 +116,16 @@ class RowBackend(ABC):
 
     Attributes:
         device_type: the kind of device that all tensors must be on.
+        skips_nan: whether an update whose clipping factor is NaN changes nothing.
     """
 
     device_type: str
+    skips_nan = False
+
+    def shadow(self, sae: Any, kept: EncoderShadow | None) -> EncoderShadow | None:
+        """The encoder in few bits, up to date, if the backend searches by one; `kept` is that of
+        the last step."""
+        return None
 
     @torch.no_grad()
     def search(

@@ -541,7 +541,7 @@ int saesub_row_norms(const int64_t* start, const int64_t* token, const float* g_
       float bias = gradient_rows(e, f, enc.data(), dec.data());
       square += dot(enc.data(), enc.data(), d_in) + dot(dec.data(), dec.data(), d_out);
       square += static_cast<double>(bias) * bias;
-      axpy(bias, W_enc + f * d_in, partial, d_in);
+      if (W_enc) axpy(bias, W_enc + f * d_in, partial, d_in);
     }
     squares[task] = square;
   });

@@ -67,13 +67,14 @@ def has_int8_search() -> bool:
 class RowGradients(backend.RowGradients):
     """The entries in CPU memory."""
 
-    def _norms(self, W_enc) -> tuple[Tensor, Tensor]:
+    def _norms(self, W_enc) -> tuple[Tensor, Tensor | None]:
         blocks = -(-self.d_sae // _FEATURES_PER_BLOCK)
         squares, through = _empty(blocks, dtype=torch.float64), _empty(blocks, self.x.shape[1])
-        _call("row_norms", *self._entries(), W_enc.T, *self._sizes(), squares, through, _threads())
-        return squares.sum(), through.sum(0)
+        weights = None if W_enc is None else W_enc.T
+        _call("row_norms", *self._entries(), weights, *self._sizes(), squares, through, _threads())
+        return squares.sum(), None if W_enc is None else through.sum(0)
 
-    def _adam(self, settings, step, clip, tensors, moved) -> None:
+    def _adam(self, settings, step, clip, tensors, moved, shadow) -> None:
         s, lazy = settings, moved is not None
         passed = _AdamStruct(s.lr, s.beta1, s.beta2, s.eps, float(clip), int(step), lazy)
         where = [*self._entries(), *self._sizes()]

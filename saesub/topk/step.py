@@ -8,17 +8,18 @@ parameters and never holds a gradient of the weights. Both equal SAELens' dense 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from sae_lens import BatchTopKTrainingSAE, TopKTrainingSAE
 from sae_lens.saes.sae import TrainStepOutput
 from torch import Tensor
 
 from saesub.errors import SaesubError
-from saesub.optim import SparseAdam, moments
+from saesub.optim import SparseAdam, found_inf, moments
 from saesub.topk import cpu, int8_search, triton_backend
 from saesub.topk.backend import AdamSettings, Decoded, RowBackend, RowGradients
 from saesub.topk.ops import (
@@ -30,14 +31,24 @@ from saesub.topk.ops import (
     select_batch_topk,
     select_topk,
 )
+from saesub.topk.shadow import EncoderShadow
 
 MAX_NORM = 1.0  # SAELens' trainer clips the norm of all gradients here
+
+
+class Entries(NamedTuple):
+    """The active entries of so many tokens, and their activations (m,)."""
+
+    selected: Selected
+    values: Float[Tensor, " m"]
+    n_tokens: int
 
 
 class SparseStepOutput(TrainStepOutput):
     """A pass's `TrainStepOutput` that holds active entries only.
 
     Attributes:
+        entries: the active entries.
         feature_acts: (n, d_sae) sparse COO, or dense, made when read, if `dense_when_read`.
         hidden_pre: reading it raises SaesubError, since inactive entries were not kept.
         dense_when_read: for users who did not ask for `use_sparse_activations`.
@@ -47,13 +58,23 @@ class SparseStepOutput(TrainStepOutput):
 
     @property
     def feature_acts(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        if self.dense_when_read and self._entries.is_sparse:
-            self._entries = self._entries.to_dense()
-        return self._entries
+        if self._acts is None:
+            self._acts = sparse_activations(*self.entries)
+        if self.dense_when_read and self._acts.is_sparse:
+            self._acts = self._acts.to_dense()
+        return self._acts
 
     @feature_acts.setter
-    def feature_acts(self, entries: Tensor) -> None:
-        self._entries = entries
+    def feature_acts(self, entries: Entries | Tensor) -> None:
+        self._acts = None if isinstance(entries, Entries) else entries
+        if isinstance(entries, Entries):
+            self.entries = entries
+
+    def times_fired(self) -> Int[Tensor, " d_sae"]:
+        """On how many of the tokens each feature is active."""
+        selected, values, _ = self.entries
+        fired = (values != 0).long()
+        return fired.new_zeros(selected.d_sae).index_add_(0, selected.features, fired)
 
     @property
     def hidden_pre(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -165,45 +186,54 @@ def row_step(
     *,
     exact_search: bool = False,
     dictionary: WholeDictionary = WHOLE,
+    shadow: EncoderShadow | None = None,
 ) -> SparseStepOutput:
     """Forward, backward, clipping and update in float32, by the loops of `backend`.
 
     The optimizer is torch's Adam or `SparseAdam`; its state is used and advanced in place. The
-    SAE's `W_enc` must lie feature-major in memory.
+    SAE's `W_enc` must lie feature-major in memory. With a `shadow` the step searches by it, and
+    waits for the device nowhere (a BatchTopK SAE's does, where it cuts the batch's entries).
     """
     x = sae_in.to(sae.dtype).contiguous()
-    n, b_in, scale = len(x), input_bias(sae), feature_scale(sae)
-    search = search_of(backend, exact_search)
-    selected, aux = _select(sae, x, dead, scale, search, dictionary)
+    n, b_in = len(x), input_bias(sae)
+    search = search_of(backend, exact_search) if shadow is None or exact_search else shadow.search
+    scale = feature_scale(sae) if shadow is None else shadow.norms
+    waits = shadow is None
+    selected, aux = _select(sae, x, dead, scale, search, dictionary, waits=waits)
     entries, values = selected, selected.pre.relu()
     decoded = dictionary.decode(backend, selected, values, sae.W_dec, sae.b_dec, x, 1 / n)
     g_pre, g_out, aux_loss = decoded.g_pre, decoded.g_out, x.new_zeros(())
     inputs = x if b_in is None else x - b_in
     if aux is not None:
-        weight, residual, chosen = aux.weight / n, x - decoded.x_hat, aux.selected
-        back = dictionary.decode(backend, chosen, chosen.pre, sae.W_dec, None, residual, weight)
-        aux_loss = weight * back.squared_error
+        residual, chosen = x - decoded.x_hat, aux.selected
+        back = dictionary.decode(backend, chosen, chosen.pre, sae.W_dec, None, residual, 1 / n)
+        aux_loss = aux.weight * back.squared_error / n
         entries, values = selected.then(chosen), torch.cat([values, chosen.pre])
-        g_pre, g_out = torch.cat([g_pre, back.g_pre]), torch.cat([g_out, back.g_out])
+        g_pre = torch.cat([g_pre, back.g_pre * aux.weight])
+        g_out = torch.cat([g_out, back.g_out * aux.weight])
         inputs = inputs.repeat(2, 1)
     gradients = backend.row_gradients(
         entries.features, entries.tokens, values, g_pre, inputs, g_out, entries.d_sae
     )
-    squared_norm, through_encoder = gradients.norms(sae.W_enc)
-    totals = dictionary.sum(torch.cat([squared_norm.double().view(1), through_encoder.double()]))
+    squared_norm, through_encoder = gradients.norms(None if b_in is None else sae.W_enc)
+    totals = [squared_norm.double().view(1)]
+    totals += [] if through_encoder is None else [through_encoder.double()]
+    total = dictionary.sum(torch.cat(totals))
     g_b_dec = decoded.g_bias
     if b_in is not None:
-        g_b_dec = g_b_dec - totals[1:].to(g_b_dec.dtype)
-    clip = clip_factor(totals[0] + g_b_dec.double().square().sum())
-    update_rows(sae, optimizer, gradients, g_b_dec, clip)
+        g_b_dec = g_b_dec - total[1:].to(g_b_dec.dtype)
+    clip = clip_factor(total[0] + g_b_dec.double().square().sum())
+    update_rows(sae, optimizer, gradients, g_b_dec, clip, shadow, backend.skips_nan)
     mse_loss, acts = decoded.squared_error / n, selected.pre.relu()
     acts = acts if scale is None else acts * scale[selected.features]
     return entries_output(sae, x, decoded.x_hat, selected, acts, mse_loss, aux_loss)
 
 
 def clip_factor(squared_norm: Float[Tensor, ""]) -> Float[Tensor, ""]:
-    """What SAELens' trainer multiplies all gradients by, given the square of their norm."""
-    return (MAX_NORM / (squared_norm.sqrt() + 1e-6)).clamp(max=1.0)  # reading it would wait
+    """What SAELens' trainer multiplies all gradients by, given the square of their norm; NaN where
+    that is not finite."""
+    factor = (MAX_NORM / (squared_norm.sqrt() + 1e-6)).clamp(max=1.0)  # reading it would wait
+    return torch.where(squared_norm.isfinite(), factor, torch.nan)
 
 
 def update_rows(
@@ -212,8 +242,13 @@ def update_rows(
     gradients: RowGradients,
     g_b_dec: Float[Tensor, " d_in"],
     clip: Float[Tensor, ""],
+    shadow: EncoderShadow | None = None,
+    skips_nan: bool = False,
 ) -> None:
-    """One step of Adam or `SparseAdam` on all parameters, the gradients multiplied by `clip`."""
+    """One step of Adam or `SparseAdam` on all parameters, the gradients multiplied by `clip`.
+
+    With `skips_nan` a step whose `clip` is NaN changes nothing.
+    """
     group = optimizer.param_groups[0]
     steps, tensors = [], []
     for parameter in (sae.W_enc, sae.W_dec, sae.b_enc):
@@ -225,16 +260,18 @@ def update_rows(
         counters = [optimizer.moved(sae.W_enc, 1), optimizer.moved(sae.W_dec, 0)]
         counters.append(optimizer.moved(sae.b_enc, 0))
         moved = counters[0]
+    skipped = clip.isnan().float() if skips_nan else None
     for step in steps:
-        step += 1
+        step += 1 if skipped is None else 1 - skipped
     settings = AdamSettings(*(float(v) for v in (group["lr"], *group["betas"], group["eps"])))
-    gradients.adam(settings, steps[0], clip, *tensors, moved=moved)
+    gradients.adam(settings, steps[0], clip, *tensors, moved=moved, shadow=shadow)
     if moved is not None:
         for other in counters[1:]:
             other.copy_(moved)
 
     sae.b_dec.grad = g_b_dec * clip
-    optimizer.step()  # the only parameter with a gradient
+    with found_inf(optimizer, skipped):
+        optimizer.step()  # the only parameter with a gradient
     sae.b_dec.grad = None
 
 
@@ -242,7 +279,7 @@ class AuxEntries(NamedTuple):
     """The entries that reconstruct AuxK's residual, and the weight of its loss (SAELens')."""
 
     selected: Selected
-    weight: float
+    weight: float | Tensor
 
 
 @torch.no_grad()
@@ -253,8 +290,14 @@ def _select(
     scale: Float[Tensor, " d_sae"] | None,
     search: Search,
     dictionary: WholeDictionary,
+    *,
+    waits: bool = True,
 ) -> tuple[Selected, AuxEntries | None]:
-    """The active entries, and those of dead features if AuxK applies."""
+    """The active entries, and those of dead features if AuxK applies.
+
+    With `waits` the number of dead features is read, and only they are searched; else all are, with
+    a bias that leaves the living out.
+    """
     b_in = input_bias(sae)
     centred = x if b_in is None else x - b_in
     W_enc, b_enc, k = sae.W_enc.detach(), sae.b_enc, sae.activation_fn.k  # pyright: ignore
@@ -264,16 +307,26 @@ def _select(
         selected = select_batch_topk(centred, W_enc, b_enc, k, scale, search=search)
     else:
         selected = dictionary.select(centred, W_enc, b_enc, int(k), scale, search=search)
-    n_dead = 0 if dead is None else int(dictionary.sum(dead.sum()))
-    if dead is None or not n_dead:
+    if dead is None:
         return selected, None
-    rows, most = dead.nonzero().squeeze(1), sae.cfg.d_in // 2
+    most, coefficient = sae.cfg.d_in // 2, sae.cfg.aux_loss_coefficient
+    n_dead = dictionary.sum(dead.sum())
+    if not waits:
+        bias = torch.where(dead, b_enc, -torch.inf)
+        k = min(most, len(b_enc))
+        found = dictionary.select(centred, W_enc, bias, k, scale, search=search)
+        found = replace(found, pre=torch.where(dead[found.features], found.pre, 0.0))
+        return selected, AuxEntries(found, coefficient * (n_dead / most).clamp(max=1.0))
+    n_dead = int(n_dead)
+    if not n_dead:
+        return selected, None
+    rows = dead.nonzero().squeeze(1)
     W_enc = W_enc.T.index_select(0, rows).T  # feature-major, as the search wants it
     scale = None if scale is None else scale[rows]
     k = min(most, n_dead)
     found = dictionary.select(centred, W_enc, b_enc[rows], k, scale, search=search)
     found = Selected(rows[found.features], found.offsets, found.pre, selected.d_sae)
-    return selected, AuxEntries(found, sae.cfg.aux_loss_coefficient * min(n_dead / most, 1.0))
+    return selected, AuxEntries(found, coefficient * min(n_dead / most, 1.0))
 
 
 def input_bias(sae: TopKTrainingSAE) -> Tensor | None:
@@ -304,7 +357,7 @@ def entries_output(
     return SparseStepOutput(
         sae_in=x,
         sae_out=sae_out,
-        feature_acts=sparse_activations(selected, acts, len(x)),
+        feature_acts=Entries(selected, acts, len(x)),  # pyright: ignore[reportArgumentType]
         hidden_pre=None,  # pyright: ignore[reportArgumentType]
         loss=loss,
         losses={"mse_loss": mse_loss, "auxiliary_reconstruction_loss": aux_loss},

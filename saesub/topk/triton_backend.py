@@ -1,37 +1,39 @@
 """The `RowBackend` on CUDA: it launches the kernels of triton_kernels.py.
 
-Nothing here waits for the GPU: step count, clipping factor and row counters stay on the device.
-Checked in Triton's interpreter and compiled for compute capability 9.0; not yet run on a GPU.
-A feature's row is one program's work, so one that fires on most tokens of a large batch holds up
-the end of a launch.
+Nothing here waits for the GPU: step count, clipping factor, row counters and the number of features
+that have entries stay on the device. Checked in Triton's interpreter and compiled for compute
+capability 9.0; `saesub check-gpu` runs it on a card.
 """
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import warnings
-from functools import cache
-from types import ModuleType
+from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from saesub.topk import backend, cuda_search
 from saesub.topk.backend import Decoded, RowBackend, check
 from saesub.topk.ops import Selected
+from saesub.topk.shadow import EncoderShadow
+from saesub.topk.triton_launch import launch, row_shape, row_shapes, rows_at_once
 
-_NUMBERS_PER_THREAD = 8  # of a row: two 16-byte loads
-_THREADS_PER_WARP, _MOST_WARPS = 32, 16
-_LOADED_PER_THREAD, _MOST_ENTRIES = 32, 8  # numbers of the rows loaded at once: they fill registers
+LEAST_CAPABILITY = (8, 0)  # of a card; Triton is made for these
+_SEGMENT = 256  # a feature with more entries is the work of several programs
+_ENTRIES_PER_SUM = 64  # of the product of the encoder and its bias's gradient
 
 
 @cache
 def available() -> bool:
     """Whether Triton is installed and its kernels run; tried once, and a failure warns once."""
     if importlib.util.find_spec("triton") is None:
+        return False
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < LEAST_CAPABILITY:
         return False
     try:
         one = torch.ones(1, 1, device=BACKEND.device_type)
@@ -48,40 +50,98 @@ def available() -> bool:
         return False
 
 
+@dataclass(frozen=True)
 class RowGradients(backend.RowGradients):
-    """The entries on the device."""
+    """The entries on the device, sorted by feature; those without a gradient come last.
 
-    def _norms(self, W_enc) -> tuple[Tensor, Tensor]:
-        squares, g_bias = self.x.new_zeros(2, self.d_sae)
-        _launch("row_norms", self.d_sae, *self._entries(), squares, g_bias, **self._shapes())
-        return squares.sum(dtype=torch.float64), W_enc @ g_bias
+    Attributes:
+        feature: (m,) int32, that of each entry; `d_sae` of those without a gradient.
+    """
 
-    def _adam(self, settings, step, clip, tensors, moved) -> None:
-        s, step = settings, step.double()
+    feature: Int[Tensor, " m"]
+
+    @cached_property
+    def _touched(self) -> Int[Tensor, " programs"]:
+        """The features that have entries, in order; then `d_sae`, as often as there is room."""
+        new = self.feature.diff(prepend=self.feature.new_full((1,), -1)) != 0
+        room = min(len(self.feature), self.d_sae + 1)
+        place = torch.where(new, new.cumsum(0) - 1, room)
+        found = self.feature.new_full((room + 1,), self.d_sae)
+        return found.scatter_(0, place, torch.where(new, self.feature, self.d_sae))
+
+    @cached_property
+    def _segments(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(d_sae,) the first segment of each feature with over `_SEGMENT` entries; and the two
+        sums of every segment, (segments, d_in) and (segments, d_out)."""
+        counts = self.start.diff()
+        several = torch.where(counts > _SEGMENT, (counts + _SEGMENT - 1) // _SEGMENT, 0)
+        ends = several.cumsum(0)
+        part = (ends - several).int()
+        most = 2 * len(self.feature) // _SEGMENT  # such a feature fills one of two at least
+        numbers = torch.arange(most, device=ends.device)
+        owner = torch.searchsorted(ends, numbers, right=True, out_int32=True)
+        sums = self.x.new_empty(most, self.x.shape[1]), self.x.new_empty(most, self.g_out.shape[1])
+        given = [owner, part, self.start, *self._entries(), *sums, self.d_sae]
+        launch("segment_sums", most, *given, **self._shapes())
+        return part, *sums
+
+    def _norms(self, W_enc) -> tuple[Tensor, Tensor | None]:
+        part, *sums = self._segments
+        programs = len(self._touched)
+        squares = self.x.new_zeros(programs)
+        given = [self._touched, self.start, part, *self._entries(), *sums, squares, self.d_sae]
+        launch("row_norms", programs, *given, **self._shapes())
+        through = None if W_enc is None else self._through(W_enc)
+        return squares.sum(dtype=torch.float64), through
+
+    def _through(self, W_enc: Float[Tensor, "d_in d_sae"]) -> Float[Tensor, " d_in"]:
+        programs = -(-len(self.feature) // _ENTRIES_PER_SUM)
+        sums = self.x.new_empty(programs, len(W_enc))
+        given = [self.start[-1:], self.feature, self.g_pre, W_enc.T, sums]
+        shape = row_shape(len(W_enc)) | {"SEGMENT": _ENTRIES_PER_SUM}
+        launch("through_encoder", programs, *given, **shape)
+        return sums.sum(0, dtype=torch.float64)
+
+    def _adam(self, settings, step, clip, tensors, moved, shadow) -> None:
+        s, step, lazy = settings, step.double(), moved is not None
         rate, root = s.lr / (1 - s.beta1**step), (1 - s.beta2**step).rsqrt()
         factors = torch.stack([clip.double(), rate, root]).float()
-        decays = torch.ones_like(step).view(1) if moved is None else step - moved
+        decays = step - moved if lazy else torch.ones_like(step).view(1)
         keep = torch.stack([s.beta1**decays, s.beta2**decays], 1).float()
-        given = [*self._entries(), *tensors, factors, keep, 1 - s.beta1, 1 - s.beta2, s.eps]
-        _launch("adam_rows", self.d_sae, *given, LAZY=moved is not None, **self._shapes())
-        if moved is not None:
-            moved.copy_(torch.where(self.start.diff() > 0, step.long(), moved))
+        part, *sums = self._segments
+        given = [self._touched, self.start, part, *self._entries(), *sums, *tensors]
+        given += [factors, keep, 1 - s.beta1, 1 - s.beta2, s.eps]
+        kept = [None, None, None, 1.0] if shadow is None else shadow.given()
+        shapes = self._shapes() | ({"WIDTH": 0, "LIMIT": 0} if shadow is None else shadow.shape())
+        programs = len(self._touched) if lazy else self.d_sae
+        launch("adam_rows", programs, *given, *kept, self.d_sae, LAZY=lazy, **shapes)
+        if lazy:
+            moves = (self.start.diff() > 0) & ~clip.isnan()
+            moved.copy_(torch.where(moves, step.long(), moved))
 
     def _entries(self) -> list[Tensor]:
-        return [self.start, self.token, self.g_pre, self.value, self.x, self.g_out]
+        return [self.token, self.g_pre, self.value, self.x, self.g_out]
 
     def _shapes(self) -> dict[str, int]:
-        d_in, d_out = self.x.shape[1], self.g_out.shape[1]
-        blocks = {"BLOCK_IN": _block(d_in), "BLOCK_OUT": _block(d_out)}
-        return {"D_IN": d_in, "D_OUT": d_out, **blocks, **_threads(max(blocks.values()))}
+        shapes = row_shapes(self.x.shape[1], self.g_out.shape[1])
+        return shapes | {"ENTRIES": rows_at_once(shapes), "SEGMENT": _SEGMENT}
 
 
 class TritonBackend(RowBackend):
     """The kernels of triton_kernels.py; `available` tells whether they run."""
 
+    skips_nan = True
+
     def __init__(self) -> None:
         # Without CUDA only Triton's interpreter runs them.
         self.device_type = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def shadow(self, sae: Any, kept: EncoderShadow | None) -> EncoderShadow:
+        """`kept`, if it is of this SAE's kind, brought up to date; else a new one."""
+        if kept is None or not kept.fits(sae):
+            return EncoderShadow(sae, self.row_products)
+        kept.keep_up(sae)
+        return kept
 
     def row_products(
         self, vectors: Float[Tensor, "n d"], selected: Selected, table: Float[Tensor, "d_sae d"]
@@ -93,7 +153,7 @@ class TritonBackend(RowBackend):
         check(self.device_type, *where, dtype=torch.int64)
         products = vectors.new_empty(m)
         given = [vectors, selected.features, selected.offsets, table, products]
-        _launch("row_products", n, *given, **_shape(d))
+        launch("row_products", n, *given, **row_shape(d))
         return products
 
     def _search(self, x, W_enc, b_enc, k, feature_scale) -> tuple[Tensor, Tensor]:
@@ -108,7 +168,7 @@ class TritonBackend(RowBackend):
         x_hat, g_out = torch.empty_like(target), torch.empty_like(target)
         g_pre, squared_error = torch.empty_like(values), target.new_empty(n)
         given = [selected.features, selected.offsets, values, W_dec, b_dec, target, 2.0 * weight]
-        _launch("decode", n, *given, x_hat, g_out, g_pre, squared_error, **_shape(d))
+        launch("decode", n, *given, x_hat, g_out, g_pre, squared_error, **row_shape(d))
         g_pre.masked_fill_(values == 0, 0)
         g_bias, total = (t.sum(0, dtype=torch.float64).float() for t in (g_out, squared_error))
         return Decoded(x_hat, g_out, g_pre, g_bias, total)
@@ -120,37 +180,9 @@ class TritonBackend(RowBackend):
         """
         key, order = torch.where(values != 0, features, d_sae).int().sort(stable=True)
         boundaries = torch.arange(d_sae + 1, dtype=torch.int32, device=key.device)
-        start = torch.searchsorted(key, boundaries)
-        return RowGradients(start, tokens[order], g_pre[order], values[order], x, g_out)
+        start = torch.searchsorted(key, boundaries, out_int32=True)
+        entries = tokens[order], g_pre[order], values[order]
+        return RowGradients(start, *entries, x, g_out, key)
 
 
 BACKEND = TritonBackend()
-
-
-def _shape(d: int) -> dict[str, int]:
-    return {"D": d, "BLOCK": _block(d), **_threads(_block(d))}
-
-
-def _block(d: int) -> int:
-    """The next power of two."""
-    return 1 << (d - 1).bit_length()
-
-
-def _threads(block: int) -> dict[str, int]:
-    """Warps that share a row of `block` numbers, and the rows that they load at once."""
-    warps = block // (_THREADS_PER_WARP * _NUMBERS_PER_THREAD)
-    warps = min(max(warps, 1), _MOST_WARPS)
-    entries = _LOADED_PER_THREAD * _THREADS_PER_WARP * warps // block
-    return {"ENTRIES": min(max(entries, 1), _MOST_ENTRIES), "num_warps": warps}
-
-
-def _launch(kernel: str, programs: int, *arguments: Any, **constants: Any) -> None:
-    # Triton launches on the current device, which need not be that of the tensors.
-    with torch.cuda.device_of(arguments[0]):
-        getattr(_kernels(), kernel)[(programs,)](*arguments, **constants)
-
-
-@cache
-def _kernels() -> ModuleType:
-    """Imported on first use: Triton may not be there, and takes a second to import."""
-    return importlib.import_module("saesub.topk.triton_kernels")

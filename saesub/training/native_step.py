@@ -16,6 +16,7 @@ from saesub.optim import SparseAdam, has_foreign_hooks
 from saesub.topk.backend import RowBackend
 from saesub.topk.eligibility import PARAMETERS, lay_out_by_feature, other_pass, why_dense
 from saesub.topk.sae import SparseTopKTrainingSAE
+from saesub.topk.shadow import EncoderShadow
 from saesub.topk.step import SparseStepOutput, row_backend, row_step
 
 if TYPE_CHECKING:  # the trainer imports this module
@@ -53,6 +54,7 @@ class NativeStep:
             )
         self.backend = backend
         self.equal_steps = True
+        self._shadow: EncoderShadow | None = None
         self._said: set[str] = set()
 
     def rows(self, trainer: SubspaceSAETrainer) -> RowBackend | None:
@@ -109,10 +111,21 @@ class NativeStep:
         """Forward, backward, clipping and the optimizer's update."""
         sae = trainer.sae
         lay_out_by_feature(sae)  # the weights may have been replaced since the last step
-        dead = trainer.dead_neurons if sae.cfg.aux_loss_coefficient else None
-        exact, dictionary = sae.search_name == "exact_search", trainer.dictionary
-        given = (rows, sae, trainer.optimizer, sae_in, dead)
-        return row_step(*given, exact_search=exact, dictionary=dictionary)
+        # Before a whole window none can be dead, and the device need not be asked.
+        may_be_dead = sae.cfg.aux_loss_coefficient and trainer.has_seen_window
+        dead = trainer.dead_neurons if may_be_dead else None
+        exact = sae.search_name == "exact_search"
+        self._shadow = None if exact else rows.shadow(sae, self._shadow)
+        return row_step(
+            rows,
+            sae,
+            trainer.optimizer,
+            sae_in,
+            dead,
+            exact_search=exact,
+            dictionary=trainer.dictionary,
+            shadow=self._shadow,
+        )
 
 
 def _about_parameters(sae: Any) -> str | None:

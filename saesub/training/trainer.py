@@ -36,7 +36,6 @@ from saesub.topk.eligibility import (
     other_pass,
     why_dense,
 )
-from saesub.topk.encode import times_fired
 from saesub.topk.sae import DENSE_STEP, SparseTopKTrainingSAE, use_sparse_step
 from saesub.topk.step import WHOLE, SparseStepOutput, WholeDictionary
 from saesub.training.checkpoint import (
@@ -235,7 +234,7 @@ class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CON
         else:
             sae.train()
             output = self.native_step.take(self, rows, sae_in)
-            self._count_firing(times_fired(output.feature_acts), len(sae_in))
+            self._count_firing(output.times_fired(), len(sae_in))
         self._advance_schedules()
         return self._as_asked(output)
 

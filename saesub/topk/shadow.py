@@ -1,0 +1,281 @@
+"""A TopK SAE's encoder in few bits, kept on the card, by which its best features are searched.
+
+The product of tokens and encoder is most of a step on a GPU. Here it is taken in 16 or 8 bits, from
+a copy of the encoder that already holds the decoder's norms; the row update keeps it up to date.
+One kernel multiplies and keeps the largest score of each group of features, so that the
+(n_tokens, d_sae) scores are never written. The best groups are opened, their members ranked in few
+bits, and the best of those ranked again in float32, by the weights themselves.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saesub.topk import cuda_search
+from saesub.topk.ops import Selected, top_k
+from saesub.topk.triton_launch import block_of, kernels, launch, row_shapes
+
+MEMBERS = 8  # features of a group
+_TOKENS_PER_BLOCK = 2048  # bounds the maxima: 2048 × 2^20 / 8 numbers are 0.5 GB
+_REFRESHES = 64  # steps in which every row is written once more
+_GROUPS_PER_CHOSEN = 8  # with fewer groups the best are no small part of them
+_MEMBERS_PER_PROGRAM, _MEMBERS_AT_ONCE = 64, 4
+_ALIGNMENT = 16  # bytes, of a row
+_LIMITS = {torch.float16: 60_000.0, torch.float8_e4m3fn: 448.0}  # largest number, or a little below
+_HEADROOM = {torch.float16: 256.0, torch.float8_e4m3fn: 8.0}  # how much rows may grow meanwhile
+_KERNELS = "triton_search_kernels"
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How the product is cut: tokens, features and numbers of a tile, and Triton's settings."""
+
+    tokens: int
+    features: int
+    numbers: int
+    warps: int
+    stages: int
+    flatten: bool
+
+
+_HOPPER = [
+    Tiles(128, 256, 64, 8, 4, True),
+    Tiles(128, 256, 64, 8, 4, False),
+    Tiles(128, 128, 64, 4, 3, True),
+    Tiles(128, 128, 64, 8, 4, True),
+]
+_OTHERS = [Tiles(128, 128, 64, 8, 2, False)]
+_INTERPRETED = Tiles(16, 16, 16, 4, 1, False)
+
+
+class EncoderShadow:
+    """The copy, and the search by it.
+
+    Args:
+        sae: a TopK SAE whose `W_enc` lies feature-major in memory.
+        products: as `ops.row_products`.
+        eight_bits: float8 instead of float16; a card of compute capability 8.9 or more has it.
+
+    Attributes:
+        rows: (d_sae, width) encoder rows times decoder norms times `factor`, in float16 or float8;
+            the width is d_in, rounded up.
+        norms: (d_sae,) decoder norms, or None where features are ranked without them.
+        factor: a power of two that uses the range of few bits well.
+        overflowed: (1,) not 0 if a row has grown out of that range.
+    """
+
+    def __init__(
+        self, sae: Any, products: cuda_search.Products, *, eight_bits: bool = False
+    ) -> None:
+        self._products = products
+        d_in, d_sae = sae.W_enc.shape
+        dtype = torch.float8_e4m3fn if eight_bits else torch.float16
+        per_row = _ALIGNMENT // dtype.itemsize
+        on = {"device": sae.W_enc.device}
+        self.rows = torch.zeros(d_sae, -(-d_in // per_row) * per_row, dtype=dtype, **on)
+        scaled = sae.cfg.rescale_acts_by_decoder_norm
+        self.norms = torch.ones(d_sae, **on) if scaled else None
+        self.overflowed = torch.zeros(1, dtype=torch.int32, **on)
+        self._shape, self._at = (d_in, d_sae), 0
+        self.rebuild(sae)
+
+    @torch.no_grad()
+    def rebuild(self, sae: Any) -> None:
+        """Write all rows. Waits for the device."""
+        largest = sae.W_enc.abs().amax(0)
+        if self.norms is not None:
+            largest = largest * sae.W_dec.norm(dim=1)
+        dtype = self.rows.dtype
+        room = _LIMITS[dtype] / _HEADROOM[dtype]
+        largest = max(float(largest.amax()), torch.finfo(torch.float32).tiny)
+        self.factor = 2.0 ** (torch.tensor(room / largest).log2().floor().clamp(-60, 60).item())
+        self.overflowed.zero_()
+        self._write(sae, 0, len(self.rows))
+        self._key = self._key_of(sae)
+
+    def fits(self, sae: Any) -> bool:
+        """Whether it has the shape and the device of an SAE's encoder, and its kind of ranking."""
+        scaled = sae.cfg.rescale_acts_by_decoder_norm
+        same = self._shape == tuple(sae.W_enc.shape) and self.rows.device == sae.W_enc.device
+        return same and scaled == (self.norms is not None)
+
+    def keep_up(self, sae: Any) -> None:
+        """Before a step: write all rows if the weights were changed by others, else the next few.
+
+        A change through `.data` leaves no trace in torch, so every row is written again within
+        `_REFRESHES` steps.
+        """
+        chunk = -(-len(self.rows) // _REFRESHES)
+        if self._key != self._key_of(sae) or (self._at == 0 and bool(self.overflowed)):
+            self.rebuild(sae)
+        else:
+            self._write(sae, self._at, min(chunk, len(self.rows) - self._at))
+        self._at = self._at + chunk if self._at + chunk < len(self.rows) else 0
+
+    def given(self) -> list[Any]:
+        """What the kernels of the row update take of a shadow."""
+        return [self.rows, self.norms, self.overflowed, self.factor]
+
+    def shape(self) -> dict[str, Any]:
+        """The constants that they take."""
+        return {"WIDTH": self.rows.shape[1], "LIMIT": _LIMITS[self.rows.dtype]}
+
+    def _write(self, sae: Any, first: int, count: int) -> None:
+        shapes = row_shapes(sae.W_enc.shape[0], sae.W_dec.shape[1])
+        given = [first, sae.W_enc.detach().T, sae.W_dec.detach(), *self.given()]
+        launch("write_shadow", count, *given, **shapes, **self.shape())
+
+    def _key_of(self, sae: Any) -> tuple[int, ...]:
+        """What changes with the weights, but for changes through `.data`."""
+        weights = (sae.W_enc, sae.W_dec)
+        return tuple(n for w in weights for n in (w.data_ptr(), w._version))
+
+    @torch.no_grad()
+    def search(
+        self,
+        x: Float[Tensor, "n d_in"],
+        W_enc: Float[Tensor, "d_in d_sae"],
+        b_enc: Float[Tensor, " d_sae"],
+        k: int,
+        feature_scale: Float[Tensor, " d_sae"] | None = None,
+    ) -> tuple[Int[Tensor, "n k"], Float[Tensor, "n k"]]:
+        """`ops.dense_search`, block by block of tokens; `feature_scale` is `norms`.
+
+        Features of bias -inf come last. Where there are few groups, or W_enc are other weights than
+        the shadow's, `cuda_search.search` takes it.
+        """
+        width = _width(k, self.rows.dtype)
+        tiles = tiles_of(x.device, self.rows.shape[1], self.rows.dtype)
+        n_groups = _n_groups(len(self.rows), tiles)
+        own = W_enc.data_ptr() == self._key[0] and feature_scale is self.norms
+        if not own or n_groups < _GROUPS_PER_CHOSEN * width:
+            given = (x, W_enc, b_enc, k, feature_scale)
+            return cuda_search.search(*given, products=self._products)
+        bias = _scaled(b_enc, feature_scale) * self.factor
+        features = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
+        pre = x.new_empty(len(x), k)
+        for start in range(0, len(x), _TOKENS_PER_BLOCK):
+            block = slice(start, start + _TOKENS_PER_BLOCK)
+            found = self._candidates(x[block], bias, width, tiles)
+            exact = self._products(x[block], Selected.equally(found, found, 0), W_enc.T)
+            exact = exact.view_as(found) + b_enc[found]
+            scores = _scaled(exact, None if feature_scale is None else feature_scale[found])
+            best = scores.topk(k, dim=-1, sorted=False).indices
+            features[block], pre[block] = found.gather(1, best), exact.gather(1, best)
+        return features, pre
+
+    def _candidates(
+        self, x: Float[Tensor, "n d_in"], bias: Float[Tensor, " d_sae"], width: int, tiles: Tiles
+    ) -> Int[Tensor, "n width"]:
+        """The `width` best features by products in few bits."""
+        tokens, inverse = self._few_bits(x)
+        maxima = group_maxima(tokens, self.rows, bias, inverse, tiles)
+        groups = top_k(maxima, width).int()
+        n, per_token = len(x), width * MEMBERS
+        scores, ids = x.new_empty(n, per_token), groups.new_empty(n, per_token)
+        given = [tokens, self.rows, bias, inverse, groups, scores, ids, len(self.rows)]
+        constants = {
+            "WIDTH": tokens.shape[1],
+            "BLOCK": block_of(tokens.shape[1]),
+            "BN": tiles.features,
+            "MEMBERS": MEMBERS,
+            "GROUPS": width,
+            "PER_PROGRAM": _MEMBERS_PER_PROGRAM,
+            "ENTRIES": _MEMBERS_AT_ONCE,
+        }
+        programs = n * -(-per_token // _MEMBERS_PER_PROGRAM)
+        with torch.cuda.device_of(x):
+            kernels(_KERNELS).member_scores[(programs,)](*given, **constants)
+        best = scores.topk(width, dim=-1, sorted=False).indices
+        return ids.gather(1, best).long()
+
+    def _few_bits(self, x: Float[Tensor, "n d_in"]) -> tuple[Tensor, Float[Tensor, " n"]]:
+        """The tokens in the shadow's type, each divided so that it uses the range, and the inverse
+        of what each was divided by."""
+        dtype = self.rows.dtype
+        largest = x.abs().amax(1).clamp(min=torch.finfo(x.dtype).tiny)
+        # Products of two numbers in 16 bits are summed in float32, which has the range.
+        inverse = (_LIMITS[dtype] / _HEADROOM[dtype] / largest).clamp(max=1e30)
+        tokens = self.rows.new_zeros(len(x), self.rows.shape[1])
+        tokens[:, : x.shape[1]] = (x * inverse[:, None]).to(dtype)
+        return tokens, inverse
+
+
+def _scaled(scores: Tensor, scale: Tensor | None) -> Tensor:
+    """Scores times their features' scale; -inf stays, also where the scale is 0."""
+    return scores if scale is None else torch.where(scores == -torch.inf, scores, scores * scale)
+
+
+def group_maxima(
+    tokens: Tensor, rows: Tensor, bias: Tensor, inverse: Tensor, tiles: Tiles
+) -> Float[Tensor, "n groups"]:
+    """The largest score of every group of features, bfloat16, by the kernel of that name."""
+    descriptor = importlib.import_module("triton.tools.tensor_descriptor").TensorDescriptor
+    n, d_sae = len(tokens), len(rows)
+    maxima = torch.empty(n, _n_groups(d_sae, tiles), dtype=torch.bfloat16, device=rows.device)
+    described = [
+        descriptor.from_tensor(tokens, [tiles.tokens, tiles.numbers]),
+        descriptor.from_tensor(rows, [tiles.features, tiles.numbers]),
+    ]
+    constants = {
+        "WIDTH": rows.shape[1],
+        "BM": tiles.tokens,
+        "BN": tiles.features,
+        "BK": tiles.numbers,
+        "MEMBERS": MEMBERS,
+        "FLATTEN": tiles.flatten,
+        "num_warps": tiles.warps,
+        "num_stages": tiles.stages,
+    }
+    programs = -(-n // tiles.tokens) * (maxima.shape[1] // tiles.features)
+    with torch.cuda.device_of(rows):
+        kernel = kernels(_KERNELS).group_maxima[(programs,)]
+        kernel(*described, bias, inverse, maxima, n, d_sae, **constants)
+    return maxima
+
+
+@cache
+def tiles_of(device: torch.device, width: int, dtype: torch.dtype) -> Tiles:
+    """The fastest tiles for rows of this width on this card, timed once on random numbers."""
+    if device.type != "cuda":
+        return _INTERPRETED
+    choices = _HOPPER if torch.cuda.get_device_capability(device) == (9, 0) else _OTHERS
+    if len(choices) == 1:
+        return choices[0]
+    made = {"device": device}
+    rows = torch.randn(65_536, width, **made).to(dtype)
+    tokens, bias = rows[:_TOKENS_PER_BLOCK].contiguous(), torch.zeros(len(rows), **made)
+    inverse = bias[: len(tokens)] + 1
+    return min(choices, key=lambda tiles: _seconds(tokens, rows, bias, inverse, tiles))
+
+
+def _seconds(*given: Any) -> float:
+    """How long a product takes, the least of five; infinite where the card refuses the tiles."""
+    try:
+        times = []
+        for _ in range(5):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            group_maxima(*given)
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end))
+        return min(times)
+    except Exception:  # Triton's own kinds: too little shared memory, an operator it lacks
+        return float("inf")
+
+
+def _n_groups(d_sae: int, tiles: Tiles) -> int:
+    return -(-d_sae // (tiles.features * MEMBERS)) * tiles.features
+
+
+def _width(k: int, dtype: torch.dtype) -> int:
+    """How many groups are opened, and how many of their members are ranked in float32."""
+    return 2 * k + 16 if dtype == torch.float8_e4m3fn else k + max(16, k // 2)
