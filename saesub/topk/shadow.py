@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from saesub.topk import cuda_search
 from saesub.topk.ops import Selected, top_k
@@ -83,20 +84,18 @@ class EncoderShadow:
         scaled = sae.cfg.rescale_acts_by_decoder_norm
         self.norms = torch.ones(d_sae, **on) if scaled else None
         self.overflowed = torch.zeros(1, dtype=torch.int32, **on)
-        self._shape, self._at = (d_in, d_sae), 0
+        self._shape = d_in, d_sae
         self.rebuild(sae)
 
     @torch.no_grad()
     def rebuild(self, sae: Any) -> None:
         """Write all rows. Waits for the device."""
-        largest = sae.W_enc.abs().amax(0)
+        largest = torch.linalg.vector_norm(sae.W_enc, torch.inf, 0)
         if self.norms is not None:
             largest = largest * sae.W_dec.norm(dim=1)
-        dtype = self.rows.dtype
-        room = _LIMITS[dtype] / _HEADROOM[dtype]
-        largest = max(float(largest.amax()), torch.finfo(torch.float32).tiny)
-        self.factor = 2.0 ** (torch.tensor(room / largest).log2().floor().clamp(-60, 60).item())
+        self.factor = float(few_bits(largest[None], self.rows.dtype)[1])
         self.overflowed.zero_()
+        self._at = 0
         self._write(sae, 0, len(self.rows))
         self._key = self._key_of(sae)
 
@@ -112,12 +111,14 @@ class EncoderShadow:
         A change through `.data` leaves no trace in torch, so every row is written again within
         `_REFRESHES` steps.
         """
-        chunk = -(-len(self.rows) // _REFRESHES)
-        if self._key != self._key_of(sae) or (self._at == 0 and bool(self.overflowed)):
+        if self._key != self._key_of(sae):
+            return self.rebuild(sae)
+        left = len(self.rows) - self._at
+        chunk = min(-(-len(self.rows) // _REFRESHES), left)
+        self._write(sae, self._at, chunk)
+        self._at = 0 if chunk == left else self._at + chunk
+        if self._at == 0 and bool(self.overflowed):  # waits, once in so many steps
             self.rebuild(sae)
-        else:
-            self._write(sae, self._at, min(chunk, len(self.rows) - self._at))
-        self._at = self._at + chunk if self._at + chunk < len(self.rows) else 0
 
     def given(self) -> list[Any]:
         """What the kernels of the row update take of a shadow."""
@@ -151,7 +152,7 @@ class EncoderShadow:
         Features of bias -inf come last. Where there are few groups, or W_enc are other weights than
         the shadow's, `cuda_search.search` takes it.
         """
-        width = _width(k, self.rows.dtype)
+        width = width_of(k, self.rows.dtype)
         tiles = tiles_of(x.device, self.rows.shape[1], self.rows.dtype)
         n_groups = _n_groups(len(self.rows), tiles)
         own = W_enc.data_ptr() == self._key[0] and feature_scale is self.norms
@@ -175,12 +176,13 @@ class EncoderShadow:
         self, x: Float[Tensor, "n d_in"], bias: Float[Tensor, " d_sae"], width: int, tiles: Tiles
     ) -> Int[Tensor, "n width"]:
         """The `width` best features by products in few bits."""
-        tokens, inverse = self._few_bits(x)
-        maxima = group_maxima(tokens, self.rows, bias, inverse, tiles)
+        tokens, scale = few_bits(x, self.rows.dtype)
+        tokens = F.pad(tokens, (0, self.rows.shape[1] - x.shape[1]))
+        maxima = group_maxima(tokens, self.rows, bias, scale, tiles)
         groups = top_k(maxima, width).int()
         n, per_token = len(x), width * MEMBERS
         scores, ids = x.new_empty(n, per_token), groups.new_empty(n, per_token)
-        given = [tokens, self.rows, bias, inverse, groups, scores, ids, len(self.rows)]
+        given = [tokens, self.rows, bias, scale, groups, scores, ids, len(self.rows)]
         constants = {
             "WIDTH": tokens.shape[1],
             "BLOCK": block_of(tokens.shape[1]),
@@ -196,16 +198,15 @@ class EncoderShadow:
         best = scores.topk(width, dim=-1, sorted=False).indices
         return ids.gather(1, best).long()
 
-    def _few_bits(self, x: Float[Tensor, "n d_in"]) -> tuple[Tensor, Float[Tensor, " n"]]:
-        """The tokens in the shadow's type, each divided so that it uses the range, and the inverse
-        of what each was divided by."""
-        dtype = self.rows.dtype
-        largest = x.abs().amax(1).clamp(min=torch.finfo(x.dtype).tiny)
-        # Products of two numbers in 16 bits are summed in float32, which has the range.
-        inverse = (_LIMITS[dtype] / _HEADROOM[dtype] / largest).clamp(max=1e30)
-        tokens = self.rows.new_zeros(len(x), self.rows.shape[1])
-        tokens[:, : x.shape[1]] = (x * inverse[:, None]).to(dtype)
-        return tokens, inverse
+
+def few_bits(
+    x: Float[Tensor, "n d"], dtype: torch.dtype
+) -> tuple[Float[Tensor, "n d"], Float[Tensor, " n"]]:
+    """Rows in float16 or float8, each multiplied by a power of two so that it uses the range with
+    room to grow; and these powers."""
+    largest = x.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny)
+    power = (_LIMITS[dtype] / _HEADROOM[dtype] / largest).log2().floor().clamp(-60, 60).exp2()
+    return (x * power[:, None]).to(dtype), power
 
 
 def _scaled(scores: Tensor, scale: Tensor | None) -> Tensor:
@@ -214,7 +215,7 @@ def _scaled(scores: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def group_maxima(
-    tokens: Tensor, rows: Tensor, bias: Tensor, inverse: Tensor, tiles: Tiles
+    tokens: Tensor, rows: Tensor, bias: Tensor, scale: Tensor, tiles: Tiles
 ) -> Float[Tensor, "n groups"]:
     """The largest score of every group of features, bfloat16, by the kernel of that name."""
     descriptor = importlib.import_module("triton.tools.tensor_descriptor").TensorDescriptor
@@ -237,8 +238,13 @@ def group_maxima(
     programs = -(-n // tiles.tokens) * (maxima.shape[1] // tiles.features)
     with torch.cuda.device_of(rows):
         kernel = kernels(_KERNELS).group_maxima[(programs,)]
-        kernel(*described, bias, inverse, maxima, n, d_sae, **constants)
+        kernel(*described, bias, scale, maxima, n, d_sae, **constants)
     return maxima
+
+
+def tiles_for(capability: tuple[int, int]) -> list[Tiles]:
+    """Tiles that fit a card of this compute capability."""
+    return _HOPPER if capability == (9, 0) else _OTHERS
 
 
 @cache
@@ -246,14 +252,14 @@ def tiles_of(device: torch.device, width: int, dtype: torch.dtype) -> Tiles:
     """The fastest tiles for rows of this width on this card, timed once on random numbers."""
     if device.type != "cuda":
         return _INTERPRETED
-    choices = _HOPPER if torch.cuda.get_device_capability(device) == (9, 0) else _OTHERS
+    choices = tiles_for(torch.cuda.get_device_capability(device))
     if len(choices) == 1:
         return choices[0]
     made = {"device": device}
     rows = torch.randn(65_536, width, **made).to(dtype)
     tokens, bias = rows[:_TOKENS_PER_BLOCK].contiguous(), torch.zeros(len(rows), **made)
-    inverse = bias[: len(tokens)] + 1
-    return min(choices, key=lambda tiles: _seconds(tokens, rows, bias, inverse, tiles))
+    scale = bias[: len(tokens)] + 1
+    return min(choices, key=lambda tiles: _seconds(tokens, rows, bias, scale, tiles))
 
 
 def _seconds(*given: Any) -> float:
@@ -276,6 +282,6 @@ def _n_groups(d_sae: int, tiles: Tiles) -> int:
     return -(-d_sae // (tiles.features * MEMBERS)) * tiles.features
 
 
-def _width(k: int, dtype: torch.dtype) -> int:
+def width_of(k: int, dtype: torch.dtype) -> int:
     """How many groups are opened, and how many of their members are ranked in float32."""
     return 2 * k + 16 if dtype == torch.float8_e4m3fn else k + max(16, k // 2)

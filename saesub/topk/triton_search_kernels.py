@@ -13,7 +13,7 @@ def group_maxima(
     tokens,
     features,
     bias,
-    inverse,
+    scale,
     maxima,
     n,
     d_sae,
@@ -24,7 +24,7 @@ def group_maxima(
     MEMBERS: tl.constexpr,
     FLATTEN: tl.constexpr,
 ):
-    """maxima[token, group] = max over members of tokens . features + bias * inverse.
+    """maxima[token, group] = max over members of tokens . features + bias * scale.
 
     tokens and features are descriptors of (n, WIDTH) and (d_sae, WIDTH); what lies beyond reads as
     zero. Programs of neighbouring numbers share a tile of features, which then stays in the cache.
@@ -35,7 +35,7 @@ def group_maxima(
     tile = program // token_tiles
     token = first_token + tl.arange(0, BM)
     column = tl.arange(0, BN)
-    inv = tl.load(inverse + token, mask=token < n, other=0.0)
+    inv = tl.load(scale + token, mask=token < n, other=0.0)
     best = tl.full((BM, BN), float("-inf"), tl.float32).to(tl.bfloat16)
     for member in tl.range(0, MEMBERS, flatten=FLATTEN):  # one pipeline through all tiles
         first = (tile * MEMBERS + member) * BN
@@ -56,7 +56,7 @@ def member_scores(
     tokens,
     features,
     bias,
-    inverse,
+    scale,
     groups,
     scores,
     ids,
@@ -79,7 +79,7 @@ def member_scores(
     begin = (tl.program_id(0) % parts) * PER_PROGRAM
     column = tl.arange(0, BLOCK)
     x = tl.load(tokens + token * WIDTH + column, mask=column < WIDTH, other=0.0).to(tl.float32)
-    inv = tl.load(inverse + token)
+    inv = tl.load(scale + token)
     for at in range(0, PER_PROGRAM, ENTRIES):
         entry = begin + at + tl.arange(0, ENTRIES)
         inside = entry < GROUPS * MEMBERS

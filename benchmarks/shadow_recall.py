@@ -1,0 +1,131 @@
+"""Does the search of the GPU step lose features? Its arithmetic on the CPU, on trained weights.
+
+    python benchmarks/shadow_recall.py     # writes results/shadow_recall.json, some ten minutes
+
+`saesub.topk.shadow` searches by a copy of the encoder in 16 or 8 bits. Here the same numbers are
+computed by torch operators: tokens and encoder rows rounded to few bits, float32 products, the
+largest of each group of features rounded to bfloat16, the best groups opened, their members ranked.
+A feature is lost if it is one of the float32 top k and not among the candidates. Dictionaries are
+trained, and the tokens are others than those of the training.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime, timezone
+
+import torch
+from environments import FOLDER
+from run import commit, machine
+from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens.config import SAETrainerConfig
+from torch import Tensor
+
+import saesub
+from saesub.topk.ops import dense_search
+from saesub.topk.shadow import MEMBERS, few_bits, tiles_for, width_of
+
+HOOK, D_SAE, K, BATCH, STEPS = "blocks.12.hook_attn_out", 36_864, 32, 2048, 300
+N_SPECTRUM, N_JUDGED, BLOCK = 100_000, 8192, 512
+TYPES = {"16 bits": torch.float16, "8 bits": torch.float8_e4m3fn}
+GROUP = tiles_for((9, 0))[0].features  # features between the members of a group
+
+
+def main() -> None:
+    store = activations()
+    train, held_out = store.split(N_JUDGED)
+    spectrum = saesub.Spectrum.from_activations(train.rows(0, N_SPECTRUM))
+    x = held_out.rows(0, N_JUDGED)
+    rows = []
+    for start in ("random", "subspace"):
+        for optimizer in ("adam", "sparse_adam"):
+            trainer = trained(train, spectrum, start, optimizer)
+            scaled = x * trainer.activation_scaler.scaling_factor
+            for name, dtype in TYPES.items():
+                row = {"start": start, "optimizer": optimizer, "search": name}
+                rows.append(row | recall(trainer.sae, scaled, dtype))
+                print(rows[-1], flush=True)
+    record = {
+        "settings": {"hook_name": HOOK, "d_sae": D_SAE, "k": K, "tokens": BATCH * STEPS},
+        "machine": machine(),
+        "commit": commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "rows": rows,
+    }
+    (FOLDER / "results" / "shadow_recall.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def activations() -> saesub.ActivationStore:
+    model, corpus = saesub.load_model("smollm2-135m"), saesub.load_corpus("wiki-en")
+    n_tokens = BATCH * STEPS // 5 + N_JUDGED  # five epochs
+    return saesub.harvest(model, corpus, [HOOK], "runs/shadow-recall", n_tokens=n_tokens)[HOOK]
+
+
+def trained(
+    store: saesub.ActivationStore, spectrum: saesub.Spectrum, start: str, optimizer: str
+) -> saesub.SubspaceSAETrainer:
+    torch.manual_seed(0)
+    cfg = TopKTrainingSAEConfig(
+        d_in=spectrum.d,
+        d_sae=D_SAE,
+        k=K,
+        decoder_init_norm=1.0,
+        aux_loss_coefficient=0.0,
+        normalize_activations="expected_average_only_in",
+    )
+    sae = TopKTrainingSAE(cfg)
+    saesub.center_biases(sae, spectrum)
+    if start == "subspace":
+        saesub.initialize_in_subspace(sae, spectrum)
+    else:
+        saesub.fit_norm(sae, spectrum)
+    settings = SAETrainerConfig(
+        total_training_samples=BATCH * STEPS,
+        train_batch_size_samples=BATCH,
+        lr=1e-3,
+        lr_end=1e-4,
+        n_batches_for_norm_estimate=20,
+        device="cpu",
+    )
+    batches = store.batches(BATCH, seed=0)
+    trainer = saesub.SubspaceSAETrainer(settings, sae, batches, optimizer=optimizer)  # pyright: ignore
+    trainer.fit()
+    return trainer
+
+
+@torch.no_grad()
+def recall(sae: TopKTrainingSAE, x: Tensor, dtype: torch.dtype) -> dict[str, float]:
+    """The share of the float32 top k that are among the candidates, and of tokens that lose one."""
+    norms, found, whole = sae.W_dec.norm(dim=1), [], []
+    for part in (x - sae.b_dec if sae.cfg.apply_b_dec_to_input else x).split(BLOCK):
+        best, _ = dense_search(part, sae.W_enc, sae.b_enc, K, norms)
+        chosen = candidates(part, sae.W_enc.T * norms[:, None], sae.b_enc * norms, dtype)
+        hit = (best[:, :, None] == chosen[:, None, :]).any(2)
+        found.append(hit.float().mean(1))
+        whole.append(hit.all(1))
+    return {
+        "recall": torch.cat(found).mean().item(),
+        "tokens that lose one": 1 - torch.cat(whole).float().mean().item(),
+    }
+
+
+def candidates(x: Tensor, rows: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """(n, width) the features that the search ranks in float32; rows hold the decoder's norms."""
+    width, n = width_of(K, dtype), len(x)
+    tokens, scale = few_bits(x, dtype)
+    weights, factor = few_bits(rows.flatten()[None], dtype)
+    weights = weights.view_as(rows)
+    scores = tokens.float() @ weights.float().T + bias * factor * scale[:, None]
+    d_sae = -(-len(rows) // (GROUP * MEMBERS)) * GROUP * MEMBERS
+    padded = torch.nn.functional.pad(scores, (0, d_sae - len(rows)), value=-torch.inf)
+    members = padded.view(n, -1, MEMBERS, GROUP)
+    maxima = members.amax(2).flatten(1).bfloat16()
+    groups = maxima.topk(width, dim=1).indices
+    ids = torch.arange(d_sae).view(-1, MEMBERS, GROUP).transpose(1, 2).reshape(-1, MEMBERS)
+    of_groups = ids[groups].flatten(1)
+    best = padded.gather(1, of_groups).topk(width, dim=1).indices
+    return of_groups.gather(1, best)
+
+
+if __name__ == "__main__":
+    main()
