@@ -33,7 +33,9 @@ def _sae(d: int, d_sae: int, *, scaled: bool = True, seed: int = 0, **more) -> T
 
 
 def _shadow(sae: TopKTrainingSAE, *, eight_bits: bool = False) -> EncoderShadow:
-    return EncoderShadow(sae, BACKEND.row_products, eight_bits=eight_bits)
+    settings_ = {"products": BACKEND.row_products, "eight_bits": eight_bits}
+    scaled = sae.cfg.rescale_acts_by_decoder_norm
+    return EncoderShadow(sae.W_enc, sae.W_dec, scaled=scaled, **settings_)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -109,7 +111,7 @@ def test_steps_by_a_shadow_equal_those_by_autograd(optimizer, n_dead):
         assert ((a - b).abs() > 1e-4).float().mean() < 0.01, name
     assert kept is not None
     before = kept.rows.float() / kept.factor, kept.norms.clone()
-    kept.rebuild(sae)
+    kept.rebuild(sae.W_enc, sae.W_dec)
     torch.testing.assert_close(before[0], kept.rows.float() / kept.factor, rtol=2**-9, atol=1e-5)
     torch.testing.assert_close(before[1], kept.norms)
 
@@ -136,13 +138,13 @@ def test_weights_that_others_change_reach_the_shadow(monkeypatch):
     kept = _shadow(sae)
     with torch.no_grad():
         sae.W_enc.mul_(2)
-    kept.keep_up(sae)
+    kept.keep_up(sae.W_enc, sae.W_dec)
     torch.testing.assert_close(kept.rows, _shadow(sae).rows * (kept.factor / _shadow(sae).factor))
 
     sae.W_dec.data[:] *= 0.5  # of which torch keeps no count
     monkeypatch.setattr(shadow, "_REFRESHES", 3)
     for _ in range(3):
-        kept.keep_up(sae)
+        kept.keep_up(sae.W_enc, sae.W_dec)
     torch.testing.assert_close(kept.norms, sae.W_dec.detach().norm(dim=1))
 
 
@@ -151,7 +153,7 @@ def test_rows_that_outgrow_the_range_are_seen_and_written_again(monkeypatch):
     sae = _sae(8, 96)
     kept = _shadow(sae, eight_bits=True)
     sae.W_enc.data[:, 7] *= 1000
-    kept.keep_up(sae)
+    kept.keep_up(sae.W_enc, sae.W_dec)
     assert not kept.overflowed
     _, factor = few_bits(
         (sae.W_enc.T * sae.W_dec.norm(dim=1)[:, None]).detach().flatten()[None], kept.rows.dtype

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -13,10 +14,12 @@ from torch import Tensor
 
 from saesub.errors import SaesubError
 from saesub.precision import without_autocast
+from saesub.topk import cuda_search
 from saesub.topk.eligibility import other_activation
 from saesub.topk.ops import TOKENS_PER_BLOCK, Selected
 from saesub.topk.sae import SparseTopKTrainingSAE
-from saesub.topk.step import feature_scale, sparse_activations
+from saesub.topk.step import feature_scale, row_backend, sparse_activations
+from saesub.topk.triton_backend import TritonBackend
 
 Encode = Callable[[Float[Tensor, "n d_in"]], Float[Tensor, "n d_sae"]]
 Read = TypeVar("Read")
@@ -29,7 +32,8 @@ def encoder_of(sae: Any) -> Encode:
     It takes activations (n, d_in) on any device; a hook_z SAE also takes (n, heads, d_head). A TopK
     SAE gives sparse COO tensors and never holds a value of every feature for more than a block of
     tokens, except on MPS, where torch lacks operators on sparse tensors. The features are those
-    that SAELens' `encode` ranks highest, by the whole product in the SAE's own precision.
+    that SAELens' `encode` ranks highest, by the whole product in the SAE's own precision; on a GPU
+    whose Triton kernels have passed `saesub check-gpu`, by the search of the training step.
 
     Raises SaesubError for what is no SAE, one on the meta device or with NaN or infinite weights,
     weights in another dtype than the SAE's own, and a temporal SAE, whose features depend on the
@@ -122,20 +126,53 @@ def _finite(features: Tensor) -> Tensor:
 def _encode_of(sae: Any) -> Encode:
     """`sae.encode`, for a TopK SAE block by block into sparse entries."""
 
+    best = _best_features(sae) if _is_plain_topk(sae) else None
+
     def encode(x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
-        if not _is_plain_topk(sae):
+        if best is None:
             return _finite(sae.encode(x))
-        scale, best = feature_scale(sae), []
-        for rows in sae.process_sae_in(x).split(TOKENS_PER_BLOCK):
-            scores = rows @ sae.W_enc + sae.b_enc
-            if scale is not None:
-                scores *= scale
-            best.append(scores.topk(sae.activation_fn.k, sorted=False))
-        values, features = (torch.cat(parts) for parts in zip(*best, strict=True))
+        found = [best(rows) for rows in sae.process_sae_in(x).split(TOKENS_PER_BLOCK)]
+        features, values = (torch.cat(parts) for parts in zip(*found, strict=True))
         selected = Selected.equally(features, values, sae.cfg.d_sae)
         return _finite(sparse_activations(selected, selected.pre.relu(), len(x)))
 
     return encode
+
+
+Best = Callable[[Float[Tensor, "n d_in"]], tuple[Tensor, Tensor]]
+
+
+def _best_features(sae: Any) -> Best:
+    """The function from the inputs of a TopK SAE's encoder to each token's k best features and
+    their values, both (n, k)."""
+    scale, k = feature_scale(sae), sae.activation_fn.k
+    if sae.W_enc.device.type == "cuda":
+        return _searched(sae, scale, k)
+
+    def whole_product(x: Float[Tensor, "n d_in"]) -> tuple[Tensor, Tensor]:
+        scores = x @ sae.W_enc + sae.b_enc
+        if scale is not None:
+            scores *= scale
+        values, features = scores.topk(k, sorted=False)
+        return features, values
+
+    return whole_product
+
+
+def _searched(sae: Any, scale: Tensor | None, k: int) -> Best:
+    """`_best_features` without the scores of all features, which would fill a GPU."""
+    W_enc = sae.W_enc.detach().T.contiguous().T
+    rows = row_backend(sae.W_enc.device) if sae.W_enc.dtype == torch.float32 else None
+    search = partial(cuda_search.search, exact=True)
+    if isinstance(rows, TritonBackend):
+        shadow = rows.shadow_of(W_enc, sae.W_dec, scaled=scale is not None)
+        search, scale = shadow.search, shadow.norms
+
+    def best(x: Float[Tensor, "n d_in"]) -> tuple[Tensor, Tensor]:
+        features, pre = search(x, W_enc, sae.b_enc, k, scale)
+        return features, pre if scale is None else pre * scale[features]
+
+    return best
 
 
 def _is_plain_topk(sae: Any) -> bool:

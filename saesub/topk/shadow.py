@@ -60,7 +60,8 @@ class EncoderShadow:
     """The copy, and the search by it.
 
     Args:
-        sae: a TopK SAE whose `W_enc` lies feature-major in memory.
+        W_enc, W_dec: of a TopK SAE, (d_in, d_sae), feature-major in memory, and (d_sae, d_out).
+        scaled: whether features are ranked by pre-activation times decoder norm.
         products: as `ops.row_products`.
         eight_bits: float8 instead of float16; a card of compute capability 8.9 or more has it.
 
@@ -73,52 +74,55 @@ class EncoderShadow:
     """
 
     def __init__(
-        self, sae: Any, products: cuda_search.Products, *, eight_bits: bool = False
+        self,
+        W_enc: Float[Tensor, "d_in d_sae"],
+        W_dec: Float[Tensor, "d_sae d_out"],
+        *,
+        scaled: bool,
+        products: cuda_search.Products,
+        eight_bits: bool = False,
     ) -> None:
         self._products = products
-        d_in, d_sae = sae.W_enc.shape
+        self._shape = d_in, d_sae = W_enc.shape
         dtype = torch.float8_e4m3fn if eight_bits else torch.float16
         per_row = _ALIGNMENT // dtype.itemsize
-        on = {"device": sae.W_enc.device}
+        on = {"device": W_enc.device}
         self.rows = torch.zeros(d_sae, -(-d_in // per_row) * per_row, dtype=dtype, **on)
-        scaled = sae.cfg.rescale_acts_by_decoder_norm
         self.norms = torch.ones(d_sae, **on) if scaled else None
         self.overflowed = torch.zeros(1, dtype=torch.int32, **on)
-        self._shape = d_in, d_sae
-        self.rebuild(sae)
+        self.rebuild(W_enc, W_dec)
 
     @torch.no_grad()
-    def rebuild(self, sae: Any) -> None:
+    def rebuild(self, W_enc: Tensor, W_dec: Tensor) -> None:
         """Write all rows. Waits for the device."""
-        largest = torch.linalg.vector_norm(sae.W_enc, torch.inf, 0)
+        largest = torch.linalg.vector_norm(W_enc, torch.inf, 0)
         if self.norms is not None:
-            largest = largest * sae.W_dec.norm(dim=1)
+            largest = largest * W_dec.norm(dim=1)
         self.factor = float(few_bits(largest[None], self.rows.dtype)[1])
         self.overflowed.zero_()
         self._at = 0
-        self._write(sae, 0, len(self.rows))
-        self._key = self._key_of(sae)
+        self._write(W_enc, W_dec, 0, len(self.rows))
+        self._key = _key_of(W_enc, W_dec)
 
-    def fits(self, sae: Any) -> bool:
-        """Whether it has the shape and the device of an SAE's encoder, and its kind of ranking."""
-        scaled = sae.cfg.rescale_acts_by_decoder_norm
-        same = self._shape == tuple(sae.W_enc.shape) and self.rows.device == sae.W_enc.device
+    def fits(self, W_enc: Tensor, scaled: bool) -> bool:
+        """Whether it has the shape and the device of an encoder, and its kind of ranking."""
+        same = self._shape == W_enc.shape and self.rows.device == W_enc.device
         return same and scaled == (self.norms is not None)
 
-    def keep_up(self, sae: Any) -> None:
+    def keep_up(self, W_enc: Tensor, W_dec: Tensor) -> None:
         """Before a step: write all rows if the weights were changed by others, else the next few.
 
         A change through `.data` leaves no trace in torch, so every row is written again within
         `_REFRESHES` steps.
         """
-        if self._key != self._key_of(sae):
-            return self.rebuild(sae)
+        if self._key != _key_of(W_enc, W_dec):
+            return self.rebuild(W_enc, W_dec)
         left = len(self.rows) - self._at
         chunk = min(-(-len(self.rows) // _REFRESHES), left)
-        self._write(sae, self._at, chunk)
+        self._write(W_enc, W_dec, self._at, chunk)
         self._at = 0 if chunk == left else self._at + chunk
         if self._at == 0 and bool(self.overflowed):  # waits, once in so many steps
-            self.rebuild(sae)
+            self.rebuild(W_enc, W_dec)
 
     def given(self) -> list[Any]:
         """What the kernels of the row update take of a shadow."""
@@ -128,15 +132,10 @@ class EncoderShadow:
         """The constants that they take."""
         return {"WIDTH": self.rows.shape[1], "LIMIT": _LIMITS[self.rows.dtype]}
 
-    def _write(self, sae: Any, first: int, count: int) -> None:
-        shapes = row_shapes(sae.W_enc.shape[0], sae.W_dec.shape[1])
-        given = [first, sae.W_enc.detach().T, sae.W_dec.detach(), *self.given()]
+    def _write(self, W_enc: Tensor, W_dec: Tensor, first: int, count: int) -> None:
+        given = [first, W_enc.detach().T, W_dec.detach(), *self.given()]
+        shapes = row_shapes(W_enc.shape[0], W_dec.shape[1])
         launch("write_shadow", count, *given, **shapes, **self.shape())
-
-    def _key_of(self, sae: Any) -> tuple[int, ...]:
-        """What changes with the weights, but for changes through `.data`."""
-        weights = (sae.W_enc, sae.W_dec)
-        return tuple(n for w in weights for n in (w.data_ptr(), w._version))
 
     @torch.no_grad()
     def search(
@@ -207,6 +206,11 @@ def few_bits(
     largest = x.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny)
     power = (_LIMITS[dtype] / _HEADROOM[dtype] / largest).log2().floor().clamp(-60, 60).exp2()
     return (x * power[:, None]).to(dtype), power
+
+
+def _key_of(*weights: Tensor) -> tuple[int, ...]:
+    """What changes with the weights, but for changes through `.data`."""
+    return tuple(n for w in weights for n in (w.data_ptr(), w._version))
 
 
 def _scaled(scores: Tensor, scale: Tensor | None) -> Tensor:

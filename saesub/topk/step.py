@@ -22,6 +22,7 @@ from saesub.errors import SaesubError
 from saesub.optim import SparseAdam, found_inf, moments
 from saesub.topk import cpu, int8_search, triton_backend
 from saesub.topk.backend import AdamSettings, Decoded, RowBackend, RowGradients
+from saesub.topk.gpu_record import has_passed
 from saesub.topk.ops import (
     Search,
     Selected,
@@ -160,11 +161,11 @@ def autograd_pass(
 
 
 def row_backend(device: torch.device, *, triton: bool = False) -> RowBackend | None:
-    """What searches there and runs `row_step`: on the CPU that takes a C++ compiler, on CUDA
-    `triton`."""
+    """What searches there and runs `row_step`: on the CPU that takes a C++ compiler, on CUDA Triton
+    kernels that have passed `saesub check-gpu` there, or are asked for by `triton`."""
     if device.type == "cpu" and not triton and cpu.library() is not None:
         return cpu.BACKEND
-    if device.type == "cuda" and triton and triton_backend.available():
+    if device.type == "cuda" and (triton or has_passed(device)) and triton_backend.available():
         return triton_backend.BACKEND
     return None
 

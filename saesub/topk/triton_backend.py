@@ -138,10 +138,15 @@ class TritonBackend(RowBackend):
 
     def shadow(self, sae: Any, kept: EncoderShadow | None) -> EncoderShadow:
         """`kept`, if it is of this SAE's kind, brought up to date; else a new one."""
-        if kept is None or not kept.fits(sae):
-            return EncoderShadow(sae, self.row_products)
-        kept.keep_up(sae)
+        scaled = sae.cfg.rescale_acts_by_decoder_norm
+        if kept is None or not kept.fits(sae.W_enc, scaled):
+            return self.shadow_of(sae.W_enc, sae.W_dec, scaled=scaled)
+        kept.keep_up(sae.W_enc, sae.W_dec)
         return kept
+
+    def shadow_of(self, W_enc: Tensor, W_dec: Tensor, *, scaled: bool) -> EncoderShadow:
+        """A new shadow of these weights, in 16 bits."""
+        return EncoderShadow(W_enc, W_dec, scaled=scaled, products=self.row_products)
 
     def row_products(
         self, vectors: Float[Tensor, "n d"], selected: Selected, table: Float[Tensor, "d_sae d"]
