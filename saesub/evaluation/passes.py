@@ -69,21 +69,29 @@ def encoded(
             else:
                 require_finite(block)
             block = block.to(sae.device)
-            found = read(block)
+            try:
+                found = read(block)
+            except SaesubError:
+                _require_none(watch)  # the features are not finite either
+                raise
             yield block.flatten(1), found
             n += len(block)
             shown.update(len(block))
             if n == n_tokens:
                 break
-    if (bad := watch.read()) is not None:
-        raise SaesubError(
-            f"activations hold NaN or infinite values, first among the {TOKENS_PER_BLOCK:,} tokens "
-            f"from number {bad[1]} on: leave them out, or load the model in another dtype"
-        )
+    _require_none(watch)
     if n_tokens is not None and n < n_tokens:
         raise SaesubError(
             f"Only {n} of {n_tokens} tokens of activations came: "
             "pass more activations or a smaller n_tokens."
+        )
+
+
+def _require_none(watch: FiniteWatch) -> None:
+    if (bad := watch.read()) is not None:
+        raise SaesubError(
+            f"activations hold NaN or infinite values, first among the {TOKENS_PER_BLOCK:,} tokens "
+            f"from number {bad[1]:,} on: leave them out, or load the model in another dtype"
         )
 
 

@@ -70,9 +70,9 @@ class TokenCountingTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         if (bad := self.bad_batches.read()) is not None:
             n, first, last = bad
             raise SaesubError(
-                f"{n:,} batches of steps {first:,} to {last:,} held NaN or infinite activations "
-                "and were left out, so the weights are as without them: leave them out of the data "
-                "and continue"
+                f"Of the batches of steps {first:,} to {last:,}, {n:,} held NaN or infinite "
+                "activations and were left out, and the weights are as without them: take them out "
+                "of the data and continue."
             )
         self.recorder.read()
 
