@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time `_MODULES` says 
     from saesub.activations.tokens import pack_contexts
     from saesub.errors import SaesubError
     from saesub.evaluation.dead_features import Diagnosis, dead_features, diagnose, overlap
+    from saesub.evaluation.held_out import Judgement, judge
     from saesub.evaluation.language_model_loss import sae_loss, subspace_loss_recovered
     from saesub.evaluation.reconstruction import reconstruction
     from saesub.init.biases import center_at, center_biases, geometric_median
@@ -47,8 +48,9 @@ __all__ = [
     "ActivationStore", "GhostGradients", "KAnnealing", "Resampling", "SaesubError", "SparseAdam",
     "SparseBatchTopKTrainingSAE", "SparseTopKTrainingSAE", "Spectrum", "SubspaceSAETrainer",
     "center_biases", "choose_d_init", "dead_features", "diagnose", "fit_norm", "harvest",
-    "initialize_in_subspace", "load_corpus", "load_model", "measure_spectra", "measure_spectrum",
-    "reconstruction", "sae_loss", "subspace_loss_recovered", "train_together", "use_sparse_step",
+    "initialize_in_subspace", "judge", "load_corpus", "load_model", "measure_spectra",
+    "measure_spectrum", "reconstruction", "sae_loss", "subspace_loss_recovered", "train_together",
+    "use_sparse_step",
 ]  # fmt: skip
 
 _MODULES = {
@@ -58,6 +60,7 @@ _MODULES = {
     "activations.tokens": "pack_contexts",
     "errors": "SaesubError",
     "evaluation.dead_features": "Diagnosis dead_features diagnose overlap",
+    "evaluation.held_out": "Judgement judge",
     "evaluation.language_model_loss": "sae_loss subspace_loss_recovered",
     "evaluation.reconstruction": "reconstruction",
     "init.biases": "center_at center_biases geometric_median",

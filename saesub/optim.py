@@ -19,6 +19,7 @@ from torch.optim.adam import adam
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from saesub.errors import SaesubError
+from saesub.precision import where_float64
 
 OptimizerName = Literal["adam", "sparse_adam"]
 
@@ -141,7 +142,8 @@ class SparseAdam(torch.optim.Adam):
 
     Where few features have a gradient, only their rows are touched: a row's moments catch up on
     the decay they missed when the row next moves. `state[parameter]["moved"]` (d_sae,) holds the
-    step up to which each row's moments are decayed.
+    step up to which each row's moments are decayed; without it, all are up to date. On CUDA all
+    rows are updated at every step, since to know which have a gradient is to wait for the device.
 
     Args:
         params: groups made by `parameter_groups`. A group whose `feature_axis` is None, or a plain
@@ -180,8 +182,8 @@ class SparseAdam(torch.optim.Adam):
         """The step up to which the moments of each row are decayed."""
         state = self.state[parameter]
         if "moved" not in state:  # new, or of an Adam whose moments are all up to date
-            shape, steps = (parameter.shape[axis],), int(state.get("step", 0))
-            state["moved"] = torch.full(shape, steps, dtype=torch.int64, device=parameter.device)
+            moved = torch.zeros(parameter.shape[axis], dtype=torch.int64, device=parameter.device)
+            state["moved"] = moved + state["step"].to(moved) if "step" in state else moved
         return state["moved"]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -204,18 +206,25 @@ class SparseAdam(torch.optim.Adam):
         rows = [t.detach().movedim(axis or 0, 0) for t in (parameter, grad, *averages)]
         if axis is None:
             return _fused_adam(rows, step, group, getattr(self, "found_inf", None))
+        if _reading_waits(parameter):
+            moved = self.state[parameter].pop("moved", None)
+            return _update_masked(rows, moved, step, group)
         moved, moves = self.moved(parameter, axis), _rows_with_gradient(rows[1])
         if int(moves.sum()) < _LAZY_BELOW * len(moves):
             return _update_rows(rows, moves.nonzero().squeeze(1), moved, step, group)
         missed = int(step) - moved
         if bool(missed.any()):
-            for average, beta in zip(rows[2:], group["betas"], strict=True):
-                average.mul_(_decay(beta, missed, average))
+            _catch_up(rows, missed, group)
         still = (~moves).nonzero().squeeze(1)
         kept = rows[0].index_select(0, still)
         _fused_adam(rows, step, group)
         rows[0].index_copy_(0, still, kept)
         moved.fill_(int(step))
+
+
+def _reading_waits(parameter: Tensor) -> bool:
+    """Whether to read a number is to wait until the device has done all its work."""
+    return parameter.is_cuda
 
 
 def _check_group(group: dict[str, Any]) -> None:
@@ -253,6 +262,27 @@ def _fused_adam(
     )
 
 
+def _update_masked(
+    rows: list[Tensor], moved: Tensor | None, step: Tensor, group: dict[str, Any]
+) -> None:
+    """Update all rows and put those without a gradient back: operators of fixed shapes only.
+
+    Afterwards the moments of all rows are up to date.
+    """
+    if moved is not None:
+        _catch_up(rows, step.to(moved.dtype) - moved, group)
+    parameter, kept = rows[0], rows[0].clone()
+    moves = _rows_with_gradient(rows[1]).view(-1, *[1] * (parameter.ndim - 1))
+    _fused_adam(rows, step, group)
+    torch.where(moves, parameter, kept, out=parameter)
+
+
+def _catch_up(rows: list[Tensor], missed: Tensor, group: dict[str, Any]) -> None:
+    """Decay the moments of each row by the steps they have missed."""
+    for average, beta in zip(rows[2:], group["betas"], strict=True):
+        average.mul_(_decay(beta, missed, average))
+
+
 def _update_rows(
     rows: list[Tensor], index: Tensor, moved: Tensor, step: Tensor, group: dict[str, Any]
 ) -> None:
@@ -273,7 +303,7 @@ def _update_rows(
 
 def _decay(beta: float, missed: Tensor, like: Tensor) -> Tensor:
     """beta to the power of the steps missed, shaped to multiply rows."""
-    decay = torch.pow(beta, missed.cpu().double())  # not every device has float64
+    decay = torch.pow(beta, where_float64(missed).double())
     return decay.to(like.device, like.dtype).view(-1, *[1] * (like.ndim - 1))
 
 

@@ -6,13 +6,16 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
 from transformer_lens.model_bridge import TransformerBridge
+from waiting import no_waiting
 
 from saesub.activations import forward_pass
+from saesub.activations import store as store_module
 from saesub.activations.collect import (
     harvest,
     measure_spectra,
@@ -280,6 +283,83 @@ def test_batches_are_shuffled_and_restart_exactly(tmp_path: Path) -> None:
     other = next(store.batches(10, seed=4))
     assert not torch.equal(other, run[0])
     assert run[0].dtype == torch.float32
+
+
+def _same(a: ActivationStore, b: ActivationStore) -> None:
+    """The same numbers in the same order, under the same identity."""
+    assert (a.n_tokens, a.d_in, a.hook_name) == (b.n_tokens, b.d_in, b.hook_name)
+    assert a.identity == b.identity
+    assert torch.equal(a.rows(3, 11), b.rows(3, 11))
+    given = {"seed": 3, "start_step": 4, "stop": 31}
+    batches = zip(a.batches(10, **given), b.batches(10, **given), strict=True)
+    for one, other in batches:
+        assert one.dtype == other.dtype == torch.float32
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_store_in_memory_equals_the_file_batch_for_batch(tmp_path: Path, dtype) -> None:
+    numbers = torch.randn(103, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with StoreWriter(tmp_path, "h", 103, dtype) as writer:
+        writer.write(numbers)
+        writer.finish({"text": "t"}, epochs=1.0)
+    file = ActivationStore.open(tmp_path, "h")
+    given, moved = ActivationStore.of(numbers, "h"), file.on("cpu")
+    assert repr(given) == repr(moved) == "ActivationStore(h, 103 tokens, d_in 4, on cpu)"
+    assert repr(file) == "ActivationStore(h, 103 tokens, d_in 4)"
+    assert (moved.settings, moved.epochs) == ({"text": "t"}, 1.0)
+    assert given._rows.dtype == moved._rows.dtype == dtype
+    for one in (given, moved, given.on("cpu"), moved.on("cpu")):
+        _same(one, file)
+        for part, of_file in zip(one.split(20), file.split(20), strict=True):
+            _same(part, of_file)
+    _same(file.split(20)[1].on("cpu"), file.split(20)[1])
+    _same(given.split(20)[0].split(30)[1], file.split(20)[0].split(30)[1])
+
+
+def test_no_batch_from_memory_is_waited_for() -> None:
+    batches = ActivationStore.of(torch.randn(40, 4), "h").batches(10, seed=0)
+    next(batches)  # draws the order of the epoch
+    with no_waiting():
+        assert next(batches).shape == (10, 4)
+
+
+def test_rows_from_memory_are_a_copy() -> None:
+    given = torch.ones(5, 4)
+    ActivationStore.of(given, "h").rows(0, 5).zero_()
+    assert given.sum() == 20
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (torch.zeros(5), "are no store: give activations"),
+        (torch.zeros(0, 4), "are no store: give activations"),
+        (torch.zeros(5, 4, dtype=torch.bfloat16), r"holds torch.float16 or torch.float32, not"),
+        (torch.zeros(5, 4, dtype=torch.int64), "must hold floating-point numbers"),
+        (torch.full((5, 4), torch.nan), "hold NaN or infinite values"),
+        ([1.0, 2.0], "must be a tensor"),
+    ],
+)
+def test_what_is_no_store_in_memory_is_refused(rows: Any, message: str) -> None:
+    with pytest.raises(SaesubError, match=message):
+        ActivationStore.of(rows, "h")
+
+
+def test_a_device_without_room_or_that_is_not_here_is_refused(tmp_path: Path, monkeypatch) -> None:
+    store = _store(tmp_path)
+    for device in ("cuda:7", "nowhere", "meta"):
+        with pytest.raises(SaesubError, match="give 'cpu' or a device you have"):
+            store.on(device)
+    free = store_module._free_memory(torch.device("cpu"))
+    assert free is None or free > 2**20
+    monkeypatch.setattr(store_module, "_free_memory", lambda device: 10**7)
+    store.on("cpu")
+    monkeypatch.setattr(store_module, "_free_memory", lambda device: 1000)
+    with pytest.raises(
+        SaesubError, match=r"of h need 0\.00 GB, and 0\.00 GB are free on cpu: move"
+    ):
+        store.on("cpu")
 
 
 def test_an_unfinished_store_says_so(tmp_path: Path) -> None:

@@ -226,6 +226,18 @@ def judges_density(sae: Any, *_: Any, x: Tensor | None = None) -> None:
     assert torch.equal(dead, fired == 0)
 
 
+def judges_all(sae: Any, *_: Any, x: Tensor | None = None) -> None:
+    x = activations() if x is None else x
+    with everything_unchanged(sae):
+        found = saesub.judge(sae, x, n_tokens=len(x))
+    n = len(x)
+    assert (found.fvu, found.l0, found.n_tokens) == reconstruction(sae, x)
+    assert torch.equal(found.counts.float() / n, feature_density(sae, x, n_tokens=n))
+    dead = saesub.dead_features(sae, x, n_tokens=n)
+    assert found.silent == {n: pytest.approx(dead.double().mean().item())}
+    assert torch.equal(found.counts == 0, dead)
+
+
 def judges_prediction(sae: Any, *_: Any, x: Tensor | None = None) -> None:
     x = activations() if x is None else x
     y = (x[:, :D_OUT] * 3 + 100).double()
@@ -268,6 +280,7 @@ EVALUATORS: dict[str, Callable[..., None]] = {
     "loss": judges_loss,
     "reconstruction": judges_reconstruction,
     "density": judges_density,
+    "all": judges_all,
     "prediction": judges_prediction,
     "top": judges_top,
     "texts": judges_texts,
@@ -277,7 +290,7 @@ EVALUATORS: dict[str, Callable[..., None]] = {
 def refusal(evaluator: str, name: str) -> str | None:
     if evaluator == "prediction" and "transcoder" not in name:
         return "judge it by saesub.reconstruction"
-    if evaluator in ("loss", "reconstruction") and "transcoder" in name:
+    if evaluator in ("loss", "reconstruction", "all") and "transcoder" in name:
         return "transcoder"
     return "A temporal SAE predicts each token" if "temporal" in name else None
 
@@ -301,6 +314,7 @@ def test_any_dtype_of_sae_and_activations(name, of_sae, of_activations) -> None:
     # torch adds up a sparse product in half precision in another order than a dense one
     judges_reconstruction(sae, x=x, rel=1e-3 if of_sae.endswith("16") else 1e-5)
     judges_density(sae, x=x)
+    judges_all(sae, x=x)
 
 
 @pytest.mark.parametrize("of_activations", DTYPES)

@@ -13,7 +13,9 @@ from sae_lens import (
     TopKTrainingSAEConfig,
 )
 from torch import nn
+from waiting import WaitingError, no_waiting
 
+from saesub import optim
 from saesub.optim import SparseAdam, parameter_groups
 
 LR, BETA1, BETA2, EPS = 1e-2, 0.9, 0.99, 1e-8
@@ -44,8 +46,17 @@ def _masked_adam(start: torch.Tensor, gradients: list[torch.Tensor]) -> torch.Te
     return p
 
 
+@pytest.fixture
+def as_on_cuda(monkeypatch):
+    """SparseAdam takes CUDA's path on the CPU."""
+    monkeypatch.setattr(optim, "_reading_waits", lambda parameter: True)
+
+
+@pytest.mark.parametrize("path", ["as_on_cpu", "as_on_cuda"])
 @pytest.mark.parametrize(("shape", "axis"), [((20, 6), 0), ((6, 20), 1), ((20,), 0)])
-def test_equals_the_masked_adam_of_the_paper(shape, axis):
+def test_equals_the_masked_adam_of_the_paper(shape, axis, path, request):
+    if path == "as_on_cuda":
+        request.getfixturevalue(path)
     start = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     parameter = nn.Parameter(start.clone())
     optimizer = SparseAdam(
@@ -165,3 +176,74 @@ def test_a_gradient_that_lies_otherwise_in_memory_meets_its_own_entries():
         optimizer.step()
         moved.append(parameter.detach())
     torch.testing.assert_close(*moved)
+
+
+def _one_of(shape: tuple[int, ...]) -> tuple[nn.Parameter, SparseAdam]:
+    parameter = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(1)))
+    groups = [{"params": [parameter], "feature_axis": 0}]
+    return parameter, SparseAdam(groups, lr=LR, betas=(BETA1, BETA2), eps=EPS)
+
+
+def _take(parameter: nn.Parameter, optimizer: SparseAdam, gradients: list[torch.Tensor]) -> None:
+    for gradient in gradients:
+        parameter.grad = gradient.clone()
+        optimizer.step()
+
+
+def test_the_path_on_cuda_is_that_of_many_rows_bit_for_bit(request):
+    """Three in ten rows move at each step, so that the CPU updates all as well."""
+    gradients = _gradients((300, 6), 0, steps=30)
+    assert all((g != 0).any(1).float().mean() > optim._LAZY_BELOW for g in gradients)
+    expected = _one_of((300, 6))
+    _take(*expected, gradients)
+    request.getfixturevalue("as_on_cuda")
+    found = _one_of((300, 6))
+    _take(*found, gradients)
+    assert torch.equal(found[0], expected[0])
+
+
+def test_a_step_on_cuda_waits_for_nothing(as_on_cuda):
+    parameter, optimizer = _one_of((40, 5))
+    bias = nn.Parameter(torch.zeros(5))
+    optimizer.add_param_group({"params": [bias], "feature_axis": None})
+    for gradient in _gradients((40, 5), 0, steps=3):
+        parameter.grad, bias.grad = gradient, gradient.sum(0)
+        with no_waiting():
+            optimizer.moved(parameter, 0)  # as a fused step leaves it
+            optimizer.step()
+
+
+def test_the_path_on_the_cpu_would_wait():
+    """Else the test above could not fail."""
+    parameter, optimizer = _one_of((40, 5))
+    parameter.grad = torch.ones_like(parameter)
+    with pytest.raises(WaitingError), no_waiting():
+        optimizer.step()
+
+
+def test_a_state_moves_between_the_paths(monkeypatch):
+    """As a checkpoint does between devices; few rows move, so that the CPU's moments lag behind."""
+    gradients = [
+        g * (torch.arange(40) % 7 == i % 7)[:, None]
+        for i, g in enumerate(_gradients((40, 5), 0, steps=40))
+    ]
+    expected, found = _one_of((40, 5)), _one_of((40, 5))
+    _take(*expected, gradients)
+    for start in range(0, 40, 10):
+        monkeypatch.setattr(optim, "_reading_waits", lambda p, on=start % 20 == 0: on)
+        kept = copy.deepcopy(found[1].state_dict())
+        found = (found[0], _one_of((40, 5))[1])
+        found[1].param_groups[0]["params"] = [found[0]]
+        found[1].load_state_dict(kept)
+        _take(*found, gradients[start : start + 10])
+    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=1e-6)
+
+
+def test_a_row_of_nan_shows_and_a_silent_row_stays_on_cuda(as_on_cuda):
+    parameter, optimizer = _one_of((10, 5))
+    before = parameter.detach().clone()
+    gradient = torch.zeros(10, 5)
+    gradient[0] = torch.nan
+    _take(parameter, optimizer, [gradient])
+    assert parameter[0].isnan().all()
+    assert torch.equal(parameter[1:], before[1:])

@@ -5,10 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saesub.errors import SaesubError
+
+_WAITING = {"cuda"}  # types of devices that work on while the program goes on
+_NONE = 2**62  # the number of the first tensor that is not finite, if there is none
+
+
+def reading_waits(x: Tensor) -> bool:
+    """Whether to read a number of `x` is to wait until its device has done all its work."""
+    return x.device.type in _WAITING
 
 
 def all_finite(x: Tensor) -> bool:
@@ -33,6 +41,33 @@ def require_finite(
         f"{what} hold NaN or infinite values, first {rows[row, column].item()} in row {row}, "
         f"column {column}: {advice}"
     )
+
+
+class FiniteWatch:
+    """Counts on their device the tensors that hold a NaN or an infinity, without waiting for it."""
+
+    _seen: Int[Tensor, " 3"] | None = None  # how many, and the first and last of their numbers
+
+    def note(self, x: Tensor, number: int) -> Bool[Tensor, ""]:
+        """Whether `x` is finite; if it is not, it is counted under its number."""
+        finite = x.isfinite().all()
+        numbers = torch.where(finite, _NONE, number), torch.where(finite, -1, number)
+        seen = torch.stack([(~finite).long(), *numbers])
+        if self._seen is None:
+            self._seen = seen
+        else:
+            how_many, first, last = self._seen.unbind()
+            self._seen = torch.stack(
+                [how_many + seen[0], first.minimum(seen[1]), last.maximum(seen[2])]
+            )
+        return finite
+
+    def read(self) -> tuple[int, int, int] | None:
+        """How many were not finite since the last reading, and the first and last of their numbers;
+        None if all were finite. Waits for the device."""
+        seen, self._seen = self._seen, None
+        how_many, first, last = (0, 0, 0) if seen is None else seen.tolist()
+        return (how_many, first, last) if how_many else None
 
 
 SameText = Callable[[Mapping[str, str]], Mapping[str, str]]

@@ -1,7 +1,8 @@
-"""Activations of one hook point in a memory-mapped file, read back shuffled and restartable.
+"""Activations of one hook point in a memory-mapped file, or in memory, read back shuffled and
+restartable.
 
-A store is `<hook>.bin`, the numbers in float16 or float32, and `<hook>.json`, which says what they
-are. While the store is written, `<hook>.json` says how many rows are safely on the disk.
+A store on disk is `<hook>.bin`, the numbers in float16 or float32, and `<hook>.json`, which says
+what they are. While the store is written, `<hook>.json` says how many rows are safely on the disk.
 """
 
 from __future__ import annotations
@@ -18,29 +19,55 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from saesub.activations.checks import SameText, all_finite, differing, require_finite
-from saesub.arguments import whole_number
+from saesub.arguments import batch_of, whole_number
 from saesub.errors import SaesubError
 from saesub.files import file_sha256, write_atomically
 from saesub.loading.download import require_disk
 
 _ROUNDING = 1e-2  # of a block, relative; ten times that of float16 within its range
+_ROWS_PER_COPY = 65_536  # on their way to another device
 _DTYPES = {torch.float16: np.dtype("<f2"), torch.float32: np.dtype("<f4")}
+_TORCH = {dtype.str: kind for kind, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True, eq=False)
 class ActivationStore:
-    """A read-only view of a store, one row a token (all of them, or one side of a `split`)."""
+    """A read-only view of a store, one row a token (all of them, or one side of a `split`).
+
+    The rows are in a file (`open`), or in the memory of a device (`of`, `on`). Both kinds give the
+    same numbers in the same order.
+    """
 
     hook_name: str
     settings: dict[str, str]
     epochs: float
-    identity: str
-    """The checksum of the numbers on disk, and which rows of them: what `rows` gives."""
-    _rows: np.ndarray
+    _numbers: _Numbers
+    _parts: str
+    _rows: np.ndarray | Tensor
+
+    @classmethod
+    def of(cls, rows: Float[Tensor, "n d_in"], hook_name: str) -> ActivationStore:
+        """A store of activations that are in memory, on any device, in float16 or float32.
+
+        The rows are not copied: do not change them while the store is used. There is no text in
+        `settings`, and the rows count as read once.
+
+        Raises SaesubError for another shape or dtype, no rows, and NaN or infinite values.
+        """
+        rows = batch_of(rows, "the rows of a store").detach()
+        if rows.ndim != 2 or not rows.numel():
+            raise SaesubError(
+                f"rows of shape {tuple(rows.shape)} are no store: give activations (n, d_in), a "
+                "row for each token"
+            )
+        if rows.dtype not in _DTYPES:
+            raise SaesubError(f"a store holds torch.float16 or torch.float32, not {rows.dtype}")
+        require_finite(rows)
+        return cls(hook_name, {}, 1.0, _Numbers(len(rows), rows), "", rows)
 
     @classmethod
     def open(cls, folder: str | Path, hook_name: str) -> ActivationStore:
@@ -70,11 +97,22 @@ class ActivationStore:
             with suppress(OSError):  # a read-only folder: it is hashed again next time
                 _write_record(path, record | {"mtime_ns": data.stat().st_mtime_ns})
         rows = np.memmap(data, dtype, mode="r", shape=shape)
-        identity = f"{record['sha256']} rows 0 to {shape[0]}"
-        return cls(hook_name, record["settings"], record["epochs"], identity, rows)
+        numbers = _Numbers(shape[0], checksum=record["sha256"])
+        return cls(hook_name, record["settings"], record["epochs"], numbers, "", rows)
 
     def __repr__(self) -> str:
-        return f"ActivationStore({self.hook_name}, {self.n_tokens:,} tokens, d_in {self.d_in})"
+        device = f", on {self._rows.device}" if isinstance(self._rows, Tensor) else ""
+        size = f"{self.n_tokens:,} tokens, d_in {self.d_in}"
+        return f"ActivationStore({self.hook_name}, {size}{device})"
+
+    @property
+    def identity(self) -> str:
+        """The checksum of the numbers, and which rows of them: what `rows` gives.
+
+        It is the same in a file and on any device. For rows in memory it is computed when it is
+        first asked for, in about a second for each GB.
+        """
+        return f"{self._numbers.sha256()} rows 0 to {self._numbers.n}{self._parts}"
 
     @property
     def n_tokens(self) -> int:
@@ -87,12 +125,17 @@ class ActivationStore:
         return self._rows.shape[1]
 
     def rows(self, start: int, stop: int) -> Float[Tensor, "n d_in"]:
-        """Rows start..stop in the order of the text, float32. Raises SaesubError beyond the end."""
+        """Rows start..stop in the order of the text, float32, on the rows' device.
+
+        Raises SaesubError beyond the end.
+        """
         if not 0 <= start <= stop <= self.n_tokens:
             raise SaesubError(
                 f"rows {start}..{stop} are not among the stored: give start and stop within "
                 f"0..{self.n_tokens}"
             )
+        if isinstance(self._rows, Tensor):
+            return self._rows[start:stop].to(torch.float32, copy=True)
         return torch.from_numpy(self._rows[start:stop].astype(np.float32))
 
     def batches(
@@ -109,16 +152,47 @@ class ActivationStore:
         if batch_size > self.n_tokens:
             raise SaesubError(f"batch_size must lie in 1..{self.n_tokens}, got {batch_size}")
         seed, start_step = whole_number(seed, "seed", 0), whole_number(start_step, "start_step", 0)
-        step, drawn, order = start_step, -1, np.empty(0, np.int64)
+        per_epoch = self.n_tokens // batch_size
+        per_epoch = self.n_tokens // batch_size
+        step, drawn, order = start_step, -1, []
         while stop is None or step < stop:
-            epoch, at = divmod(step, self.n_tokens // batch_size)
+            epoch, at = divmod(step, per_epoch)
             if epoch != drawn:
-                order = np.random.default_rng([seed, epoch]).permutation(self.n_tokens)
-                drawn = epoch
-            # In file order, because rows of one page of the file are read together.
-            chosen = np.sort(order[at * batch_size : (at + 1) * batch_size])
-            yield torch.from_numpy(np.take(self._rows, chosen, axis=0)).float()
+                drawn, generator = epoch, np.random.default_rng([seed, epoch])
+                shuffled = generator.permutation(self.n_tokens)[: per_epoch * batch_size]
+                order = self._place(shuffled.reshape(per_epoch, batch_size))
+            yield self._gather(order[at])
             step += 1
+
+    def _place(self, order: np.ndarray) -> np.ndarray | Int[Tensor, "steps batch"]:
+        """Which rows each batch of an epoch holds, where the rows are."""
+        if isinstance(self._rows, Tensor):
+            return torch.from_numpy(order).to(self._rows.device).sort(1).values
+        return order
+
+    def _gather(self, chosen: Any) -> Float[Tensor, "batch d_in"]:
+        if isinstance(self._rows, Tensor):
+            return self._rows.index_select(0, chosen).float()
+        # In file order, because rows of one page of the file are read together.
+        return torch.from_numpy(np.take(self._rows, np.sort(chosen), axis=0)).float()
+
+    def on(self, device: str | torch.device) -> ActivationStore:
+        """The store with all its rows moved to a device, where batches are then gathered.
+
+        Raises SaesubError for a device that is not here or has too little free memory.
+        """
+        device = _device_of(device)
+        if isinstance(self._rows, Tensor) and self._rows.device == device:
+            return self
+        kind = self._rows.dtype if isinstance(self._rows, Tensor) else _TORCH[self._rows.dtype.str]
+        rows = _empty_on(device, (self.n_tokens, self.d_in), kind, self.hook_name)
+        for start in range(0, self.n_tokens, _ROWS_PER_COPY):
+            part = self._rows[start : start + _ROWS_PER_COPY]
+            block = part if isinstance(part, Tensor) else torch.from_numpy(np.array(part))
+            rows[start : start + len(block)] = block
+        whole = _Numbers(len(rows), rows)  # so that the rows from before can be freed
+        numbers = self._numbers if self._parts or self._numbers.known else whole
+        return replace(self, _numbers=numbers, _rows=rows)
 
     def split(self, n_held_out: int) -> tuple[ActivationStore, ActivationStore]:
         """The store without its last `n_held_out` rows, and those rows.
@@ -139,8 +213,29 @@ class ActivationStore:
         return self._part(0, cut), self._part(cut, self.n_tokens)
 
     def _part(self, start: int, stop: int) -> ActivationStore:
-        identity = f"{self.identity}, of these {start} to {stop}"
-        return replace(self, identity=identity, _rows=self._rows[start:stop])
+        parts = f"{self._parts}, of these {start} to {stop}"
+        return replace(self, _parts=parts, _rows=self._rows[start:stop])
+
+
+class _Numbers:
+    """How many rows a whole store has, and their checksum, computed when it is first asked for."""
+
+    def __init__(self, n: int, rows: Tensor | None = None, checksum: str | None = None) -> None:
+        self.n, self._rows, self._checksum = n, rows, checksum
+
+    @property
+    def known(self) -> bool:
+        return self._checksum is not None
+
+    def sha256(self) -> str:
+        """That of the file in which `StoreWriter` would write these rows."""
+        if self._checksum is None:
+            assert self._rows is not None
+            digest, dtype = hashlib.sha256(), _DTYPES[self._rows.dtype]
+            for block in self._rows.split(_ROWS_PER_COPY):
+                digest.update(block.cpu().numpy().astype(dtype, copy=False).tobytes())
+            self._checksum, self._rows = digest.hexdigest(), None
+        return self._checksum
 
 
 class StoreWriter:
@@ -261,6 +356,49 @@ def unfinished(
         )
     whole = data.stat().st_size >= record["n_bytes"]
     return (record["n_batches"], record["n_rows"]) if whole else (0, 0)
+
+
+def _device_of(given: str | torch.device) -> torch.device:
+    """The device with its number. Raises SaesubError for one that is not here."""
+    try:
+        device = torch.empty(0, device=given).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise SaesubError(
+            f"the device {given!r} is not here: give 'cpu' or a device you have"
+        ) from error
+    if device.type == "meta":
+        raise SaesubError("the meta device holds no values: give 'cpu' or a device you have")
+    return device
+
+
+def _empty_on(
+    device: torch.device, shape: tuple[int, int], dtype: torch.dtype, hook_name: str
+) -> Tensor:
+    """Memory for the rows of a store. Raises SaesubError if there is too little."""
+    needed, free = shape[0] * shape[1] * dtype.itemsize, _free_memory(device)
+    try:
+        if free is None or needed <= free:
+            return torch.empty(shape, dtype=dtype, device=device)
+    except torch.OutOfMemoryError:  # what is free may lie in pieces
+        pass
+    free_here = "too little is" if free is None else f"{free / 1e9:.2f} GB are"
+    raise SaesubError(
+        f"the activations of {hook_name} need {needed / 1e9:.2f} GB, and {free_here} free on "
+        f"{device}: move one side of a split, harvest fewer tokens, or read the store from the disk"
+    )
+
+
+def _free_memory(device: torch.device) -> int | None:
+    """Bytes that a tensor can still have, or None where that is not known."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    if device.type == "cpu":
+        with suppress(OSError, ValueError):
+            lines = Path("/proc/meminfo").read_text().splitlines()
+            sizes = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+            return sizes[0] * 1024 if sizes else None
+    return None
 
 
 def _files(folder: str | Path, hook_name: str) -> tuple[Path, Path]:

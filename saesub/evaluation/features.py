@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,10 +33,61 @@ def feature_density(
     Takes and raises what `saesub.dead_features` does.
     """
     encode, n_tokens = encoder_of(sae), whole_number(n_tokens, "n_tokens")
-    counts = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=sae.device)
+    firing = Firing(sae.cfg.d_sae, sae.device)
     for _, features in encoded(sae, activations, encode, n_tokens, progress=progress):
-        counts += times_fired(features)
-    return counts.float() / n_tokens  # in half precision a rare feature's share would be 0
+        firing.add(features)
+    return firing.counts.float() / n_tokens  # in half precision a rare feature's would be 0
+
+
+class Firing:
+    """How often each feature fires, summed on a device without waiting for it.
+
+    Args:
+        d_sae, device: of the SAE.
+        marks: rising numbers of tokens after which the silent features are counted.
+
+    Attributes:
+        counts: (d_sae,) int64, on how many tokens each fired so far.
+    """
+
+    counts: Int[Tensor, " d_sae"]
+
+    def __init__(self, d_sae: int, device: torch.device, marks: Sequence[int] = ()) -> None:
+        self.counts = torch.zeros(d_sae, dtype=torch.int64, device=device)
+        self._marks, self._n = marks, 0
+        self._silent: list[Tensor] = []
+
+    def add(self, features: Float[Tensor, "n d_sae"]) -> Int[Tensor, " d_sae"]:
+        """Count the features of the next n tokens, dense or sparse; how often each fired there."""
+        end = self._n + len(features)
+        for mark in self._marks[len(self._silent) :]:
+            if mark > end:
+                break
+            until = self.counts + times_fired(_first_rows(features, mark - self._n))
+            self._silent.append((until == 0).sum())
+        fired = times_fired(features)
+        self.counts += fired
+        self._n = end
+        return fired
+
+    def silent(self) -> dict[int, float]:
+        """Share of the features that did not fire up to each mark that was reached."""
+        if not self._silent:
+            return {}
+        shares = (torch.stack(self._silent).double() / len(self.counts)).tolist()
+        return dict(zip(self._marks, shares, strict=False))
+
+
+def _first_rows(features: Float[Tensor, "n d_sae"], n: int) -> Float[Tensor, "m d_sae"]:
+    """Features of the first n tokens; of sparse ones all tokens, the others' set to 0."""
+    if not features.is_sparse:
+        return features[:n]
+    entries = features.coalesce()
+    where = entries.indices()
+    values = entries.values() * (where[0] < n)  # a selection of them would wait for a GPU
+    return torch.sparse_coo_tensor(
+        where, values, features.shape, is_coalesced=True, check_invariants=False
+    )
 
 
 @torch.no_grad()

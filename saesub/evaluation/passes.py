@@ -16,7 +16,7 @@ from sae_lens import SAE
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from saesub.activations.checks import require_finite
+from saesub.activations.checks import FiniteWatch, reading_waits, require_finite
 from saesub.activations.forward_pass import capture, hook_points, vectors
 from saesub.arguments import batch_of, whole_number
 from saesub.errors import SaesubError
@@ -45,6 +45,8 @@ def encoded(
     makes of each: `encoder_of(sae)` or `autoencoder_of(sae)`.
 
     Warns of an SAE whose input scaling is not folded in: it must be given scaled activations.
+    Activations on a GPU are searched for NaN and Inf there, and the error comes after the last
+    block: a result is one only once the iterator has ended.
 
     Raises:
         SaesubError: fewer than `n_tokens` came, `n_tokens` is no whole number of at least 1, or
@@ -58,21 +60,38 @@ def encoded(
             "numbers mean nothing",
             stacklevel=2,
         )
-    n = 0
+    n, watch = 0, FiniteWatch()
     with bar(total=n_tokens, unit="tok", desc="encoding", delay=1, progress=progress) as shown:
         for block in _blocks(activations):
             block = block if n_tokens is None else block[: n_tokens - n]
-            require_finite(block)
-            found = read(block)
-            yield block.flatten(1).to(sae.device), found
+            if reading_waits(block):
+                watch.note(block, n)
+            else:
+                require_finite(block)
+            block = block.to(sae.device)
+            try:
+                found = read(block)
+            except SaesubError:
+                _require_none(watch)  # the features are not finite either
+                raise
+            yield block.flatten(1), found
             n += len(block)
             shown.update(len(block))
             if n == n_tokens:
-                return
-    if n_tokens is not None:
+                break
+    _require_none(watch)
+    if n_tokens is not None and n < n_tokens:
         raise SaesubError(
             f"Only {n} of {n_tokens} tokens of activations came: "
             "pass more activations or a smaller n_tokens."
+        )
+
+
+def _require_none(watch: FiniteWatch) -> None:
+    if (bad := watch.read()) is not None:
+        raise SaesubError(
+            f"activations hold NaN or infinite values, first among the {TOKENS_PER_BLOCK:,} tokens "
+            f"from number {bad[1]:,} on: leave them out, or load the model in another dtype"
         )
 
 

@@ -13,9 +13,10 @@ from sae_lens.saes.sae import T_TRAINING_SAE, T_TRAINING_SAE_CONFIG, TrainStepOu
 from sae_lens.training.sae_trainer import Evaluator, SaveCheckpointFn
 from torch import Tensor
 
+from saesub.activations.checks import FiniteWatch
 from saesub.arguments import whole_number
 from saesub.errors import SaesubError
-from saesub.training.history import History
+from saesub.training.history import CHECK_EVERY, History
 
 _DEFAULT_WINDOW = SAETrainerConfig.dead_feature_window  # steps
 
@@ -27,9 +28,12 @@ class TokenCountingTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
 
     Attributes:
         tokens_before: those trained on before the last step.
+        batch_is_finite: () bool on the device, whether the last batch counts; None where batches
+            are checked before they are trained on.
     """
 
     n_forward_passes_since_fired: Tensor
+    batch_is_finite: Bool[Tensor, ""] | None = None
 
     def __init__(
         self,
@@ -47,11 +51,30 @@ class TokenCountingTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         exact = torch.promote_types(sae.dtype, torch.float32)
         since = torch.zeros(2, dtype=exact, device=cfg.device)
         self.recorder = History(cfg.total_training_steps, since)
+        self.bad_batches = FiniteWatch()
+        self._steps_unread = 0
 
     @property
     def history(self) -> list[dict[str, float]]:
         """The points recorded so far."""
+        self.recorder.read()
         return self.recorder.points
+
+    def read_device(self) -> None:
+        """Read what the device has noted of the steps so far; they did not wait for it.
+
+        Raises:
+            SaesubError: batches were not finite and were left out, or a loss was not finite.
+        """
+        self._steps_unread = 0
+        if (bad := self.bad_batches.read()) is not None:
+            n, first, last = bad
+            raise SaesubError(
+                f"Of the batches of steps {first:,} to {last:,}, {n:,} held NaN or infinite "
+                "activations and were left out, and the weights are as without them: take them out "
+                "of the data and continue."
+            )
+        self.recorder.read()
 
     @property
     def dead_neurons(self) -> Bool[Tensor, " d_sae"]:
@@ -87,28 +110,38 @@ class TokenCountingTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
                 f"Only {self.n_training_samples} tokens were trained on, less than the window of "
                 f"{self.dead_window_tokens}: pass a smaller dead_window_tokens, or train longer."
             )
-        return self.dead_neurons.float().mean().item()
+        return float(self._dead_share())
+
+    def _dead_share(self) -> Tensor | float:
+        """`dead_fraction`, left on the device."""
+        return self.dead_neurons.float().mean()
 
     def step(self, batch: Tensor) -> TrainStepOutput:
         """One training step on raw activations (batch, d_in), counted and recorded."""
+        if self._steps_unread == CHECK_EVERY:
+            self.read_device()
+        self._steps_unread += 1
         self.tokens_before = before = self.n_training_samples
         output = super().step(batch)
         now, size = self.n_training_samples, self.cfg.train_batch_size_samples
-        self.tokens_since_fired += now - before
+        counts = self.batch_is_finite
+        self.tokens_since_fired += now - before if counts is None else counts * (now - before)
         # `_train_step` has just set the counter of steps to zero where a feature fired.
-        self.tokens_since_fired[self.n_forward_passes_since_fired == 0] = 0
-        self.recorder.add(output.losses["mse_loss"], (now - before) / size)
+        self.tokens_since_fired.masked_fill_(self.n_forward_passes_since_fired == 0, 0)
+        self.recorder.add(output.losses["mse_loss"], (now - before) / size, counts)
         distance = self.recorder.every * size
         if now // distance > before // distance:
-            dead_share = self.dead_fraction() if self.has_seen_window else float("nan")
+            dead_share = self._dead_share() if self.has_seen_window else float("nan")
             self.recorder.record(now, dead_share)
         return output
 
     @torch.no_grad()
     def _count_firing(self, counts: Int[Tensor, " d_sae"], n_tokens: int) -> None:
         """Keep SAELens' own counters of a step in which each feature fired `counts` times."""
-        self.n_forward_passes_since_fired += 1
-        self.n_forward_passes_since_fired[counts > 0] = 0
+        finite = self.batch_is_finite
+        counts = counts if finite is None else counts * finite
+        self.n_forward_passes_since_fired += 1 if finite is None else finite
+        self.n_forward_passes_since_fired.masked_fill_(counts > 0, 0)
         self.act_freq_scores += counts
         self.n_frac_active_samples += n_tokens
 
@@ -130,8 +163,9 @@ class TokenCountingTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         """SAELens' figures, which count the dead over its window of steps, and the dead share over
         the window of tokens, or None if less was trained on.
 
-        Raises SaesubError if the loss was not finite.
+        Raises SaesubError if the loss was not finite, or as `read_device`.
         """
+        self.read_device()
         self.recorder.require_finite(self.n_training_samples)
         super().set_final_sae_metadata()
         metadata = self.sae.cfg.metadata

@@ -24,7 +24,7 @@ from sae_lens.training.sae_trainer import Evaluator, SaveCheckpointFn
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from saesub.activations.checks import require_finite
+from saesub.activations.checks import reading_waits, require_finite
 from saesub.arguments import batch_of
 from saesub.errors import SaesubError
 from saesub.optim import OptimizerName, align_moments, make_optimizer
@@ -46,6 +46,7 @@ from saesub.training.checkpoint import (
     writing,
 )
 from saesub.training.firing import TokenCountingTrainer
+from saesub.training.history import CHECK_EVERY
 from saesub.training.mitigations.mitigation import Mitigation, one_of_each
 from saesub.training.native_step import Backend, NativeStep
 from saesub.training.plan import (
@@ -111,9 +112,15 @@ class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CON
             outside 1..d_sae, weights in float16 or bfloat16, or not finite, a batch of the wrong
             shape, NaN or Inf in a batch (before any weight is touched), a loss that is no longer
             finite, or more features than the GPU's memory holds.
+
+    The fused step on a GPU does not wait for it. There a batch on the GPU with NaN or Inf changes
+    no weight and no count of firing, and the error comes up to 50 steps later, at a checkpoint or
+    at the end; so does that of the loss.
     """
 
     dictionary: WholeDictionary = WHOLE  # another in trainers on several processes
+    leaves_out_bad_batches = True  # if a GPU finds them; not in trainers on several processes
+    _checked_later = False
 
     def __init__(
         self,
@@ -190,7 +197,11 @@ class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CON
         batch = batch_of(batch).detach()
         if batch.is_inference():
             batch = batch.clone()  # autograd saves no others
-        self.check_batch(batch)
+        self._checked_later = self.leaves_out_bad_batches and reading_waits(batch)
+        if self._checked_later:
+            self._check_width(batch)
+        else:
+            self.check_batch(batch)
         self._watch.before_step(self)
         try:
             with ExitStack() as stack:
@@ -207,7 +218,11 @@ class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CON
         return output
 
     def check_batch(self, batch: Tensor) -> None:
-        """Raises SaesubError for another width, and for NaN or Inf."""
+        """Raises SaesubError for another width, and for NaN or Inf; waits for the device."""
+        self._check_width(batch)
+        self._require_finite(batch)
+
+    def _check_width(self, batch: Tensor) -> None:
         width = getattr(self.sae, "batch_width", self.sae.cfg.d_in)
         if batch.ndim != 2 or batch.shape[1] != width:
             raise SaesubError(
@@ -215,14 +230,28 @@ class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CON
                 "pass activations of its own hook point, flattened, or those of a transcoder's two "
                 "hook points side by side."
             )
+
+    def _require_finite(self, batch: Tensor) -> None:
         what = f"the activations of batch {self.n_training_steps}"
         advice = "leave that batch out and continue; the weights are as they were"
         require_finite(batch, f"{what} (after {self.n_training_samples} tokens)", advice)
+
+    def _note_finite(self, sae_in: Tensor, fused: bool) -> None:
+        """Check a batch that is checked late: the fused step leaves it out on the device, and
+        autograd must not see it."""
+        self.batch_is_finite = None
+        if self._checked_later and fused:
+            self.batch_is_finite = self.bad_batches.note(sae_in, self.n_training_steps)
+        elif self._checked_later:
+            seen, self.n_training_samples = self.n_training_samples, self.tokens_before
+            self._require_finite(sae_in)
+            self.n_training_samples = seen
 
     def _train_step(self, sae: T_TRAINING_SAE, sae_in: Tensor) -> TrainStepOutput:
         if len(sae_in) == 0:
             raise SaesubError("A batch without tokens came, whose mean loss is NaN: leave it out.")
         rows = self.native_step.rows(self)
+        self._note_finite(sae_in, fused=rows is not None)
         if rows is None:
             if isinstance(sae, SparseTopKTrainingSAE):
                 lay_out_by_feature(sae)  # the weights may have been replaced since the last step
@@ -298,7 +327,9 @@ class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CON
         self, step_output: TrainStepOutput, pbar: Any, update_interval: int = 10
     ) -> None:
         """More often than SAELens' every hundred steps, which on a CPU can be minutes; and by the
-        tokens that came."""
+        tokens that came. On a GPU each time is a wait for it."""
+        if reading_waits(step_output.loss):
+            update_interval = max(update_interval, CHECK_EVERY)
         if self.n_training_steps % update_interval == 0:
             super()._update_pbar(step_output, pbar, update_interval)
             pbar.update(self.n_training_samples - pbar.n)
@@ -322,13 +353,18 @@ class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CON
         base_path: Path | str | None = None,
         wandb_aliases: list[str] | None = None,
     ) -> None:
-        """SAELens' checkpoint. Raises SaesubError if it cannot be written."""
+        """SAELens' checkpoint. Raises SaesubError if it cannot be written, or as `read_device`."""
+        self.read_device()
         with writing(checkpoint_name):
             super().save_checkpoint(checkpoint_name, base_path, wandb_aliases)
 
     def save_trainer_state(self, checkpoint_path: Path) -> None:
         """SAELens' trainer state, and beside it the firing counts in tokens, the settings, the
-        state of torch's random numbers, and checksums of all files in the folder."""
+        state of torch's random numbers, and checksums of all files in the folder.
+
+        Raises SaesubError as `read_device`.
+        """
+        self.read_device()
         save_state(self, checkpoint_path, super().save_trainer_state)
 
     def load_trainer_state(self, checkpoint_path: Path | str) -> None:

@@ -43,6 +43,7 @@ class MultiProcessTrainer(SubspaceSAETrainer):
     """
 
     n_features: int  # over all processes
+    leaves_out_bad_batches = False  # one process would leave its own out alone
 
     def __init__(
         self,
@@ -96,13 +97,8 @@ class MultiProcessTrainer(SubspaceSAETrainer):
     def gather(self) -> TopKTrainingSAE | None:
         """The whole SAE, on the CPU of the first process; None elsewhere."""
 
-    def dead_fraction(self) -> float:
-        """Share of all processes' features silent over the last `dead_window_tokens`; collective.
-
-        Raises:
-            SaesubError: less than one window has been trained on, so nothing can be said.
-        """
-        super().dead_fraction()
+    def _dead_share(self) -> float:
+        """Over the features of all processes; collective."""
         return self._total(int(self.dead_neurons.sum())) / self.n_features
 
     def _train_step(self, sae: Any, sae_in: Tensor) -> TrainStepOutput:

@@ -77,6 +77,10 @@ class KAnnealing(Mitigation):
         finally:
             sae.cfg.k = sae.activation_fn.k = final
 
+    def may_change_weights(self, trainer: SubspaceSAETrainer) -> bool:
+        """No: k alone is changed."""
+        return False
+
 
 def _whole_k(cfg: Any) -> bool:
     return not isinstance(cfg, BatchTopKTrainingSAEConfig)

@@ -40,6 +40,15 @@ class Mitigation:
     def after_step(self, trainer: Any, output: TrainStepOutput) -> None:
         """Called when the weights and firing counts of a step are up to date."""
 
+    def may_change_weights(self, trainer: Any) -> bool:
+        """Whether `around_step` or `after_step` may have written to the weights in the last step.
+
+        A backend that keeps a copy of weights then makes it anew. One that overrides neither
+        cannot; of any other it is taken for granted unless it says otherwise.
+        """
+        own = type(self)
+        return (own.around_step, own.after_step) != (Mitigation.around_step, Mitigation.after_step)
+
 
 def one_of_each(mitigations: Sequence[Mitigation]) -> tuple[Mitigation, ...]:
     """The mitigations as a tuple. Raises SaesubError for anything else, and for two of one kind."""

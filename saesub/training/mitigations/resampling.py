@@ -139,6 +139,11 @@ class Resampling(Mitigation):
         chosen = torch.from_numpy(rng.permutation(len(rows))[: len(tokens)]).to(rows.device)
         self._restart(trainer, rows[chosen], directions[tokens])
 
+    def may_change_weights(self, trainer: SubspaceSAETrainer) -> bool:
+        """Whether the last step was part of a resampling; asks no device."""
+        done, now = self._parts(trainer)
+        return now > done
+
     def _spread(self, trainer: SubspaceSAETrainer) -> int:
         return self.n_batches * trainer.cfg.train_batch_size_samples
 
