@@ -19,7 +19,7 @@ from torch.optim.adam import adam
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from saesub.errors import SaesubError
-from saesub.precision import where_float64
+from saesub.precision import reading_waits, where_float64
 
 OptimizerName = Literal["adam", "sparse_adam"]
 
@@ -88,7 +88,7 @@ def found_inf(optimizer: torch.optim.Optimizer, found: Tensor | None) -> Iterato
     try:
         yield
     finally:
-        del optimizer.found_inf, optimizer.grad_scale
+        del optimizer.found_inf, optimizer.grad_scale  # pyright: ignore
 
 
 _OWN_HOOKS = {align_moments}
@@ -206,7 +206,7 @@ class SparseAdam(torch.optim.Adam):
         rows = [t.detach().movedim(axis or 0, 0) for t in (parameter, grad, *averages)]
         if axis is None:
             return _fused_adam(rows, step, group, getattr(self, "found_inf", None))
-        if _reading_waits(parameter):
+        if reading_waits(parameter):
             moved = self.state[parameter].pop("moved", None)
             return _update_masked(rows, moved, step, group)
         moved, moves = self.moved(parameter, axis), _rows_with_gradient(rows[1])
@@ -220,11 +220,6 @@ class SparseAdam(torch.optim.Adam):
         _fused_adam(rows, step, group)
         rows[0].index_copy_(0, still, kept)
         moved.fill_(int(step))
-
-
-def _reading_waits(parameter: Tensor) -> bool:
-    """Whether to read a number is to wait until the device has done all its work."""
-    return parameter.is_cuda
 
 
 def _check_group(group: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The precision of products: float64 where a device has it, and float32 whatever autocast says."""
+"""What devices have and do: float64, autocast, and work that goes on while the program does."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
+
+_WAITING = {"cuda"}  # types of devices that work on while the program goes on
+
+
+def reading_waits(x: Tensor) -> bool:
+    """Whether to read a number of `x` is to wait until its device has done all its work."""
+    return x.device.type in _WAITING
 
 
 def where_float64(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from waiting import WaitingError, no_waiting
 
 import saesub
-from saesub.activations import checks
+from saesub import precision
 from saesub.activations.store import ActivationStore
 from saesub.errors import SaesubError
 from saesub.evaluation import held_out
@@ -46,7 +46,7 @@ def _activations(n: int = 3000) -> Tensor:
 @pytest.fixture
 def as_on_cuda(monkeypatch):
     """Activations on the CPU are taken for some on a GPU."""
-    monkeypatch.setattr(checks, "_WAITING", {"cpu"})
+    monkeypatch.setattr(precision, "_WAITING", {"cpu"})
 
 
 @pytest.mark.parametrize("size", [130, 1000, 3000])
@@ -126,7 +126,7 @@ def test_no_block_is_waited_for(as_on_cuda, monkeypatch, kind):
 def test_the_check_of_a_block_is_not_waited_for(monkeypatch):
     """Neither is the search for NaN, which on the CPU reads each block."""
     for waiting in ("cpu", "cuda"):
-        monkeypatch.setattr(checks, "_WAITING", {waiting})
+        monkeypatch.setattr(precision, "_WAITING", {waiting})
         blocks = encoded(_sae("dense"), _activations(), lambda x: x)
         if waiting == "cpu":
             with no_waiting():

@@ -49,7 +49,7 @@ def _masked_adam(start: torch.Tensor, gradients: list[torch.Tensor]) -> torch.Te
 @pytest.fixture
 def as_on_cuda(monkeypatch):
     """SparseAdam takes CUDA's path on the CPU."""
-    monkeypatch.setattr(optim, "_reading_waits", lambda parameter: True)
+    monkeypatch.setattr(optim, "reading_waits", lambda parameter: True)
 
 
 @pytest.mark.parametrize("path", ["as_on_cpu", "as_on_cuda"])
@@ -230,7 +230,7 @@ def test_a_state_moves_between_the_paths(monkeypatch):
     expected, found = _one_of((40, 5)), _one_of((40, 5))
     _take(*expected, gradients)
     for start in range(0, 40, 10):
-        monkeypatch.setattr(optim, "_reading_waits", lambda p, on=start % 20 == 0: on)
+        monkeypatch.setattr(optim, "reading_waits", lambda p, on=start % 20 == 0: on)
         kept = copy.deepcopy(found[1].state_dict())
         found = (found[0], _one_of((40, 5))[1])
         found[1].param_groups[0]["params"] = [found[0]]

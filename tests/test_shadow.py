@@ -117,6 +117,28 @@ def test_steps_by_a_shadow_equal_those_by_autograd(optimizer, n_dead):
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sparse_adam"])
+def test_a_step_waits_for_the_device_nowhere(monkeypatch, optimizer):
+    """Outside of the kernels, which the interpreter runs by reading everything."""
+
+    def outside(kernel, *given_, **constants):
+        with torch.overrides._no_torch_function(), without_dispatch():
+            launched(kernel, *given_, **constants)
+
+    sae = _sae(24, 130, aux_loss_coefficient=1 / 32)
+    made = make_optimizer(optimizer, sae, lr=1e-2, betas=(0.9, 0.999))
+    dead = torch.arange(130, device=DEVICE) % 6 == 0
+    kept = BACKEND.shadow(sae, None)
+    for step in range(2):
+        x = torch.randn(6, 24, device=DEVICE)
+        if step == 0:  # makes the optimizer's state
+            row_step(BACKEND, sae, made, x, dead, shadow=kept)
+            continue
+        with no_waiting():
+            kept = BACKEND.shadow(sae, kept)
+            row_step(BACKEND, sae, made, x, dead, shadow=kept).times_fired()
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sparse_adam"])
 def test_a_batch_that_is_not_finite_changes_nothing(optimizer):
     sae = _sae(24, 130)
     made = make_optimizer(optimizer, sae, lr=1e-2, betas=(0.9, 0.999))

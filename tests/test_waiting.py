@@ -14,7 +14,7 @@ from sae_lens.config import SAETrainerConfig
 from torch import Tensor
 from waiting import WaitingError, no_waiting
 
-from saesub.activations import checks
+from saesub import precision
 from saesub.errors import SaesubError
 from saesub.topk.ops import Selected
 from saesub.topk.step import SparseStepOutput, sparse_activations
@@ -101,7 +101,7 @@ def _trainer(monkeypatch: Any = None, n_steps: int = 200, **settings: Any) -> Su
     given = {"dead_window_tokens": 3 * BATCH} | settings
     trainer = SubspaceSAETrainer(cfg, sae, iter(()), **given)
     if monkeypatch is not None:
-        monkeypatch.setattr(checks, "_WAITING", {"cpu"})
+        monkeypatch.setattr(precision, "_WAITING", {"cpu"})
     trainer.native_step.rows = lambda trainer: object()  # pyright: ignore
     trainer.native_step.take = _stand_in  # pyright: ignore
     return trainer
@@ -157,7 +157,7 @@ def test_a_step_on_the_cpu_would_wait(monkeypatch) -> None:
 def test_what_is_counted_and_recorded_is_the_same_without_waiting(monkeypatch) -> None:
     trainers = [_trainer(n_steps=130), _trainer(monkeypatch, 130)]
     for trainer, waiting in zip(trainers, ("cuda", "cpu"), strict=True):
-        monkeypatch.setattr(checks, "_WAITING", {waiting})
+        monkeypatch.setattr(precision, "_WAITING", {waiting})
         _take(trainer, range(120))
     assert all(map(torch.equal, *map(_counts, trainers)))
     assert trainers[0].history == trainers[1].history
@@ -225,7 +225,7 @@ def test_autograd_refuses_a_bad_batch_at_once(monkeypatch) -> None:
 
 def test_a_loss_that_is_not_finite_is_told_of_late_and_stays_told(monkeypatch) -> None:
     """Its batches are, so the weights must be at fault."""
-    monkeypatch.setattr(checks, "_WAITING", {"cpu"})
+    monkeypatch.setattr(precision, "_WAITING", {"cpu"})
     recorder = History(80, torch.zeros(2))
     recorder.add(torch.tensor(torch.inf), 1.0)
     recorder.record(10, 0.5)
@@ -238,7 +238,7 @@ def test_a_loss_that_is_not_finite_is_told_of_late_and_stays_told(monkeypatch) -
 
 
 def test_more_points_than_are_kept_unread_are_read(monkeypatch) -> None:
-    monkeypatch.setattr(checks, "_WAITING", {"cpu"})
+    monkeypatch.setattr(precision, "_WAITING", {"cpu"})
     recorder = History(1, torch.zeros(2))
     for step in range(CHECK_EVERY + 5):
         recorder.add(torch.tensor(float(step)), 1.0)

@@ -10,13 +10,7 @@ from torch import Tensor
 
 from saesub.errors import SaesubError
 
-_WAITING = {"cuda"}  # types of devices that work on while the program goes on
 _NONE = 2**62  # the number of the first tensor that is not finite, if there is none
-
-
-def reading_waits(x: Tensor) -> bool:
-    """Whether to read a number of `x` is to wait until its device has done all its work."""
-    return x.device.type in _WAITING
 
 
 def all_finite(x: Tensor) -> bool:

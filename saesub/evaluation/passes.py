@@ -16,11 +16,12 @@ from sae_lens import SAE
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from saesub.activations.checks import FiniteWatch, reading_waits, require_finite
+from saesub.activations.checks import FiniteWatch, require_finite
 from saesub.activations.forward_pass import capture, hook_points, vectors
 from saesub.arguments import batch_of, whole_number
 from saesub.errors import SaesubError
 from saesub.loading.models import context_tokens, model_name, same_model
+from saesub.precision import reading_waits
 from saesub.progress import bar
 
 Read = TypeVar("Read")

@@ -39,6 +39,9 @@ _REPLACED_CODE = {
     "saesub.topk.sae",
 }
 
+_SEARCH_BYTES = 700  # a feature: maxima of 2,048 tokens in groups of 8, two bytes each; counters
+_SCORES_BYTES = 10**9  # of all features for a block of tokens
+
 
 def why_dense(sae: Any) -> str | None:
     """Why the sparse pass would not compute what this SAE's own pass does; None if it would.
@@ -192,24 +195,28 @@ def lay_out_contiguous(sae: Any) -> None:
     sae.W_enc.data = sae.W_enc.data.contiguous()
 
 
-def features_that_fit(total_bytes: int, d_in: int, d_out: int, batch_size: int, copies: int) -> int:
-    """How many features' float32 weights, in so many copies, fit on a device beside a batch.
+def features_that_fit(total_bytes: int, d_in: int, d_out: int, batch: int, *, fused: bool) -> int:
+    """How many features fit on a GPU beside a batch of so many tokens.
 
-    Weights and two Adam moments make three copies; autograd adds gradients and a working copy. The
-    batch counts as ten tensors of its own size, and the scores of the search as a GB.
+    A feature's float32 weights and two Adam moments make three copies. The fused step adds its
+    encoder row in 16 bits, its share of a search's maxima and its counters; autograd adds gradients
+    and a working copy. The batch counts as ten tensors of its own size.
     """
-    of_batch = 10 * 4 * batch_size * max(d_in, d_out) + 10**9
-    return max(0, (total_bytes - of_batch) // (copies * 4 * (d_in + d_out + 1)))
+    row = 4 * (d_in + d_out + 1)
+    per_feature = 3 * row + 2 * d_in + _SEARCH_BYTES if fused else 5 * row
+    other = 10 * 4 * batch * max(d_in, d_out) + (0 if fused else _SCORES_BYTES)
+    return max(0, (total_bytes - other) // per_feature)
 
 
-def memory_advice(sae: Any, batch_size: int, copies: int) -> str:
+def memory_advice(sae: Any, batch_size: int, *, fused: bool) -> str:
     """The message for a GPU that ran out of memory."""
     total = torch.cuda.get_device_properties(sae.device).total_memory
     d_in, d_out, d_sae = sae.cfg.d_in, sae.W_dec.shape[1], sae.cfg.d_sae
-    fit = features_that_fit(total, d_in, d_out, batch_size, copies)
+    fit = features_that_fit(total, d_in, d_out, batch_size, fused=fused)
+    weights = 12 * d_sae * (d_in + d_out + 1)
     advice = "train fewer features" if d_sae > fit else "free the GPU of other work"
     return (
-        f"The GPU ran out of memory with d_sae={d_sae:,}: in its {total / 1e9:.0f} GB about "
-        f"{fit:,} features fit beside a batch of {batch_size:,} tokens; {advice}, or train on "
-        "smaller batches."
+        f"The GPU ran out of memory with d_sae={d_sae:,}: weights and Adam's moments take "
+        f"{weights / 1e9:.2g} GB, and in its {total / 1e9:.0f} GB about {fit:,} features fit "
+        f"beside a batch of {batch_size:,} tokens; {advice}, or train on smaller batches."
     )

@@ -13,7 +13,7 @@ from sae_lens import SAE, TemporalSAE, TopKSAE, TopKTrainingSAE, Transcoder
 from torch import Tensor
 
 from saesub.errors import SaesubError
-from saesub.precision import without_autocast
+from saesub.precision import reading_waits, without_autocast
 from saesub.topk import cuda_search
 from saesub.topk.eligibility import other_activation
 from saesub.topk.ops import TOKENS_PER_BLOCK, Selected
@@ -114,6 +114,8 @@ def _check_readable(sae: Any) -> None:
 
 
 def _finite(features: Tensor) -> Tensor:
+    if reading_waits(features) and features.dtype in (torch.float32, torch.float64):
+        return features  # of finite weights and activations they are in range
     values = features.coalesce().values() if features.is_sparse else features
     if not values.isfinite().all():
         raise SaesubError(

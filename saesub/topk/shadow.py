@@ -86,10 +86,10 @@ class EncoderShadow:
         self._shape = d_in, d_sae = W_enc.shape
         dtype = torch.float8_e4m3fn if eight_bits else torch.float16
         per_row = _ALIGNMENT // dtype.itemsize
-        on = {"device": W_enc.device}
-        self.rows = torch.zeros(d_sae, -(-d_in // per_row) * per_row, dtype=dtype, **on)
-        self.norms = torch.ones(d_sae, **on) if scaled else None
-        self.overflowed = torch.zeros(1, dtype=torch.int32, **on)
+        width, device = -(-d_in // per_row) * per_row, W_enc.device
+        self.rows = torch.zeros(d_sae, width, dtype=dtype, device=device)
+        self.norms = W_enc.new_ones(d_sae) if scaled else None
+        self.overflowed = torch.zeros(1, dtype=torch.int32, device=device)
         self.rebuild(W_enc, W_dec)
 
     @torch.no_grad()
@@ -259,9 +259,9 @@ def tiles_of(device: torch.device, width: int, dtype: torch.dtype) -> Tiles:
     choices = tiles_for(torch.cuda.get_device_capability(device))
     if len(choices) == 1:
         return choices[0]
-    made = {"device": device}
-    rows = torch.randn(65_536, width, **made).to(dtype)
-    tokens, bias = rows[:_TOKENS_PER_BLOCK].contiguous(), torch.zeros(len(rows), **made)
+    rows = torch.randn(65_536, width, dtype=torch.float32, device=device).to(dtype)
+    tokens = rows[:_TOKENS_PER_BLOCK].contiguous()
+    bias = torch.zeros(len(rows), dtype=torch.float32, device=device)
     scale = bias[: len(tokens)] + 1
     return min(choices, key=lambda tiles: _seconds(tokens, rows, bias, scale, tiles))
 

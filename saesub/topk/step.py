@@ -224,10 +224,11 @@ def row_step(
     if b_in is not None:
         g_b_dec = g_b_dec - total[1:].to(g_b_dec.dtype)
     clip = clip_factor(total[0] + g_b_dec.double().square().sum())
-    update_rows(sae, optimizer, gradients, g_b_dec, clip, shadow, backend.skips_nan)
+    skipped = clip.isnan().float() if backend.skips_nan else None
+    update_rows(sae, optimizer, gradients, g_b_dec, clip, shadow, skipped)
     mse_loss, acts = decoded.squared_error / n, selected.pre.relu()
     acts = acts if scale is None else acts * scale[selected.features]
-    return entries_output(sae, x, decoded.x_hat, selected, acts, mse_loss, aux_loss)
+    return entries_output(sae, x, decoded.x_hat, selected, acts, mse_loss, aux_loss, skipped)
 
 
 def clip_factor(squared_norm: Float[Tensor, ""]) -> Float[Tensor, ""]:
@@ -244,11 +245,11 @@ def update_rows(
     g_b_dec: Float[Tensor, " d_in"],
     clip: Float[Tensor, ""],
     shadow: EncoderShadow | None = None,
-    skips_nan: bool = False,
+    skipped: Float[Tensor, ""] | None = None,
 ) -> None:
     """One step of Adam or `SparseAdam` on all parameters, the gradients multiplied by `clip`.
 
-    With `skips_nan` a step whose `clip` is NaN changes nothing.
+    If `skipped` is 1, as where `clip` is NaN, the step changes nothing.
     """
     group = optimizer.param_groups[0]
     steps, tensors = [], []
@@ -261,7 +262,6 @@ def update_rows(
         counters = [optimizer.moved(sae.W_enc, 1), optimizer.moved(sae.W_dec, 0)]
         counters.append(optimizer.moved(sae.b_enc, 0))
         moved = counters[0]
-    skipped = clip.isnan().float() if skips_nan else None
     for step in steps:
         step += 1 if skipped is None else 1 - skipped
     settings = AdamSettings(*(float(v) for v in (group["lr"], *group["betas"], group["eps"])))
@@ -348,11 +348,16 @@ def entries_output(
     acts: Float[Tensor, " m"],
     mse_loss: Tensor,
     aux_loss: Tensor,
+    skipped: Tensor | None = None,
 ) -> SparseStepOutput:
-    """The output of a pass; `acts` are the selected entries' activations."""
+    """The output of a pass; `acts` are the selected entries' activations. If `skipped` is not 0,
+    the SAE's threshold stays."""
     metrics: dict[str, Any] = {}
     if isinstance(sae, BatchTopKTrainingSAE):
+        before = sae.topk_threshold
         sae.update_topk_threshold(acts.detach())
+        if skipped is not None:
+            sae.topk_threshold = torch.where(skipped == 0, sae.topk_threshold, before)
         metrics["topk_threshold"] = sae.topk_threshold
     loss = mse_loss + aux_loss
     return SparseStepOutput(

@@ -8,9 +8,8 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from saesub.activations.checks import reading_waits
 from saesub.errors import SaesubError
-from saesub.precision import where_float64
+from saesub.precision import reading_waits, where_float64
 
 CHECK_EVERY = 50  # steps between readings of what a GPU has noted, for which a step does not wait
 _POINTS = 40

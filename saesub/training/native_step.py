@@ -34,6 +34,7 @@ class NativeStep:
     """When and how a trainer takes the fused step; `backend` is as in `SubspaceSAETrainer`.
 
     Attributes:
+        fused: whether the last step was the fused one.
         equal_steps: whether the optimizer has updated all parameters equally often, as far as is
             known without asking the device. Parameters that were frozen for a while lag behind, and
             a backend knows one number of steps only.
@@ -53,15 +54,25 @@ class NativeStep:
                 "move it with sae.to('cuda'), install triton, or pass backend='torch'."
             )
         self.backend = backend
+        self.fused = False
         self.equal_steps = True
         self._shadow: EncoderShadow | None = None
         self._said: set[str] = set()
+
+    def invalidate(self) -> None:
+        """Forget what was kept of the weights, which others have changed."""
+        self._shadow = None
 
     def rows(self, trainer: SubspaceSAETrainer) -> RowBackend | None:
         """The backend of the next step; None if SAELens' step and autograd take it.
 
         Where a backend would be there, one warning says why it is not taken.
         """
+        found = self._rows(trainer)
+        self.fused = found is not None
+        return found
+
+    def _rows(self, trainer: SubspaceSAETrainer) -> RowBackend | None:
         sae = trainer.sae
         if not all(parameter.requires_grad for parameter in sae.parameters()):
             self.equal_steps = False

@@ -24,10 +24,11 @@ from sae_lens.training.sae_trainer import Evaluator, SaveCheckpointFn
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from saesub.activations.checks import reading_waits, require_finite
+from saesub.activations.checks import require_finite
 from saesub.arguments import batch_of
 from saesub.errors import SaesubError
 from saesub.optim import OptimizerName, align_moments, make_optimizer
+from saesub.precision import reading_waits
 from saesub.topk.eligibility import (
     check_sae,
     lay_out_by_feature,
@@ -209,12 +210,14 @@ class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CON
                     stack.enter_context(mitigation.around_step(self))
                 output = super().step(batch)
         except torch.OutOfMemoryError as error:
-            copies = 3 if self.backend == "triton" else 5
-            raise SaesubError(memory_advice(self.sae, len(batch), copies)) from error
+            fused = self.native_step.fused
+            raise SaesubError(memory_advice(self.sae, len(batch), fused=fused)) from error
         self._watch.after_step(self)
         note_scaling(self)
         for mitigation in self.mitigations:
             mitigation.after_step(self, output)
+        if any(mitigation.may_change_weights(self) for mitigation in self.mitigations):
+            self.native_step.invalidate()
         return output
 
     def check_batch(self, batch: Tensor) -> None:
