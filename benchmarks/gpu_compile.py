@@ -4,8 +4,8 @@
     python benchmarks/gpu_compile.py --targets 90
 
 It fails where a kernel does not compile for an H100, spills registers there (more than
-`MOST_SPILLED`) or wants more shared memory than it has. Other architectures are reported. Every launched kernel needs an `Entry` in
-`ENTRIES`; one without makes the script fail.
+`MOST_SPILLED`) or wants more shared memory than it has. Other architectures are reported. Every
+launched kernel needs an `Entry` in `entries`; one without makes the script fail.
 """
 
 from __future__ import annotations
