@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from saesub.extras import gpu_check, gpu_speed
 from saesub.extras.gpu_check import Check, Sizes, kernels_passed, run_checks
 from saesub.extras.gpu_rows import Size
 from saesub.topk import cpu, gpu_record, triton_backend
+from saesub.topk.eligibility import features_that_fit
 from saesub.training import native_step
 
 CPU = torch.device("cpu")
@@ -399,3 +402,29 @@ def test_an_sae_of_the_checks_has_auxk_and_leaves_the_users_random_numbers():
     sae = gpu_check._sae("topk", TINY.step, CPU)
     assert torch.equal(torch.get_rng_state(), before)
     assert sae.cfg.aux_loss_coefficient > 0
+
+
+# --- docs/gpu.md ---------------------------------------------------------------------------------
+
+
+def test_the_pages_memory_follows_from_its_formula():
+    page = (Path(__file__).resolve().parent.parent / "docs" / "gpu.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([\d,]+) \| ([\d,]+) \| ([\d.]+) \| ([\d.]+) \|$", page, re.MULTILINE)
+    assert len(rows) == 9
+    for row in rows:
+        d, features = (int(cell.replace(",", "")) for cell in row[:2])
+        weights = 4 * (2 * d + 1)
+        assert row[2] == f"{features * (3 * weights + 2 * d) / 1e9:.2f}"
+        assert row[3] == f"{features * 5 * weights / 1e9:.2f}"
+        # As many as the error for a GPU without memory says.
+        beside = 10 * 4 * 4096 * d + 10**9
+        assert (
+            abs(features_that_fit(features * 5 * weights + beside, d, d, 4096, 5) - features) <= 1
+        )
+
+
+def test_the_page_says_how_much_must_be_free():
+    page = (Path(__file__).resolve().parent.parent / "docs" / "gpu.md").read_text(encoding="utf-8")
+    far = Sizes().far
+    needed = gpu_check._FAR_TABLES * 4 * far.d * far.d_sae + gpu_check._FAR_REST
+    assert f"if {needed / 1e9:.0f} GB are free" in page
