@@ -244,6 +244,16 @@ def test_a_card_with_too_little_memory_leaves_out_far_indices(monkeypatch):
         gpu_check._beyond_int32(lambda *given: "", cpu.BACKEND, far, torch.device("cuda"))
 
 
+def test_torch_waits_again_after_the_check_for_waiting(monkeypatch):
+    modes = ["default"]
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    with pytest.raises(RuntimeError, match="synchronizing"), gpu_check._waiting_is_an_error():
+        assert modes[-1] == "error"
+        raise RuntimeError("called a synchronizing CUDA operation")
+    assert modes[-1] == "default"
+
+
 # --- a pretended card ----------------------------------------------------------------------------
 
 
