@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -69,45 +70,75 @@ class Usage:
 @cache
 def entries() -> tuple[Entry, ...]:
     """Every kernel at the widths 576 and 4,096, with the constants that the backend would give."""
-    return tuple(_row_kernels())
+    return tuple(entry for d in (576, 4096) for entry in [*_row_kernels(d), *_search_kernels(d)])
 
 
-def _row_kernels() -> Iterator[Entry]:
-    from saesub.topk import triton_backend
+_SORTED = {
+    "*i32": "start part",
+    "*i64": "token",
+    "*fp32": "g_pre value x g_out enc_parts dec_parts",
+}
+_TABLES = "enc enc_m enc_v dec dec_m dec_v bias bias_m bias_v factors keep"
 
-    entry = {"*i64": "start token", "*fp32": "g_pre value x g_out"}
-    tables = "enc enc_m enc_v dec dec_m dec_v bias bias_m bias_v factors keep"
-    for d in (576, 4096):
-        one, block = triton_backend._shape(d), triton_backend._block(d)
-        both = {"D_IN": d, "D_OUT": d, "BLOCK_IN": block, "BLOCK_OUT": block}
-        both |= triton_backend._threads(block)
-        yield Entry(
-            "triton_kernels.row_products",
-            {"*fp32": "vectors table products", "*i64": "features offsets"},
-            one,
-        )
-        arrays = "values W_dec target x_hat g_out g_pre squared_error"
-        for bias in ({"b_dec": None}, {}):
-            yield Entry(
-                "triton_kernels.decode",
-                {
-                    "*i64": "features offsets",
-                    "*fp32": arrays + ("" if bias else " b_dec"),
-                    "fp32": "scale",
-                },
-                one | bias,
-            )
-        yield Entry(
-            "triton_kernels.row_norms",
-            entry | {"*fp32": entry["*fp32"] + " squares g_bias"},
-            both,
-        )
-        for lazy in (True, False):
-            yield Entry(
-                "triton_kernels.adam_rows",
-                entry | {"*fp32": f"{entry['*fp32']} {tables}", "fp32": "one_less1 one_less2 eps"},
-                {"LAZY": lazy} | both,
-            )
+
+def _row_kernels(d: int) -> Iterator[Entry]:
+    from saesub.topk import shadow, triton_backend, triton_launch
+
+    one, both = triton_launch.row_shape(d), triton_launch.row_shapes(d, d)
+    limit = next(iter(shadow._LIMITS.values()))
+    kept = {"WIDTH": d, "LIMIT": limit}
+    arrays = {"*i64": "features offsets", "*fp32": "vectors table products"}
+    yield Entry("triton_kernels.row_products", arrays, one)
+    arrays = "values W_dec target x_hat g_out g_pre squared_error b_dec"
+    types = {"*i64": "features offsets", "*fp32": arrays, "fp32": "scale"}
+    yield Entry("triton_kernels.decode", types, one)
+    types = {"i32": "first_feature", "*fp32": "enc dec norms", "*fp16": "shadow"}
+    types |= {"*i32": "overflowed", "fp32": "factor"}
+    yield Entry("triton_kernels.write_shadow", types, both | kept)
+    types = {"*i32": "valid feature", "*fp32": "g_pre W_enc sums"}
+    segment = {"SEGMENT": triton_backend._ENTRIES_PER_SUM}
+    yield Entry("triton_kernels.through_encoder", types, one | segment)
+    both |= {"ENTRIES": triton_launch.rows_at_once(both), "SEGMENT": triton_backend._SEGMENT}
+    types = _with(_SORTED, {"*i32": "owner", "i32:16": "d_sae"})
+    yield Entry("triton_kernels.segment_sums", types, both)
+    types = _with(_SORTED, {"*i32": "touched", "*fp32": "squares", "i32:16": "d_sae"})
+    yield Entry("triton_kernels.row_norms", types, both)
+    update = {"*i32": "touched", "i32:16": "d_sae", "*fp32": _TABLES}
+    types = _with(_SORTED, update, {"fp32": "one_less1 one_less2 eps factor"})
+    none = {"shadow": None, "norms": None, "overflowed": None, "WIDTH": 0, "LIMIT": 0}
+    shadowed = _with(types, {"*i32": "overflowed", "*fp32": "norms", "*fp16": "shadow"})
+    for lazy in (True, False):
+        yield Entry("triton_kernels.adam_rows", types, {"LAZY": lazy} | both | none)
+        yield Entry("triton_kernels.adam_rows", shadowed, {"LAZY": lazy} | both | kept)
+
+
+def _search_kernels(d: int) -> Iterator[Entry]:
+    from saesub.topk import shadow, triton_launch
+
+    numbers = {"*fp32": "bias inverse", "i32": "n", "i32:16": "d_sae", "*bf16": "maxima"}
+    for kind, tiles in product(("fp16", "fp8e4nv"), [*shadow._HOPPER, *shadow._OTHERS]):
+        blocks = {
+            f"tensordesc<{kind}[{tiles.tokens}, {tiles.numbers}]>": "tokens",
+            f"tensordesc<{kind}[{tiles.features}, {tiles.numbers}]>": "features",
+        }
+        if tiles.tokens == tiles.features:
+            blocks = {next(iter(blocks)): "tokens features"}
+        constants = {"WIDTH": d, "BM": tiles.tokens, "BN": tiles.features, "BK": tiles.numbers}
+        constants |= {"MEMBERS": shadow.MEMBERS, "FLATTEN": tiles.flatten}
+        constants |= {"num_warps": tiles.warps, "num_stages": tiles.stages}
+        yield Entry("triton_search_kernels.group_maxima", _with(numbers, blocks), constants)
+    types = {"*fp16": "tokens features", "*fp32": "bias inverse scores", "*i32": "groups ids"}
+    constants = {"WIDTH": d, "BLOCK": triton_launch.block_of(d), "BN": 256}
+    constants |= {"MEMBERS": shadow.MEMBERS, "GROUPS": 48}
+    constants["PER_PROGRAM"] = shadow._MEMBERS_PER_PROGRAM
+    constants["ENTRIES"] = shadow._MEMBERS_AT_ONCE
+    yield Entry("triton_search_kernels.member_scores", types | {"i32:16": "d_sae"}, constants)
+
+
+def _with(*types: Mapping[str, str]) -> dict[str, str]:
+    """The names of all of them, by type."""
+    kinds = dict.fromkeys(kind for part in types for kind in part)
+    return {kind: " ".join(part.get(kind, "") for part in types) for kind in kinds}
 
 
 def launched() -> set[str]:

@@ -27,12 +27,14 @@ from torch import Tensor
 
 from saesub.extras.gpu_rows import (
     CheckError,
+    LeftOutError,
     Problem,
     Size,
     check_adam,
     check_decode,
     check_norms,
     check_search,
+    check_shadow,
 )
 from saesub.optim import OptimizerName
 from saesub.topk import triton_backend
@@ -46,7 +48,6 @@ About = Literal["kernels", "torch"]
 Outcome = Literal["passed", "failed", "left out"]
 _Waiting = tuple[str, About, Callable[[], str]]  # name and function of a check
 OPTIMIZERS: tuple[OptimizerName, ...] = ("adam", "sparse_adam")
-LEAST_CAPABILITY = (8, 0)  # Triton's own
 _LR, _STEPS = 1e-3, 5
 # A search that takes another feature for one as good changes that feature's weights.
 _MOST_OTHER_WEIGHTS, _MOST_LOSS_DIFFERENCE = 0.01, 1e-3
@@ -55,10 +56,6 @@ _FAR_TABLES, _FAR_REST = 6, 6 * 10**9  # weights and moments of both sides; byte
 
 _STEP, _ON_CPU = Size(2048, 576, 16_384, 32), Size(256, 64, 1024, 8)
 _FAR = Size(64, 4096, 1024, 32, offset=2**19)
-
-
-class LeftOutError(Exception):
-    """A check does not apply here; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +130,7 @@ def _of_kernels(
     """(name, about, function) of every check of the kernels."""
     methods = {
         "search": check_search,
+        "search in few bits": check_shadow,
         "decode": check_decode,
         "norms": check_norms,
         "Adam": partial(check_adam, lazy=False),
@@ -173,8 +171,11 @@ def _kernels_run(device: torch.device, backend: RowBackend) -> str:
         return f"{type(backend).__name__}"
     if triton_version() is None:
         raise LeftOutError("Triton is not installed; torch's operators take every step")
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
-        least = ".".join(map(str, LEAST_CAPABILITY))
+    if (
+        device.type == "cuda"
+        and torch.cuda.get_device_capability(device) < triton_backend.LEAST_CAPABILITY
+    ):
+        least = ".".join(map(str, triton_backend.LEAST_CAPABILITY))
         raise LeftOutError(f"Triton needs compute capability {least}; torch's operators step in")
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")

@@ -7,6 +7,7 @@ moment, so nothing is assumed of how a backend stores them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 from jaxtyping import Float, Int
@@ -23,6 +24,10 @@ _CLIP, _WEIGHT, _STEPS = 0.5, 0.5, 3
 
 class CheckError(Exception):
     """A check found a wrong result; the message says which."""
+
+
+class LeftOutError(Exception):
+    """A check does not apply here; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +172,25 @@ def check_search(backend: RowBackend, problem: Problem) -> str:
             else:
                 worst = min(worst, recall)
     return f"recall {worst:.5f}, {found}"
+
+
+def check_shadow(backend: RowBackend, problem: Problem) -> str:
+    """The recall of the search by the encoder in few bits, as a step takes it."""
+    W_enc, W_dec = problem.whole(problem.enc).T, problem.whole(problem.dec)
+    config = SimpleNamespace(rescale_acts_by_decoder_norm=True)
+    shadow = backend.shadow(SimpleNamespace(W_enc=W_enc, W_dec=W_dec, cfg=config), None)
+    if shadow is None:
+        raise LeftOutError("this backend searches by the weights themselves")
+    b_enc, k = problem.whole(problem.b_enc, -1e3), problem.size.k
+    features, pre = shadow.search(problem.x, W_enc, b_enc, k, shadow.norms)
+    near, found = _near(features, problem), _Differences()
+    exact = problem.x.double() @ problem.enc.double().T + problem.b_enc.double()
+    found.add("the search's pre-activations", pre, exact.gather(1, near))
+    best = (exact * problem.dec.double().norm(dim=1)).topk(k).indices
+    recall = _recall(near, best, problem.size.near)
+    if recall < LEAST_RECALL:
+        raise CheckError(f"the search finds {recall:.4f} of the top {k}")
+    return f"recall {recall:.5f}, {found}"
 
 
 def check_decode(backend: RowBackend, problem: Problem) -> str:
