@@ -17,11 +17,12 @@ import torch
 
 from saesub import cli
 from saesub.errors import SaesubError
-from saesub.extras import gpu_check, gpu_speed
+from saesub.extras import gpu_check, gpu_rows, gpu_speed
 from saesub.extras.gpu_check import Check, Sizes, kernels_passed, run_checks
 from saesub.extras.gpu_rows import Size
 from saesub.topk import cpu, gpu_record, triton_backend
 from saesub.topk.eligibility import features_that_fit
+from saesub.topk.shadow import EncoderShadow
 from saesub.training import native_step
 
 CPU = torch.device("cpu")
@@ -68,6 +69,21 @@ def test_the_checks_pass_for_the_kernels_in_the_interpreter(monkeypatch):
     checks = run_checks(CPU, backend=backend, named="triton", sizes=TINY)
     assert {c.name: c.detail for c in checks if c.outcome == "failed"} == {}
     assert kernels_passed(checks)
+
+
+@needs_triton
+def test_the_search_in_few_bits_is_checked_by_itself(monkeypatch):
+    """At a size where it does not leave the work to the other search; and with one fault."""
+    backend, size = triton_backend.BACKEND, Size(5, 16, 1100, 1)
+    assert "recall 1.0" in gpu_check._method(gpu_rows.check_shadow, backend, size, CPU)
+
+    def half_written(shadow, sae, first, count):
+        write(shadow, sae, first, count // 2)
+
+    write = EncoderShadow._write
+    monkeypatch.setattr(EncoderShadow, "_write", half_written)
+    with pytest.raises(gpu_rows.CheckError, match=r"the search finds 0\.\d+ of the top 1"):
+        gpu_check._method(gpu_rows.check_shadow, backend, size, CPU)
 
 
 class _WrongRows(cpu.RowGradients):

@@ -83,7 +83,7 @@ class Sizes:
         Size(7, 5, 40, 3),
         Size(33, 80, 300, 12),
         Size(2000, 576, 16_384, 32),
-        Size(500, 4608, 4096, 64),
+        Size(500, 4608, 8192, 64),
     )
     step: Size = _STEP
     on_cpu: Size = _ON_CPU

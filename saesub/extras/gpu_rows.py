@@ -223,6 +223,7 @@ def check_norms(backend: RowBackend, problem: Problem) -> str:
     squared, through = _row_gradients(backend, entries).norms(W_enc)
     total = enc.square().sum() + dec.square().sum() + bias.square().sum()
     found.add("the squared norm", squared, total)
+    assert through is not None  # it was asked for
     found.add("the bias through the encoder", through, problem.enc.double().T @ bias)
     return str(found)
 
