@@ -1,4 +1,4 @@
-"""The `saesub` command: list and fetch packaged files, run the notebooks, show a scorecard.
+"""The `saesub` command: packaged files, the notebooks and their scorecard, a check of the GPU.
 
 A command imports what it needs when it runs, so that help, version and list answer at once.
 """
@@ -16,7 +16,7 @@ from saesub.errors import SaesubError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; 0 for success, 1 where a notebook failed, 2 for a user's mistake.
+    """Runs one command; 0 for success, 1 where a notebook or a check failed, 2 for a mistake.
 
     Where the reader of its output has gone, as in `saesub list | head -1`, it ends without a word
     and returns 141, as the shell's own commands do.
@@ -77,11 +77,14 @@ def _parser() -> argparse.ArgumentParser:
 
     scoring = _command(commands, _scorecard, "show the claims measured in a results folder")
     scoring.add_argument("folder", metavar="DIR", help="such as results/quick")
+
+    checking = _command(commands, _check_gpu, "test and time the training step on a GPU")
+    checking.add_argument("--json", metavar="FILE", help="write the report as JSON, too")
     return parser
 
 
 def _command(commands: Any, run: Any, what: str) -> argparse.ArgumentParser:
-    name = run.__name__.removeprefix("_")
+    name = run.__name__.removeprefix("_").replace("_", "-")
     parser = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
     parser.set_defaults(run=run)
     return parser
@@ -121,6 +124,12 @@ def _scorecard(options: argparse.Namespace) -> int:
 
     print(claims.scorecard(claims.collect(options.folder)))
     return 0
+
+
+def _check_gpu(options: argparse.Namespace) -> int:
+    from saesub.extras.gpu_speed import check_gpu
+
+    return check_gpu(options.json)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""The real model and corpus that many tests share, loaded once a session."""
+"""The real model and corpus that many tests share, loaded once a session.
+
+What only they need is imported in them, so that tests of one part run where the rest is missing.
+"""
 
 from __future__ import annotations
 
@@ -6,34 +9,39 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when the packages below import it
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when others import it
 
 import pytest
-from datasets import Dataset
-from transformer_lens.model_bridge import TransformerBridge
 
-from saesub.activations.collect import stream_activations
-from saesub.loading.corpora import load_corpus
-from saesub.loading.models import load_model
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformer_lens.model_bridge import TransformerBridge
 
 
 @pytest.fixture(scope="session")
 def model() -> TransformerBridge:
+    from saesub.loading.models import load_model
+
     return load_model("smollm2-135m", device="cpu")
 
 
 @pytest.fixture(scope="session")
 def corpus() -> Dataset:
+    from saesub.loading.corpora import load_corpus
+
     return load_corpus("wiki-en")
 
 
 @pytest.fixture(scope="session")
 def activations(model, corpus) -> torch.Tensor:
     """(4000, 576) attention outputs of one layer."""
+    from saesub.activations.collect import stream_activations
+
     hook = "blocks.4.hook_attn_out"
     blocks = stream_activations(model, corpus, [hook], n_tokens=4000, progress=False)
     return torch.cat([block[hook] for block in blocks])

@@ -14,6 +14,7 @@ from typing import get_args
 
 import nbformat
 import pytest
+import torch
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from test_download import build_wheel, one_entry
 
@@ -22,6 +23,7 @@ from saesub.loading.registry import Kind, Part, packaged, packaged_names
 from saesub.reproduce import runner
 from saesub.reproduce.report import Outcome
 
+NO_GPU = not torch.cuda.is_available()
 CLAIM = """from saesub.reproduce import claims
 claims.compare([claims.Measurement("F1.attn_rank", 0.515)], "01")"""
 PLOT = """import matplotlib.pyplot as plt
@@ -94,6 +96,7 @@ def test_the_kernel_is_this_python_and_works_in_the_results_folder(notebooks, tm
         (["reproduce", "--notebook", "77"], "no notebook '77'"),
         (["scorecard", "nowhere"], "no folder"),
         (["fetch", "smolm2-135m"], "smollm2-135m"),
+        (["check-gpu", "--json", "nowhere/report.json"], "CUDA" if NO_GPU else "no folder"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_2(notebooks, capsys, arguments, message):
@@ -234,7 +237,9 @@ def test_list_shows_every_kind(capsys):
     assert packaged()["wiki-en"].description in out
 
 
-@pytest.mark.parametrize("command", [[], ["list"], ["fetch"], ["reproduce"], ["scorecard"]])
+@pytest.mark.parametrize(
+    "command", [[], ["list"], ["fetch"], ["reproduce"], ["scorecard"], ["check-gpu"]]
+)
 def test_help_says_what_everything_is(capsys, command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit) as left:

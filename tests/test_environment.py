@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -64,3 +65,16 @@ def test_the_lock_is_portable():
 
 def test_makefile_installs_the_locked_torch():
     assert f"torch=={_pins()['torch']}" in (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def test_makefile_installs_a_triton_for_tests_that_the_lock_leaves_out():
+    """Without its dependencies, and only where torch has not brought one."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (pin,) = re.findall(r"^TRITON := triton==(.+)$", makefile, re.MULTILINE)
+    assert Version(pin)
+    (rule,) = re.findall(r"^\$\(TRITON_STAMP\): (?:.+\n)(?:\t.+\n)+", makefile, re.MULTILINE)
+    assert "--no-deps $(TRITON)" in rule
+    assert 'import triton" 2>/dev/null ||' in rule
+    assert '"Linux x86_64" ] ||' in rule
+    for target in ("test", "test-all"):
+        assert re.search(rf"^{target}: \$\(TRITON_STAMP\)$", makefile, re.MULTILINE)

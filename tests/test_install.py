@@ -62,8 +62,8 @@ def test_names_are_listed_and_an_unknown_one_is_an_error():
         "from saesub import SaesubError, cache_dir, data_file",
         "from saesub.cli import main; main(['list'])",
         *(
-            f"from saesub.cli import main\ntry: main([{option!r}])\nexcept SystemExit: pass"
-            for option in ("--help", "--version")
+            f"from saesub.cli import main\ntry: main({option.split()!r})\nexcept SystemExit: pass"
+            for option in ("--help", "--version", "check-gpu --help")
         ),
     ],
 )

@@ -1,0 +1,93 @@
+"""Every Triton kernel compiles for an H100 without spills; no GPU is needed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gpu_compile
+import pytest
+from gpu_compile import Entry, Usage
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNELS = """import triton
+@triton.jit
+def _helper(x): return x
+@triton.jit
+def launched(x): _helper(x)
+@triton.autotune(configs=[], key=[])
+@triton.jit
+def tuned(x): return x
+def plain(x): return x
+"""
+
+
+def test_every_launched_kernel_has_an_entry():
+    assert {entry.kernel for entry in gpu_compile.entries()} == gpu_compile.launched()
+
+
+def test_kernels_that_others_call_are_not_launched(tmp_path, monkeypatch):
+    (tmp_path / "a.py").write_text(KERNELS)
+    monkeypatch.setattr(gpu_compile, "FOLDER", tmp_path)
+    assert gpu_compile.launched() == {"a.launched", "a.tuned"}
+
+
+def test_a_kernel_without_an_entry_is_told(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.py").write_text(KERNELS)
+    monkeypatch.setattr(gpu_compile, "FOLDER", tmp_path)
+    monkeypatch.setattr(gpu_compile, "entries", lambda: (Entry("a.launched", {}, {}),))
+    monkeypatch.setattr(gpu_compile, "compiled", lambda *given: Usage(32, 0, 0, 1024))
+    assert gpu_compile.report([90]) == ["a.tuned has no entry in benchmarks/gpu_compile.py"]
+    assert "sm_90" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("usage", "capability", "fault"),
+    [
+        (Usage(255, 0, 0, 232_448), 90, None),
+        (Usage(255, 8, 8, 0), 90, "spills 16 bytes a thread"),
+        (Usage(255, 0, 0, 232_449), 90, "wants 232,449 bytes of shared memory of 232,448"),
+        (Usage(255, 0, 0, 147_480), 86, "wants 147,480 bytes of shared memory of 101,376"),
+    ],
+)
+def test_what_does_not_fit_is_a_fault(usage, capability, fault):
+    assert gpu_compile.fault(usage, capability) == fault
+
+
+def test_faults_on_other_cards_than_an_h100_are_reported_alone(monkeypatch, capsys):
+    monkeypatch.setattr(gpu_compile, "compiled", lambda *given: Usage(255, 64, 0, 0))
+    assert gpu_compile.report([80, 120]) == []
+    assert "spills 64 bytes" in capsys.readouterr().out
+    assert len(gpu_compile.report([90])) == len(gpu_compile.entries())
+
+
+@pytest.mark.parametrize("types", [{"*fp32": "x"}, {"*fp32": "x y z"}])
+def test_an_entry_with_other_arguments_than_its_kernel_is_refused(types):
+    with pytest.raises(ValueError, match="its entry has other arguments"):
+        gpu_compile._signature(["x", "y"], types, {})
+
+
+def test_pointers_and_marked_numbers_are_aligned():
+    types = {"*fp32": "a", "i32:16": "b", "i32": "c", "tensordesc<bf16[128, 64]>": "e"}
+    signature, aligned = gpu_compile._signature(list("abcde"), types, {"d": 4})
+    assert [signature[name] for name in "abcd"] == ["*fp32", "i32", "i32", "constexpr"]
+    assert signature["e"] == "tensordesc<bf16[128, 64]>"
+    assert set(aligned) == {(0,), (1,)}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_every_kernel_compiles_for_an_h100_without_spills(tmp_path):
+    """In a process of its own: one in which Triton interprets compiles nothing."""
+    environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
+    environment |= {
+        "TRITON_CACHE_DIR": str(tmp_path),  # compiled anew
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
+    }
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_compile.py"), "--targets", "90"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stdout.count("sm_90") == len(gpu_compile.entries())
