@@ -58,10 +58,10 @@ lint: $(STAMP)
 	$(BIN)/pyright --pythonpath $(BIN)/python saesub
 	$(BIN)/lint-imports
 
-# The reference of the public names and of the package's rooms, from their docstrings. Two modules
+# The reference of the public names and of the package's rooms, from their docstrings. Three modules
 # are no part of it, since they import only in a kernel and with Triton: pdoc's warnings are of them
 # and of the constructors that dataclasses make.
-UNDOCUMENTED := '!.*notebook_memory' '!.*triton_kernels'
+UNDOCUMENTED := '!.*notebook_memory' '!.*triton_.*kernels'
 docs: $(STAMP)
 	$(BIN)/python -W ignore -m pdoc saesub $(ROOMS) $(UNDOCUMENTED) --docformat google \
 	  --output-directory build/docs

@@ -276,7 +276,7 @@ def test_a_gpu_too_small_is_met_with_the_number_of_features_that_fit(monkeypatch
     memory = SimpleNamespace(total_memory=10**10)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
     # 10 GB less one for the search and ten batches of 128 × 576 floats, at 23,060 bytes a feature
-    expected = r"d_sae=1,152: in its 10 GB about 390,158 features fit .* free the GPU"
+    expected = r"d_sae=1,152: .*, and in its 10 GB about 390,158 features fit .* free the GPU"
     with pytest.raises(SaesubError, match=expected):
         trainer.step(torch.zeros(BATCH, 576))
     memory.total_memory = 1_010_000_000

@@ -268,15 +268,16 @@ def tiles_of(device: torch.device, width: int, dtype: torch.dtype) -> Tiles:
 
 def _seconds(*given: Any) -> float:
     """How long a product takes, the least of five; infinite where the card refuses the tiles."""
+    times = []
     try:
-        times = []
-        for _ in range(5):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            group_maxima(*given)
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end))
+        with torch.cuda.device_of(given[0]):
+            for _ in range(5):
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record()
+                group_maxima(*given)
+                end.record()
+                end.synchronize()
+                times.append(begin.elapsed_time(end))
         return min(times)
     except Exception:  # Triton's own kinds: too little shared memory, an operator it lacks
         return float("inf")

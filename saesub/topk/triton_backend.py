@@ -128,11 +128,17 @@ class RowGradients(backend.RowGradients):
 
 
 class TritonBackend(RowBackend):
-    """The kernels of triton_kernels.py; `available` tells whether they run."""
+    """The kernels of triton_kernels.py; `available` tells whether they run.
+
+    Attributes:
+        eight_bits: whether to search in float8, which cards of compute capability 8.9 or more have.
+            Not the default until its recall has been measured on a card.
+    """
 
     skips_nan = True
 
-    def __init__(self) -> None:
+    def __init__(self, *, eight_bits: bool = False) -> None:
+        self.eight_bits = eight_bits
         # Without CUDA only Triton's interpreter runs them.
         self.device_type = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -145,8 +151,9 @@ class TritonBackend(RowBackend):
         return kept
 
     def shadow_of(self, W_enc: Tensor, W_dec: Tensor, *, scaled: bool) -> EncoderShadow:
-        """A new shadow of these weights, in 16 bits."""
-        return EncoderShadow(W_enc, W_dec, scaled=scaled, products=self.row_products)
+        """A new shadow of these weights."""
+        settings = {"products": self.row_products, "eight_bits": self.eight_bits}
+        return EncoderShadow(W_enc, W_dec, scaled=scaled, **settings)
 
     def row_products(
         self, vectors: Float[Tensor, "n d"], selected: Selected, table: Float[Tensor, "d_sae d"]

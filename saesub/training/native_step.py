@@ -50,8 +50,9 @@ class NativeStep:
             )
         if backend == "triton" and row_backend(sae.W_enc.device, triton=True) is None:
             raise SaesubError(
-                "backend='triton' needs the SAE on a CUDA device and a Triton that runs there: "
-                "move it with sae.to('cuda'), install triton, or pass backend='torch'."
+                "backend='triton' needs the SAE on a CUDA device of compute capability 8.0 or more "
+                "and a Triton that runs there: move it with sae.to('cuda'), install triton, or "
+                "pass backend='torch'."
             )
         self.backend = backend
         self.fused = False

@@ -84,14 +84,13 @@ class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CON
             `cfg.autocast` is for products in bfloat16.
         optimizer: "sparse_adam" (`saesub.optim.SparseAdam`) or "adam" (torch's).
         backend: how a TopK step is computed. A sparse SAE keeps its own `search_name` under "auto".
-            "auto": on the CPU the compiled step with its 8-bit
-            candidate search, if there is a C++ compiler, else torch operators; the search alone is
-            compiled if a mitigation adds to the loss, weights are frozen, or the optimizer is
-            another than Adam and `SparseAdam`. "torch": torch operators alone, which on a CPU with
-            AVX-512 VNNI search in 8 bits too.
-            "exact_search": as "auto" with the whole float32 product for the search. "triton":
-            Triton kernels on CUDA; only by name, until they have been run on a GPU. "dense":
-            SAELens' own step.
+            "auto": on the CPU the compiled step with its 8-bit candidate search, if there is a C++
+            compiler; on a GPU the Triton kernels, once `saesub check-gpu` has found them right
+            there; else torch operators. The search alone is compiled if a mitigation adds to the
+            loss, weights are frozen, or the optimizer is another than Adam and `SparseAdam`.
+            "torch": torch operators alone, which on a CPU with AVX-512 VNNI search in 8 bits too.
+            "exact_search": as "auto" with the whole float32 product for the search. "triton": the
+            Triton kernels, checked or not. "dense": SAELens' own step.
         dead_window_tokens: a feature silent for this many tokens is dead. By default SAELens'
             window counts: silent for more than w = `cfg.dead_feature_window` steps, which are
             (w + 1) × `cfg.train_batch_size_samples` tokens.
