@@ -115,7 +115,7 @@ def _row_kernels(d: int) -> Iterator[Entry]:
 def _search_kernels(d: int) -> Iterator[Entry]:
     from saesub.topk import shadow, triton_launch
 
-    numbers = {"*fp32": "bias inverse", "i32": "n", "i32:16": "d_sae", "*bf16": "maxima"}
+    numbers = {"*fp32": "bias scale", "i32": "n", "i32:16": "d_sae", "*bf16": "maxima"}
     for kind, tiles in product(("fp16", "fp8e4nv"), [*shadow._HOPPER, *shadow._OTHERS]):
         blocks = {
             f"tensordesc<{kind}[{tiles.tokens}, {tiles.numbers}]>": "tokens",
@@ -127,7 +127,7 @@ def _search_kernels(d: int) -> Iterator[Entry]:
         constants |= {"MEMBERS": shadow.MEMBERS, "FLATTEN": tiles.flatten}
         constants |= {"num_warps": tiles.warps, "num_stages": tiles.stages}
         yield Entry("triton_search_kernels.group_maxima", _with(numbers, blocks), constants)
-    types = {"*fp16": "tokens features", "*fp32": "bias inverse scores", "*i32": "groups ids"}
+    types = {"*fp16": "tokens features", "*fp32": "bias scale scores", "*i32": "groups ids"}
     constants = {"WIDTH": d, "BLOCK": triton_launch.block_of(d), "BN": 256}
     constants |= {"MEMBERS": shadow.MEMBERS, "GROUPS": 48}
     constants["PER_PROGRAM"] = shadow._MEMBERS_PER_PROGRAM

@@ -441,13 +441,16 @@ def test_the_pages_memory_follows_from_its_formula():
     for row in rows:
         d, features = (int(cell.replace(",", "")) for cell in row[:2])
         weights = 4 * (2 * d + 1)
-        assert row[2] == f"{features * (3 * weights + 2 * d) / 1e9:.2f}"
+        fused = 3 * weights + 2 * d + 700
+        assert row[2] == f"{features * fused / 1e9:.2f}"
         assert row[3] == f"{features * 5 * weights / 1e9:.2f}"
         # As many as the error for a GPU without memory says.
-        beside = 10 * 4 * 4096 * d + 10**9
-        assert (
-            abs(features_that_fit(features * 5 * weights + beside, d, d, 4096, 5) - features) <= 1
-        )
+        beside = 10 * 4 * 4096 * d
+        for total, is_fused in (
+            (features * fused + beside, True),
+            (features * 5 * weights + beside + 10**9, False),
+        ):
+            assert features_that_fit(total, d, d, 4096, fused=is_fused) == features
 
 
 def test_the_page_says_how_much_must_be_free():

@@ -17,7 +17,7 @@ from waiting import WaitingError, no_waiting
 from saesub import precision
 from saesub.errors import SaesubError
 from saesub.topk.ops import Selected
-from saesub.topk.step import SparseStepOutput, sparse_activations
+from saesub.topk.step import Entries, SparseStepOutput
 from saesub.training.history import CHECK_EVERY, History
 from saesub.training.mitigations import GhostGradients, KAnnealing, Mitigation, Resampling
 from saesub.training.trainer import SubspaceSAETrainer
@@ -84,7 +84,7 @@ def _stand_in(trainer: Any, rows: Any, sae_in: Tensor) -> SparseStepOutput:
     return SparseStepOutput(
         sae_in=sae_in,
         sae_out=sae_in,
-        feature_acts=sparse_activations(selected, selected.pre, BATCH),
+        feature_acts=Entries(selected, selected.pre, BATCH),  # pyright: ignore
         hidden_pre=None,  # pyright: ignore
         loss=loss,
         losses={"mse_loss": loss},
