@@ -24,8 +24,10 @@ from model import MOST_ERROR, AttentionOutput, largest_error
 from torch import Tensor
 
 FILE = "activations.npy"
+_PREFIX = "saesub-gpu-rehearsal-" if stage.REHEARSAL else "saesub-gpu-"
 _N_TOKENS = 5_000 if stage.REHEARSAL else None
 _AT_ONCE = 8 if stage.REHEARSAL else 256  # contexts in a forward pass
+_END_SECONDS = 30  # to begin, and to keep the rows
 _SPARE = 1.2  # times the file's size that a folder must have free
 
 
@@ -44,7 +46,7 @@ def rows(device: str, seconds: float) -> tuple[Tensor, dict[str, Any]]:
     file = _file()
     if file.is_file():
         start = time.monotonic()
-        kept = torch.from_numpy(np.load(file)).to(device)
+        kept = torch.from_numpy(np.load(file, mmap_mode="c")).to(device)
         return kept, {"tokens": len(kept), "read_seconds": time.monotonic() - start}
     return _made(device, seconds)
 
@@ -78,7 +80,7 @@ def _made(device: str, seconds: float) -> tuple[Tensor, dict[str, Any]]:
     made = made[:done]
     if not bool(made.isfinite().all()):
         raise WrongActivationsError("some activations are not finite in float16")
-    about = {"tokens": done, "of": wanted, "seconds": clock.used, "error": error}
+    about = {"tokens": done, "of": wanted, "seconds": clock.used, "largest_error": error}
     return made, about | {"corpus": text.corpus}
 
 
@@ -98,7 +100,7 @@ def _file() -> Path:
     if place := os.environ.get("GPU_SCRATCH"):
         return Path(place) / FILE
     memory = Path("/dev/shm")
-    return (memory if memory.is_dir() else Path(tempfile.gettempdir())) / f"saesub-gpu-{FILE}"
+    return (memory if memory.is_dir() else Path(tempfile.gettempdir())) / f"{_PREFIX}{FILE}"
 
 
 def _keep(made: Tensor) -> str:
@@ -119,7 +121,7 @@ def main() -> None:
     device = stage.device()
 
     def harvested() -> dict[str, Any]:
-        made, about = _made(device, stage.seconds(60) - 15)
+        made, about = _made(device, stage.seconds(60) - _END_SECONDS)
         start = time.monotonic()
         return about | {"kept": _keep(made), "keep_seconds": time.monotonic() - start}
 
