@@ -1,0 +1,189 @@
+"""The headline: 2^20 features, a random and an active-subspace start, Adam and SparseAdam.
+
+    python benchmarks/gpu/headline.py          # the bridge to the CPU's record, then three arms
+    python benchmarks/gpu/headline.py rates    # 131,072 features at several rates
+
+The bridge repeats the first row of data/results/studies/million.json. The arms share a norm search,
+a cool-down, batches and the number of tokens, as many as the time allows. Each outcome is in
+`$OUT/headline.json` as soon as it is known; counts of firing are in `$OUT/fires.npz`.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import arms
+import harvest
+import numpy as np
+import stage
+from arms import Arm, Outcome, Site, Untrained
+
+_CONDITIONS = {
+    "random, Adam": ("random", "adam"),
+    "subspace, Adam": ("subspace", "adam"),
+    "subspace, SparseAdam": ("subspace", "sparse_adam"),
+}
+_RATES = (1e-3, 5e-4, 2e-3, 4e-3)
+_MOST_FIRES_BYTES = 14_000_000
+_HARVEST_SECONDS = 60.0
+_BESIDE = 20.0  # seconds that an arm takes beside its steps, until one was seen
+_BESIDE_NARROWER = 3.0
+_PATIENCE = 1.25  # times its share of the time that an arm may train
+_END_SECONDS = 15.0  # to write counts, and for what a process takes to end
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Tokens of the bridge (training, held out), its steps and batch, held-out tokens of the rest,
+    both widths, batch, and the most steps of an arm."""
+
+    bridge: tuple[int, int] = (1_024_000, 512_000)
+    bridge_steps: int = 500
+    bridge_batch: int = 2048
+    held_out: int = 512_000
+    d_sae: int = 2**20
+    narrower: int = 2**17
+    batch: int = 4096
+    most_steps: int = 20_000
+
+
+FULL = Sizes()
+SMALL = Sizes((3_000, 2_000), 4, 512, 2_000, 4096, 2048, 512, 4)
+
+
+class Counts:
+    """Counts of firing of all arms in one compressed file, within the size that comes back."""
+
+    def __init__(self, file: str) -> None:
+        self._path = stage.OUT / file
+        self._kept: dict[str, np.ndarray] = {}
+        self.left_out: list[str] = []
+
+    def add(self, name: str, counts: dict[str, np.ndarray]) -> None:
+        """Write the file with these counts too, or without them if it grew too large."""
+        for kind in ("held_out", "training", "cooling"):
+            if kind not in counts:
+                continue
+            key = f"{name}, {kind}"
+            tried = self._kept | {key: counts[kind]}
+            data = io.BytesIO()
+            np.savez_compressed(data, **tried)
+            if data.tell() > _MOST_FIRES_BYTES:
+                self.left_out.append(key)
+                continue
+            self._kept = tried
+            self._path.write_bytes(data.getvalue())
+
+
+class Headline:
+    """What the arms of a call share: activations, weights at step 0, results, and the time."""
+
+    def __init__(self, seconds: float, counts: str) -> None:
+        self.clock = stage.Clock(seconds - _END_SECONDS)
+        self.device = stage.device()
+        self.sizes = SMALL if stage.REHEARSAL else FULL
+        self.results = stage.Results("headline")
+        self.counts = Counts(counts)
+        self.untrained = Untrained(self.device)
+        self.beside = _BESIDE
+        self.rows, about = harvest.rows(self.device, _HARVEST_SECONDS)
+        self.results.add("activations", about)
+        self.backend = self.results.attempt("backend", self._backend) or "torch"
+
+    def _backend(self) -> str:
+        """Triton's kernels, unless a small step of theirs differs from torch's operators."""
+        if self.device == "cpu":
+            return "torch"
+        place = self._site(*self.sizes.bridge, 20_000)
+        arm = Arm("random", "adam", 1e-3, 4096, 1024, 8, fitted=False, cooled=False)
+        losses = {}
+        for backend in ("triton", "torch"):
+            found = arms.outcome(arm, place, self.untrained, backend, 60)
+            losses[backend] = found.about["fvu"]
+        if abs(losses["triton"] / losses["torch"] - 1) > 1e-2:
+            raise ArithmeticError(f"Triton and torch train differently: FVU {losses}")
+        return "triton"
+
+    def _site(self, n_train: int, n_held_out: int, n_spectrum: int = 200_000) -> Site:
+        return arms.site(self.rows[: n_train + n_held_out], n_held_out, n_spectrum)
+
+    def whole_site(self) -> Site:
+        """All rows, the last of them held out."""
+        n = self.sizes.held_out
+        return self._site(len(self.rows) - n, n)
+
+    def run(self, name: str, arm: Arm, place: Site, seconds: float) -> Outcome | None:
+        """Train and judge an arm, and keep what came out."""
+        kept: list[Outcome] = []
+
+        def outcome() -> dict[str, Any]:
+            kept.append(arms.outcome(arm, place, self.untrained, self.backend, seconds))
+            return kept[0].about
+
+        self.results.attempt(name, outcome)
+        if kept:
+            self.counts.add(name, kept[0].counts)
+        return kept[0] if kept else None
+
+    def bridge(self) -> None:
+        """The CPU's record again: random start of unit norm, Adam, its very rows and order."""
+        s = self.sizes
+        arm = Arm("random", "adam", 1e-3, s.d_sae, s.bridge_batch, s.bridge_steps, False, False)
+        found = self.run("bridge", arm, self._site(*s.bridge), self.clock.left / 3)
+        if found is not None:
+            took = found.about["seconds"]
+            self.beside = took["made"] + took["judged"]
+
+    def conditions(self, names: list[str], place: Site, first: Arm, seconds: float) -> None:
+        """Arms of equal tokens, as many as fit into the seconds at the pace of the slowest."""
+        made = self._with_steps(names, first, place, seconds)
+        for i, (name, arm) in enumerate(made):
+            share = self.clock.left / (len(made) - i)
+            if self.clock.left < seconds / len(made) / 2:
+                self.results.add(name, {"left out": "no time"})
+                continue
+            self.run(name, arm, place, min(self.clock.left, _PATIENCE * share))
+
+    def _with_steps(
+        self, names: list[str], first: Arm, place: Site, seconds: float
+    ) -> list[tuple[str, Arm]]:
+        steps = self.sizes.most_steps
+        if not stage.REHEARSAL:
+            clock = stage.Clock(seconds)
+            trial = arms.seconds_per_step(first, place, self.untrained, self.backend)
+            stage.free()
+            share = clock.left / len(names) - self.beside
+            steps = max(50, min(steps, int(share / (1.1 * trial))))
+            self.results.add(f"pace, {first.d_sae} features", {"seconds": trial, "steps": steps})
+        made = []
+        for name in names:
+            start, optimizer = _CONDITIONS[name.split(" at ")[0]]
+            rate = float(name.split(" at ")[1]) if " at " in name else first.lr
+            arm = replace(first, start=start, optimizer=optimizer, lr=rate, steps=steps)
+            made.append((name, arm))
+        return made
+
+
+def main() -> None:
+    rates, began = sys.argv[1:] == ["rates"], time.monotonic()
+    headline = Headline(stage.seconds(250), "fires_rates.npz" if rates else "fires.npz")
+    sizes = headline.sizes
+    names, d_sae = list(_CONDITIONS), sizes.d_sae
+    if rates:
+        names, d_sae = [f"{name} at {rate:g}" for rate in _RATES for name in names], sizes.narrower
+        headline.beside = _BESIDE_NARROWER
+    else:
+        headline.bridge()
+    first = Arm("random", "adam", _RATES[0], d_sae, sizes.batch, 1)
+    headline.conditions(names, headline.whole_site(), first, headline.clock.left)
+    took = time.monotonic() - began
+    end = {"seconds": took, "counts left out": headline.counts.left_out}
+    headline.results.add("end of rates" if rates else "end", end)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# Run the kit on a card: correctness (A), the headline and speed (B), several rates (C).
+#
+#   python benchmarks/gpu/pack.py          # before, on any CPU: makes benchmarks/gpu/load/
+#   OUT=out bash benchmarks/gpu/run.sh A   # then B, then C; or several in one call
+#
+# Every stage is a process of its own with a time limit. None stops the others. GPU_REHEARSAL=1 runs
+# everything small on the CPU; PYTHON names the interpreter, GPU_BUDGET_C the seconds of C.
+set -u
+cd "$(dirname "$0")/../.."
+export OUT="${OUT:-out}" PYTHONUNBUFFERED=1 TQDM_DISABLE=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+mkdir -p "$OUT"
+exec > >(tee -a "$OUT/log.txt") 2>&1
+PYTHON="${PYTHON:-python3}"
+SITE="${GPU_SITE:-${TMPDIR:-/tmp}/saesub-gpu-site}"
+"$PYTHON" benchmarks/gpu/unpack.py "$SITE"
+export PYTHONPATH="$SITE:$PWD:$PWD/benchmarks/contenders${PYTHONPATH:+:$PYTHONPATH}"
+
+budget=0 # seconds that are left to the letter at hand
+stage() { # seconds, script, arguments
+  local limit=$(($1 < budget ? $1 : budget)) start=$SECONDS status
+  shift
+  if ((limit < 10)); then
+    echo "=== left out, no time: $*"
+    return
+  fi
+  echo "=== $* (at most $limit s)"
+  GPU_SECONDS=$limit timeout -k 5 "$limit" "$PYTHON" "benchmarks/gpu/$1" "${@:2}"
+  status=$?
+  budget=$((budget - SECONDS + start))
+  echo "=== $* ended with $status after $((SECONDS - start)) s"
+}
+
+for letter in "$@"; do
+  case "$letter" in
+    A)
+      budget=200
+      stage 90 check.py kernels
+      stage 70 check.py steps
+      stage 60 check.py tests
+      ;;
+    B)
+      budget=420
+      stage 70 harvest.py
+      stage 270 headline.py
+      stage 70 speed.py ours
+      stage 60 speed.py sparsify
+      ;;
+    C)
+      budget=${GPU_BUDGET_C:-170}
+      stage "$budget" headline.py rates
+      ;;
+    *)
+      echo "=== unknown part $letter: give A, B or C"
+      ;;
+  esac
+  if command -v nvidia-smi >/dev/null; then
+    nvidia-smi --query-gpu=name,driver_version,memory.used,clocks.sm,temperature.gpu --format=csv,noheader
+  fi
+done
