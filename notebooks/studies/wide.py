@@ -12,16 +12,13 @@ tokens of training; features that died within them do not count as dead.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict
 
 import torch
 from sae_lens import TopKTrainingSAE
 from trials import Start, Trial, package_start, run, site, trained
 
-from saesub.evaluation.passes import encoded
-from saesub.evaluation.reconstruction import unexplained
-from saesub.topk.encode import times_fired
+import saesub
 
 HOOK = "blocks.12.hook_attn_out"
 BATCH, STEPS = 2048, 300
@@ -66,16 +63,9 @@ def judged(
 
 
 def dead_share_and_fvu(sae: TopKTrainingSAE, x: torch.Tensor) -> tuple[float, float]:
-    """Both over the same tokens (n, d_in), each encoded once."""
-    fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool)
-
-    def blocks() -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        for block, features in encoded(sae, x):
-            fired.logical_or_(times_fired(features) > 0)
-            yield block, sae.decode(features), features
-
-    fvu = unexplained(blocks()).fvu
-    return 1 - fired.float().mean().item(), fvu
+    """Both over the same tokens (n, d_in)."""
+    found = saesub.judge(sae, x, n_tokens=len(x))
+    return (found.counts == 0).double().mean().item(), found.fvu
 
 
 if __name__ == "__main__":
