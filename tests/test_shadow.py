@@ -74,7 +74,7 @@ def test_the_search_finds_the_best_feature(eight_bits, n, d, d_sae, scaled, seed
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn])
 @pytest.mark.parametrize("flatten", [False, True])
 def test_maxima_are_those_of_features_that_lie_a_tile_apart(dtype, flatten):
-    tiles = Tiles(16, 32, 16, 4, 1, flatten)
+    tiles = Tiles(16, 32, 32, 4, 1, flatten)
     n, d, d_sae = 21, 48, 32 * MEMBERS + 50
     torch.manual_seed(0)
     tokens, scale = few_bits(torch.randn(n, d, device=DEVICE), dtype)

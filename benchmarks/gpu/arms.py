@@ -17,10 +17,12 @@ from sae_lens.config import SAETrainerConfig
 from torch import Tensor
 
 import saesub
+from saesub.topk import cuda_search, triton_backend
 
 K = 32
 _JUDGED_AT_ONCE = 16_384
 _FIRST_WINDOW = 8192
+_RECALL_TOKENS = 4096
 
 
 class OutOfTimeError(Exception):
@@ -168,6 +170,7 @@ def outcome(arm: Arm, place: Site, untrained: Untrained, backend: str, seconds: 
         },
         "tokens_per_second": arm.tokens / (trained - made),
         "peak_bytes": _peak(untrained.device),
+        "recall": _recall(trainer.sae, place.held_out) if backend == "triton" else None,
     }
     counts = {"training": fires, "held_out": found.counts}
     if cooling is not None:
@@ -216,6 +219,24 @@ def _train(
 
     saesub.train_together({"arm": trainer}, batches)
     return at_cooling[0] if at_cooling else None
+
+
+@torch.no_grad()
+def _recall(sae: TopKTrainingSAE, held_out: saesub.ActivationStore) -> dict[str, float]:
+    """The share of the float32 top k that the search in few bits finds, on trained weights."""
+    x = held_out.rows(0, _RECALL_TOKENS).to(sae.device)
+    x = x - sae.b_dec if sae.cfg.apply_b_dec_to_input else x
+    W_enc, k, found = sae.W_enc.detach().T.contiguous().T, sae.activation_fn.k, {}
+    for bits in (16, 8):
+        backend = triton_backend.TritonBackend(eight_bits=bits == 8)
+        scaled = sae.cfg.rescale_acts_by_decoder_norm
+        shadow = backend.shadow_of(W_enc, sae.W_dec.detach(), scaled=scaled)
+        given = (x, W_enc, sae.b_enc, k, shadow.norms)
+        features, _ = shadow.search(*given)
+        exact, _ = cuda_search.search(*given, exact=True)
+        hit = (exact[:, :, None] == features[:, None, :]).any(2)
+        found[f"{bits} bits"] = float(hit.double().mean())
+    return found
 
 
 def _blocks(store: saesub.ActivationStore) -> Iterator[Tensor]:

@@ -23,12 +23,13 @@ from sae_lens import SAETrainer
 from torch import Tensor
 
 import saesub
+from saesub.topk import triton_backend
 
 D_IN, K = 576, 32
 WIDTHS = (1024, 4096) if stage.REHEARSAL else (2**14, 2**17, 2**20)
 BATCH, LARGE_BATCH = (256, 512) if stage.REHEARSAL else (4096, 16_384)
 BEFORE, TIMED = (1, 2) if stage.REHEARSAL else (5, 10)
-BACKENDS = ("torch",) if stage.REHEARSAL else ("triton", "torch")
+BACKENDS = ("torch",) if stage.REHEARSAL else ("triton", "triton in 8 bits", "torch")
 OPTIMIZERS = ("adam", "sparse_adam")
 _END_SECONDS = 5.0
 Step = Callable[[Tensor], object]
@@ -73,7 +74,8 @@ def timed(step: Step, source: Iterator[Tensor], batch: int) -> dict[str, Any]:
 
 def saesub_step(d_sae: int, batch: int, backend: str, optimizer: str, device: str) -> Step:
     """saesub's trainer on SAELens' default TopK SAE, AuxK on."""
-    given: dict[str, Any] = {"optimizer": optimizer, "backend": backend}
+    triton_backend.BACKEND.eight_bits = backend.endswith("8 bits")
+    given: dict[str, Any] = {"optimizer": optimizer, "backend": backend.split()[0]}
     trainer = saesub.SubspaceSAETrainer(
         _config(batch, device), _untrained(d_sae, device), iter(()), **given
     )
@@ -124,7 +126,7 @@ def ours(results: stage.Results, device: str, clock: stage.Clock) -> None:
     """saesub in all its ways, SAELens at each width; the default batch first."""
     for batch in (BATCH, LARGE_BATCH):
         for d_sae in WIDTHS:
-            for backend in BACKENDS if batch == BATCH else BACKENDS[:1]:
+            for backend in BACKENDS if batch == BATCH else BACKENDS[:2]:
                 for optimizer in OPTIMIZERS:
                     make = _bound(saesub_step, d_sae, batch, backend, optimizer, device)
                     name = f"saesub {backend} {optimizer}"
