@@ -224,7 +224,7 @@ def _train(
 @torch.no_grad()
 def _recall(sae: TopKTrainingSAE, held_out: saesub.ActivationStore) -> dict[str, float]:
     """The share of the float32 top k that the search in few bits finds, on trained weights."""
-    x = held_out.rows(0, _RECALL_TOKENS).to(sae.device)
+    x = held_out.rows(0, min(_RECALL_TOKENS, held_out.n_tokens)).to(sae.device)
     x = x - sae.b_dec if sae.cfg.apply_b_dec_to_input else x
     W_enc, k, found = sae.W_enc.detach().T.contiguous().T, sae.activation_fn.k, {}
     for bits in (16, 8):
