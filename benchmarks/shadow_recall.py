@@ -40,10 +40,9 @@ def main() -> None:
     for start in ("random", "subspace"):
         for optimizer in ("adam", "sparse_adam"):
             trainer = trained(train, spectrum, start, optimizer)
-            scaled = x * trainer.activation_scaler.scaling_factor
             for name, dtype in TYPES.items():
                 row = {"start": start, "optimizer": optimizer, "search": name}
-                rows.append(row | recall(trainer.sae, scaled, dtype))
+                rows.append(row | recall(trainer.sae, x, dtype))
                 print(rows[-1], flush=True)
     record = {
         "settings": {"hook_name": HOOK, "d_sae": D_SAE, "k": K, "tokens": BATCH * STEPS},

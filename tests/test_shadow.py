@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens.config import SAETrainerConfig
 from waiting import no_waiting
 
 from saesub.optim import make_optimizer
@@ -18,6 +19,9 @@ from saesub.topk.eligibility import lay_out_by_feature
 from saesub.topk.ops import dense_search
 from saesub.topk.shadow import MEMBERS, EncoderShadow, Tiles, few_bits, group_maxima
 from saesub.topk.step import autograd_pass, row_step
+from saesub.training import native_step
+from saesub.training.mitigations.resampling import Resampling
+from saesub.training.trainer import SubspaceSAETrainer
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
@@ -163,6 +167,29 @@ def test_weights_that_others_change_reach_the_shadow(monkeypatch):
     for _ in range(3):
         kept.keep_up(sae.W_enc, sae.W_dec)
     torch.testing.assert_close(kept.norms, sae.W_dec.detach().norm(dim=1))
+
+
+def test_a_trainer_writes_the_whole_shadow_only_where_others_changed_the_weights(monkeypatch):
+    monkeypatch.setattr(native_step, "row_backend", lambda *_, **__: BACKEND)
+    whole = []
+    rebuild = EncoderShadow.rebuild
+    monkeypatch.setattr(
+        EncoderShadow, "rebuild", lambda self, *w: (whole.append(1), rebuild(self, *w))
+    )
+    sae = _sae(8, 64, k=1)
+    cfg = SAETrainerConfig(
+        total_training_samples=200, train_batch_size_samples=2, lr=1e-3, lr_end=1e-4, device=DEVICE
+    )
+    at = Resampling(at_tokens=(10,), n_batches=1)
+    trainer = SubspaceSAETrainer(cfg, sae, iter(()), mitigations=[at], dead_window_tokens=4)
+    counts = []
+    for step in range(7):
+        if step == 3:
+            with torch.no_grad():
+                sae.W_dec.mul_(1.5)
+        trainer.step(torch.randn(2, 8, device=DEVICE))
+        counts.append(len(whole))
+    assert counts == [1, 1, 1, 2, 2, 3, 3]  # the step at 10 tokens resamples
 
 
 def test_rows_that_outgrow_the_range_are_seen_and_written_again(monkeypatch):
