@@ -52,7 +52,11 @@ _HOPPER = [
     Tiles(128, 128, 64, 4, 3, True),
     Tiles(128, 128, 64, 8, 4, True),
 ]
-_OTHERS = [Tiles(128, 128, 64, 8, 2, False)]
+_OTHERS = [
+    Tiles(128, 128, 32, 8, 2, False),
+    Tiles(128, 64, 64, 8, 2, False),
+    Tiles(64, 128, 64, 8, 2, False),
+]
 _INTERPRETED = Tiles(16, 16, 16, 4, 1, False)
 
 
@@ -257,8 +261,6 @@ def tiles_of(device: torch.device, width: int, dtype: torch.dtype) -> Tiles:
     if device.type != "cuda":
         return _INTERPRETED
     choices = tiles_for(torch.cuda.get_device_capability(device))
-    if len(choices) == 1:
-        return choices[0]
     rows = torch.randn(65_536, width, dtype=torch.float32, device=device).to(dtype)
     tokens = rows[:_TOKENS_PER_BLOCK].contiguous()
     bias = torch.zeros(len(rows), dtype=torch.float32, device=device)
