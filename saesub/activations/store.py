@@ -65,7 +65,10 @@ class ActivationStore:
                 "row for each token"
             )
         if rows.dtype not in _DTYPES:
-            raise SaesubError(f"a store holds torch.float16 or torch.float32, not {rows.dtype}")
+            raise SaesubError(
+                f"a store holds torch.float16 or torch.float32, not {rows.dtype}: give rows.half() "
+                "or rows.float()"
+            )
         require_finite(rows)
         return cls(hook_name, {}, 1.0, _Numbers(len(rows), rows), "", rows)
 
@@ -249,7 +252,9 @@ class StoreWriter:
         self, folder: Path, hook_name: str, n_tokens: int, dtype: torch.dtype, n_kept: int = 0
     ) -> None:
         if dtype not in _DTYPES:
-            raise SaesubError(f"a store holds torch.float16 or torch.float32, not {dtype}")
+            raise SaesubError(
+                f"a store holds torch.float16 or torch.float32, not {dtype}: pass one of these"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         self._n_tokens, self._dtype, self._d = n_tokens, dtype, 0
         self._refused = False

@@ -49,6 +49,11 @@ class NativeStep:
                 f"Unknown backend {backend!r}: {near_names(backend, get_args(Backend))}"
             )
         if backend == "triton" and row_backend(sae.W_enc.device, triton=True) is None:
+            if not torch.cuda.is_available():
+                raise SaesubError(
+                    "backend='triton' needs a GPU, and torch finds no CUDA device here: leave the "
+                    "backend out, which takes the fastest step of the CPU."
+                )
             raise SaesubError(
                 "backend='triton' needs the SAE on a CUDA device of compute capability 8.0 or more "
                 "and a Triton that runs there: move it with sae.to('cuda'), install triton, or "

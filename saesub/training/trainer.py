@@ -394,7 +394,8 @@ def _make_sparse(sae: Any, backend: Backend) -> None:
         if sparse:
             raise SaesubError(
                 f"backend='dense' is SAELens' own step, and {type(sae).__name__} has a sparse "
-                "pass: pass SAELens' own class, or leave the backend out."
+                "pass, perhaps from an earlier trainer or use_sparse_step: pass a new SAE of "
+                "SAELens' own class, or leave the backend out."
             )
     elif "training_forward_pass" in vars(sae) and isinstance(sae, TopKTrainingSAE):
         warnings.warn(DENSE_STEP.format(other_pass(sae)), stacklevel=3)
