@@ -93,7 +93,7 @@ def _row_kernels(d: int) -> Iterator[Entry]:
     types = {"*i64": "features offsets", "*fp32": arrays, "fp32": "scale"}
     yield Entry("triton_kernels.decode", types, one)
     types = {"i32": "first_feature", "*fp32": "enc dec norms", "*fp16": "shadow"}
-    types |= {"*i32": "overflowed", "fp32": "factor"}
+    types |= {"*i32": "stale", "fp32": "factor"}
     yield Entry("triton_kernels.write_shadow", types, both | kept)
     types = {"*i32": "valid feature", "*fp32": "g_pre W_enc sums"}
     segment = {"SEGMENT": triton_backend._ENTRIES_PER_SUM}
@@ -105,8 +105,8 @@ def _row_kernels(d: int) -> Iterator[Entry]:
     yield Entry("triton_kernels.row_norms", types, both)
     update = {"*i32": "touched", "i32:16": "d_sae", "*fp32": _TABLES}
     types = _with(_SORTED, update, {"fp32": "one_less1 one_less2 eps factor"})
-    none = {"shadow": None, "norms": None, "overflowed": None, "WIDTH": 0, "LIMIT": 0}
-    shadowed = _with(types, {"*i32": "overflowed", "*fp32": "norms", "*fp16": "shadow"})
+    none = {"shadow": None, "norms": None, "stale": None, "WIDTH": 0, "LIMIT": 0}
+    shadowed = _with(types, {"*i32": "stale", "*fp32": "norms", "*fp16": "shadow"})
     for lazy in (True, False):
         yield Entry("triton_kernels.adam_rows", types, {"LAZY": lazy} | both | none)
         yield Entry("triton_kernels.adam_rows", shadowed, {"LAZY": lazy} | both | kept)
@@ -123,12 +123,18 @@ def _search_kernels(d: int) -> Iterator[Entry]:
         }
         if tiles.tokens == tiles.features:
             blocks = {next(iter(blocks)): "tokens features"}
-        constants = {"WIDTH": d, "BM": tiles.tokens, "BN": tiles.features, "BK": tiles.numbers}
+        constants = {
+            "WIDTH": d,
+            "BM": tiles.tokens,
+            "BN": tiles.features,
+            "BK": tiles.numbers,
+            "STRIDE": shadow.STRIDE,
+        }
         constants |= {"MEMBERS": shadow.MEMBERS, "FLATTEN": tiles.flatten}
         constants |= {"num_warps": tiles.warps, "num_stages": tiles.stages}
         yield Entry("triton_search_kernels.group_maxima", _with(numbers, blocks), constants)
     types = {"*fp16": "tokens features", "*fp32": "bias scale scores", "*i32": "groups ids"}
-    constants = {"WIDTH": d, "BLOCK": triton_launch.block_of(d), "BN": 256}
+    constants = {"WIDTH": d, "BLOCK": triton_launch.block_of(d), "STRIDE": shadow.STRIDE}
     constants |= {"MEMBERS": shadow.MEMBERS, "GROUPS": 48}
     constants["PER_PROGRAM"] = shadow._MEMBERS_PER_PROGRAM
     constants["ENTRIES"] = shadow._MEMBERS_AT_ONCE

@@ -37,7 +37,8 @@ def batch_of(given: Any, what: str = "a batch of activations") -> Tensor:
     if isinstance(given, (list, tuple)) and len(given) == 1:
         given = given[0]
     if isinstance(given, np.ndarray) and given.dtype.kind == "f":
-        given = torch.from_numpy(np.ascontiguousarray(given))
+        native = given.dtype.newbyteorder("=")
+        given = torch.from_numpy(np.ascontiguousarray(given, dtype=native))
     if not isinstance(given, torch.Tensor):
         length = f" of {len(given)}" if isinstance(given, (list, tuple)) else ""
         raise SaesubError(
@@ -45,7 +46,11 @@ def batch_of(given: Any, what: str = "a batch of activations") -> Tensor:
             f"{length}: give one tensor for each batch, such as (x for x, _ in loader)."
         )
     if not given.is_floating_point():
-        raise SaesubError(f"{what} must hold floating-point numbers, not {given.dtype}.")
+        raise SaesubError(
+            f"{what} must hold floating-point numbers, not {given.dtype}: give x.float()."
+        )
+    if given.layout is not torch.strided:
+        raise SaesubError(f"{what} must be a dense tensor, not {given.layout}: give x.to_dense().")
     if given.is_meta:
         raise SaesubError(f"{what} on the meta device hold no values: load the weights.")
     return given

@@ -49,3 +49,19 @@ def test_search_finds_the_top_k(exact, n, d, d_sae, k, scaled, per_block, seed):
     whole = torch.gather(x @ W_enc + b_enc, 1, features)
     torch.testing.assert_close(pre, whole, rtol=1e-5, atol=1e-5)
     assert all(len(set(row)) == len(row) for row in features.tolist())
+
+
+def test_features_of_bias_minus_infinity_never_double_another(monkeypatch):
+    """Also where a top k takes the first of equals, as a card's may."""
+
+    def first(x, k, dim=-1, largest=True, sorted=True):
+        values, indices = x.sort(dim=dim, descending=True, stable=True)
+        return torch.return_types.topk((values.narrow(dim, 0, k), indices.narrow(dim, 0, k)))
+
+    monkeypatch.setattr(torch.Tensor, "topk", first)
+    x, W_enc, bias, _ = _problem(3, 8, 2048, 0)
+    bias.fill_(-torch.inf)
+    bias[[0, 5]] = 0
+    for exact in (False, True):
+        _, pre = cuda_search.search(x, W_enc, bias, 16, exact=exact)
+        assert pre.isfinite().sum(1).tolist() == [2, 2, 2]

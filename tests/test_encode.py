@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from sae_lens import (
@@ -16,7 +18,7 @@ from sae_lens import (
 )
 
 from saesub.evaluation.reconstruction import reconstruction
-from saesub.topk import cpu, int8_search
+from saesub.topk import cpu, encode, int8_search, shadow, triton_backend
 from saesub.topk.encode import autoencoder_of, encoder_of
 from saesub.topk.ops import TOKENS_PER_BLOCK
 from saesub.topk.sae import use_sparse_step
@@ -125,3 +127,27 @@ def test_no_compiler_and_no_processor_has_a_part_in_a_judgement(activations, mon
     plain = reconstruction(sae, activations.split(600))
     assert found.l0 == pytest.approx(plain.l0, rel=1e-5)
     assert found.fvu == pytest.approx(plain.fvu, rel=1e-6)
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_the_search_of_a_gpu_gives_saelens_features(monkeypatch, kernels):
+    """Also of a decoder in another layout, and after the weights have changed."""
+    if kernels and find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    torch.manual_seed(0)
+    device = triton_backend.BACKEND.device_type if kernels else "cpu"
+    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=24, d_sae=130, k=4)).to(device)
+    sae.W_dec.data = (5 * torch.rand(130, 1, device=device) * sae.W_dec.data).T.contiguous().T
+    backend = triton_backend.BACKEND if kernels else None
+    monkeypatch.setattr(encode, "row_backend", lambda *_: backend)
+    monkeypatch.setattr(shadow, "width_of", lambda k, _: k + 4)
+    monkeypatch.setattr(shadow, "_GROUPS_PER_CHOSEN", 1)
+    monkeypatch.setattr(shadow, "STRIDE", 16 if device == "cpu" else 256)
+    best, x = encode._searched(sae, 4), torch.randn(5, 24, device=device)
+    for _ in range(2):
+        features, values = best(sae.process_sae_in(x))
+        found = torch.zeros(5, 130, device=device).scatter(1, features, values.relu())
+        expected = sae.encode(x).to_dense().detach()
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            sae.W_dec[::3] *= 4

@@ -247,3 +247,18 @@ def test_a_row_of_nan_shows_and_a_silent_row_stays_on_cuda(as_on_cuda):
     _take(parameter, optimizer, [gradient])
     assert parameter[0].isnan().all()
     assert torch.equal(parameter[1:], before[1:])
+
+
+def test_a_step_that_found_infinity_changes_nothing_and_is_forgotten():
+    for name in ("adam", "sparse_adam"):
+        module = torch.nn.Linear(3, 2)
+        made = optim.make_optimizer(name, module, lr=1e-2, betas=(0.9, 0.999))
+        before = [p.detach().clone() for p in module.parameters()]
+        for p in module.parameters():
+            p.grad = torch.full_like(p, torch.nan)
+        with optim.found_inf(made, torch.ones(())):
+            made.step()
+        assert not hasattr(made, "found_inf")
+        assert not hasattr(made, "grad_scale")
+        for p, was in zip(module.parameters(), before, strict=True):
+            assert torch.equal(p, was)

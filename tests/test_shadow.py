@@ -17,8 +17,15 @@ from saesub.optim import make_optimizer
 from saesub.topk import shadow, triton_backend
 from saesub.topk.eligibility import lay_out_by_feature
 from saesub.topk.ops import dense_search
-from saesub.topk.shadow import MEMBERS, EncoderShadow, Tiles, few_bits, group_maxima
-from saesub.topk.step import autograd_pass, row_step
+from saesub.topk.shadow import (
+    MEMBERS,
+    EncoderShadow,
+    Tiles,
+    few_bits,
+    group_maxima,
+    maxima_by_torch,
+)
+from saesub.topk.step import WHOLE, _select, autograd_pass, row_step
 from saesub.training import native_step
 from saesub.training.mitigations.resampling import Resampling
 from saesub.training.trainer import SubspaceSAETrainer
@@ -52,11 +59,13 @@ def small():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shadow, "width_of", lambda k, _: k + 4)
         patch.setattr(shadow, "_GROUPS_PER_CHOSEN", 1)
+        if DEVICE == "cpu":
+            patch.setattr(shadow, "STRIDE", 16)
         yield
 
 
 @pytest.mark.parametrize("eight_bits", [False, True])
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(
     n=st.integers(1, 20),
     d=st.integers(1, 40),
@@ -71,32 +80,38 @@ def test_the_search_finds_the_best_feature(eight_bits, n, d, d_sae, scaled, seed
     given_ = x, sae.W_enc.detach(), sae.b_enc.detach(), 1, found.norms
     features, pre = found.search(*given_)
     expected, best = dense_search(*given_)
+    if eight_bits:  # with the few candidates of this test another may be as good
+        scale = 1 if found.norms is None else found.norms
+        gap = best * scale[expected] - pre * scale[features] if scaled else best - pre
+        assert (gap <= 0.1 * best.abs().amax() * (scale.amax() if scaled else 1)).all()
+        return
     assert torch.equal(features, expected)
     torch.testing.assert_close(pre, best, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn])
-@pytest.mark.parametrize("flatten", [False, True])
-def test_maxima_are_those_of_features_that_lie_a_tile_apart(dtype, flatten):
-    tiles = Tiles(16, 32, 32, 4, 1, flatten)
+@pytest.mark.parametrize("tiles", [Tiles(16, 32, 32, 4, 1, True), Tiles(16, 16, 32, 4, 1, False)])
+def test_maxima_are_those_of_features_that_lie_a_stride_apart(monkeypatch, dtype, tiles):
+    """Whatever the tiles are; the last ones are not full."""
+    monkeypatch.setattr(shadow, "STRIDE", 32)
     n, d, d_sae = 21, 48, 32 * MEMBERS + 50
     torch.manual_seed(0)
     tokens, scale = few_bits(torch.randn(n, d, device=DEVICE), dtype)
     rows, _ = few_bits(torch.randn(d_sae, d, device=DEVICE), dtype)
     bias = torch.randn(d_sae, device=DEVICE)
     found = group_maxima(tokens, rows, bias, scale, tiles)
+    expected = maxima_by_torch(tokens, rows, bias, scale)
     scores = tokens.float() @ rows.float().T + bias * scale[:, None]
-    padded = torch.nn.functional.pad(scores, (0, 2 * 32 * MEMBERS - d_sae), value=-torch.inf)
-    expected = padded.view(n, 2, MEMBERS, 32).amax(2).flatten(1)
+    for group, members in ((0, range(0, 256, 32)), (37, (261, 293))):
+        assert torch.equal(expected[:, group], scores[:, list(members)].amax(1))
     # The interpreter cuts bfloat16 off where a card rounds.
     torch.testing.assert_close(found.float(), expected, rtol=2**-7, atol=1e-2)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sparse_adam"])
-@pytest.mark.parametrize("n_dead", [0, 22])
+@pytest.mark.parametrize("n_dead", [None, 22])
 def test_steps_by_a_shadow_equal_those_by_autograd(optimizer, n_dead):
-    """Also AuxK, whose dead features are fewer than it asks for; and rows are written as they
-    move."""
+    """Also AuxK; and rows are written as they move."""
     sae = _sae(24, 130, aux_loss_coefficient=1 / 32)
     twin = copy.deepcopy(sae)
     ours, theirs = (make_optimizer(optimizer, s, lr=1e-2, betas=(0.9, 0.999)) for s in (sae, twin))
@@ -114,6 +129,8 @@ def test_steps_by_a_shadow_equal_those_by_autograd(optimizer, n_dead):
         for name, value in expected.losses.items():
             torch.testing.assert_close(found.losses[name], value.detach(), rtol=1e-4, atol=1e-5)
         assert torch.equal(found.times_fired(), expected.times_fired())
+        acts = found.feature_acts.to_dense(), expected.feature_acts.detach().to_dense()
+        torch.testing.assert_close(*acts, rtol=1e-3, atol=1e-4)
     for (name, a), b in zip(sae.named_parameters(), twin.parameters(), strict=True):
         # Adam divides by the gradient's size, so where that is rounding error the update is too.
         assert ((a - b).abs() > 1e-4).float().mean() < 0.01, name
@@ -125,13 +142,15 @@ def test_steps_by_a_shadow_equal_those_by_autograd(optimizer, n_dead):
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sparse_adam"])
-def test_a_step_waits_for_the_device_nowhere(optimizer):
+def test_a_step_waits_for_the_device_nowhere(monkeypatch, optimizer):
     sae = _sae(24, 130, aux_loss_coefficient=1 / 32)
     made = make_optimizer(optimizer, sae, lr=1e-2, betas=(0.9, 0.999))
     dead = torch.arange(130, device=DEVICE) % 6 == 0
     x = torch.randn(6, 24, device=DEVICE)
     kept = BACKEND.shadow(sae, None)
     row_step(BACKEND, sae, made, x, dead, shadow=kept)  # makes the optimizer's state
+    # On a card the number is asked for and read when it has come.
+    monkeypatch.setattr(shadow._Pending, "arrived", lambda self: False)
     with no_waiting():
         kept = BACKEND.shadow(sae, kept)
         row_step(BACKEND, sae, made, x, dead, shadow=kept).times_fired()
@@ -152,6 +171,74 @@ def test_a_batch_that_is_not_finite_changes_nothing(optimizer):
         torch.testing.assert_close(after, before, rtol=0, atol=0)
     row_step(BACKEND, sae, made, torch.randn(6, 24, device=DEVICE), None, shadow=kept)
     assert not torch.equal(sae.W_dec, before[0]["W_dec"])
+
+
+@pytest.mark.parametrize("n_dead", [0, 1, 2])
+def test_few_dead_features_are_each_taken_once(n_dead):
+    """AuxK asks for 12. The first feature is among the dead, and members that do not exist are
+    numbered as it is."""
+    sae, x = _sae(24, 130, aux_loss_coefficient=1 / 32), torch.randn(3, 24, device=DEVICE)
+    kept, dead = _shadow(sae), torch.arange(130, device=DEVICE) < n_dead
+    _, aux = _select(sae, x, dead, kept.norms, kept.search, WHOLE, waits=False)
+    assert aux is not None
+    used = aux.selected.pre != 0
+    assert used.view(3, -1).sum(1).tolist() == [n_dead] * 3
+    assert dead[aux.selected.features[used]].all()
+
+
+def test_other_weights_are_not_searched_by_the_shadow():
+    sae, x = _sae(24, 130), torch.randn(5, 24, device=DEVICE)
+    other = torch.randn(130, 24, device=DEVICE).T
+    features, _ = _shadow(sae).search(x, other, sae.b_enc.detach() * 0, 4)
+    assert torch.equal(features.sort().values, (x @ other).topk(4).indices.sort().values)
+
+
+def test_small_dictionaries_are_left_to_the_other_search(monkeypatch):
+    """Of fewer features than candidates some would be missing."""
+    monkeypatch.setattr(shadow, "_GROUPS_PER_CHOSEN", 8)
+    sae, x = _sae(24, 60), torch.randn(5, 24, device=DEVICE)
+    kept = _shadow(sae)
+    monkeypatch.setattr(kept, "_candidates", None)
+    given_ = x, sae.W_enc.detach(), sae.b_enc.detach(), 4, kept.norms
+    found, expected = kept.search(*given_)[0], dense_search(*given_)[0]
+    assert torch.equal(found.sort().values, expected.sort().values)
+
+
+def test_a_shadow_of_another_ranking_is_made_anew():
+    sae = _sae(8, 96)
+    kept = BACKEND.shadow(sae, None)
+    sae.cfg.rescale_acts_by_decoder_norm = False
+    assert BACKEND.shadow(sae, kept).norms is None
+
+
+def test_a_token_of_zeros_has_the_features_of_the_largest_biases():
+    sae, x = _sae(24, 130, scaled=False), torch.zeros(2, 24, device=DEVICE)
+    bias = sae.b_enc.detach()
+    features, _ = _shadow(sae).search(x, sae.W_enc.detach(), bias, 4)
+    assert torch.equal(features[0].sort().values, bias.topk(4).indices.sort().values)
+
+
+@pytest.mark.parametrize("change", ["encoder", "decoder"])
+def test_a_change_that_torch_does_not_count_is_seen_by_the_search(change):
+    sae, x = _sae(24, 130), torch.randn(5, 24, device=DEVICE)
+    kept, bias = _shadow(sae), sae.b_enc.detach()
+    kept.search(x, sae.W_enc.detach(), bias, 4, kept.norms)
+    assert not kept.stale
+    weights = sae.W_enc if change == "encoder" else sae.W_dec
+    weights.data.mul_(1.5)
+    kept.search(x, sae.W_enc.detach(), bias, 4, kept.norms)
+    assert kept.stale
+    kept.keep_up(sae.W_enc, sae.W_dec)
+    torch.testing.assert_close(kept.norms, sae.W_dec.detach().norm(dim=1))
+    assert not kept.stale
+
+
+def test_weights_in_another_layout_are_refused():
+    sae = _sae(24, 130)
+    with pytest.raises(TypeError, match="contiguous"):
+        EncoderShadow(
+            sae.W_enc, sae.W_dec.T.contiguous().T, scaled=True, products=BACKEND.row_products
+        )
 
 
 def test_weights_that_others_change_reach_the_shadow(monkeypatch):
@@ -196,10 +283,12 @@ def test_rows_that_outgrow_the_range_are_seen_and_written_again(monkeypatch):
     monkeypatch.setattr(shadow, "_REFRESHES", 1)
     sae = _sae(8, 96)
     kept = _shadow(sae, eight_bits=True)
+    x = torch.randn(2, 8, device=DEVICE)
     sae.W_enc.data[:, 7] *= 1000
     kept.keep_up(sae.W_enc, sae.W_dec)
-    assert not kept.overflowed
-    _, factor = few_bits(
-        (sae.W_enc.T * sae.W_dec.norm(dim=1)[:, None]).detach().flatten()[None], kept.rows.dtype
-    )
-    assert kept.factor == float(factor)
+    assert kept.stale
+    kept.search(x, sae.W_enc.detach(), sae.b_enc.detach(), 1, kept.norms)
+    kept.keep_up(sae.W_enc, sae.W_dec)
+    scaled = (sae.W_enc.T * sae.W_dec.norm(dim=1)[:, None]).detach()
+    assert kept.factor == float(few_bits(scaled.flatten()[None], kept.rows.dtype)[1])
+    assert not kept.stale

@@ -113,7 +113,7 @@ class ActivationStore:
         """The checksum of the numbers, and which rows of them: what `rows` gives.
 
         It is the same in a file and on any device. For rows in memory it is computed when it is
-        first asked for, in about a second for each GB.
+        first asked for.
         """
         return f"{self._numbers.sha256()} rows 0 to {self._numbers.n}{self._parts}"
 
@@ -132,6 +132,7 @@ class ActivationStore:
 
         Raises SaesubError beyond the end.
         """
+        start, stop = whole_number(start, "start", 0), whole_number(stop, "stop", 0)
         if not 0 <= start <= stop <= self.n_tokens:
             raise SaesubError(
                 f"rows {start}..{stop} are not among the stored: give start and stop within "
@@ -155,7 +156,6 @@ class ActivationStore:
         if batch_size > self.n_tokens:
             raise SaesubError(f"batch_size must lie in 1..{self.n_tokens}, got {batch_size}")
         seed, start_step = whole_number(seed, "seed", 0), whole_number(start_step, "start_step", 0)
-        per_epoch = self.n_tokens // batch_size
         per_epoch = self.n_tokens // batch_size
         step, drawn, order = start_step, -1, []
         while stop is None or step < stop:

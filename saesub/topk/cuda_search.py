@@ -45,7 +45,8 @@ def search(
     scale = torch.ones_like(b_enc) if feature_scale is None else feature_scale
     features, scores = _candidates(x.to(dtype), W_enc, b_enc, scale, width)
     pre = products(x, Selected.equally(features, scores, d_sae), W_enc.T).view_as(features)
-    pre += b_enc[features]
+    # Where fewer features than asked for have a finite bias, entries of -inf fill up.
+    pre = torch.where(scores == -torch.inf, -torch.inf, pre + b_enc[features])
     best = (pre * scale[features]).topk(k, dim=-1, sorted=False).indices
     return features.gather(1, best), pre.gather(1, best)
 

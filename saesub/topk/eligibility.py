@@ -140,6 +140,11 @@ def check_sae(sae: Any) -> None:
             "saesub.extras.transcoders) and load_state_dict the weights."
         )
     check_weights(sae)
+    if sae.cfg.d_in == 1 and isinstance(sae, TopKTrainingSAE) and sae.cfg.aux_loss_coefficient:
+        raise SaesubError(
+            "AuxK takes d_in // 2 dead features, and d_in is 1: set aux_loss_coefficient=0 in the "
+            "SAE's config."
+        )
     k = getattr(sae.cfg, "k", None)
     used = getattr(getattr(sae, "activation_fn", None), "k", k)
     if used != k is not None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from saesub.errors import SaesubError
 from saesub.precision import reading_waits, without_autocast
 from saesub.topk import cuda_search
+from saesub.topk.backend import RowBackend
 from saesub.topk.eligibility import other_activation
 from saesub.topk.ops import TOKENS_PER_BLOCK, Selected
 from saesub.topk.sae import SparseTopKTrainingSAE
@@ -147,9 +148,11 @@ Best = Callable[[Float[Tensor, "n d_in"]], tuple[Tensor, Tensor]]
 def _best_features(sae: Any) -> Best:
     """The function from the inputs of a TopK SAE's encoder to each token's k best features and
     their values, both (n, k)."""
-    scale, k = feature_scale(sae), sae.activation_fn.k
+    k = sae.activation_fn.k
     if sae.W_enc.device.type == "cuda":
-        return _searched(sae, scale, k)
+        return _searched(sae, k)
+
+    scale = feature_scale(sae)
 
     def whole_product(x: Float[Tensor, "n d_in"]) -> tuple[Tensor, Tensor]:
         scores = x @ sae.W_enc + sae.b_enc
@@ -161,20 +164,32 @@ def _best_features(sae: Any) -> Best:
     return whole_product
 
 
-def _searched(sae: Any, scale: Tensor | None, k: int) -> Best:
+def _searched(sae: Any, k: int) -> Best:
     """`_best_features` without the scores of all features, which would fill a GPU."""
-    W_enc = sae.W_enc.detach().T.contiguous().T
     rows = row_backend(sae.W_enc.device) if sae.W_enc.dtype == torch.float32 else None
-    search = partial(cuda_search.search, exact=True)
-    if isinstance(rows, TritonBackend):
-        shadow = rows.shadow_of(W_enc, sae.W_dec, scaled=scale is not None)
-        search, scale = shadow.search, shadow.norms
+    kept: dict[str, Any] = {}
 
     def best(x: Float[Tensor, "n d_in"]) -> tuple[Tensor, Tensor]:
-        features, pre = search(x, W_enc, sae.b_enc, k, scale)
+        version = tuple(n for w in (sae.W_enc, sae.W_dec) for n in (w.data_ptr(), w._version))
+        if kept.get("version") != version:  # the SAE may be trained on between two calls
+            kept.clear()
+            kept.update(_search_of(sae, rows), version=version)
+        scale = kept["scale"]
+        features, pre = kept["search"](x.contiguous(), kept["W_enc"], sae.b_enc, k, scale)
         return features, pre if scale is None else pre * scale[features]
 
     return best
+
+
+def _search_of(sae: Any, rows: RowBackend | None) -> dict[str, Any]:
+    """A search of an SAE's features, its encoder feature-major, and the scale of features."""
+    W_enc = sae.W_enc.detach().T.contiguous().T
+    W_dec, scale = sae.W_dec.detach().contiguous(), feature_scale(sae)
+    if not isinstance(rows, TritonBackend):
+        search = partial(cuda_search.search, exact=True)
+        return {"search": search, "W_enc": W_enc, "scale": scale}
+    shadow = rows.shadow_of(W_enc, W_dec, scaled=scale is not None)
+    return {"search": shadow.search, "W_enc": W_enc, "scale": shadow.norms}
 
 
 def _is_plain_topk(sae: Any) -> bool:

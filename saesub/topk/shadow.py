@@ -1,7 +1,7 @@
 """A TopK SAE's encoder in few bits, kept on the card, by which its best features are searched.
 
-The product of tokens and encoder is most of a step on a GPU. Here it is taken in 16 or 8 bits, from
-a copy of the encoder that already holds the decoder's norms; the row update keeps it up to date.
+The product of tokens and encoder is most of a step's arithmetic. Here it is taken in 16 or 8 bits,
+of a copy of the encoder that already holds the decoder's norms; the row update keeps it up to date.
 One kernel multiplies and keeps the largest score of each group of features, so that the
 (n_tokens, d_sae) scores are never written. The best groups are opened, their members ranked in few
 bits, and the best of those ranked again in float32, by the weights themselves.
@@ -19,11 +19,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from saesub.errors import SaesubError
+from saesub.precision import reading_waits
 from saesub.topk import cuda_search
+from saesub.topk.backend import check
 from saesub.topk.ops import Selected, top_k
 from saesub.topk.triton_launch import block_of, kernels, launch, row_shapes
 
-MEMBERS = 8  # features of a group
+MEMBERS, STRIDE = 8, 256  # features of a group, and how far they lie apart
 _TOKENS_PER_BLOCK = 2048  # bounds the maxima: 2048 × 2^20 / 8 numbers are 0.5 GB
 _REFRESHES = 64  # steps in which every row is written once more
 _GROUPS_PER_CHOSEN = 8  # with fewer groups the best are no small part of them
@@ -31,6 +34,8 @@ _MEMBERS_PER_PROGRAM, _MEMBERS_AT_ONCE = 64, 4
 _ALIGNMENT = 16  # bytes, of a row
 _LIMITS = {torch.float16: 60_000.0, torch.float8_e4m3fn: 448.0}  # largest number, or a little below
 _HEADROOM = {torch.float16: 256.0, torch.float8_e4m3fn: 8.0}  # how much rows may grow meanwhile
+_TOLERANCE = {torch.float16: 2**-6, torch.float8_e4m3fn: 0.25}  # of a token's largest score
+_NORM_TOLERANCE, _COMPARED = 1e-3, 4  # of how many features of a token norms are compared
 _KERNELS = "triton_search_kernels"
 
 
@@ -74,7 +79,7 @@ class EncoderShadow:
             the width is d_in, rounded up.
         norms: (d_sae,) decoder norms, or None where features are ranked without them.
         factor: a power of two that uses the range of few bits well.
-        overflowed: (1,) not 0 if a row has grown out of that range.
+        stale: (1,) not 0 if a row has grown out of that range, or is not that of the weights.
     """
 
     def __init__(
@@ -93,17 +98,23 @@ class EncoderShadow:
         width, device = -(-d_in // per_row) * per_row, W_enc.device
         self.rows = torch.zeros(d_sae, width, dtype=dtype, device=device)
         self.norms = W_enc.new_ones(d_sae) if scaled else None
-        self.overflowed = torch.zeros(1, dtype=torch.int32, device=device)
+        self.stale = torch.zeros(1, dtype=torch.int32, device=device)
         self.rebuild(W_enc, W_dec)
 
     @torch.no_grad()
     def rebuild(self, W_enc: Tensor, W_dec: Tensor) -> None:
-        """Write all rows. Waits for the device."""
+        """Write all rows. Waits for the device.
+
+        Raises TypeError for weights that are not float32 or do not lie feature by feature.
+        """
+        (d_in, d_sae), d_out = W_enc.shape, W_dec.shape[1]
+        check(W_enc.device.type, (W_enc.T, (d_sae, d_in)), (W_dec, (d_sae, d_out)))
         largest = torch.linalg.vector_norm(W_enc, torch.inf, 0)
         if self.norms is not None:
             largest = largest * W_dec.norm(dim=1)
         self.factor = float(few_bits(largest[None], self.rows.dtype)[1])
-        self.overflowed.zero_()
+        self.stale.zero_()
+        self._pending, self._W_dec = _Pending(), W_dec.detach()
         self._at = 0
         self._write(W_enc, W_dec, 0, len(self.rows))
         self._key = _key_of(W_enc, W_dec)
@@ -116,21 +127,24 @@ class EncoderShadow:
     def keep_up(self, W_enc: Tensor, W_dec: Tensor) -> None:
         """Before a step: write all rows if the weights were changed by others, else the next few.
 
-        A change through `.data` leaves no trace in torch, so every row is written again within
-        `_REFRESHES` steps.
+        A change through `.data` leaves no trace in torch. The search sees one of many rows, and the
+        next step or the one after writes all; any other row is written again within `_REFRESHES`
+        steps.
         """
-        if self._key != _key_of(W_enc, W_dec):
+        if self._key != _key_of(W_enc, W_dec) or self._pending.arrived():
             return self.rebuild(W_enc, W_dec)
         left = len(self.rows) - self._at
         chunk = min(-(-len(self.rows) // _REFRESHES), left)
         self._write(W_enc, W_dec, self._at, chunk)
         self._at = 0 if chunk == left else self._at + chunk
-        if self._at == 0 and bool(self.overflowed):  # waits, once in so many steps
-            self.rebuild(W_enc, W_dec)
+
+    def written(self, W_enc: Tensor, W_dec: Tensor) -> None:
+        """Note that the row update has changed these weights, and the rows with them."""
+        self._key = _key_of(W_enc, W_dec)
 
     def given(self) -> list[Any]:
         """What the kernels of the row update take of a shadow."""
-        return [self.rows, self.norms, self.overflowed, self.factor]
+        return [self.rows, self.norms, self.stale, self.factor]
 
     def shape(self) -> dict[str, Any]:
         """The constants that they take."""
@@ -152,14 +166,17 @@ class EncoderShadow:
     ) -> tuple[Int[Tensor, "n k"], Float[Tensor, "n k"]]:
         """`ops.dense_search`, block by block of tokens; `feature_scale` is `norms`.
 
-        Features of bias -inf come last. Where there are few groups, or W_enc are other weights than
-        the shadow's, `cuda_search.search` takes it.
+        Features of bias -inf come last, and where there are fewer others than k, entries of
+        pre-activation -inf fill up. Where there are few groups, or W_enc are other weights than the
+        shadow's, `cuda_search.search` takes it.
         """
         width = width_of(k, self.rows.dtype)
         tiles = tiles_of(x.device, self.rows.shape[1], self.rows.dtype)
-        n_groups = _n_groups(len(self.rows), tiles)
+        n_groups = min(_n_groups(len(self.rows)), len(self.rows))
         own = W_enc.data_ptr() == self._key[0] and feature_scale is self.norms
         if not own or n_groups < _GROUPS_PER_CHOSEN * width:
+            if feature_scale is not None:  # -inf times a norm of 0 is NaN
+                feature_scale = torch.where(b_enc == -torch.inf, 1.0, feature_scale)
             given = (x, W_enc, b_enc, k, feature_scale)
             return cuda_search.search(*given, products=self._products)
         bias = _scaled(b_enc, feature_scale) * self.factor
@@ -167,18 +184,21 @@ class EncoderShadow:
         pre = x.new_empty(len(x), k)
         for start in range(0, len(x), _TOKENS_PER_BLOCK):
             block = slice(start, start + _TOKENS_PER_BLOCK)
-            found = self._candidates(x[block], bias, width, tiles)
+            found, few = self._candidates(x[block], bias, width, tiles)
             exact = self._products(x[block], Selected.equally(found, found, 0), W_enc.T)
-            exact = exact.view_as(found) + b_enc[found]
+            exact = torch.where(few == -torch.inf, few, exact.view_as(found) + b_enc[found])
             scores = _scaled(exact, None if feature_scale is None else feature_scale[found])
             best = scores.topk(k, dim=-1, sorted=False).indices
             features[block], pre[block] = found.gather(1, best), exact.gather(1, best)
+            self._compare(features[block], few, scores)
+        self._pending.note(self.stale)
         return features, pre
 
     def _candidates(
         self, x: Float[Tensor, "n d_in"], bias: Float[Tensor, " d_sae"], width: int, tiles: Tiles
-    ) -> Int[Tensor, "n width"]:
-        """The `width` best features by products in few bits."""
+    ) -> tuple[Int[Tensor, "n width"], Float[Tensor, "n width"]]:
+        """The `width` best features by products in few bits, and their scores; -inf of those that
+        do not exist."""
         tokens, scale = few_bits(x, self.rows.dtype)
         tokens = F.pad(tokens, (0, self.rows.shape[1] - x.shape[1]))
         maxima = group_maxima(tokens, self.rows, bias, scale, tiles)
@@ -189,7 +209,7 @@ class EncoderShadow:
         constants = {
             "WIDTH": tokens.shape[1],
             "BLOCK": block_of(tokens.shape[1]),
-            "BN": tiles.features,
+            "STRIDE": STRIDE,
             "MEMBERS": MEMBERS,
             "GROUPS": width,
             "PER_PROGRAM": _MEMBERS_PER_PROGRAM,
@@ -198,8 +218,48 @@ class EncoderShadow:
         programs = n * -(-per_token // _MEMBERS_PER_PROGRAM)
         with torch.cuda.device_of(x):
             kernels(_KERNELS).member_scores[(programs,)](*given, **constants)
-        best = scores.topk(width, dim=-1, sorted=False).indices
-        return ids.gather(1, best).long()
+        values, best = scores.topk(width, dim=-1, sorted=False)
+        return ids.gather(1, best).long(), values / (scale[:, None] * self.factor)
+
+    def _compare(
+        self, best: Int[Tensor, "n k"], few: Float[Tensor, "n width"], exact: Tensor
+    ) -> None:
+        """Note on the device whether scores in few bits, or norms of some of the best features, are
+        not those of the weights: others have changed them through `.data`."""
+        allowed = _TOLERANCE[self.rows.dtype] * exact.nan_to_num(0, 0, 0).abs().amax(
+            1, keepdim=True
+        )
+        stale = ((few - exact).abs() > allowed).any()
+        if self.norms is not None:
+            some = best[:, :_COMPARED].flatten()
+            norms = self._W_dec.index_select(0, some).norm(dim=1)
+            stale |= ((self.norms[some] - norms).abs() > _NORM_TOLERANCE * norms).any()
+        self.stale |= stale
+
+
+class _Pending:
+    """A number on its way from the device, which nobody waits for."""
+
+    def __init__(self) -> None:
+        self._here: Tensor | None = None
+        self._event: torch.cuda.Event | None = None
+
+    def note(self, number: Tensor) -> None:
+        """Ask for it, unless an earlier one is still on its way."""
+        if not reading_waits(number):
+            self._here = number
+        elif self._event is None or self._event.query():
+            with torch.cuda.device_of(number):
+                self._here = torch.empty_like(number, device="cpu", pin_memory=True)
+                self._here.copy_(number, non_blocking=True)
+                self._event = torch.cuda.Event()
+                self._event.record()
+
+    def arrived(self) -> bool:
+        """Whether one has come that is not 0."""
+        if self._here is None or (self._event is not None and not self._event.query()):
+            return False
+        return bool(self._here)
 
 
 def few_bits(
@@ -228,7 +288,7 @@ def group_maxima(
     """The largest score of every group of features, bfloat16, by the kernel of that name."""
     descriptor = importlib.import_module("triton.tools.tensor_descriptor").TensorDescriptor
     n, d_sae = len(tokens), len(rows)
-    maxima = torch.empty(n, _n_groups(d_sae, tiles), dtype=torch.bfloat16, device=rows.device)
+    maxima = torch.empty(n, _n_groups(d_sae), dtype=torch.bfloat16, device=rows.device)
     described = [
         descriptor.from_tensor(tokens, [tiles.tokens, tiles.numbers]),
         descriptor.from_tensor(rows, [tiles.features, tiles.numbers]),
@@ -238,6 +298,7 @@ def group_maxima(
         "BM": tiles.tokens,
         "BN": tiles.features,
         "BK": tiles.numbers,
+        "STRIDE": STRIDE,
         "MEMBERS": MEMBERS,
         "FLATTEN": tiles.flatten,
         "num_warps": tiles.warps,
@@ -257,36 +318,60 @@ def tiles_for(capability: tuple[int, int]) -> list[Tiles]:
 
 @cache
 def tiles_of(device: torch.device, width: int, dtype: torch.dtype) -> Tiles:
-    """The fastest tiles for rows of this width on this card, timed once on random numbers."""
+    """The fastest tiles for rows of this width on this card, timed once on random numbers.
+
+    Raises SaesubError if none run there, or none give the maxima of torch's operators.
+    """
     if device.type != "cuda":
         return _INTERPRETED
-    choices = tiles_for(torch.cuda.get_device_capability(device))
     rows = torch.randn(65_536, width, dtype=torch.float32, device=device).to(dtype)
     tokens = rows[:_TOKENS_PER_BLOCK].contiguous()
-    bias = torch.zeros(len(rows), dtype=torch.float32, device=device)
-    scale = bias[: len(tokens)] + 1
-    return min(choices, key=lambda tiles: _seconds(tokens, rows, bias, scale, tiles))
+    bias = torch.randn(len(rows), dtype=torch.float32, device=device)
+    scale = torch.ones(len(tokens), dtype=torch.float32, device=device)
+    given = (tokens, rows, bias, scale)
+    choices = tiles_for(torch.cuda.get_device_capability(device))
+    seconds = {tiles: _seconds(*given, tiles) for tiles in choices}
+    fastest = min(choices, key=lambda tiles: seconds[tiles])
+    if seconds[fastest] == float("inf"):
+        raise SaesubError(
+            f"The search's kernel does not run on {torch.cuda.get_device_name(device)} in {dtype}: "
+            "pass backend='torch', and report what saesub check-gpu prints."
+        )
+    return fastest
 
 
-def _seconds(*given: Any) -> float:
-    """How long a product takes, the least of five; infinite where the card refuses the tiles."""
-    times = []
+def _seconds(tokens: Tensor, rows: Tensor, bias: Tensor, scale: Tensor, tiles: Tiles) -> float:
+    """How long a product takes, the least of five; infinite where the card refuses the tiles, or
+    gives other numbers by them than torch."""
+    times, few = [], slice(0, 64)
     try:
-        with torch.cuda.device_of(given[0]):
+        with torch.cuda.device_of(rows):
             for _ in range(5):
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 begin.record()
-                group_maxima(*given)
+                maxima = group_maxima(tokens, rows, bias, scale, tiles)
                 end.record()
                 end.synchronize()
                 times.append(begin.elapsed_time(end))
-        return min(times)
+        expected = maxima_by_torch(tokens[few], rows, bias, scale[few])
+        right = torch.allclose(maxima[few].float(), expected, rtol=2**-6, atol=0.1)
+        return min(times) if right else float("inf")
     except Exception:  # Triton's own kinds: too little shared memory, an operator it lacks
         return float("inf")
 
 
-def _n_groups(d_sae: int, tiles: Tiles) -> int:
-    return -(-d_sae // (tiles.features * MEMBERS)) * tiles.features
+def maxima_by_torch(
+    tokens: Tensor, rows: Tensor, bias: Tensor, scale: Tensor
+) -> Float[Tensor, "n groups"]:
+    """What `group_maxima` gives, by torch operators and in float32."""
+    scores = tokens.float() @ rows.float().T + bias * scale[:, None]
+    missing = _n_groups(len(rows)) * MEMBERS - len(rows)
+    padded = F.pad(scores, (0, missing), value=-torch.inf)
+    return padded.view(len(tokens), -1, MEMBERS, STRIDE).amax(2).flatten(1)
+
+
+def _n_groups(d_sae: int) -> int:
+    return -(-d_sae // (STRIDE * MEMBERS)) * STRIDE
 
 
 def width_of(k: int, dtype: torch.dtype) -> int:

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from sae_lens import BatchTopKTrainingSAE, TopKTrainingSAE
 from sae_lens.saes.sae import TrainStepOutput
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from saesub.errors import SaesubError
 from saesub.optim import SparseAdam, found_inf, moments
@@ -165,7 +166,7 @@ def row_backend(device: torch.device, *, triton: bool = False) -> RowBackend | N
     kernels that have passed `saesub check-gpu` there, or are asked for by `triton`."""
     if device.type == "cpu" and not triton and cpu.library() is not None:
         return cpu.BACKEND
-    if device.type == "cuda" and (triton or has_passed(device)) and triton_backend.available():
+    if device.type == "cuda" and (triton or has_passed(device)) and triton_backend.runs_on(device):
         return triton_backend.BACKEND
     return None
 
@@ -193,13 +194,13 @@ def row_step(
 
     The optimizer is torch's Adam or `SparseAdam`; its state is used and advanced in place. The
     SAE's `W_enc` must lie feature-major in memory. With a `shadow` the step searches by it, and
-    waits for the device nowhere (a BatchTopK SAE's does, where it cuts the batch's entries).
+    does not wait for the device (a BatchTopK SAE's does, where it cuts the batch's entries).
     """
     x = sae_in.to(sae.dtype).contiguous()
     n, b_in = len(x), input_bias(sae)
     search = search_of(backend, exact_search) if shadow is None or exact_search else shadow.search
     scale = feature_scale(sae) if shadow is None else shadow.norms
-    waits = shadow is None
+    waits = shadow is None or dictionary is not WHOLE  # processes agree on a number
     selected, aux = _select(sae, x, dead, scale, search, dictionary, waits=waits)
     entries, values = selected, selected.pre.relu()
     decoded = dictionary.decode(backend, selected, values, sae.W_dec, sae.b_dec, x, 1 / n)
@@ -223,11 +224,12 @@ def row_step(
     g_b_dec = decoded.g_bias
     if b_in is not None:
         g_b_dec = g_b_dec - total[1:].to(g_b_dec.dtype)
+    acts = selected.pre.relu()  # by the norms before the update, which a shadow's follow
+    acts = acts if scale is None else acts * scale[selected.features]
     clip = clip_factor(total[0] + g_b_dec.double().square().sum())
     skipped = clip.isnan().float() if backend.skips_nan else None
     update_rows(sae, optimizer, gradients, g_b_dec, clip, shadow, skipped)
-    mse_loss, acts = decoded.squared_error / n, selected.pre.relu()
-    acts = acts if scale is None else acts * scale[selected.features]
+    mse_loss = decoded.squared_error / n
     return entries_output(sae, x, decoded.x_hat, selected, acts, mse_loss, aux_loss, skipped)
 
 
@@ -266,6 +268,10 @@ def update_rows(
         step += 1 if skipped is None else 1 - skipped
     settings = AdamSettings(*(float(v) for v in (group["lr"], *group["betas"], group["eps"])))
     gradients.adam(settings, steps[0], clip, *tensors, moved=moved, shadow=shadow)
+    # The backends write memory, of which torch keeps no count.
+    increment_version((sae.W_enc, sae.W_dec, sae.b_enc))
+    if shadow is not None:
+        shadow.written(sae.W_enc, sae.W_dec)
     if moved is not None:
         for other in counters[1:]:
             other.copy_(moved)
@@ -316,7 +322,8 @@ def _select(
         bias = torch.where(dead, b_enc, -torch.inf)
         k = min(most, len(b_enc))
         found = dictionary.select(centred, W_enc, bias, k, scale, search=search)
-        found = replace(found, pre=torch.where(dead[found.features], found.pre, 0.0))
+        counts = dead[found.features] & (found.pre > -torch.inf)
+        found = replace(found, pre=torch.where(counts, found.pre, 0.0))
         return selected, AuxEntries(found, coefficient * (n_dead / most).clamp(max=1.0))
     n_dead = int(n_dead)
     if not n_dead:

@@ -23,7 +23,7 @@ from saesub.topk.ops import Selected
 from saesub.topk.shadow import EncoderShadow
 from saesub.topk.triton_launch import launch, row_shape, row_shapes, rows_at_once
 
-LEAST_CAPABILITY = (8, 0)  # of a card; Triton is made for these
+LEAST_CAPABILITY = (8, 0)
 _SEGMENT = 256  # a feature with more entries is the work of several programs
 _ENTRIES_PER_SUM = 64  # of the product of the encoder and its bias's gradient
 
@@ -32,8 +32,6 @@ _ENTRIES_PER_SUM = 64  # of the product of the encoder and its bias's gradient
 def available() -> bool:
     """Whether Triton is installed and its kernels run; tried once, and a failure warns once."""
     if importlib.util.find_spec("triton") is None:
-        return False
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() < LEAST_CAPABILITY:
         return False
     try:
         one = torch.ones(1, 1, device=BACKEND.device_type)
@@ -48,6 +46,11 @@ def available() -> bool:
             stacklevel=2,
         )
         return False
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether the kernels run on a card; Triton is made for newer ones than Colab's T4."""
+    return torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY and available()
 
 
 @dataclass(frozen=True)

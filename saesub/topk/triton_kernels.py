@@ -265,7 +265,7 @@ def _adam(
 def _write_shadow(
     shadow,
     norms,
-    overflowed,
+    stale,
     feature,
     enc,
     dec,
@@ -282,7 +282,7 @@ def _write_shadow(
         enc = enc * norm
     enc = enc * factor
     if tl.max(tl.abs(enc)) > LIMIT:
-        tl.store(overflowed, 1)
+        tl.store(stale, 1)
     column = tl.arange(0, BLOCK_IN)
     few = tl.clamp(enc, -LIMIT, LIMIT).to(shadow.dtype.element_ty)
     tl.store(shadow + feature * WIDTH + column, few, mask=column < D_IN)
@@ -295,7 +295,7 @@ def write_shadow(
     dec,
     shadow,
     norms,
-    overflowed,
+    stale,
     factor,
     D_IN: tl.constexpr,
     D_OUT: tl.constexpr,
@@ -310,7 +310,7 @@ def write_shadow(
     e = tl.load(enc + feature * D_IN + column, mask=column < D_IN, other=0.0)
     column = tl.arange(0, BLOCK_OUT)
     d = tl.load(dec + feature * D_OUT + column, mask=column < D_OUT, other=0.0)
-    _write_shadow(shadow, norms, overflowed, feature, e, d, factor, D_IN, BLOCK_IN, WIDTH, LIMIT)
+    _write_shadow(shadow, norms, stale, feature, e, d, factor, D_IN, BLOCK_IN, WIDTH, LIMIT)
 
 
 @triton.jit
@@ -341,7 +341,7 @@ def adam_rows(
     eps,
     shadow,
     norms,
-    overflowed,
+    stale,
     factor,
     d_sae,
     LAZY: tl.constexpr,
@@ -389,6 +389,4 @@ def adam_rows(
     at, inside = feature * D_OUT + tl.arange(0, BLOCK_OUT), tl.arange(0, BLOCK_OUT) < D_OUT
     d = _adam(dec, dec_m, dec_v, at, inside, g_dec, factors, keep, one_less1, one_less2, eps)
     if shadow is not None:
-        _write_shadow(
-            shadow, norms, overflowed, feature, e, d, factor, D_IN, BLOCK_IN, WIDTH, LIMIT
-        )
+        _write_shadow(shadow, norms, stale, feature, e, d, factor, D_IN, BLOCK_IN, WIDTH, LIMIT)

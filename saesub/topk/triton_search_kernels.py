@@ -1,7 +1,8 @@
 """Triton kernels of `saesub.topk.shadow`: which features may be among a token's k best.
 
-A group is MEMBERS features that lie BN apart, one in each of MEMBERS neighbouring tiles of BN. So
-the maximum of a group needs no exchange between threads: it is a running maximum over tiles.
+A group is MEMBERS features that lie STRIDE apart. A program takes BN groups, so its tiles of BN
+features lie STRIDE apart too, and the maximum of a group needs no exchange between threads: it is a
+running maximum over tiles. BN divides STRIDE.
 """
 
 import triton  # pyright: ignore[reportMissingImports]
@@ -21,6 +22,7 @@ def group_maxima(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    STRIDE: tl.constexpr,
     MEMBERS: tl.constexpr,
     FLATTEN: tl.constexpr,
 ):
@@ -36,9 +38,11 @@ def group_maxima(
     token = first_token + tl.arange(0, BM)
     column = tl.arange(0, BN)
     inv = tl.load(scale + token, mask=token < n, other=0.0)
+    first_group = tile * BN
+    begin = first_group // STRIDE * (STRIDE * MEMBERS) + first_group % STRIDE
     best = tl.full((BM, BN), float("-inf"), tl.float32).to(tl.bfloat16)
     for member in tl.range(0, MEMBERS, flatten=FLATTEN):  # one pipeline through all tiles
-        first = (tile * MEMBERS + member) * BN
+        first = begin + member * STRIDE
         b = tl.load(bias + first + column, mask=first + column < d_sae, other=float("-inf"))
         product = b[None, :] * inv[:, None]  # of a token beyond the last 0 * -inf, not stored
         for k in range(0, WIDTH, BK):
@@ -46,8 +50,8 @@ def group_maxima(
             f = features.load([first, k])
             product = tl.dot(t, f.T, product)
         best = tl.maximum(best.to(tl.float32), product).to(tl.bfloat16)
-    n_groups = tl.cdiv(d_sae, BN * MEMBERS) * BN
-    at = token.to(tl.int64)[:, None] * n_groups + (tile * BN + column)[None, :]
+    n_groups = tl.cdiv(d_sae, STRIDE * MEMBERS) * STRIDE
+    at = token.to(tl.int64)[:, None] * n_groups + (first_group + column)[None, :]
     tl.store(maxima + at, best, mask=(token < n)[:, None])
 
 
@@ -63,7 +67,7 @@ def member_scores(
     d_sae,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
-    BN: tl.constexpr,
+    STRIDE: tl.constexpr,
     MEMBERS: tl.constexpr,
     GROUPS: tl.constexpr,
     PER_PROGRAM: tl.constexpr,
@@ -84,7 +88,7 @@ def member_scores(
         entry = begin + at + tl.arange(0, ENTRIES)
         inside = entry < GROUPS * MEMBERS
         group = tl.load(groups + token * GROUPS + entry // MEMBERS, mask=inside, other=0)
-        feature = (group // BN * MEMBERS + entry % MEMBERS) * BN + group % BN
+        feature = (group // STRIDE * MEMBERS + entry % MEMBERS) * STRIDE + group % STRIDE
         exists = inside & (feature < d_sae)
         where = feature.to(tl.int64)[:, None] * WIDTH + column[None, :]
         mask = exists[:, None] & (column < WIDTH)[None, :]

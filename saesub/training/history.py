@@ -84,8 +84,8 @@ class History:
         """Raises SaesubError if a loss since the last point was NaN or infinite."""
         if not bool(self.since.isfinite().all()):
             raise SaesubError(
-                f"The loss became NaN or infinite before {tokens:,} tokens, and so did the "
-                "weights: make the SAE anew and train with a smaller lr."
+                f"The loss became NaN or infinite before {tokens:,} tokens: make the SAE anew and "
+                "train with a smaller lr."
             )
 
     def state(self) -> dict[str, Tensor]:

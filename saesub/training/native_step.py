@@ -87,19 +87,19 @@ class NativeStep:
         if not isinstance(trainer.autocast_if_enabled, nullcontext) or why_dense(sae):
             return None  # the SAE's pass says so
         rows = row_backend(sae.W_enc.device, triton=self.backend == "triton")
-        reason = None if rows is None else self.why_not(trainer)
+        reason = None if rows is None else self.why_not(trainer, rows)
         if reason is None:
             return rows
         if reason not in self._said:
             self._said.add(reason)
             warnings.warn(
-                f"torch's autograd and optimizer take the sparse step, at half the speed of the "
-                f"compiled one or less: {reason}.",
+                "torch's autograd and optimizer take the sparse step, more slowly than the "
+                f"compiled one: {reason}.",
                 stacklevel=5,
             )
         return None
 
-    def why_not(self, trainer: SubspaceSAETrainer) -> str | None:
+    def why_not(self, trainer: SubspaceSAETrainer, rows: RowBackend) -> str | None:
         """Why the fused step would not equal SAELens' step of this trainer; None if it would."""
         sae = trainer.sae
         if not all(parameter.requires_grad for parameter in sae.parameters()):
@@ -114,7 +114,10 @@ class NativeStep:
         if losses:
             return f"{' and '.join(losses)} adds to the loss"
         found = other_pass(sae) or _about_parameters(sae)
-        return found or _about_optimizer(trainer.optimizer, sae)
+        found = found or _about_optimizer(trainer.optimizer, sae)
+        if found is None and rows.skips_nan and not _is_fused(trainer.optimizer):
+            return "the optimizer is not fused, and could not leave out a batch that is not finite"
+        return found
 
     def _equal_steps(self, optimizer: torch.optim.Optimizer, sae: Any) -> bool:
         if sae.W_enc.device.type != "cpu":
@@ -152,6 +155,10 @@ def _about_parameters(sae: Any) -> str | None:
         if parameter.grad is not None:
             return "gradients were left in the parameters"
     return None
+
+
+def _is_fused(optimizer: torch.optim.Optimizer) -> bool:
+    return all(group.get("fused") for group in optimizer.param_groups)
 
 
 def _about_optimizer(optimizer: torch.optim.Optimizer, sae: Any) -> str | None:
