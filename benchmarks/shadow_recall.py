@@ -23,12 +23,11 @@ from torch import Tensor
 
 import saesub
 from saesub.topk.ops import dense_search
-from saesub.topk.shadow import MEMBERS, few_bits, tiles_for, width_of
+from saesub.topk.shadow import MEMBERS, STRIDE, few_bits, maxima_by_torch, width_of
 
 HOOK, D_SAE, K, BATCH, STEPS = "blocks.12.hook_attn_out", 36_864, 32, 2048, 300
 N_SPECTRUM, N_JUDGED, BLOCK = 100_000, 8192, 512
 TYPES = {"16 bits": torch.float16, "8 bits": torch.float8_e4m3fn}
-GROUP = tiles_for((9, 0))[0].features  # features between the members of a group
 
 
 def main() -> None:
@@ -114,15 +113,14 @@ def candidates(x: Tensor, rows: Tensor, bias: Tensor, dtype: torch.dtype) -> Ten
     tokens, scale = few_bits(x, dtype)
     weights, factor = few_bits(rows.flatten()[None], dtype)
     weights = weights.view_as(rows)
-    scores = tokens.float() @ weights.float().T + bias * factor * scale[:, None]
-    d_sae = -(-len(rows) // (GROUP * MEMBERS)) * GROUP * MEMBERS
-    padded = torch.nn.functional.pad(scores, (0, d_sae - len(rows)), value=-torch.inf)
-    members = padded.view(n, -1, MEMBERS, GROUP)
-    maxima = members.amax(2).flatten(1).bfloat16()
-    groups = maxima.topk(width, dim=1).indices
-    ids = torch.arange(d_sae).view(-1, MEMBERS, GROUP).transpose(1, 2).reshape(-1, MEMBERS)
-    of_groups = ids[groups].flatten(1)
-    best = padded.gather(1, of_groups).topk(width, dim=1).indices
+    bias = bias * factor
+    groups = maxima_by_torch(tokens, weights, bias, scale).bfloat16().topk(width, dim=1).indices
+    member = torch.arange(MEMBERS) * STRIDE
+    ids = groups[..., None] // STRIDE * STRIDE * MEMBERS + groups[..., None] % STRIDE + member
+    of_groups = ids.flatten(1)
+    scores = tokens.float() @ weights.float().T + bias * scale[:, None]
+    scores = torch.nn.functional.pad(scores, (0, int(of_groups.max()) + 1), value=-torch.inf)
+    best = scores.gather(1, of_groups).topk(width, dim=1).indices
     return of_groups.gather(1, best)
 
 

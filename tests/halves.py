@@ -10,6 +10,7 @@ On a machine with one core they run one after the other. The status is 0 if both
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -90,6 +91,7 @@ def _in_words(code: int) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that both halves end too
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:
