@@ -4,7 +4,8 @@
     python benchmarks/gpu_compile.py --targets 90
 
 It fails where a kernel does not compile for an H100, spills registers there (more than
-`MOST_SPILLED`) or wants more shared memory than it has. Other architectures are reported. Every
+`MOST_SPILLED`) or wants more shared memory than it has. Each architecture is
+listed with the tiles and types that it launches; others than an H100's are reported only. Every
 launched kernel needs an `Entry` in `entries`; one without makes the script fail.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib
+import importlib.util
 import os
 import re
 import subprocess
@@ -21,7 +23,6 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ FOLDER = ROOT / "saesub" / "topk"
 MUST_FIT = 90
 MOST_SPILLED = 0  # bytes a thread
 # Bytes of shared memory that a program may have, by compute capability (CUDA programming guide).
+_K = 32
+_FLOAT8 = 89  # the least capability that has it
 SHARED = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 
 
@@ -52,8 +55,10 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """The kernel and its constants that differ from launch to launch."""
-        return f"{self.kernel}({', '.join(f'{k}={v}' for k, v in self.constants.items())})"
+        """The kernel, its few bits if any, and its constants that differ from launch to launch."""
+        few_bits = sorted(set(re.findall("fp16|fp8e4nv", " ".join(self.types))))
+        constants = [f"{k}={v}" for k, v in self.constants.items()]
+        return f"{self.kernel}({', '.join(few_bits + constants)})"
 
 
 @dataclass(frozen=True)
@@ -68,9 +73,26 @@ class Usage:
 
 
 @cache
-def entries() -> tuple[Entry, ...]:
-    """Every kernel at the widths 576 and 4,096, with the constants that the backend would give."""
-    return tuple(entry for d in (576, 4096) for entry in [*_row_kernels(d), *_search_kernels(d)])
+def entries(capability: int) -> tuple[Entry, ...]:
+    """Every kernel that a card launches, at the widths 576 and 4,096, with the constants that the
+    backend would give."""
+    found = []
+    for d in (576, 4096):
+        found += _row_kernels(d)
+        for bits in _few_bits(capability):
+            found += [*_shadow_kernels(d, bits), *_search_kernels(d, bits, capability)]
+    return tuple(found)
+
+
+def _few_bits(capability: int) -> list[str]:
+    """The types of shadows that a card has, by Triton's names."""
+    return ["fp16", "fp8e4nv"] if capability >= _FLOAT8 else ["fp16"]
+
+
+def _dtype(bits: str) -> Any:
+    import torch
+
+    return {"fp16": torch.float16, "fp8e4nv": torch.float8_e4m3fn}[bits]
 
 
 _SORTED = {
@@ -82,60 +104,73 @@ _TABLES = "enc enc_m enc_v dec dec_m dec_v bias bias_m bias_v factors keep"
 
 
 def _row_kernels(d: int) -> Iterator[Entry]:
-    from saesub.topk import shadow, triton_backend, triton_launch
+    """Those that touch no shadow."""
+    from saesub.topk import triton_backend, triton_launch
 
-    one, both = triton_launch.row_shape(d), triton_launch.row_shapes(d, d)
-    limit = next(iter(shadow._LIMITS.values()))
-    kept = {"WIDTH": d, "LIMIT": limit}
+    one, both = triton_launch.row_shape(d), _update_shape(d)
     arrays = {"*i64": "features offsets", "*fp32": "vectors table products"}
     yield Entry("triton_kernels.row_products", arrays, one)
     arrays = "values W_dec target x_hat g_out g_pre squared_error b_dec"
     types = {"*i64": "features offsets", "*fp32": arrays, "fp32": "scale"}
     yield Entry("triton_kernels.decode", types, one)
-    types = {"i32": "first_feature", "*fp32": "enc dec norms", "*fp16": "shadow"}
-    types |= {"*i32": "stale", "fp32": "factor"}
-    yield Entry("triton_kernels.write_shadow", types, both | kept)
     types = {"*i32": "valid feature", "*fp32": "g_pre W_enc sums"}
     segment = {"SEGMENT": triton_backend._ENTRIES_PER_SUM}
     yield Entry("triton_kernels.through_encoder", types, one | segment)
-    both |= {"ENTRIES": triton_launch.rows_at_once(both), "SEGMENT": triton_backend._SEGMENT}
     types = _with(_SORTED, {"*i32": "owner", "i32:16": "d_sae"})
     yield Entry("triton_kernels.segment_sums", types, both)
     types = _with(_SORTED, {"*i32": "touched", "*fp32": "squares", "i32:16": "d_sae"})
     yield Entry("triton_kernels.row_norms", types, both)
-    update = {"*i32": "touched", "i32:16": "d_sae", "*fp32": _TABLES}
-    types = _with(_SORTED, update, {"fp32": "one_less1 one_less2 eps factor"})
     none = {"shadow": None, "norms": None, "stale": None, "WIDTH": 0, "LIMIT": 0}
-    shadowed = _with(types, {"*i32": "stale", "*fp32": "norms", "*fp16": "shadow"})
     for lazy in (True, False):
-        yield Entry("triton_kernels.adam_rows", types, {"LAZY": lazy} | both | none)
-        yield Entry("triton_kernels.adam_rows", shadowed, {"LAZY": lazy} | both | kept)
+        yield Entry("triton_kernels.adam_rows", _update_types(), {"LAZY": lazy} | both | none)
 
 
-def _search_kernels(d: int) -> Iterator[Entry]:
+def _update_types() -> dict[str, str]:
+    update = {"*i32": "touched", "i32:16": "d_sae", "*fp32": _TABLES}
+    return _with(_SORTED, update, {"fp32": "one_less1 one_less2 eps factor"})
+
+
+def _update_shape(d: int) -> dict[str, Any]:
+    from saesub.topk import triton_backend, triton_launch
+
+    both = triton_launch.row_shapes(d, d)
+    return both | {
+        "ENTRIES": triton_launch.rows_at_once(both),
+        "SEGMENT": triton_backend._SEGMENT,
+    }
+
+
+def _shadow_kernels(d: int, bits: str) -> Iterator[Entry]:
+    """Those that write a shadow of this type."""
+    from saesub.topk import shadow, triton_launch
+
+    kept = {"WIDTH": d, "LIMIT": shadow._LIMITS[_dtype(bits)]}
+    shared = {"*i32": "stale", "*fp32": "norms", f"*{bits}": "shadow"}
+    types = _with(shared, {"i32": "first_feature", "*fp32": "enc dec", "fp32": "factor"})
+    yield Entry("triton_kernels.write_shadow", types, triton_launch.row_shapes(d, d) | kept)
+    for lazy in (True, False):
+        constants = {"LAZY": lazy} | _update_shape(d) | kept
+        yield Entry("triton_kernels.adam_rows", _with(_update_types(), shared), constants)
+
+
+def _search_kernels(d: int, bits: str, capability: int) -> Iterator[Entry]:
     from saesub.topk import shadow, triton_launch
 
     numbers = {"*fp32": "bias scale", "i32": "n", "i32:16": "d_sae", "*bf16": "maxima"}
-    for kind, tiles in product(("fp16", "fp8e4nv"), [*shadow._HOPPER, *shadow._OTHERS]):
+    for tiles in shadow.tiles_for(divmod(capability, 10)):
         blocks = {
-            f"tensordesc<{kind}[{tiles.tokens}, {tiles.numbers}]>": "tokens",
-            f"tensordesc<{kind}[{tiles.features}, {tiles.numbers}]>": "features",
+            f"tensordesc<{bits}[{tiles.tokens}, {tiles.numbers}]>": "tokens",
+            f"tensordesc<{bits}[{tiles.features}, {tiles.numbers}]>": "features",
         }
         if tiles.tokens == tiles.features:
             blocks = {next(iter(blocks)): "tokens features"}
-        constants = {
-            "WIDTH": d,
-            "BM": tiles.tokens,
-            "BN": tiles.features,
-            "BK": tiles.numbers,
-            "STRIDE": shadow.STRIDE,
-        }
-        constants |= {"MEMBERS": shadow.MEMBERS, "FLATTEN": tiles.flatten}
+        constants = {"WIDTH": d, "BM": tiles.tokens, "BN": tiles.features, "BK": tiles.numbers}
+        constants |= {"STRIDE": shadow.STRIDE, "MEMBERS": shadow.MEMBERS, "FLATTEN": tiles.flatten}
         constants |= {"num_warps": tiles.warps, "num_stages": tiles.stages}
         yield Entry("triton_search_kernels.group_maxima", _with(numbers, blocks), constants)
-    types = {"*fp16": "tokens features", "*fp32": "bias scale scores", "*i32": "groups ids"}
+    types = {f"*{bits}": "tokens features", "*fp32": "bias scale scores", "*i32": "groups ids"}
     constants = {"WIDTH": d, "BLOCK": triton_launch.block_of(d), "STRIDE": shadow.STRIDE}
-    constants |= {"MEMBERS": shadow.MEMBERS, "GROUPS": 48}
+    constants |= {"MEMBERS": shadow.MEMBERS, "GROUPS": shadow.width_of(_K, _dtype(bits))}
     constants["PER_PROGRAM"] = shadow._MEMBERS_PER_PROGRAM
     constants["ENTRIES"] = shadow._MEMBERS_AT_ONCE
     yield Entry("triton_search_kernels.member_scores", types | {"i32:16": "d_sae"}, constants)
@@ -212,24 +247,25 @@ def _registers(cubin: bytes, tool: Path) -> tuple[int, int, int]:
 
 def fault(usage: Usage, capability: int) -> str | None:
     """What is wrong with a compiled kernel."""
-    if usage.stack + usage.local > MOST_SPILLED:
-        return f"spills {usage.stack + usage.local} bytes a thread"
+    found = []
+    if (spilled := usage.stack + usage.local) > MOST_SPILLED:
+        found.append(f"spills {spilled} bytes a thread")
     if usage.shared > SHARED[capability]:
-        return f"wants {usage.shared:,} bytes of shared memory of {SHARED[capability]:,}"
-    return None
+        found.append(f"wants {usage.shared:,} bytes of shared memory of {SHARED[capability]:,}")
+    return ", ".join(found) or None
 
 
 def report(capabilities: list[int]) -> list[str]:
-    """Print a table, and return what is wrong for an H100, and kernels without an entry."""
-    listed = {entry.kernel for entry in entries()}
+    """Print a table a card, and return what is wrong for an H100, and kernels without an entry."""
+    listed = {entry.kernel for entry in entries(MUST_FIT)}
     wrong = [
         f"{kernel} has no entry in benchmarks/gpu_compile.py" for kernel in launched() - listed
     ]
-    for entry in entries():
-        print(entry.name)
-        for capability in capabilities:
+    for capability in capabilities:
+        print(f"sm_{capability}")
+        for entry in entries(capability):
             said, told = _line(entry, capability)
-            print(f"  sm_{capability:<4}{told}", flush=True)
+            print(f"  {entry.name}\n    {told}", flush=True)
             if said and capability == MUST_FIT:
                 wrong.append(f"{entry.name} for sm_{capability}: {said}")
     return wrong
@@ -243,8 +279,7 @@ def _line(entry: Entry, capability: int) -> tuple[str | None, str]:
         said = f"does not compile: {type(error).__name__}: {str(error).strip()[-200:]}"
         return said, said
     said = fault(u, capability)
-    told = f"{u.registers:>4} registers{u.stack + u.local:>5} spilled{u.shared:>9,} shared"
-    return said, f"{told}  {said or ''}".rstrip()
+    return said, f"{u.registers} registers, {u.shared:,} bytes of shared memory: {said or 'fits'}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -254,10 +289,22 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("Triton's interpreter compiles nothing: unset TRITON_INTERPRET")
+    if importlib.util.find_spec("triton") is None:
+        parser.error("Triton is not installed: pip install triton")
     wrong = report(options.targets)
     for line in wrong:
         print(line, file=sys.stderr)
+    print(closing(options.targets, len(wrong)))
     return 1 if wrong else 0
+
+
+def closing(capabilities: list[int], n_wrong: int) -> str:
+    """The last line."""
+    said = "not asked for"
+    if MUST_FIT in capabilities:
+        said = "all kernels fit"
+    said = f"{n_wrong} faults" if n_wrong else said
+    return f"sm_{MUST_FIT}: {said}; others are reported only"
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ import gpu_compile
 import pytest
 from gpu_compile import Entry, Usage
 
+from saesub.topk import shadow
+
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = """import triton
 @triton.jit
@@ -26,7 +28,7 @@ def plain(x): return x
 
 
 def test_every_launched_kernel_has_an_entry():
-    assert {entry.kernel for entry in gpu_compile.entries()} == gpu_compile.launched()
+    assert {entry.kernel for entry in gpu_compile.entries(90)} == gpu_compile.launched()
 
 
 def test_kernels_that_others_call_are_not_launched(tmp_path, monkeypatch):
@@ -38,7 +40,7 @@ def test_kernels_that_others_call_are_not_launched(tmp_path, monkeypatch):
 def test_a_kernel_without_an_entry_is_told(tmp_path, monkeypatch, capsys):
     (tmp_path / "a.py").write_text(KERNELS)
     monkeypatch.setattr(gpu_compile, "FOLDER", tmp_path)
-    monkeypatch.setattr(gpu_compile, "entries", lambda: (Entry("a.launched", {}, {}),))
+    monkeypatch.setattr(gpu_compile, "entries", lambda capability: (Entry("a.launched", {}, {}),))
     monkeypatch.setattr(gpu_compile, "compiled", lambda *given: Usage(32, 0, 0, 1024))
     assert gpu_compile.report([90]) == ["a.tuned has no entry in benchmarks/gpu_compile.py"]
     assert "sm_90" in capsys.readouterr().out
@@ -49,6 +51,11 @@ def test_a_kernel_without_an_entry_is_told(tmp_path, monkeypatch, capsys):
     [
         (Usage(255, 0, 0, 232_448), 90, None),
         (Usage(255, 8, 8, 0), 90, "spills 16 bytes a thread"),
+        (
+            Usage(255, 8, 0, 232_449),
+            90,
+            "spills 8 bytes a thread, wants 232,449 bytes of shared memory of 232,448",
+        ),
         (Usage(255, 0, 0, 232_449), 90, "wants 232,449 bytes of shared memory of 232,448"),
         (Usage(255, 0, 0, 147_480), 86, "wants 147,480 bytes of shared memory of 101,376"),
     ],
@@ -61,7 +68,25 @@ def test_faults_on_other_cards_than_an_h100_are_reported_alone(monkeypatch, caps
     monkeypatch.setattr(gpu_compile, "compiled", lambda *given: Usage(255, 64, 0, 0))
     assert gpu_compile.report([80, 120]) == []
     assert "spills 64 bytes" in capsys.readouterr().out
-    assert len(gpu_compile.report([90])) == len(gpu_compile.entries())
+    assert len(gpu_compile.report([90])) == len(gpu_compile.entries(90))
+
+
+@pytest.mark.parametrize(("capability", "bits"), [(80, {"fp16"}), (90, {"fp16", "fp8e4nv"})])
+def test_a_card_compiles_the_tiles_and_types_that_it_launches(capability, bits):
+    entries = gpu_compile.entries(capability)
+    products = [e for e in entries if e.kernel.endswith("group_maxima")]
+    tiles = {(t.tokens, t.features) for t in shadow.tiles_for(divmod(capability, 10))}
+    assert {(e.constants["BM"], e.constants["BN"]) for e in products} == tiles
+    assert {e.name.split("(")[1].split(",")[0] for e in products} == bits
+    assert len({entry.name for entry in entries}) == len(entries)
+
+
+def test_without_triton_the_script_says_how_to_get_it(monkeypatch, capsys):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(gpu_compile.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        gpu_compile.main([])
+    assert "Triton is not installed: pip install triton" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("types", [{"*fp32": "x"}, {"*fp32": "x y z"}])
@@ -90,4 +115,5 @@ def test_every_kernel_compiles_for_an_h100_without_spills(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu_compile.py"), "--targets", "90"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert done.stdout.count("sm_90") == len(gpu_compile.entries())
+    assert done.stdout.count(": fits\n") == len(gpu_compile.entries(90))
+    assert done.stdout.endswith("sm_90: all kernels fit; others are reported only\n")

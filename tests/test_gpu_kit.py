@@ -61,7 +61,9 @@ sys.meta_path.append(Hiding)
 
 def _python(code: str, **environment: str) -> str:
     """What code prints that is run beside the kit's modules."""
-    paths = os.pathsep.join([str(KIT), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    contenders = ROOT / "benchmarks" / "contenders"
+    given = os.environ.get("PYTHONPATH", "")
+    paths = os.pathsep.join([str(KIT), str(ROOT), str(contenders), given])
     found = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"PYTHONPATH": paths} | environment,
@@ -111,7 +113,10 @@ def rehearsal(load) -> Path:
         "OMP_NUM_THREADS": "1",
     }
     command = ["bash", str(KIT / "run.sh"), "A", "B"]
-    subprocess.run(command, env=os.environ | environment, check=True, capture_output=True)
+    done = subprocess.run(
+        command, env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-6000:]
     return place / "out"
 
 
@@ -183,7 +188,9 @@ def test_the_rehearsal_judges_what_it_trained(rehearsal):
             assert (fires[f"{name}, training"] >= fires.get(f"{name}, cooling", 0)).all()
     assert len({results[name]["tokens"] for name in arms[1:]}) == 1
     check = _results(rehearsal, "check")
-    assert check["kernels passed"] is True
+    assert check["kernels passed"] == "left out: rehearsal, the CPU's backend"
+    log = (rehearsal / "log.txt").read_text()
+    assert "kernels: left out: rehearsal, the CPU's backend" in log
     assert check["tests"]["exit"] == 0
     assert "sparsify" in str(_results(rehearsal, "speed"))
 
@@ -198,7 +205,7 @@ def test_a_rehearsal_is_no_record(rehearsal):
         check=False,
     )
     assert found.returncode == 1
-    assert "rehearsal" in found.stderr
+    assert f"{rehearsal / 'check.json'} is of a rehearsal" in found.stderr
 
 
 def test_a_record_is_of_one_card_and_one_commit(tmp_path):
@@ -225,6 +232,139 @@ def test_a_record_is_of_one_card_and_one_commit(tmp_path):
     assert json.loads(merged) == [["step 0", "step 1"], {"arm": bins}]
     assert rows == "2"
     assert refused == "the results differ in card: record each by itself"
+
+
+def test_a_records_tables_show_what_failed_and_its_command_what_ran():
+    code = """if True:
+        import record
+        check = {"search": {"outcome": "failed"}, "norms": {"outcome": "passed"}}
+        check |= {"kernels passed": False, "tests": {"exit": 0, "said": []}}
+        slow = "sparsify, 8 features, batch 4"
+        found = {"facts": {"card": "NVIDIA A", "date": "2026-01-02 03:04 UTC"}, "check": check}
+        found["speed"] = {"activations": "random", slow: {"left out": "no time"}}
+        arm = {"backend": "torch", "d_sae": 8, "lr": 1e-3, "tokens": 4, "fvu": 0.5}
+        arm |= {"silent_held_out": {"4": 0.25}, "never_fired_in_training": 0.125}
+        broken = {"error": "OutOfMemoryError", "message": "", "trace": []}
+        found["headline"] = {"bridge": arm, "random, Adam": broken}
+        print(record.tables(found))
+        print(record.command(found), record.file_name(found["facts"]))
+        found["headline"] = {"random, Adam at 0.001": arm, "backend": "triton"}
+        del found["speed"], found["check"]
+        print(record.command(found))
+    """
+    said = _python(code).splitlines()
+    assert said[1] == "kernels: failed or not checked to the end; tests: passed; failed: search"
+    assert "| sparsify, 8 features, batch 4 | | | left out: no time | |" in said
+    assert "| bridge | torch | 8 | 0.001 | 4 | 25.00% | 12.50% | 0.5000 |" in said
+    assert "| random, Adam | failed: OutOfMemoryError | | | | | | |" in said
+    assert said[-2:] == [
+        "bash benchmarks/gpu/run.sh A B nvidia-a-2026-01-02.json",
+        "bash benchmarks/gpu/run.sh C",
+    ]
+
+
+def test_a_missing_folder_is_named_and_leaves_no_record(tmp_path):
+    command = [sys.executable, str(KIT / "record.py"), str(tmp_path / "none")]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 1
+    assert found.stderr.startswith(f"{tmp_path / 'none'} is no folder: give those")
+
+
+@pytest.mark.parametrize("key", ["code", "card", "rehearsal"])
+def test_what_another_code_or_card_left_is_deleted(tmp_path, key):
+    """Not what the same left, nor the files of other results."""
+    for name in ("profile.txt", "fires.npz"):
+        (tmp_path / name).write_text("earlier")
+    code = (
+        "import json, stage\n"
+        "def begin():\n"
+        "    found = stage.Results('check', ['profile.txt'])\n"
+        "    print(sorted(p.name for p in stage.OUT.iterdir()), found.content['results'])\n"
+        "    return found\n"
+        "facts = stage.facts()\n"
+        "stage.facts = lambda: facts\n"
+        "found = {'facts': facts, 'results': {'a': 1}}\n"
+        "(stage.OUT / 'check.json').write_text(json.dumps(found))\n"
+        "begin()\n"
+        f"stage.facts = lambda: facts | {{{key!r}: 'another'}}\n"
+        "begin()"
+    )
+    assert _python(code, OUT=str(tmp_path)).splitlines() == [
+        "['check.json', 'fires.npz', 'profile.txt'] {'a': 1}",
+        "['check.json', 'fires.npz'] {}",
+    ]
+
+
+def test_kernels_that_fail_end_the_stage_with_1(tmp_path):
+    """And those of which too few were checked to pass."""
+    code = """if True:
+        import check, stage, torch
+        from saesub.extras import gpu_check
+        for outcomes in (["passed", "passed"], ["passed", "failed"], ["left out", "left out"]):
+            found = [
+                gpu_check.Check(f"check {i}", "kernels", outcome, "", 0.0)
+                for i, outcome in enumerate(outcomes)
+            ]
+            gpu_check.run_checks = lambda device, tell: found
+            results = stage.Results("check")
+            check.kernels(results, "cpu")
+            print(results.content["results"]["kernels passed"], results.status)
+    """
+    assert _python(code, OUT=str(tmp_path)).splitlines() == [
+        "kernels: passed",
+        "True 0",
+        "kernels: FAILED: check 1",
+        "False 1",
+        "kernels: FAILED: too few of their checks ran",
+        "False 1",
+    ]
+
+
+def test_rows_of_another_load_or_code_are_not_read(tmp_path):
+    code = """if True:
+        import harvest, torch
+        for origin in ("a", "b"):
+            harvest._origin = lambda: {"code": origin}
+            if origin == "a":
+                print(harvest._keep(torch.ones(3, 2).half()))
+            print(harvest.kept_rows(1))
+    """
+    said = _python(code, GPU_SCRATCH=str(tmp_path))
+    assert said.splitlines() == ["kept", "tensor([[1., 1.]])", "None"]
+
+
+def _run_sh(place: Path, *parts: str, ends_with: int = 0) -> subprocess.CompletedProcess[str]:
+    """`run.sh` with an interpreter whose tests end so, and all else with 0."""
+    python = place / "python"
+    python.write_text(f'#!/bin/sh\necho ran "$@"\n[ "$2" != tests ] || exit {ends_with}\n')
+    python.chmod(0o755)
+    environment = {"PYTHON": str(python), "OUT": str(place / "out"), "GPU_LOAD": str(place)}
+    command = ["bash", str(KIT / "run.sh"), *parts]
+    return subprocess.run(
+        command, env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("ends_with", [0, 1])
+def test_run_sh_ends_with_1_if_a_stage_did_and_goes_on(tmp_path, ends_with):
+    (tmp_path / "site.tar.xz").touch()
+    found = _run_sh(tmp_path, "A", "B", ends_with=ends_with)
+    assert found.returncode == ends_with
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert f"check.py tests ended with {ends_with}" in log
+    assert "ran benchmarks/gpu/speed.py sparsify" in log
+
+
+def test_run_sh_without_a_part_or_a_load_begins_nothing(tmp_path):
+    said = [_run_sh(tmp_path, *parts) for parts in ((), ("D",), ("A", "b"), ("A",))]
+    assert [run.returncode for run in said] == [2] * 4
+    assert [run.stderr for run in said] == [
+        "no part: give A, B or C\n",
+        "unknown part D: give A, B or C\n",
+        "unknown part b: give A, B or C\n",
+        f"no load in {tmp_path}: run pack.py first\n",
+    ]
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_load_fits():

@@ -26,6 +26,8 @@ STEPS = 2 if stage.REHEARSAL else 20
 SIDE = 256 if stage.REHEARSAL else 8192
 _COPY_BYTES = 2**20 if stage.REHEARSAL else 8 * 2**30
 _LONGEST = 15
+PROFILE = "profile.txt"
+_REHEARSED = "left out: rehearsal, the CPU's backend"
 _ALL_TESTS = ("test_cuda_search.py", "test_backend.py", "test_shadow.py")
 _TESTS = _ALL_TESTS[:1] if stage.REHEARSAL else _ALL_TESTS
 _MOST_OUTPUT = 6000
@@ -55,6 +57,8 @@ def kernels(results: stage.Results, device: str) -> None:
     """Every check of `saesub check-gpu`, each kept as soon as it is known."""
     from saesub.extras import gpu_check
 
+    results.add("kernels passed", False)  # until all of them have
+
     def keep(check: gpu_check.Check) -> None:
         results.add(check.name, asdict(check))
         print(f"{check.outcome:8} {check.name}: {check.detail} ({check.seconds} s)", flush=True)
@@ -67,11 +71,19 @@ def kernels(results: stage.Results, device: str) -> None:
         sizes = gpu_check.Sizes((small,), small, small, small)
         given = {"backend": cpu.BACKEND, "named": "auto", "sizes": sizes}
     found = gpu_check.run_checks(torch.device(device), tell=keep, **given)
-    results.add("kernels passed", gpu_check.kernels_passed(found))
+    passed = gpu_check.kernels_passed(found)
+    results.add("kernels passed", _REHEARSED if passed and stage.REHEARSAL else passed)
+    failed = [check.name for check in found if check.outcome == "failed"]
+    if failed or not passed:
+        results.failed.append("kernels")
+        print(f"kernels: FAILED: {', '.join(failed) or 'too few of their checks ran'}", flush=True)
+    else:
+        print(f"kernels: {_REHEARSED if stage.REHEARSAL else 'passed'}", flush=True)
 
 
 def steps(results: stage.Results, device: str) -> None:
     """Ceilings, then steps of each backend and optimizer, the first of them profiled."""
+    (stage.OUT / PROFILE).unlink(missing_ok=True)
     results.attempt("ceilings", lambda: ceilings(device))
     for backend in speed.BACKENDS:
         for optimizer in speed.OPTIMIZERS:
@@ -94,13 +106,14 @@ def _profiled(backend: str, optimizer: str, device: str) -> dict[str, Any]:
         if device == "cuda":
             torch.cuda.synchronize()
     table = profile.key_averages().table(sort_by=by, row_limit=_LONGEST, max_name_column_width=60)
-    with (stage.OUT / "profile.txt").open("a") as file:
+    with (stage.OUT / PROFILE).open("a") as file:
         file.write(f"{D_SAE} features, batch {speed.BATCH}, {backend}, {optimizer}\n{table}\n")
     return found
 
 
 def tests(results: stage.Results, device: str) -> None:
     """How many of the tests passed; what failed is in the log."""
+    results.add("tests", {"exit": "not ended"})
     files = [stage.ROOT / "tests" / name for name in _TESTS]
     command = [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider"]
     command += ["-n", str(_PROCESSES), "--dist", "worksteal"] if _PROCESSES > 1 else []
@@ -118,12 +131,16 @@ def tests(results: stage.Results, device: str) -> None:
     print(text[-_MOST_OUTPUT:], flush=True)
     last = [line for line in text.splitlines() if re.search(r"\d+ (passed|failed)", line)]
     results.add("tests", {"exit": status, "said": last[-1:] or text[-500:]})
+    if status != 0:
+        results.failed.append("tests")
 
 
 def main() -> None:
-    device, results = stage.device(), stage.Results("check")
-    what = {"kernels": kernels, "steps": steps, "tests": tests}[sys.argv[1]]
-    results.attempt(f"part {sys.argv[1]}", lambda: what(results, device))
+    parts = {"kernels": kernels, "steps": steps, "tests": tests}
+    part = stage.part(__doc__, parts)
+    device, results = stage.device(), stage.Results("check", [PROFILE])
+    results.attempt(f"part {part}", lambda: parts[part](results, device))
+    raise SystemExit(results.status)
 
 
 if __name__ == "__main__":

@@ -4,15 +4,19 @@
 
 The rows are those of `saesub.harvest(model, "english-mix", ...)` on a CPU, in its order. They are
 kept in memory-backed files where there is room, so that the next stage of the same machine reads
-them; `$OUT/harvest.json` says how they compare with the package's own.
+them, if the load and the code are the same; `$OUT/harvest.json` says how they compare with the
+package's own.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +47,7 @@ def rows(device: str, seconds: float) -> tuple[Tensor, dict[str, Any]]:
     Raises:
         WrongActivationsError: the reference activations come out differently.
     """
-    file = _file()
-    if file.is_file():
+    if (file := _own_file()) is not None:
         start = time.monotonic()
         kept = torch.from_numpy(np.load(file, mmap_mode="c")).to(device)
         return kept, {"tokens": len(kept), "read_seconds": time.monotonic() - start}
@@ -53,8 +56,7 @@ def rows(device: str, seconds: float) -> tuple[Tensor, dict[str, Any]]:
 
 def kept_rows(n: int) -> Tensor | None:
     """The first `n` rows that an earlier stage kept, in float32 on the CPU; None without any."""
-    file = _file()
-    if not file.is_file():
+    if (file := _own_file()) is None:
         return None
     return torch.from_numpy(np.load(file, mmap_mode="r")[:n].astype(np.float32))
 
@@ -103,16 +105,37 @@ def _file() -> Path:
     return (memory if memory.is_dir() else Path(tempfile.gettempdir())) / f"{_PREFIX}{FILE}"
 
 
+def _own_file() -> Path | None:
+    """The rows that an earlier stage kept; None without any, or if load or code were others."""
+    file = _file()
+    origin = file.with_suffix(".json")
+    if not (file.is_file() and origin.is_file()):
+        return None
+    return file if json.loads(origin.read_text()) == _origin() else None
+
+
+@cache
+def _origin() -> dict[str, str]:
+    """What rows are made from: digests of the load and of the code."""
+    digest = hashlib.sha256()
+    for name in (contexts.FILE, "model.zip"):
+        digest.update((stage.LOAD / name).read_bytes())
+    return {"load": digest.hexdigest()[:16], "code": stage.code_digest()}
+
+
 def _keep(made: Tensor) -> str:
     """Write the rows for the next stage; returns where, or why not."""
     file = _file()
     file.parent.mkdir(parents=True, exist_ok=True)
+    for old in (file.with_suffix(".json"), file):
+        old.unlink(missing_ok=True)
     if shutil.disk_usage(file.parent).free < _SPARE * made.numel() * made.element_size():
         return "not kept: too little room"
     partial = file.with_suffix(".partial")
     with partial.open("wb") as out:
         np.save(out, made.cpu().numpy())
     partial.replace(file)
+    file.with_suffix(".json").write_text(json.dumps(_origin()))
     return "kept"
 
 

@@ -11,7 +11,6 @@ a cool-down, batches and the number of tokens, as many as the time allows. Each 
 from __future__ import annotations
 
 import io
-import sys
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,6 +26,7 @@ _CONDITIONS = {
     "subspace, Adam": ("subspace", "adam"),
     "subspace, SparseAdam": ("subspace", "sparse_adam"),
 }
+FIRES = {"arms": "fires.npz", "rates": "fires_rates.npz"}
 _RATES = (1e-3, 5e-4, 2e-3, 4e-3)
 _MOST_FIRES_BYTES = 14_000_000
 _HARVEST_SECONDS = 60.0
@@ -86,7 +86,7 @@ class Headline:
         self.clock = stage.Clock(seconds - _END_SECONDS)
         self.device = stage.device()
         self.sizes = SMALL if stage.REHEARSAL else FULL
-        self.results = stage.Results("headline")
+        self.results = stage.Results("headline", FIRES.values())
         self.counts = Counts(counts)
         self.untrained = Untrained(self.device)
         self.beside = _BESIDE
@@ -169,8 +169,9 @@ class Headline:
 
 
 def main() -> None:
-    rates, began = sys.argv[1:] == ["rates"], time.monotonic()
-    headline = Headline(stage.seconds(250), "fires_rates.npz" if rates else "fires.npz")
+    part, began = stage.part(__doc__, FIRES, default="arms"), time.monotonic()
+    rates = part == "rates"
+    headline = Headline(stage.seconds(250), FIRES[part])
     sizes = headline.sizes
     names, d_sae = list(_CONDITIONS), sizes.d_sae
     if rates:
@@ -183,6 +184,7 @@ def main() -> None:
     took = time.monotonic() - began
     end = {"seconds": took, "counts left out": headline.counts.left_out}
     headline.results.add("end of rates" if rates else "end", end)
+    raise SystemExit(headline.results.status)
 
 
 if __name__ == "__main__":

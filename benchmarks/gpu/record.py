@@ -1,4 +1,5 @@
-"""Take what came back from a card over into data/results/gpu/, a file a card, and print tables.
+"""Take what came back from a card over into data/results/gpu/, a file a card and date, and print
+tables.
 
     python benchmarks/gpu/record.py OUT [OUT ...]    # the folders of the calls, in their order
 
@@ -7,10 +8,10 @@ The record names the commit whose code ran. What ran on two cards, or was a rehe
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,17 @@ def merged(folders: list[Path]) -> dict[str, Any]:
     Raises:
         RecordError: nothing is there, several cards or codes, or a rehearsal.
     """
+    for folder in folders:
+        if not folder.is_dir():
+            raise RecordError(f"{folder} is no folder: give those that run.sh wrote to")
     paths = [f / f"{part}.json" for f in folders for part in PARTS]
     found = [(path, json.loads(path.read_text())) for path in paths if path.is_file()]
     if not found:
         raise RecordError("no results are in these folders: give those that run.sh wrote to")
     facts = [content["facts"] for _, content in found]
-    if any(f["rehearsal"] for f in facts):
-        raise RecordError("some results are of a rehearsal: give those of a card alone")
+    for path, content in found:
+        if content["facts"]["rehearsal"]:
+            raise RecordError(f"{path} is of a rehearsal: give results of a card alone")
     for key in ("card", "driver", "code"):
         if len({f[key] for f in facts}) > 1:
             raise RecordError(f"the results differ in {key}: record each by itself")
@@ -79,27 +84,61 @@ def commit(code: str) -> str:
 
 
 def tables(record: dict[str, Any]) -> str:
-    """Markdown of the speeds and of the arms."""
-    lines = [f"{record['facts']['card']}, {record['facts']['date']}", ""]
+    """Markdown: what was checked, the speeds and the arms; what failed has a row too."""
+    lines = [f"{record['facts']['card']}, {record['facts']['date']}"]
+    lines += [_checked(record.get("check", {})), ""]
     lines += [
         "| contender | features | batch | tokens a second | peak memory, GB |",
         "|---|" + "---:|" * 4,
     ]
-    for row in record.get("speed", {}).values():
-        if isinstance(row, dict) and "name" in row:
+    for name, row in record.get("speed", {}).items():
+        if missing := _missing(row):
+            lines.append(f"| {name} | | | {missing} | |")
+        elif isinstance(row, dict) and "name" in row:
             lines.append(_speed_row(row))
-    lines += ["", "| arm | features | rate | tokens | silent held out | never fired | FVU |"]
-    lines.append("|---|" + "---:|" * 6)
+    columns = "arm | backend | features | rate | tokens | silent held out | never fired | FVU"
+    lines += ["", f"| {columns} |", "|---|---|" + "---:|" * 6]
     for name, row in record.get("headline", {}).items():
-        if isinstance(row, dict) and "fvu" in row:
-            silent = list(row["silent_held_out"].values())[-1]
-            lines.append(
-                f"| {name} | {row['d_sae']:,} | {row['lr']:g} | {row['tokens']:,} | {silent:.2%} | "
-                f"{row['never_fired_in_training']:.2%} | {row['fvu']:.4f} |"
-            )
+        if missing := _missing(row):
+            lines.append(f"| {name} | {missing} | | | | | | |")
+        elif isinstance(row, dict) and "fvu" in row:
+            lines.append(_arm_row(name, row))
     cpu = json.loads(_BRIDGED.read_text())["rows"][0]
     lines.append(f"\nThe bridge on the CPU: {cpu['dead_share']:.2%} silent, FVU {cpu['fvu']:.4f}.")
     return "\n".join(lines)
+
+
+def _checked(check: dict[str, Any]) -> str:
+    """A line: whether kernels and tests passed, and what failed."""
+    kernels = (
+        "passed" if check.get("kernels passed") is True else "failed or not checked to the end"
+    )
+    tests = check.get("tests", {"exit": "not run"})
+    said = "passed" if tests["exit"] == 0 else f"failed ({tests['exit']})"
+    line = f"kernels: {kernels}; tests: {said}"
+    failed = [
+        name
+        for name, row in check.items()
+        if isinstance(row, dict) and ("error" in row or row.get("outcome") == "failed")
+    ]
+    return f"{line}; failed: {'; '.join(failed)}" if failed else line
+
+
+def _missing(row: Any) -> str | None:
+    """Why a result is not there; None if it is."""
+    if not isinstance(row, dict):
+        return None
+    if "error" in row:
+        return f"failed: {row['error']}"
+    return f"left out: {row['left out']}" if "left out" in row else None
+
+
+def _arm_row(name: str, row: dict[str, Any]) -> str:
+    silent = list(row["silent_held_out"].values())[-1]
+    return (
+        f"| {name} | {row['backend']} | {row['d_sae']:,} | {row['lr']:g} | {row['tokens']:,} | "
+        f"{silent:.2%} | {row['never_fired_in_training']:.2%} | {row['fvu']:.4f} |"
+    )
 
 
 def _speed_row(row: dict[str, Any]) -> str:
@@ -109,20 +148,39 @@ def _speed_row(row: dict[str, Any]) -> str:
     return f"{where} {row['tokens_per_second']:,.0f} | {row['peak_bytes'] / 1e9:.1f} |"
 
 
+def command(record: dict[str, Any]) -> str:
+    """The call whose parts the record holds."""
+    arms = record.get("headline", {})
+    there = {
+        "A": "check" in record,
+        "B": "bridge" in arms or bool({"harvest", "speed"} & set(record)),
+        "C": any(" at " in name for name in arms),
+    }
+    return " ".join(["bash benchmarks/gpu/run.sh", *(part for part in there if there[part])])
+
+
+def file_name(facts: dict[str, Any]) -> str:
+    """A name for the record of this card and day."""
+    slug = re.sub(r"[^a-z0-9]+", "-", facts["card"].lower()).strip("-")
+    return f"{slug}-{facts['date'].split()[0]}.json"
+
+
 def main() -> None:
-    folders = [Path(name) for name in sys.argv[1:]]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("folders", metavar="OUT", nargs="+", type=Path)
+    folders = parser.parse_args().folders
     try:
         record = merged(folders)
         record["commit"] = commit(record["facts"]["code"])
     except RecordError as error:
         raise SystemExit(str(error)) from error
-    record["command"] = "bash benchmarks/gpu/run.sh, parts A, B and C"
-    slug = re.sub(r"[^a-z0-9]+", "-", record["facts"]["card"].lower()).strip("-")
-    RECORDS.mkdir(parents=True, exist_ok=True)
-    path = RECORDS / f"{slug}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    record["command"] = command(record)
     print(tables(record))
-    print(f"\nwritten to {path.relative_to(stage.ROOT)}")
+    path = RECORDS / file_name(record["facts"])
+    done = "replaced the earlier record of that day:" if path.exists() else "written to"
+    RECORDS.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"\n{done} {path.relative_to(stage.ROOT)}")
 
 
 if __name__ == "__main__":

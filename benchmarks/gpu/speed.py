@@ -8,7 +8,6 @@ Five steps before ten timed ones, by CUDA events. What does not fit is recorded 
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -165,10 +164,13 @@ def _attempt(
 
 
 def main() -> None:
+    parts = {"ours": ours, "sparsify": peer}
+    part = stage.part(__doc__, parts)
     device, results = stage.device(), stage.Results("speed")
     clock = stage.Clock(stage.seconds(60) - _END_SECONDS)
     results.add("activations", rows(64, device)[1])
-    {"ours": ours, "sparsify": peer}[sys.argv[1]](results, device, clock)
+    parts[part](results, device, clock)
+    raise SystemExit(results.status)
 
 
 if __name__ == "__main__":

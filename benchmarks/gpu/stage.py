@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import hashlib
 import json
@@ -9,7 +10,7 @@ import os
 import platform
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,8 +19,8 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 LOAD = Path(os.environ.get("GPU_LOAD") or HERE / "load")
-OUT = Path(os.environ.get("OUT") or "out")
 REHEARSAL = os.environ.get("GPU_REHEARSAL") == "1"
+OUT = Path(os.environ.get("OUT") or ("out-rehearsal" if REHEARSAL else "out"))
 _PACKAGES = ("torch", "triton", "transformers", "sae-lens", "transformer-lens", "numpy")
 _MOST_LINES = 30
 
@@ -37,6 +38,15 @@ class Clock:
     @property
     def used(self) -> float:
         return time.monotonic() - self._start
+
+
+def part(description: str | None, choices: Iterable[str], default: str | None = None) -> str:
+    """The part of a stage that the command line names."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=raw)
+    optional: dict[str, Any] = {} if default is None else {"nargs": "?", "default": default}
+    parser.add_argument("part", choices=list(choices), **optional)
+    return parser.parse_args().part
 
 
 def seconds(default: float) -> float:
@@ -112,19 +122,34 @@ def code_digest() -> str:
 class Results:
     """The results of a stage in `$OUT/<name>.json`, written anew after each.
 
-    Those that earlier processes left there are kept, if they ran the same code on the same card.
+    Those that earlier processes left there are kept, if they ran the same code on the same card;
+    else they are dropped, and `files` of `$OUT`, which belong to them, are deleted.
+
+    Attributes:
+        failed: the names of what failed in this process.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, files: Iterable[str] = ()) -> None:
         OUT.mkdir(parents=True, exist_ok=True)
         self.path = OUT / f"{name}.json"
+        self.failed: list[str] = []
         self.content: dict[str, Any] = {"facts": facts(), "results": {}}
-        if self.path.is_file():
-            before = json.loads(self.path.read_text())
-            same = ("code", "card", "rehearsal")
-            if all(before["facts"][key] == self.content["facts"][key] for key in same):
-                self.content["results"] = before["results"]
+        before = json.loads(self.path.read_text()) if self.path.is_file() else None
+        if before is not None and self._is_own(before["facts"]):
+            self.content["results"] = before["results"]
+        else:
+            for file in files:
+                (OUT / file).unlink(missing_ok=True)
         self._write()
+
+    def _is_own(self, facts: dict[str, Any]) -> bool:
+        own = self.content["facts"]
+        return all(facts[key] == own[key] for key in ("code", "card", "rehearsal"))
+
+    @property
+    def status(self) -> int:
+        """What the stage's process ends with: 1 if something failed."""
+        return 1 if self.failed else 0
 
     def add(self, name: str, result: Any) -> None:
         self.content["results"][name] = result
@@ -140,6 +165,7 @@ class Results:
             lines = traceback.format_exc().splitlines()[-_MOST_LINES:]
             print("\n".join(lines), flush=True)
             kind = type(error).__name__
+            self.failed.append(name)
             self.add(name, {"error": kind, "message": str(error)[:2000], "trace": lines})
             result = None
         else:

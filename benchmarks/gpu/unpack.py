@@ -1,7 +1,11 @@
-"""Unpack the load's packages to a folder for PYTHONPATH:  python unpack.py FOLDER"""
+"""Unpack the load's packages for PYTHONPATH, and print where:  python unpack.py FOLDER
+
+FOLDER gets a hash of the archive at its end, so that a new load is unpacked anew.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 import tarfile
@@ -12,12 +16,15 @@ import stage
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
+    packed = stage.LOAD / "site.tar.xz"
+    digest = hashlib.sha256(packed.read_bytes()).hexdigest()[:12]
+    folder = Path(f"{sys.argv[1]}-{digest}")
+    print(folder)
     if folder.is_dir():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as partial:
-        with tarfile.open(stage.LOAD / "site.tar.xz") as archive:
+        with tarfile.open(packed) as archive:
             archive.extractall(Path(partial) / "site", filter="data")
         os.replace(Path(partial) / "site", folder)
 
