@@ -109,7 +109,7 @@ def recall(sae: TopKTrainingSAE, x: Tensor, dtype: torch.dtype) -> dict[str, flo
 
 def candidates(x: Tensor, rows: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
     """(n, width) the features that the search ranks in float32; rows hold the decoder's norms."""
-    width, n = width_of(K, dtype), len(x)
+    width = width_of(K, dtype)
     tokens, scale = few_bits(x, dtype)
     weights, factor = few_bits(rows.flatten()[None], dtype)
     weights = weights.view_as(rows)
@@ -119,7 +119,7 @@ def candidates(x: Tensor, rows: Tensor, bias: Tensor, dtype: torch.dtype) -> Ten
     ids = groups[..., None] // STRIDE * STRIDE * MEMBERS + groups[..., None] % STRIDE + member
     of_groups = ids.flatten(1)
     scores = tokens.float() @ weights.float().T + bias * scale[:, None]
-    scores = torch.nn.functional.pad(scores, (0, int(of_groups.max()) + 1), value=-torch.inf)
+    scores = torch.nn.functional.pad(scores, (0, STRIDE * MEMBERS), value=-torch.inf)
     best = scores.gather(1, of_groups).topk(width, dim=1).indices
     return of_groups.gather(1, best)
 
