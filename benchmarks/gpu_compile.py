@@ -302,8 +302,7 @@ def closing(capabilities: list[int], n_wrong: int) -> str:
     """The last line."""
     said = "not asked for"
     if MUST_FIT in capabilities:
-        said = "all kernels fit"
-    said = f"{n_wrong} faults" if n_wrong else said
+        said = "all kernels fit" if n_wrong == 0 else "not all kernels fit"
     return f"sm_{MUST_FIT}: {said}; others are reported only"
 
 

@@ -71,6 +71,19 @@ def test_faults_on_other_cards_than_an_h100_are_reported_alone(monkeypatch, caps
     assert len(gpu_compile.report([90])) == len(gpu_compile.entries(90))
 
 
+@pytest.mark.parametrize(
+    ("capabilities", "n_wrong", "said"),
+    [
+        ([80, 90], 0, "all kernels fit"),
+        ([90], 2, "not all kernels fit"),
+        ([80], 0, "not asked for"),
+    ],
+)
+def test_the_last_line_says_whether_all_fit_an_h100(capabilities, n_wrong, said):
+    line = gpu_compile.closing(capabilities, n_wrong)
+    assert line == f"sm_90: {said}; others are reported only"
+
+
 @pytest.mark.parametrize(("capability", "bits"), [(80, {"fp16"}), (90, {"fp16", "fp8e4nv"})])
 def test_a_card_compiles_the_tiles_and_types_that_it_launches(capability, bits):
     entries = gpu_compile.entries(capability)
