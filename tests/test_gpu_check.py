@@ -77,8 +77,8 @@ def test_the_search_in_few_bits_is_checked_by_itself(monkeypatch):
     backend, size = triton_backend.BACKEND, Size(5, 16, 1100, 1)
     assert "recall 1.0" in gpu_check._method(gpu_rows.check_shadow, backend, size, CPU)
 
-    def half_written(shadow, sae, first, count):
-        write(shadow, sae, first, count // 2)
+    def half_written(shadow, W_enc, W_dec, first, count):
+        write(shadow, W_enc, W_dec, first, count // 2)
 
     write = EncoderShadow._write
     monkeypatch.setattr(EncoderShadow, "_write", half_written)
