@@ -154,10 +154,10 @@ def _shadow_kernels(d: int, bits: str) -> Iterator[Entry]:
 
 
 def _search_kernels(d: int, bits: str, capability: int) -> Iterator[Entry]:
-    from saesub.topk import shadow, triton_launch
+    from saesub.topk import maxima, shadow, triton_launch
 
     numbers = {"*fp32": "bias scale", "i32": "n", "i32:16": "d_sae", "*bf16": "maxima"}
-    for tiles in shadow.tiles_for(divmod(capability, 10)):
+    for tiles in maxima.tiles_for(divmod(capability, 10)):
         blocks = {
             f"tensordesc<{bits}[{tiles.tokens}, {tiles.numbers}]>": "tokens",
             f"tensordesc<{bits}[{tiles.features}, {tiles.numbers}]>": "features",
@@ -165,12 +165,12 @@ def _search_kernels(d: int, bits: str, capability: int) -> Iterator[Entry]:
         if tiles.tokens == tiles.features:
             blocks = {next(iter(blocks)): "tokens features"}
         constants = {"WIDTH": d, "BM": tiles.tokens, "BN": tiles.features, "BK": tiles.numbers}
-        constants |= {"STRIDE": shadow.STRIDE, "MEMBERS": shadow.MEMBERS, "FLATTEN": tiles.flatten}
+        constants |= {"STRIDE": maxima.STRIDE, "MEMBERS": maxima.MEMBERS, "FLATTEN": tiles.flatten}
         constants |= {"num_warps": tiles.warps, "num_stages": tiles.stages}
         yield Entry("triton_search_kernels.group_maxima", _with(numbers, blocks), constants)
     types = {f"*{bits}": "tokens features", "*fp32": "bias scale scores", "*i32": "groups ids"}
-    constants = {"WIDTH": d, "BLOCK": triton_launch.block_of(d), "STRIDE": shadow.STRIDE}
-    constants |= {"MEMBERS": shadow.MEMBERS, "GROUPS": shadow.width_of(_K, _dtype(bits))}
+    constants = {"WIDTH": d, "BLOCK": triton_launch.block_of(d), "STRIDE": maxima.STRIDE}
+    constants |= {"MEMBERS": maxima.MEMBERS, "GROUPS": shadow.width_of(_K, _dtype(bits))}
     constants["PER_PROGRAM"] = shadow._MEMBERS_PER_PROGRAM
     constants["ENTRIES"] = shadow._MEMBERS_AT_ONCE
     yield Entry("triton_search_kernels.member_scores", types | {"i32:16": "d_sae"}, constants)

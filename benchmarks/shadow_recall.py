@@ -22,8 +22,9 @@ from sae_lens.config import SAETrainerConfig
 from torch import Tensor
 
 import saesub
+from saesub.topk.maxima import MEMBERS, STRIDE, maxima_by_torch
 from saesub.topk.ops import dense_search
-from saesub.topk.shadow import MEMBERS, STRIDE, few_bits, maxima_by_torch, width_of
+from saesub.topk.shadow import few_bits, width_of
 
 HOOK, D_SAE, K, BATCH, STEPS = "blocks.12.hook_attn_out", 36_864, 32, 2048, 300
 N_SPECTRUM, N_JUDGED, BLOCK = 100_000, 8192, 512

@@ -12,7 +12,7 @@ import gpu_compile
 import pytest
 from gpu_compile import Entry, Usage
 
-from saesub.topk import shadow
+from saesub.topk import maxima
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = """import triton
@@ -88,7 +88,7 @@ def test_the_last_line_says_whether_all_fit_an_h100(capabilities, n_wrong, said)
 def test_a_card_compiles_the_tiles_and_types_that_it_launches(capability, bits):
     entries = gpu_compile.entries(capability)
     products = [e for e in entries if e.kernel.endswith("group_maxima")]
-    tiles = {(t.tokens, t.features) for t in shadow.tiles_for(divmod(capability, 10))}
+    tiles = {(t.tokens, t.features) for t in maxima.tiles_for(divmod(capability, 10))}
     assert {(e.constants["BM"], e.constants["BN"]) for e in products} == tiles
     assert {e.name.split("(")[1].split(",")[0] for e in products} == bits
     assert len({entry.name for entry in entries}) == len(entries)

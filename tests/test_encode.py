@@ -18,7 +18,7 @@ from sae_lens import (
 )
 
 from saesub.evaluation.reconstruction import reconstruction
-from saesub.topk import cpu, encode, int8_search, shadow, triton_backend
+from saesub.topk import cpu, encode, int8_search, maxima, shadow, triton_backend
 from saesub.topk.encode import autoencoder_of, encoder_of
 from saesub.topk.ops import TOKENS_PER_BLOCK
 from saesub.topk.sae import use_sparse_step
@@ -142,7 +142,7 @@ def test_the_search_of_a_gpu_gives_saelens_features(monkeypatch, kernels):
     monkeypatch.setattr(encode, "row_backend", lambda *_: backend)
     monkeypatch.setattr(shadow, "width_of", lambda k, _: k + 4)
     monkeypatch.setattr(shadow, "_GROUPS_PER_CHOSEN", 1)
-    monkeypatch.setattr(shadow, "STRIDE", 16 if device == "cpu" else 256)
+    monkeypatch.setattr(maxima, "STRIDE", 16 if device == "cpu" else 256)
     best, x = encode._searched(sae, 4), torch.randn(5, 24, device=device)
     for _ in range(2):
         features, values = best(sae.process_sae_in(x))

@@ -14,17 +14,11 @@ from sae_lens.config import SAETrainerConfig
 from waiting import no_waiting
 
 from saesub.optim import make_optimizer
-from saesub.topk import shadow, triton_backend
+from saesub.topk import maxima, shadow, triton_backend
 from saesub.topk.eligibility import lay_out_by_feature
+from saesub.topk.maxima import MEMBERS, Tiles, group_maxima, maxima_by_torch
 from saesub.topk.ops import dense_search
-from saesub.topk.shadow import (
-    MEMBERS,
-    EncoderShadow,
-    Tiles,
-    few_bits,
-    group_maxima,
-    maxima_by_torch,
-)
+from saesub.topk.shadow import EncoderShadow, few_bits
 from saesub.topk.step import WHOLE, _select, autograd_pass, row_step
 from saesub.training import native_step
 from saesub.training.mitigations.resampling import Resampling
@@ -60,7 +54,7 @@ def small():
         patch.setattr(shadow, "width_of", lambda k, _: k + 4)
         patch.setattr(shadow, "_GROUPS_PER_CHOSEN", 1)
         if DEVICE == "cpu":
-            patch.setattr(shadow, "STRIDE", 16)
+            patch.setattr(maxima, "STRIDE", 16)
         yield
 
 
@@ -93,7 +87,7 @@ def test_the_search_finds_the_best_feature(eight_bits, n, d, d_sae, scaled, seed
 @pytest.mark.parametrize("tiles", [Tiles(16, 32, 32, 4, 1, True), Tiles(16, 16, 32, 4, 1, False)])
 def test_maxima_are_those_of_features_that_lie_a_stride_apart(monkeypatch, dtype, tiles):
     """Whatever the tiles are; the last ones are not full."""
-    monkeypatch.setattr(shadow, "STRIDE", 32)
+    monkeypatch.setattr(maxima, "STRIDE", 32)
     n, d, d_sae = 21, 48, 32 * MEMBERS + 50
     torch.manual_seed(0)
     tokens, scale = few_bits(torch.randn(n, d, device=DEVICE), dtype)

@@ -9,9 +9,6 @@ bits, and the best of those ranked again in float32, by the weights themselves.
 
 from __future__ import annotations
 
-import importlib
-from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -19,14 +16,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from saesub.errors import SaesubError
 from saesub.precision import reading_waits
-from saesub.topk import cuda_search
+from saesub.topk import cuda_search, maxima
 from saesub.topk.backend import check
 from saesub.topk.ops import Selected, top_k
 from saesub.topk.triton_launch import block_of, kernels, launch, row_shapes
 
-MEMBERS, STRIDE = 8, 256  # features of a group, and how far they lie apart
 _TOKENS_PER_BLOCK = 2048  # bounds the maxima: 2048 × 2^20 / 8 numbers are 0.5 GB
 _REFRESHES = 64  # steps in which every row is written once more
 _GROUPS_PER_CHOSEN = 8  # with fewer groups the best are no small part of them
@@ -36,33 +31,6 @@ _LIMITS = {torch.float16: 60_000.0, torch.float8_e4m3fn: 448.0}  # largest numbe
 _HEADROOM = {torch.float16: 256.0, torch.float8_e4m3fn: 8.0}  # how much rows may grow meanwhile
 _TOLERANCE = {torch.float16: 2**-6, torch.float8_e4m3fn: 0.25}  # of a token's largest score
 _NORM_TOLERANCE, _COMPARED = 1e-3, 4  # of how many features of a token norms are compared
-_KERNELS = "triton_search_kernels"
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """How the product is cut: tokens, features and numbers of a tile, and Triton's settings."""
-
-    tokens: int
-    features: int
-    numbers: int
-    warps: int
-    stages: int
-    flatten: bool
-
-
-_HOPPER = [
-    Tiles(128, 256, 64, 8, 4, True),
-    Tiles(128, 256, 64, 8, 4, False),
-    Tiles(128, 128, 64, 4, 3, True),
-    Tiles(128, 128, 64, 8, 4, True),
-]
-_OTHERS = [
-    Tiles(128, 128, 32, 8, 2, False),
-    Tiles(128, 64, 64, 8, 2, False),
-    Tiles(64, 128, 64, 8, 2, False),
-]
-_INTERPRETED = Tiles(16, 16, 16, 4, 1, False)
 
 
 class EncoderShadow:
@@ -171,8 +139,7 @@ class EncoderShadow:
         shadow's, `cuda_search.search` takes it.
         """
         width = width_of(k, self.rows.dtype)
-        tiles = tiles_of(x.device, self.rows.shape[1], self.rows.dtype)
-        n_groups = min(_n_groups(len(self.rows)), len(self.rows))
+        n_groups = min(maxima.n_groups(len(self.rows)), len(self.rows))
         own = W_enc.data_ptr() == self._key[0] and feature_scale is self.norms
         if not own or n_groups < _GROUPS_PER_CHOSEN * width:
             if feature_scale is not None:  # -inf times a norm of 0 is NaN
@@ -184,7 +151,7 @@ class EncoderShadow:
         pre = x.new_empty(len(x), k)
         for start in range(0, len(x), _TOKENS_PER_BLOCK):
             block = slice(start, start + _TOKENS_PER_BLOCK)
-            found, few = self._candidates(x[block], bias, width, tiles)
+            found, few = self._candidates(x[block], bias, width)
             exact = self._products(x[block], Selected.equally(found, found, 0), W_enc.T)
             exact = torch.where(few == -torch.inf, few, exact.view_as(found) + b_enc[found])
             scores = _scaled(exact, None if feature_scale is None else feature_scale[found])
@@ -195,29 +162,34 @@ class EncoderShadow:
         return features, pre
 
     def _candidates(
-        self, x: Float[Tensor, "n d_in"], bias: Float[Tensor, " d_sae"], width: int, tiles: Tiles
+        self,
+        x: Float[Tensor, "n d_in"],
+        bias: Float[Tensor, " d_sae"],
+        width: int,
+        tiles: maxima.Tiles,
     ) -> tuple[Int[Tensor, "n width"], Float[Tensor, "n width"]]:
         """The `width` best features by products in few bits, and their scores; -inf of those that
         do not exist."""
         tokens, scale = few_bits(x, self.rows.dtype)
         tokens = F.pad(tokens, (0, self.rows.shape[1] - x.shape[1]))
-        maxima = group_maxima(tokens, self.rows, bias, scale, tiles)
-        groups = top_k(maxima, width).int()
-        n, per_token = len(x), width * MEMBERS
+        tiles = maxima.tiles_of(x.device, self.rows.shape[1], self.rows.dtype)
+        largest = maxima.group_maxima(tokens, self.rows, bias, scale, tiles)
+        groups = top_k(largest, width).int()
+        n, per_token = len(x), width * maxima.MEMBERS
         scores, ids = x.new_empty(n, per_token), groups.new_empty(n, per_token)
         given = [tokens, self.rows, bias, scale, groups, scores, ids, len(self.rows)]
         constants = {
             "WIDTH": tokens.shape[1],
             "BLOCK": block_of(tokens.shape[1]),
-            "STRIDE": STRIDE,
-            "MEMBERS": MEMBERS,
+            "STRIDE": maxima.STRIDE,
+            "MEMBERS": maxima.MEMBERS,
             "GROUPS": width,
             "PER_PROGRAM": _MEMBERS_PER_PROGRAM,
             "ENTRIES": _MEMBERS_AT_ONCE,
         }
         programs = n * -(-per_token // _MEMBERS_PER_PROGRAM)
         with torch.cuda.device_of(x):
-            kernels(_KERNELS).member_scores[(programs,)](*given, **constants)
+            kernels(maxima.KERNELS).member_scores[(programs,)](*given, **constants)
         values, best = scores.topk(width, dim=-1, sorted=False)
         return ids.gather(1, best).long(), values / (scale[:, None] * self.factor)
 
@@ -280,98 +252,6 @@ def _key_of(*weights: Tensor) -> tuple[int, ...]:
 def _scaled(scores: Tensor, scale: Tensor | None) -> Tensor:
     """Scores times their features' scale; -inf stays, also where the scale is 0."""
     return scores if scale is None else torch.where(scores == -torch.inf, scores, scores * scale)
-
-
-def group_maxima(
-    tokens: Tensor, rows: Tensor, bias: Tensor, scale: Tensor, tiles: Tiles
-) -> Float[Tensor, "n groups"]:
-    """The largest score of every group of features, bfloat16, by the kernel of that name."""
-    descriptor = importlib.import_module("triton.tools.tensor_descriptor").TensorDescriptor
-    n, d_sae = len(tokens), len(rows)
-    maxima = torch.empty(n, _n_groups(d_sae), dtype=torch.bfloat16, device=rows.device)
-    described = [
-        descriptor.from_tensor(tokens, [tiles.tokens, tiles.numbers]),
-        descriptor.from_tensor(rows, [tiles.features, tiles.numbers]),
-    ]
-    constants = {
-        "WIDTH": rows.shape[1],
-        "BM": tiles.tokens,
-        "BN": tiles.features,
-        "BK": tiles.numbers,
-        "STRIDE": STRIDE,
-        "MEMBERS": MEMBERS,
-        "FLATTEN": tiles.flatten,
-        "num_warps": tiles.warps,
-        "num_stages": tiles.stages,
-    }
-    programs = -(-n // tiles.tokens) * (maxima.shape[1] // tiles.features)
-    with torch.cuda.device_of(rows):
-        kernel = kernels(_KERNELS).group_maxima[(programs,)]
-        kernel(*described, bias, scale, maxima, n, d_sae, **constants)
-    return maxima
-
-
-def tiles_for(capability: tuple[int, int]) -> list[Tiles]:
-    """Tiles that fit a card of this compute capability."""
-    return _HOPPER if capability == (9, 0) else _OTHERS
-
-
-@cache
-def tiles_of(device: torch.device, width: int, dtype: torch.dtype) -> Tiles:
-    """The fastest tiles for rows of this width on this card, timed once on random numbers.
-
-    Raises SaesubError if none run there, or none give the maxima of torch's operators.
-    """
-    if device.type != "cuda":
-        return _INTERPRETED
-    rows = torch.randn(65_536, width, dtype=torch.float32, device=device).to(dtype)
-    tokens = rows[:_TOKENS_PER_BLOCK].contiguous()
-    bias = torch.randn(len(rows), dtype=torch.float32, device=device)
-    scale = torch.ones(len(tokens), dtype=torch.float32, device=device)
-    given = (tokens, rows, bias, scale)
-    choices = tiles_for(torch.cuda.get_device_capability(device))
-    seconds = {tiles: _seconds(*given, tiles) for tiles in choices}
-    fastest = min(choices, key=lambda tiles: seconds[tiles])
-    if seconds[fastest] == float("inf"):
-        raise SaesubError(
-            f"The search's kernel does not run on {torch.cuda.get_device_name(device)} in {dtype}: "
-            "pass backend='torch', and report what saesub check-gpu prints."
-        )
-    return fastest
-
-
-def _seconds(tokens: Tensor, rows: Tensor, bias: Tensor, scale: Tensor, tiles: Tiles) -> float:
-    """How long a product takes, the least of five; infinite where the card refuses the tiles, or
-    gives other numbers by them than torch."""
-    times, few = [], slice(0, 64)
-    try:
-        with torch.cuda.device_of(rows):
-            for _ in range(5):
-                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                begin.record()
-                maxima = group_maxima(tokens, rows, bias, scale, tiles)
-                end.record()
-                end.synchronize()
-                times.append(begin.elapsed_time(end))
-        expected = maxima_by_torch(tokens[few], rows, bias, scale[few])
-        right = torch.allclose(maxima[few].float(), expected, rtol=2**-6, atol=0.1)
-        return min(times) if right else float("inf")
-    except Exception:  # Triton's own kinds: too little shared memory, an operator it lacks
-        return float("inf")
-
-
-def maxima_by_torch(
-    tokens: Tensor, rows: Tensor, bias: Tensor, scale: Tensor
-) -> Float[Tensor, "n groups"]:
-    """What `group_maxima` gives, by torch operators and in float32."""
-    scores = tokens.float() @ rows.float().T + bias * scale[:, None]
-    missing = _n_groups(len(rows)) * MEMBERS - len(rows)
-    padded = F.pad(scores, (0, missing), value=-torch.inf)
-    return padded.view(len(tokens), -1, MEMBERS, STRIDE).amax(2).flatten(1)
-
-
-def _n_groups(d_sae: int) -> int:
-    return -(-d_sae // (STRIDE * MEMBERS)) * STRIDE
 
 
 def width_of(k: int, dtype: torch.dtype) -> int:
