@@ -162,11 +162,7 @@ class EncoderShadow:
         return features, pre
 
     def _candidates(
-        self,
-        x: Float[Tensor, "n d_in"],
-        bias: Float[Tensor, " d_sae"],
-        width: int,
-        tiles: maxima.Tiles,
+        self, x: Float[Tensor, "n d_in"], bias: Float[Tensor, " d_sae"], width: int
     ) -> tuple[Int[Tensor, "n width"], Float[Tensor, "n width"]]:
         """The `width` best features by products in few bits, and their scores; -inf of those that
         do not exist."""
