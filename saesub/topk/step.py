@@ -269,7 +269,8 @@ def update_rows(
     settings = AdamSettings(*(float(v) for v in (group["lr"], *group["betas"], group["eps"])))
     gradients.adam(settings, steps[0], clip, *tensors, moved=moved, shadow=shadow)
     # The backends write memory, of which torch keeps no count.
-    increment_version((sae.W_enc, sae.W_dec, sae.b_enc))
+    for parameter in (sae.W_enc, sae.W_dec, sae.b_enc):
+        increment_version(parameter)
     if shadow is not None:
         shadow.written(sae.W_enc, sae.W_dec)
     if moved is not None:
