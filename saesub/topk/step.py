@@ -226,18 +226,19 @@ def row_step(
         g_b_dec = g_b_dec - total[1:].to(g_b_dec.dtype)
     acts = selected.pre.relu()  # by the norms before the update, which a shadow's follow
     acts = acts if scale is None else acts * scale[selected.features]
-    clip = clip_factor(total[0] + g_b_dec.double().square().sum())
-    skipped = clip.isnan().float() if backend.skips_nan else None
+    squared_norm = total[0] + g_b_dec.double().square().sum()
+    clip, skipped = clip_factor(squared_norm), None
+    if backend.skips_nan:
+        finite = squared_norm.isfinite()
+        clip, skipped = torch.where(finite, clip, torch.nan), (~finite).float()
     update_rows(sae, optimizer, gradients, g_b_dec, clip, shadow, skipped)
     mse_loss = decoded.squared_error / n
     return entries_output(sae, x, decoded.x_hat, selected, acts, mse_loss, aux_loss, skipped)
 
 
 def clip_factor(squared_norm: Float[Tensor, ""]) -> Float[Tensor, ""]:
-    """What SAELens' trainer multiplies all gradients by, given the square of their norm; NaN where
-    that is not finite."""
-    factor = (MAX_NORM / (squared_norm.sqrt() + 1e-6)).clamp(max=1.0)  # reading it would wait
-    return torch.where(squared_norm.isfinite(), factor, torch.nan)
+    """What SAELens' trainer multiplies all gradients by, given the square of their norm."""
+    return (MAX_NORM / (squared_norm.sqrt() + 1e-6)).clamp(max=1.0)  # reading it would wait
 
 
 def update_rows(
