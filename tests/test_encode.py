@@ -143,11 +143,30 @@ def test_the_search_of_a_gpu_gives_saelens_features(monkeypatch, kernels):
     monkeypatch.setattr(shadow, "width_of", lambda k, _: k + 4)
     monkeypatch.setattr(shadow, "_GROUPS_PER_CHOSEN", 1)
     monkeypatch.setattr(maxima, "STRIDE", 16 if device == "cpu" else 256)
-    best, x = encode._searched(sae, 4), torch.randn(5, 24, device=device)
+    kept, x = {}, torch.randn(5, 24, device=device)
     for _ in range(2):
-        features, values = best(sae.process_sae_in(x))
+        features, values = encode._searched(sae, kept)(sae.process_sae_in(x))
         found = torch.zeros(5, 130, device=device).scatter(1, features, values.relu())
         expected = sae.encode(x).to_dense().detach()
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         with torch.no_grad():
             sae.W_dec[::3] *= 4
+
+
+def test_an_encoder_that_is_kept_follows_the_sae():
+    """Its weights, also where torch keeps no count of a change, its k and its hooks."""
+    torch.manual_seed(0)
+    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=24, d_sae=130, k=4))
+    read, x = encoder_of(sae), torch.randn(5, 24)
+    read(x)
+
+    def follows():
+        expected = sae.encode(x).to_dense().detach()
+        torch.testing.assert_close(read(x).to_dense(), expected)
+
+    sae.W_dec.data[::3] *= 4
+    follows()
+    sae.activation_fn.k = 7
+    follows()
+    sae.hook_sae_acts_post.add_hook(lambda acts, hook: acts * 2)
+    follows()

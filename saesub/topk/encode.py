@@ -129,11 +129,14 @@ def _finite(features: Tensor) -> Tensor:
 def _encode_of(sae: Any) -> Encode:
     """`sae.encode`, for a TopK SAE block by block into sparse entries."""
 
-    best = _best_features(sae) if _is_plain_topk(sae) else None
+    kept: dict[str, Any] = {}  # what a GPU's search keeps from call to call
 
     def encode(x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
-        if best is None:
+        # All is asked anew: the SAE may be trained on, or given hooks, between two calls.
+        if not _is_plain_topk(sae):
             return _finite(sae.encode(x))
+        on_gpu = sae.W_enc.device.type == "cuda"
+        best = _searched(sae, kept) if on_gpu else _by_whole_product(sae)
         found = [best(rows) for rows in sae.process_sae_in(x).split(TOKENS_PER_BLOCK)]
         features, values = (torch.cat(parts) for parts in zip(*found, strict=True))
         selected = Selected.equally(features, values, sae.cfg.d_sae)
@@ -142,40 +145,35 @@ def _encode_of(sae: Any) -> Encode:
     return encode
 
 
+# From the inputs of a TopK SAE's encoder to each token's k best features and their values, (n, k).
 Best = Callable[[Float[Tensor, "n d_in"]], tuple[Tensor, Tensor]]
 
 
-def _best_features(sae: Any) -> Best:
-    """The function from the inputs of a TopK SAE's encoder to each token's k best features and
-    their values, both (n, k)."""
-    k = sae.activation_fn.k
-    if sae.W_enc.device.type == "cuda":
-        return _searched(sae, k)
-
+def _by_whole_product(sae: Any) -> Best:
     scale = feature_scale(sae)
 
-    def whole_product(x: Float[Tensor, "n d_in"]) -> tuple[Tensor, Tensor]:
+    def best(x: Float[Tensor, "n d_in"]) -> tuple[Tensor, Tensor]:
         scores = x @ sae.W_enc + sae.b_enc
         if scale is not None:
             scores *= scale
-        values, features = scores.topk(k, sorted=False)
+        values, features = scores.topk(sae.activation_fn.k, sorted=False)
         return features, values
 
-    return whole_product
+    return best
 
 
-def _searched(sae: Any, k: int) -> Best:
-    """`_best_features` without the scores of all features, which would fill a GPU."""
-    rows = row_backend(sae.W_enc.device) if sae.W_enc.dtype == torch.float32 else None
-    kept: dict[str, Any] = {}
+def _searched(sae: Any, kept: dict[str, Any]) -> Best:
+    """Without the scores of all features, which would fill a GPU."""
+    version = tuple(n for w in (sae.W_enc, sae.W_dec) for n in (w.data_ptr(), w._version))
+    if kept.get("version") != version:
+        rows = row_backend(sae.W_enc.device) if sae.W_enc.dtype == torch.float32 else None
+        kept.clear()
+        kept.update(_search_of(sae, rows), version=version)
+    scale = kept["scale"]
 
     def best(x: Float[Tensor, "n d_in"]) -> tuple[Tensor, Tensor]:
-        version = tuple(n for w in (sae.W_enc, sae.W_dec) for n in (w.data_ptr(), w._version))
-        if kept.get("version") != version:  # the SAE may be trained on between two calls
-            kept.clear()
-            kept.update(_search_of(sae, rows), version=version)
-        scale = kept["scale"]
-        features, pre = kept["search"](x.contiguous(), kept["W_enc"], sae.b_enc, k, scale)
+        given = (x.contiguous(), kept["W_enc"], sae.b_enc, sae.activation_fn.k, scale)
+        features, pre = kept["search"](*given)
         return features, pre if scale is None else pre * scale[features]
 
     return best
