@@ -169,25 +169,27 @@ def _searched(sae: Any, kept: dict[str, Any]) -> Best:
         rows = row_backend(sae.W_enc.device) if sae.W_enc.dtype == torch.float32 else None
         kept.clear()
         kept.update(_search_of(sae, rows), version=version)
-    scale = kept["scale"]
+    W_enc, shadow, scale = kept["W_enc"], kept["shadow"], feature_scale(sae)
+    search = partial(cuda_search.search, exact=True)
+    if shadow is not None:
+        shadow.keep_up(W_enc, kept["W_dec"])
+        search, scale = shadow.search, shadow.norms
 
     def best(x: Float[Tensor, "n d_in"]) -> tuple[Tensor, Tensor]:
-        given = (x.contiguous(), kept["W_enc"], sae.b_enc, sae.activation_fn.k, scale)
-        features, pre = kept["search"](*given)
+        features, pre = search(x.contiguous(), W_enc, sae.b_enc, sae.activation_fn.k, scale)
         return features, pre if scale is None else pre * scale[features]
 
     return best
 
 
 def _search_of(sae: Any, rows: RowBackend | None) -> dict[str, Any]:
-    """A search of an SAE's features, its encoder feature-major, and the scale of features."""
-    W_enc = sae.W_enc.detach().T.contiguous().T
-    W_dec, scale = sae.W_dec.detach().contiguous(), feature_scale(sae)
-    if not isinstance(rows, TritonBackend):
-        search = partial(cuda_search.search, exact=True)
-        return {"search": search, "W_enc": W_enc, "scale": scale}
-    shadow = rows.shadow_of(W_enc, W_dec, scaled=scale is not None)
-    return {"search": shadow.search, "W_enc": W_enc, "scale": shadow.norms}
+    """An SAE's weights, feature by feature in memory, and the shadow of a backend that has one."""
+    W_enc, W_dec = sae.W_enc.detach().T.contiguous().T, sae.W_dec.detach().contiguous()
+    shadow = None
+    if isinstance(rows, TritonBackend):
+        scaled = sae.cfg.rescale_acts_by_decoder_norm
+        shadow = rows.shadow_of(W_enc, W_dec, scaled=scaled)
+    return {"W_enc": W_enc, "W_dec": W_dec, "shadow": shadow}
 
 
 def _is_plain_topk(sae: Any) -> bool:

@@ -194,9 +194,8 @@ class EncoderShadow:
     ) -> None:
         """Note on the device whether scores in few bits, or norms of some of the best features, are
         not those of the weights: others have changed them through `.data`."""
-        allowed = _TOLERANCE[self.rows.dtype] * exact.nan_to_num(0, 0, 0).abs().amax(
-            1, keepdim=True
-        )
+        largest = exact.nan_to_num(0, 0, 0).abs().amax(1, keepdim=True)
+        allowed = _TOLERANCE[self.rows.dtype] * largest
         stale = ((few - exact).abs() > allowed).any()
         if self.norms is not None:
             some = best[:, :_COMPARED].flatten()
