@@ -65,3 +65,14 @@ def test_features_of_bias_minus_infinity_never_double_another(monkeypatch):
     for exact in (False, True):
         _, pre = cuda_search.search(x, W_enc, bias, 16, exact=exact)
         assert pre.isfinite().sum(1).tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize("d_sae", [100, 2048])
+def test_a_silenced_feature_without_a_decoder_row_changes_no_other(d_sae):
+    """A scale of 0 and a bias of -inf; the rest is as if the feature were not there."""
+    x, W_enc, bias, scale = _problem(3, 8, d_sae, 0)
+    rest = dense_search(x, W_enc[:, 1:], bias[1:], 16, scale[1:])
+    bias[0], scale[0] = -torch.inf, 0
+    features, pre = cuda_search.search(x, W_enc, bias, 16, scale, exact=True)
+    assert torch.equal(features.sort(1).values, rest[0].sort(1).values + 1)
+    assert pre.isfinite().all()

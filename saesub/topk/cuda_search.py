@@ -38,6 +38,8 @@ def search(
     the precision of `x`, with TF32 if torch is set to allow it.
     """
     d_sae = W_enc.shape[1]
+    if feature_scale is not None:  # -inf times a scale of 0 is NaN
+        feature_scale = torch.where(b_enc == -torch.inf, 1.0, feature_scale)
     if d_sae < LEAST_FEATURES_PER_K * k:
         return dense_search(x, W_enc, b_enc, k, feature_scale)
     dtype = x.dtype if exact else torch.bfloat16

@@ -142,8 +142,6 @@ class EncoderShadow:
         n_groups = min(maxima.n_groups(len(self.rows)), len(self.rows))
         own = W_enc.data_ptr() == self._key[0] and feature_scale is self.norms
         if not own or n_groups < _GROUPS_PER_CHOSEN * width:
-            if feature_scale is not None:  # -inf times a norm of 0 is NaN
-                feature_scale = torch.where(b_enc == -torch.inf, 1.0, feature_scale)
             given = (x, W_enc, b_enc, k, feature_scale)
             return cuda_search.search(*given, products=self._products)
         bias = _scaled(b_enc, feature_scale) * self.factor
