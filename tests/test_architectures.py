@@ -42,7 +42,7 @@ from saesub.extras.transcoders import (
 )
 from saesub.init.biases import center_at
 from saesub.loading.models import context_tokens
-from saesub.topk import cpu
+from saesub.topk import cpu_library
 
 RECORD = Path(__file__).resolve().parent.parent / "data" / "results" / "architectures.json"
 HOOK = "blocks.4.hook_attn_out"
@@ -172,7 +172,7 @@ def steps_sparsely(name: str, _: Any) -> None:
     for ours, theirs in zip(sae.parameters(), dense.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad)
     fused = trainer(make(name))
-    assert (fused.native_step.rows(fused) is None) == (cpu.library() is None)
+    assert (fused.native_step.rows(fused) is None) == (cpu_library.library() is None)
 
 
 def trains(name: str, _: Any) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from saesub.errors import SaesubError
-from saesub.topk import cpu
+from saesub.topk import cpu_library
 from saesub.topk.sae import SparseTopKTrainingSAE, use_sparse_step
 from saesub.training.comparison import train_together
 from saesub.training.mitigations import GhostGradients
@@ -33,7 +33,7 @@ from saesub.training.native_step import NativeStep
 from saesub.training.trainer import SubspaceSAETrainer
 
 D_IN, D_SAE, K, BATCH, STEPS = 32, 256, 4, 64, 40
-needs_native = pytest.mark.skipif(cpu.library() is None, reason="no C++ compiler here")
+needs_native = pytest.mark.skipif(cpu_library.library() is None, reason="no C++ compiler here")
 Trainer = Callable[..., SAETrainer]
 
 

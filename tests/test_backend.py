@@ -21,13 +21,13 @@ from sae_lens import (
 )
 
 from saesub.optim import SparseAdam, parameter_groups
-from saesub.topk import cpu, triton_backend
+from saesub.topk import cpu, cpu_library, triton_backend
 from saesub.topk.backend import AdamSettings, RowBackend, RowGradients
 from saesub.topk.eligibility import lay_out_by_feature
 from saesub.topk.ops import Selected, row_products, select_topk
 from saesub.topk.step import autograd_pass, row_step
 
-needs_native = pytest.mark.skipif(cpu.library() is None, reason="no C++ compiler here")
+needs_native = pytest.mark.skipif(cpu_library.library() is None, reason="no C++ compiler here")
 # Where Triton is installed and does not run, these tests fail.
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"

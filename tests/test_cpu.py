@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from saesub.topk import cpu
+from saesub.topk import cpu, cpu_library
 from saesub.topk.backend import AdamSettings
 from saesub.topk.ops import select_topk
 
@@ -21,10 +21,10 @@ pytestmark = pytest.mark.skipif(not has_compiler, reason="no C++ compiler here")
 
 def test_it_is_built_where_it_can_be():
     """Else every other test here would be skipped without a word."""
-    assert cpu.library() is not None
+    assert cpu_library.library() is not None
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file() and "avx512_vnni" in cpuinfo.read_text():
-        assert cpu.has_int8_search()
+        assert bool(cpu_library.instructions())
 
 
 def _problem(n: int, d: int, d_sae: int, seed: int):
@@ -83,25 +83,25 @@ def test_results_do_not_depend_on_the_number_of_threads(monkeypatch):
 def test_a_compiler_with_arguments_is_understood(monkeypatch, tmp_path):
     monkeypatch.setenv("SAESUB_CACHE", str(tmp_path))
     monkeypatch.setenv("CXX", f"env {has_compiler} -g0")
-    cpu.library.cache_clear()
+    cpu_library.library.cache_clear()
     try:
-        assert cpu.library() is not None
+        assert cpu_library.library() is not None
         assert len(list(tmp_path.glob("native/*/*.so"))) == 1
     finally:
         monkeypatch.undo()
-        cpu.library.cache_clear()
+        cpu_library.library.cache_clear()
 
 
 def test_without_a_compiler_it_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setenv("SAESUB_CACHE", str(tmp_path))
     monkeypatch.setenv("CXX", "false")  # a compiler that fails
-    cpu.library.cache_clear()
+    cpu_library.library.cache_clear()
     try:
         with pytest.warns(UserWarning, match="Install a C\\+\\+ compiler"):
-            assert cpu.library() is None
+            assert cpu_library.library() is None
         monkeypatch.setenv("SAESUB_NATIVE", "0")
-        cpu.library.cache_clear()
-        assert cpu.library() is None
+        cpu_library.library.cache_clear()
+        assert cpu_library.library() is None
     finally:
         monkeypatch.undo()
-        cpu.library.cache_clear()
+        cpu_library.library.cache_clear()

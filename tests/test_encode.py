@@ -18,7 +18,7 @@ from sae_lens import (
 )
 
 from saesub.evaluation.reconstruction import reconstruction
-from saesub.topk import cpu, encode, int8_search, maxima, shadow, triton_backend
+from saesub.topk import cpu_library, encode, int8_search, maxima, shadow, triton_backend
 from saesub.topk.encode import autoencoder_of, encoder_of
 from saesub.topk.ops import TOKENS_PER_BLOCK
 from saesub.topk.sae import use_sparse_step
@@ -120,7 +120,7 @@ def test_no_compiler_and_no_processor_has_a_part_in_a_judgement(activations, mon
     def refuse(*given, **more):
         raise AssertionError("a judgement depends on the machine")
 
-    monkeypatch.setattr(cpu, "library", refuse)
+    monkeypatch.setattr(cpu_library, "library", refuse)
     monkeypatch.setattr(int8_search, "search", refuse)
     found = reconstruction(sae, activations.split(600))
     monkeypatch.setattr("saesub.topk.encode._is_plain_topk", lambda sae: False)

@@ -20,7 +20,7 @@ from saesub.errors import SaesubError
 from saesub.extras import gpu_check, gpu_rows, gpu_speed
 from saesub.extras.gpu_check import Check, Sizes, kernels_passed, run_checks
 from saesub.extras.gpu_rows import Size
-from saesub.topk import cpu, gpu_record, triton_backend
+from saesub.topk import cpu, cpu_library, gpu_record, triton_backend
 from saesub.topk.eligibility import features_that_fit
 from saesub.topk.shadow import EncoderShadow
 from saesub.training import native_step
@@ -38,7 +38,7 @@ TINY = Sizes(
     on_cpu=Size(16, 16, 64, 4),
     far=Size(5, 6, 24, 3, offset=40),
 )
-needs_native = pytest.mark.skipif(cpu.library() is None, reason="no C++ compiler here")
+needs_native = pytest.mark.skipif(cpu_library.library() is None, reason="no C++ compiler here")
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
 )

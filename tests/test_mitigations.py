@@ -33,7 +33,7 @@ from saesub.errors import SaesubError
 from saesub.init.biases import center_biases
 from saesub.init.encoder_scale import scale_encoder
 from saesub.init.subspace import initialize_in_subspace
-from saesub.topk import cpu
+from saesub.topk import cpu_library
 from saesub.topk.encode import times_fired
 from saesub.training.comparison import joint_batches, train_together
 from saesub.training.mitigations import GhostGradients, KAnnealing, Resampling
@@ -46,7 +46,8 @@ WINDOW = 6 * BATCH
 pytestmark = pytest.mark.model
 BACKENDS = [
     pytest.param(
-        "auto", marks=pytest.mark.skipif(cpu.library() is None, reason="no C++ compiler here")
+        "auto",
+        marks=pytest.mark.skipif(cpu_library.library() is None, reason="no C++ compiler here"),
     ),
     "torch",
     "dense",

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saesub.topk import cpu, int8_search
+from saesub.topk import cpu, cpu_library, int8_search, packed_encoder
 from saesub.topk.ops import dense_search
 
 
@@ -43,7 +43,9 @@ SEARCHES = pytest.mark.parametrize(
     [
         pytest.param(
             cpu.BACKEND.search,
-            marks=pytest.mark.skipif(not cpu.has_int8_search(), reason="no compiler or VNNI"),
+            marks=pytest.mark.skipif(
+                not bool(cpu_library.instructions()), reason="no compiler or VNNI"
+            ),
             id="native",
         ),
         pytest.param(_in_torch, id="torch"),
@@ -103,7 +105,7 @@ def test_search_ranks_ties_and_empty_rows_by_the_whole_product(search):
     _same_sets(x, W_enc, b_enc, None, found, expected)
 
 
-@pytest.mark.skipif(not cpu.has_int8_search(), reason="no compiler or VNNI")
+@pytest.mark.skipif(not bool(cpu_library.instructions()), reason="no compiler or VNNI")
 def test_features_that_crowd_near_the_top_do_not_send_a_token_to_the_whole_product():
     """As training makes them: hundreds within rounding of one another, on many tokens."""
     x, W_enc, b_enc = _problem(200, 64, 8192, 0)
@@ -111,7 +113,9 @@ def test_features_that_crowd_near_the_top_do_not_send_a_token_to_the_whole_produ
     W_enc[:, 4000:5100], b_enc[:] = W_enc[:, :1] + 1e-3 * near, 0
     x += 5 * W_enc[:, 0]
     expected = dense_search(x, W_enc, b_enc, 32)
-    with mock.patch.object(cpu, "dense_search", side_effect=AssertionError("not needed")):
+    with mock.patch.object(
+        packed_encoder, "dense_search", side_effect=AssertionError("not needed")
+    ):
         found = cpu.BACKEND.search(x, W_enc, b_enc, 32)
     crowded = (expected[0] >= 4000) & (expected[0] < 5100)
     assert crowded.any(1).float().mean() > 0.9

@@ -24,7 +24,7 @@ from sae_lens.saes.sae import TrainStepInput
 from saesub.activations.spectrum import Spectrum
 from saesub.errors import SaesubError
 from saesub.init.subspace import initialize_in_subspace
-from saesub.topk import cpu, int8_search, triton_backend
+from saesub.topk import cpu, cpu_library, int8_search, packed_encoder, triton_backend
 from saesub.topk.eligibility import lay_out_by_feature, why_dense
 from saesub.topk.step import autograd_pass, row_step
 from saesub.training.mitigations import GhostGradients
@@ -32,12 +32,12 @@ from saesub.training.trainer import SubspaceSAETrainer
 
 D_SAE, K, BATCH = 1152, 8, 128
 pytestmark = pytest.mark.model
-needs_native = pytest.mark.skipif(cpu.library() is None, reason="no C++ compiler here")
+needs_native = pytest.mark.skipif(cpu_library.library() is None, reason="no C++ compiler here")
 needs_cuda = pytest.mark.skipif(
     not (torch.cuda.is_available() and triton_backend.available()),
     reason="no CUDA or no Triton here",
 )
-HAS_INT8 = cpu.has_int8_search()
+HAS_INT8 = bool(cpu_library.instructions())
 BACKENDS = [pytest.param("auto", marks=needs_native), "torch"]
 DEVICES = [pytest.param("cpu", marks=needs_native), pytest.param("cuda", marks=needs_cuda)]
 
@@ -286,8 +286,9 @@ def test_a_gpu_too_small_is_met_with_the_number_of_features_that_fit(monkeypatch
 
 def _searches_in_8_bits(monkeypatch) -> list:
     """What grows by one for every search that the compiled code makes in few bits."""
-    searched, find = [], cpu.BACKEND._search
-    monkeypatch.setattr(cpu.BACKEND, "_search", lambda *given: searched.append(1) or find(*given))
+    searched, find = [], packed_encoder.PackedEncoder.search
+    count = lambda *given: searched.append(1) or find(*given)  # noqa: E731
+    monkeypatch.setattr(packed_encoder.PackedEncoder, "search", count)
     return searched
 
 
@@ -334,7 +335,8 @@ def test_auxk_through_the_8_bit_search_equals_saelens_own(activations, spectrum,
     sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=576, d_sae=4096, k=K))
     initialize_in_subspace(sae, spectrum, d_init=200)
     kept = []
-    monkeypatch.setattr(cpu, "has_int8_search", lambda: kept.append(1) or HAS_INT8)
+    real = packed_encoder.can_search
+    monkeypatch.setattr(packed_encoder, "can_search", lambda *a: kept.append(1) or real(*a))
     double = copy.deepcopy(sae).double()
     double.dtype = torch.float64
     lay_out_by_feature(sae)
@@ -383,7 +385,7 @@ def test_gradients_through_torchs_8_bit_product_are_within_1e_5_of_float64(
 def test_without_a_compiler_the_search_is_that_of_torch_unless_it_is_to_be_exact(
     activations, monkeypatch, backend, searches
 ):
-    monkeypatch.setattr(cpu, "library", lambda: None)
+    monkeypatch.setattr(cpu_library, "library", lambda: None)
     searched, find = [], int8_search.search
     monkeypatch.setattr(int8_search, "search", lambda *given: searched.append(1) or find(*given))
     sae = _sae("topk", aux_loss_coefficient=0.0)

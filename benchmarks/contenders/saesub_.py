@@ -9,7 +9,7 @@ import harness
 from sae_lens import SAETrainer
 from saelens_dense import stepper, trainer_config, untrained
 
-from saesub.topk import cpu
+from saesub.topk import cpu_library
 from saesub.topk.sae import use_sparse_step
 from saesub.training.trainer import SubspaceSAETrainer
 
@@ -20,7 +20,7 @@ PATH, OPTIMIZER = VARIANT.split("-")  # saelens, torch or native; adam or sparse
 
 def make(d_in: int, d_sae: int, k: int, batch: int, seed: int) -> harness.Step:
     """One step of saesub's TopK training on x (batch, d_in)."""
-    if PATH != "torch" and not cpu.has_int8_search():
+    if PATH != "torch" and not bool(cpu_library.instructions()):
         raise RuntimeError("the compiled step with its 8-bit search is not to be had here")
     sae = untrained(d_in, d_sae, k, seed)
     if PATH == "saelens":

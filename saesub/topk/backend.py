@@ -19,8 +19,11 @@ from torch import Tensor
 
 from saesub.topk.ops import Selected, dense_search
 
-if TYPE_CHECKING:  # it launches the kernels of a backend
+if TYPE_CHECKING:  # they call the functions of a backend
+    from saesub.topk.cpu_shadow import CpuShadow
     from saesub.topk.shadow import EncoderShadow
+
+    Shadow = EncoderShadow | CpuShadow
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class RowGradients(ABC):
         clip: Float[Tensor, ""],
         *tensors: Tensor,
         moved: Int[Tensor, " d_sae"] | None,
-        shadow: EncoderShadow | None = None,
+        shadow: Shadow | None = None,
     ) -> None:
         """Update W_enc, W_dec and b_enc, each given with its two moments, W_enc transposed.
 
@@ -122,9 +125,9 @@ class RowBackend(ABC):
     device_type: str
     skips_nan = False
 
-    def shadow(self, sae: Any, kept: EncoderShadow | None) -> EncoderShadow | None:
+    def shadow(self, sae: Any, kept: Shadow | None, *, in_subspace: bool = True) -> Shadow | None:
         """The encoder in few bits, up to date, if the backend searches by one; `kept` is that of
-        the last step."""
+        the last step, and `in_subspace` lets it leave coordinates out."""
         return None
 
     @torch.no_grad()

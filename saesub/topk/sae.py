@@ -19,8 +19,8 @@ from torch import Tensor
 
 from saesub.errors import SaesubError, near_names
 from saesub.topk.eligibility import PARAMETERS, why_dense
-from saesub.topk.ops import Search
-from saesub.topk.step import autograd_pass, row_backend, search_of
+from saesub.topk.sae_search import search_for
+from saesub.topk.step import autograd_pass
 
 SearchName = Literal["auto", "exact_search", "torch"]
 DENSE_STEP = "SAELens' dense step trains this SAE, several times slower than the sparse one: {}."
@@ -40,9 +40,13 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
         search_name: how a pass finds the active entries. "auto": on a CPU by compiled code with an
             8-bit candidate search, if there is a C++ compiler, else by torch operators; elsewhere
             by the whole product. "torch": torch operators alone. "exact_search": the whole product.
+        in_subspace: whether the search may look for candidates in the active subspace of the
+            tokens, where that costs less: about one in 100,000 of the active entries is then
+            another than the exact one. What is found is ranked in all coordinates.
     """
 
     search_name: SearchName = "auto"
+    in_subspace: bool = True
     _said: frozenset[str] = frozenset()
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
@@ -97,7 +101,7 @@ _SPARSE: dict[str, type[SparseTopKTrainingSAE]] = {
 }
 
 
-def use_sparse_step(sae: SAE, *, search: SearchName = "auto") -> SAE:
+def use_sparse_step(sae: SAE, *, search: SearchName = "auto", in_subspace: bool = True) -> SAE:
     """Give a TopK or BatchTopK SAE of SAELens the sparse training pass, in place.
 
     The object becomes a `SparseTopKTrainingSAE` or `SparseBatchTopKTrainingSAE`; its config,
@@ -105,7 +109,8 @@ def use_sparse_step(sae: SAE, *, search: SearchName = "auto") -> SAE:
 
     Args:
         sae: SAELens' `TopKTrainingSAE` or `BatchTopKTrainingSAE`.
-        search: see `SparseTopKTrainingSAE.search_name`.
+        search, in_subspace: see the attributes `search_name` and `in_subspace` of
+            `SparseTopKTrainingSAE`.
 
     Raises:
         SaesubError: another architecture, a class with a pass of its own, a pass that was replaced,
@@ -128,14 +133,5 @@ def use_sparse_step(sae: SAE, *, search: SearchName = "auto") -> SAE:
     if not sparse:
         batch = type(sae) is BatchTopKTrainingSAE
         sae.__class__ = SparseBatchTopKTrainingSAE if batch else SparseTopKTrainingSAE
-    sae.search_name = search  # pyright: ignore
+    sae.search_name, sae.in_subspace = search, in_subspace  # pyright: ignore
     return sae
-
-
-def search_for(sae: Any) -> Search:
-    """How a pass by autograd finds an SAE's entries."""
-    # On CUDA by the whole product: what a search misses there has not been measured.
-    compiled = sae.search_name != "torch" and sae.W_enc.dtype == torch.float32
-    on_cpu = sae.W_enc.device.type == "cpu"
-    rows = row_backend(sae.W_enc.device) if compiled and on_cpu else None
-    return search_of(rows, sae.search_name == "exact_search")

@@ -50,6 +50,8 @@ class EncoderShadow:
         stale: (1,) not 0 if a row has grown out of that range, or is not that of the weights.
     """
 
+    waits = False  # a step may not read numbers: they would have to be waited for
+
     def __init__(
         self,
         W_enc: Float[Tensor, "d_in d_sae"],
@@ -106,9 +108,9 @@ class EncoderShadow:
         self._write(W_enc, W_dec, self._at, chunk)
         self._at = 0 if chunk == left else self._at + chunk
 
-    def written(self, W_enc: Tensor, W_dec: Tensor) -> None:
+    def written(self, sae: Any) -> None:
         """Note that the row update has changed these weights, and the rows with them."""
-        self._key = _key_of(W_enc, W_dec)
+        self._key = _key_of(sae.W_enc, sae.W_dec)
 
     def given(self) -> list[Any]:
         """What the kernels of the row update take of a shadow."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,7 +21,7 @@ from torch.autograd.graph import increment_version
 
 from saesub.errors import SaesubError
 from saesub.optim import SparseAdam, found_inf, moments
-from saesub.topk import cpu, int8_search, triton_backend
+from saesub.topk import cpu, cpu_library, int8_search, triton_backend
 from saesub.topk.backend import AdamSettings, Decoded, RowBackend, RowGradients
 from saesub.topk.gpu_record import has_passed
 from saesub.topk.ops import (
@@ -33,7 +33,9 @@ from saesub.topk.ops import (
     select_batch_topk,
     select_topk,
 )
-from saesub.topk.shadow import EncoderShadow
+
+if TYPE_CHECKING:
+    from saesub.topk.backend import Shadow
 
 MAX_NORM = 1.0  # SAELens' trainer clips the norm of all gradients here
 
@@ -164,7 +166,7 @@ def autograd_pass(
 def row_backend(device: torch.device, *, triton: bool = False) -> RowBackend | None:
     """What searches there and runs `row_step`: on the CPU that takes a C++ compiler, on CUDA Triton
     kernels that have passed `saesub check-gpu` there, or are asked for by `triton`."""
-    if device.type == "cpu" and not triton and cpu.library() is not None:
+    if device.type == "cpu" and not triton and cpu_library.library() is not None:
         return cpu.BACKEND
     if device.type == "cuda" and (triton or has_passed(device)) and triton_backend.runs_on(device):
         return triton_backend.BACKEND
@@ -188,7 +190,7 @@ def row_step(
     *,
     exact_search: bool = False,
     dictionary: WholeDictionary = WHOLE,
-    shadow: EncoderShadow | None = None,
+    shadow: Shadow | None = None,
 ) -> SparseStepOutput:
     """Forward, backward, clipping and update in float32, by the loops of `backend`.
 
@@ -200,7 +202,8 @@ def row_step(
     n, b_in = len(x), input_bias(sae)
     search = search_of(backend, exact_search) if shadow is None or exact_search else shadow.search
     scale = feature_scale(sae) if shadow is None else shadow.norms
-    waits = shadow is None or dictionary is not WHOLE  # processes agree on a number
+    # Several processes have to agree on a number.
+    waits = shadow is None or shadow.waits or dictionary is not WHOLE
     selected, aux = _select(sae, x, dead, scale, search, dictionary, waits=waits)
     entries, values = selected, selected.pre.relu()
     decoded = dictionary.decode(backend, selected, values, sae.W_dec, sae.b_dec, x, 1 / n)
@@ -247,7 +250,7 @@ def update_rows(
     gradients: RowGradients,
     g_b_dec: Float[Tensor, " d_in"],
     clip: Float[Tensor, ""],
-    shadow: EncoderShadow | None = None,
+    shadow: Shadow | None = None,
     skipped: Float[Tensor, ""] | None = None,
 ) -> None:
     """One step of Adam or `SparseAdam` on all parameters, the gradients multiplied by `clip`.
@@ -273,7 +276,7 @@ def update_rows(
     for parameter in (sae.W_enc, sae.W_dec, sae.b_enc):
         increment_version(parameter)
     if shadow is not None:
-        shadow.written(sae.W_enc, sae.W_dec)
+        shadow.written(sae)
     if moved is not None:
         for other in counters[1:]:
             other.copy_(moved)

@@ -145,10 +145,10 @@ class TritonBackend(RowBackend):
         # Without CUDA only Triton's interpreter runs them.
         self.device_type = "cuda" if torch.cuda.is_available() else "cpu"
 
-    def shadow(self, sae: Any, kept: EncoderShadow | None) -> EncoderShadow:
+    def shadow(self, sae: Any, kept: Any, *, in_subspace: bool = True) -> EncoderShadow:
         """`kept`, if it is of this SAE's kind, brought up to date; else a new one."""
         scaled = sae.cfg.rescale_acts_by_decoder_norm
-        if kept is None or not kept.fits(sae.W_enc, scaled):
+        if not isinstance(kept, EncoderShadow) or not kept.fits(sae.W_enc, scaled):
             return self.shadow_of(sae.W_enc, sae.W_dec, scaled=scaled)
         kept.keep_up(sae.W_enc, sae.W_dec)
         return kept

@@ -16,12 +16,12 @@ from saesub.optim import SparseAdam, has_foreign_hooks
 from saesub.topk.backend import RowBackend
 from saesub.topk.eligibility import PARAMETERS, lay_out_by_feature, other_pass, why_dense
 from saesub.topk.sae import SparseTopKTrainingSAE
-from saesub.topk.shadow import EncoderShadow
 from saesub.topk.step import SparseStepOutput, row_backend, row_step
 
 if TYPE_CHECKING:  # the trainer imports this module
     from torch import Tensor
 
+    from saesub.topk.backend import Shadow
     from saesub.training.trainer import SubspaceSAETrainer
 
 Backend = Literal["auto", "exact_search", "torch", "triton", "dense"]
@@ -62,7 +62,7 @@ class NativeStep:
         self.backend = backend
         self.fused = False
         self.equal_steps = True
-        self._shadow: EncoderShadow | None = None
+        self._shadow: Shadow | None = None
         self._said: set[str] = set()
 
     def invalidate(self) -> None:
@@ -135,7 +135,10 @@ class NativeStep:
         may_be_dead = sae.cfg.aux_loss_coefficient and trainer.has_seen_window
         dead = trainer.dead_neurons if may_be_dead else None
         exact = sae.search_name == "exact_search"
-        self._shadow = None if exact else rows.shadow(sae, self._shadow)
+        if exact:
+            self._shadow = None
+        else:
+            self._shadow = rows.shadow(sae, self._shadow, in_subspace=sae.in_subspace)
         return row_step(
             rows,
             sae,

@@ -401,7 +401,8 @@ def _make_sparse(sae: Any, backend: Backend) -> None:
         warnings.warn(DENSE_STEP.format(other_pass(sae)), stacklevel=3)
     elif sparse or type(sae) in (TopKTrainingSAE, BatchTopKTrainingSAE):
         given = sae.search_name if sparse else "auto"
-        use_sparse_step(sae, search=backend if backend in ("torch", "exact_search") else given)
+        search = backend if backend in ("torch", "exact_search") else given
+        use_sparse_step(sae, search=search, in_subspace=getattr(sae, "in_subspace", True))
     elif isinstance(sae, TopKTrainingSAE):
         derive = f"{type(sae).__name__} is not derived from saesub.SparseTopKTrainingSAE"
         warnings.warn(DENSE_STEP.format(why_dense(sae) or derive), stacklevel=3)

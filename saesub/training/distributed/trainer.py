@@ -19,7 +19,8 @@ from saesub.errors import SaesubError
 from saesub.optim import FEATURE_AXIS, SparseAdam, moments, steps_taken
 from saesub.topk.eligibility import lay_out_by_feature, other_pass, why_dense
 from saesub.topk.encode import times_fired
-from saesub.topk.sae import SparseTopKTrainingSAE, search_for
+from saesub.topk.sae import SparseTopKTrainingSAE
+from saesub.topk.sae_search import search_for
 from saesub.topk.step import autograd_pass
 from saesub.training.distributed.checkpoint import newest_state, read_state, write_state
 from saesub.training.distributed.processes import Processes

@@ -1,0 +1,115 @@
+"""A TopK SAE's encoder in 8 bits, which the compiled row update keeps up to date."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saesub.topk.active_subspace import ActiveSubspace
+from saesub.topk.packed_encoder import PackedEncoder, can_search, search_all
+from saesub.topk.prices import native_prices
+from saesub.topk.subspace_watch import Found, SubspaceWatch, search_watched
+
+
+class CpuShadow:
+    """The copy, the subspace that it is of, and the search by it.
+
+    Weights that others change are seen by torch's count of changes; those changed through `.data`,
+    which leaves no trace, by one number of each row.
+
+    Args:
+        W_enc, W_dec, b_enc: of a TopK SAE, (d_in, d_sae), feature-major in memory, (d_sae, d_out)
+            and (d_sae,).
+        scaled: whether features are ranked by pre-activation times decoder norm.
+        in_subspace: whether the search may leave coordinates out.
+
+    Attributes:
+        norms: (d_sae,) decoder norms, or None where features are ranked without them.
+        moved: how many rows the last update moved.
+    """
+
+    waits = True  # a step may read numbers: they are here
+
+    def __init__(
+        self, W_enc: Tensor, W_dec: Tensor, b_enc: Tensor, *, scaled: bool, in_subspace: bool
+    ) -> None:
+        self._shape, self.moved = W_enc.shape, W_enc.shape[1]
+        self.norms = W_dec.new_empty(len(W_dec)) if scaled else None
+        self._watch = SubspaceWatch(native_prices()) if in_subspace else None
+        self._encoder = PackedEncoder(*W_enc.shape, self.norms, None)
+        self._pack(W_enc, W_dec, b_enc)
+
+    def fits(self, W_enc: Tensor, scaled: bool, in_subspace: bool) -> bool:
+        """Whether it is of an encoder of this shape, ranked and searched like this."""
+        kind = (self.norms is not None, self._watch is not None)
+        return W_enc.shape == self._shape and kind == (scaled, in_subspace)
+
+    @torch.no_grad()
+    def keep_up(self, W_enc: Tensor, W_dec: Tensor, b_enc: Tensor) -> None:
+        """Copy all rows again if others have changed the weights."""
+        changed = self._key != _key_of(W_enc, W_dec, b_enc)
+        if changed or not torch.equal(self._probe, _probe(W_enc, W_dec, b_enc)):
+            self._pack(W_enc, W_dec, b_enc)
+
+    def written(self, sae: Any) -> None:
+        """Note that the row update has changed these weights, and the copy with them."""
+        self._note(sae.W_enc, sae.W_dec, sae.b_enc)
+
+    def given(self) -> list[Any]:
+        """What the row update takes."""
+        return [self._encoder.packing, self.norms]
+
+    @torch.no_grad()
+    def _pack(self, W_enc: Tensor, W_dec: Tensor, b_enc: Tensor) -> None:
+        self._encoder.pack(W_enc, b_enc, None if self.norms is None else W_dec)
+        self._note(W_enc, W_dec, b_enc)
+
+    def _note(self, *weights: Tensor) -> None:
+        self._key, self._probe = _key_of(*weights), _probe(*weights)
+
+    def _is_of(self, W_enc: Tensor, b_enc: Tensor) -> bool:
+        """Whether the copy is of these weights, and not of some of their rows."""
+        here = (W_enc.data_ptr(), b_enc.data_ptr(), W_enc.shape)
+        return here == (self._key[0], self._key[4], self._shape)
+
+    @torch.no_grad()
+    def search(
+        self,
+        x: Float[Tensor, "n d_in"],
+        W_enc: Float[Tensor, "d_in d_sae"],
+        b_enc: Float[Tensor, " d_sae"],
+        k: int,
+        feature_scale: Float[Tensor, " d_sae"] | None = None,
+    ) -> tuple[Int[Tensor, "n k"], Float[Tensor, "n k"]]:
+        """`ops.dense_search`; `feature_scale` is `norms`. Other weights than those that the copy
+        is of are searched by `search_all`."""
+        if not (self._is_of(W_enc, b_enc) and can_search(W_enc.shape[1], k)):
+            found = search_all(x, W_enc, b_enc, k, feature_scale)
+            return found.features, found.pre
+
+        def search_in(subspace: ActiveSubspace | None) -> Found:
+            if subspace is not self._encoder.subspace:
+                self._encoder = PackedEncoder(*self._shape, self.norms, subspace)
+                self._encoder.pack(W_enc, b_enc)
+            return self._encoder.search(x, W_enc, b_enc, k)
+
+        if self._watch is None:
+            found = search_in(None)
+            return found.features, found.pre
+        about = (W_enc, b_enc, k, feature_scale)
+        return search_watched(self._watch, search_in, x, *about, moved=self.moved)
+
+
+def _key_of(*weights: Tensor) -> tuple[int, ...]:
+    """What changes with the weights, but for changes through `.data`."""
+    return tuple(n for w in weights for n in (w.data_ptr(), w._version))
+
+
+def _probe(W_enc: Tensor, W_dec: Tensor, b_enc: Tensor) -> Float[Tensor, "3 d_sae"]:
+    """One number of each row, of all columns alike, and all biases."""
+    rows = torch.arange(len(b_enc), device=b_enc.device)
+    encoder, decoder = W_enc[rows % len(W_enc), rows], W_dec[rows, rows % W_dec.shape[1]]
+    return torch.stack([encoder, decoder, b_enc]).detach()

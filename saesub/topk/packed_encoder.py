@@ -1,0 +1,177 @@
+"""An encoder in 8 bits, of all coordinates or of an active subspace, and the search by it.
+
+The copy is made, searched and kept up to date by the compiled functions (cpu_search.h).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saesub.topk.active_subspace import ActiveSubspace
+from saesub.topk.cpu_library import (
+    FEATURES_PER_TILE,
+    call,
+    empty,
+    instructions,
+    n_steps,
+    offset,
+    threads,
+)
+from saesub.topk.ops import LEAST_FEATURES_PER_K, dense_search
+from saesub.topk.subspace_watch import Found
+
+_COORDINATES = 8  # vectors are padded to a multiple of this many
+_TABLE = 5  # numbers that a score and its bounds are made of, for each feature
+_DEVIATIONS = 4
+
+
+class Packing(ctypes.Structure):
+    """The struct of cpu_search.h."""
+
+    _fields_ = [
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("basis", "basis_scale", "norms", "weights", "table")
+        ),
+        *((name, ctypes.c_int64) for name in ("d", "read", "d_sae")),
+        *((name, ctypes.c_double) for name in ("cosine", "basis_error")),
+    ]
+
+
+class Basis:
+    """The directions of a subspace in 8 bits, by which rows of the encoder are rotated.
+
+    What is read of a token is exact for the rounded directions: `w @ rounded @ (token's
+    coordinates)` is the product of the row's and the token's projections on their span.
+    """
+
+    def __init__(self, basis: Float[Tensor, "d_in rank"]) -> None:
+        scale = basis.abs().amax(0) / n_steps()
+        whole = (basis / scale).round()
+        rounded = (whole * scale).double()
+        gram = rounded.T @ rounded
+        self._gram = gram.float()
+        self._coordinates = torch.linalg.solve(gram, rounded.T).T.float().contiguous()
+        rank = basis.shape[1]
+        off = gram - torch.eye(rank, dtype=gram.dtype)
+        self.error = _DEVIATIONS * 2**0.5 * float(off.norm()) / rank
+        padded = -(-rank // FEATURES_PER_TILE) * FEATURES_PER_TILE
+        self.scale = torch.zeros(padded).index_copy_(0, torch.arange(rank), scale)
+        self.tiles = _tiles(whole.T, padded)
+
+    def read(self, x: Float[Tensor, "n d_in"]) -> tuple[Tensor, Tensor]:
+        """(n, rank) what is read of tokens, and (n,) the norm of the rest."""
+        read = x @ self._coordinates
+        inside = ((read @ self._gram) * read).sum(1)
+        return read, (x.square().sum(1) - inside).clamp_min_(0).sqrt_()
+
+
+def _tiles(rows: Float[Tensor, "n d"], padded: int) -> Tensor:
+    """Whole numbers as the compiled products read them: 64 rows side by side, 4 columns of each."""
+    n, d = rows.shape
+    width = -(-d // _COORDINATES) * _COORDINATES
+    whole = torch.zeros(padded, width).index_copy_(0, torch.arange(n), _padded(rows, width))
+    tiles = (whole + offset()).to(torch.uint8).view(-1, FEATURES_PER_TILE, width // 4, 4)
+    return tiles.transpose(1, 2).contiguous()
+
+
+def _padded(rows: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(rows, (0, width - rows.shape[1]))
+
+
+@dataclass
+class PackedEncoder:
+    """The copy of an encoder (d_in, d_sae) that lies feature-major in memory.
+
+    Attributes:
+        norms: (d_sae,) by which features are ranked, or None; the caller keeps them up to date.
+        subspace: what is read of tokens and rows; None for all coordinates.
+    """
+
+    d_in: int
+    d_sae: int
+    norms: Float[Tensor, " d_sae"] | None
+    subspace: ActiveSubspace | None
+
+    def __post_init__(self) -> None:
+        read = self.d_in if self.subspace is None else self.subspace.rank
+        padded = -(-self.d_sae // FEATURES_PER_TILE) * FEATURES_PER_TILE
+        width = -(-read // _COORDINATES) * _COORDINATES
+        weights, self._table = empty(padded * width, dtype=torch.uint8), empty(_TABLE, padded)
+        self._basis, kept = None, [None, None]
+        about = [0.0, 0.0]
+        if self.subspace is not None:
+            self._basis = Basis(self.subspace.basis)
+            kept, about = [self._basis.tiles, self._basis.scale], [self.subspace.cosine]
+            about.append(self._basis.error)
+        self._kept = [*kept, self.norms, weights, self._table]  # the struct has their addresses
+        places = (None if t is None else t.data_ptr() for t in self._kept)
+        self.packing = Packing(*places, self.d_in, read, self.d_sae, *about)
+
+    def pack(
+        self,
+        W_enc: Float[Tensor, "d_in d_sae"],
+        b_enc: Float[Tensor, " d_sae"],
+        W_dec: Float[Tensor, "d_sae d_out"] | None = None,
+    ) -> None:
+        """Copy all rows; with `W_dec` the norms of its rows become `norms`."""
+        d_out, norms = (0, None) if W_dec is None else (W_dec.shape[1], self.norms)
+        call("pack", self.packing, W_enc.T, b_enc, W_dec, d_out, norms, threads())
+
+    def search(
+        self,
+        x: Float[Tensor, "n d_in"],
+        W_enc: Float[Tensor, "d_in d_sae"],
+        b_enc: Float[Tensor, " d_sae"],
+        k: int,
+    ) -> Found:
+        """`ops.dense_search` of the weights that the copy is of.
+
+        Bounds on the rounding error, and on what the subspace leaves out, leave some tens of
+        candidates a token, which are then ranked in float32. The bounds are four standard
+        deviations of the rounding error wide on either side, for errors without direction. Tokens
+        whose rounding error has one (a massive coordinate takes the range for itself) or that have
+        too many candidates are ranked by the whole product.
+        """
+        if not bool(self._table[:, : self.d_sae].isfinite().all()):  # shows NaN and Inf as they are
+            return Found(*dense_search(x, W_enc, b_enc, k, self.norms), 0.0)
+        read, rest = (x, None) if self._basis is None else self._basis.read(x)
+        n = len(x)
+        features, pre = empty(n, k, dtype=torch.int64), empty(n, k)
+        failed, exceeded = empty(n, dtype=torch.bool), empty(n, dtype=torch.int32)
+        given = [self.packing, x, read, rest, W_enc.T, b_enc, n, k]
+        call("search", *given, features, pre, failed, exceeded, threads())
+        if bool(failed.any()):
+            exceeded[failed] = 0
+            rows = x[failed]
+            best = dense_search(rows, W_enc, b_enc, k, self.norms)[0].sort(1).values
+            values, sizes = empty(len(rows), k), [len(rows), k, self.d_in]
+            call("products_at", rows, W_enc.T, b_enc, best, *sizes, values, threads())
+            features[failed], pre[failed] = best, values
+        return Found(features, pre, float(exceeded.sum()) / (n * k))
+
+
+def search_all(
+    x: Float[Tensor, "n d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    k: int,
+    feature_scale: Float[Tensor, " d_sae"] | None,
+    subspace: ActiveSubspace | None = None,
+) -> Found:
+    """The search of an encoder of which no copy is kept."""
+    if not can_search(W_enc.shape[1], k):
+        return Found(*dense_search(x, W_enc, b_enc, k, feature_scale), 0.0)
+    encoder = PackedEncoder(*W_enc.shape, feature_scale, subspace)
+    encoder.pack(W_enc, b_enc)
+    return encoder.search(x, W_enc, b_enc, k)
+
+
+def can_search(d_sae: int, k: int) -> bool:
+    """Whether the processor multiplies in 8 bits, and there are features enough to gain by it."""
+    return d_sae >= LEAST_FEATURES_PER_K * k and bool(instructions())

@@ -1,0 +1,58 @@
+"""How a pass by autograd finds an SAE's entries: in their active subspace, if that pays."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from saesub.topk import int8_search, subspace_search
+from saesub.topk.active_subspace import ActiveSubspace
+from saesub.topk.ops import Search
+from saesub.topk.packed_encoder import can_search, search_all
+from saesub.topk.prices import native_prices, torch_prices
+from saesub.topk.step import row_backend, search_of
+from saesub.topk.subspace_watch import Found, SubspaceWatch, search_watched
+
+_WATCHES: WeakKeyDictionary[Any, SubspaceWatch] = WeakKeyDictionary()
+
+
+def search_for(sae: Any) -> Search:
+    """The search of a `SparseTopKTrainingSAE`, by its `search_name` and `in_subspace`."""
+    # On CUDA by torch operators: what the kernels' search misses there has not been measured.
+    compiled = sae.search_name != "torch" and sae.W_enc.dtype == torch.float32
+    on_cpu = sae.W_enc.device.type == "cpu"
+    rows = row_backend(sae.W_enc.device) if compiled and on_cpu else None
+    plain = search_of(rows, sae.search_name == "exact_search")
+    if sae.search_name == "exact_search" or not sae.in_subspace or sae.W_enc.dtype != torch.float32:
+        return plain
+    return partial(_search, sae, plain, compiled=rows is not None)
+
+
+def _search(
+    sae, plain, x, W_enc, b_enc, k, feature_scale=None, *, compiled
+) -> tuple[Tensor, Tensor]:
+    pays = can_search if compiled else partial(subspace_search.pays, len(x))
+    if W_enc.shape != sae.W_enc.shape or not pays(W_enc.shape[1], k):  # of AuxK's features, say
+        return plain(x, W_enc, b_enc, k, feature_scale)
+    about = (x, W_enc, b_enc, k, feature_scale)
+
+    def search_in(subspace: ActiveSubspace | None) -> Found:
+        if compiled:
+            return search_all(*about, subspace)
+        if subspace is None:
+            return Found(*plain(*about), 0.0)
+        return subspace_search.search(*about, subspace)
+
+    return search_watched(_watch(sae, compiled), search_in, *about, moved=W_enc.shape[1])
+
+
+def _watch(sae: Any, compiled: bool) -> SubspaceWatch:
+    watch = _WATCHES.get(sae)
+    prices = native_prices() if compiled else torch_prices(int8_search.available())
+    if watch is None or watch.prices != prices or not watch.is_on(sae.W_enc):
+        watch = _WATCHES[sae] = SubspaceWatch(prices)
+    return watch
