@@ -111,7 +111,7 @@ int saesub_search(const Packing* packing, const float* x, const float* read, con
   const Packing& p = *packing;
   int64_t often = std::max<int64_t>(4 * k, 2 * k + 2 * kFeaturesPerTile);
   // Not a power of two, for then tokens' rooms would share cache sets; and no more than can come.
-  int64_t capacity = std::min(16 * often, often + 2 * p.padded()) + 16;
+  int64_t capacity = std::min(64 * often, often + 2 * p.padded()) + 16;
   Searcher s{p, x,     read,     rest,   W,      bias,    k,
              often, capacity, features, values, failed, exceeded};
   return parallel(blocks_of(n, kTokensPerTask), threads, [&](int64_t task) {
@@ -120,12 +120,13 @@ int saesub_search(const Packing* packing, const float* x, const float* read, con
 }
 #endif
 
-// values[t][j] = x[t] . W[features[t][j]] + bias, the sums in the order of the search.
-int saesub_products_at(const float* x, const float* W, const float* bias, const int64_t* features,
-                       int64_t n, int64_t k, int64_t d, float* values, int64_t threads) {
-  return parallel(n, threads, [&](int64_t t) {
-    for (int64_t i = t * k; i < (t + 1) * k; ++i)
-      values[i] = dot(x + t * d, W + features[i] * d, d) + bias[features[i]];
+// scores[t][f] = x[t] . W[f] + bias[f], for a few tokens: W (d_sae, d) is read once.
+int saesub_scores(const float* x, const float* W, const float* bias, int64_t n, int64_t d,
+                  int64_t d_sae, float* scores, int64_t threads) {
+  return parallel(blocks_of(d_sae, kFeaturesPerTask), threads, [&](int64_t task) {
+    int64_t last = std::min(d_sae, (task + 1) * kFeaturesPerTask);
+    for (int64_t f = task * kFeaturesPerTask; f < last; ++f)
+      for (int64_t t = 0; t < n; ++t) scores[t * d_sae + f] = dot(x + t * d, W + f * d, d) + bias[f];
   });
 }
 

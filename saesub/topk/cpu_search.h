@@ -96,12 +96,9 @@ void pack_feature(const Packing& p, int64_t f, const float* row, Part part, floa
   float largest = largest_magnitude(part.numbers, p.read);
   float inverse = largest > 0 ? kSteps / largest : 0.0f, rank = p.norms ? p.norms[f] : 1.0f;
   float square = dot(part.numbers, part.numbers, p.read), norm = std::sqrt(square);
-  float rest = 0, error = part.error;
-  if (p.basis) {
-    rest = std::max(0.0f, dot(row, row, p.d) - square);
-    rest = std::sqrt(rest + static_cast<float>(p.basis_error) * square);
-  }
-  if (std::isfinite(norm) && std::isfinite(inverse) && std::isfinite(rest)) {
+  float whole = p.basis ? dot(row, row, p.d) : square, error = part.error;
+  float rest = std::sqrt(std::max(0.0f, whole - square) + static_cast<float>(p.basis_error) * square);
+  if (std::isfinite(norm) && std::isfinite(inverse) && std::isfinite(whole)) {
     Rounded rounded = quantise(part.numbers, inverse, p.read, row8);
     error = std::hypot(error, half_width(rounded.aligned) * largest / kSteps);
     uint8_t* lane = p.weights + f / kFeaturesPerTile * p.width() * kFeaturesPerTile +
@@ -305,7 +302,7 @@ void refine(const Searcher& s, int64_t token, const Token& about, const Candidat
     exact[i] = dot(x, s.W + index[i] * s.p.d, s.p.d) + s.bias[index[i]];
     ranked.push_back({exact[i] * (norms ? norms[index[i]] : 1.0f), i});
   };
-  auto better = [](const std::pair<float, int>& a, const std::pair<float, int>& b) {
+  auto better = [&](const std::pair<float, int>& a, const std::pair<float, int>& b) {
     return a.first > b.first || (a.first == b.first && index[a.second] < index[b.second]);
   };
   auto best = [&] {

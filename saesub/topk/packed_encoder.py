@@ -22,12 +22,13 @@ from saesub.topk.cpu_library import (
     offset,
     threads,
 )
-from saesub.topk.ops import LEAST_FEATURES_PER_K, dense_search
+from saesub.topk.ops import LEAST_FEATURES_PER_K, dense_search, top_k
 from saesub.topk.subspace_watch import Found
 
 _COORDINATES = 8  # vectors are padded to a multiple of this many
 _TABLE = 5  # numbers that a score and its bounds are made of, for each feature
 _DEVIATIONS = 4
+_FEW_TOKENS = 64  # with more, torch's product is faster, which first copies the encoder
 
 
 class Packing(ctypes.Structure):
@@ -91,6 +92,7 @@ class PackedEncoder:
     Attributes:
         norms: (d_sae,) by which features are ranked, or None; the caller keeps them up to date.
         subspace: what is read of tokens and rows; None for all coordinates.
+        weights, table: the copy; the struct `Packing` of cpu_search.h says what lies where.
     """
 
     d_in: int
@@ -102,14 +104,14 @@ class PackedEncoder:
         read = self.d_in if self.subspace is None else self.subspace.rank
         padded = -(-self.d_sae // FEATURES_PER_TILE) * FEATURES_PER_TILE
         width = -(-read // _COORDINATES) * _COORDINATES
-        weights, self._table = empty(padded * width, dtype=torch.uint8), empty(_TABLE, padded)
+        self.weights, self.table = empty(padded * width, dtype=torch.uint8), empty(_TABLE, padded)
         self._basis, kept = None, [None, None]
         about = [0.0, 0.0]
         if self.subspace is not None:
             self._basis = Basis(self.subspace.basis)
             kept, about = [self._basis.tiles, self._basis.scale], [self.subspace.cosine]
             about.append(self._basis.error)
-        self._kept = [*kept, self.norms, weights, self._table]  # the struct has their addresses
+        self._kept = [*kept, self.norms, self.weights, self.table]  # the struct has their addresses
         places = (None if t is None else t.data_ptr() for t in self._kept)
         self.packing = Packing(*places, self.d_in, read, self.d_sae, *about)
 
@@ -138,7 +140,7 @@ class PackedEncoder:
         whose rounding error has one (a massive coordinate takes the range for itself) or that have
         too many candidates are ranked by the whole product.
         """
-        if not bool(self._table[:, : self.d_sae].isfinite().all()):  # shows NaN and Inf as they are
+        if not bool(self.table[:, : self.d_sae].isfinite().all()):  # shows NaN and Inf as they are
             return Found(*dense_search(x, W_enc, b_enc, k, self.norms), 0.0)
         read, rest = (x, None) if self._basis is None else self._basis.read(x)
         n = len(x)
@@ -148,12 +150,19 @@ class PackedEncoder:
         call("search", *given, features, pre, failed, exceeded, threads())
         if bool(failed.any()):
             exceeded[failed] = 0
-            rows = x[failed]
-            best = dense_search(rows, W_enc, b_enc, k, self.norms)[0].sort(1).values
-            values, sizes = empty(len(rows), k), [len(rows), k, self.d_in]
-            call("products_at", rows, W_enc.T, b_enc, best, *sizes, values, threads())
-            features[failed], pre[failed] = best, values
+            features[failed], pre[failed] = self._by_the_whole(x[failed], W_enc, b_enc, k)
         return Found(features, pre, float(exceeded.sum()) / (n * k))
+
+    def _by_the_whole(
+        self, x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int
+    ) -> tuple[Tensor, Tensor]:
+        if len(x) > _FEW_TOKENS:
+            return dense_search(x, W_enc, b_enc, k, self.norms)
+        scores = empty(len(x), self.d_sae)
+        call("scores", x, W_enc.T, b_enc, len(x), self.d_in, self.d_sae, scores, threads())
+        ranks = scores if self.norms is None else scores * self.norms
+        features = top_k(ranks, k).sort(1).values
+        return features, scores.gather(1, features)
 
 
 def search_all(

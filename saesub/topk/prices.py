@@ -10,7 +10,7 @@ from saesub.topk.active_subspace import Prices
 from saesub.topk.cpu_library import instructions
 
 _EIGHT_BITS = {"avx512vnni": 0.3, "avxvnni": 0.3, "neon": 0.3, "avx2": 0.4}
-_ROTATED, _CANDIDATE, _WHOLE_IN_8_BITS = 0.6, 15.0, 0.7
+_ROTATED, _CANDIDATE, _WHOLE_IN_8_BITS = 0.6, 50.0, 0.7
 
 
 def native_prices() -> Prices:

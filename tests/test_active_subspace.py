@@ -1,0 +1,323 @@
+"""The search in the active subspace, compiled and by torch operators, against the whole product."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sae_lens import (
+    BatchTopKTrainingSAE,
+    BatchTopKTrainingSAEConfig,
+    TopKTrainingSAE,
+    TopKTrainingSAEConfig,
+)
+from sae_lens.config import SAETrainerConfig
+
+from saesub.topk import cpu, cpu_library, subspace_search
+from saesub.topk.active_subspace import ActiveSubspace, Prices, active_subspace, second_moment
+from saesub.topk.ops import dense_search
+from saesub.topk.packed_encoder import PackedEncoder, search_all
+from saesub.topk.sae import use_sparse_step
+from saesub.topk.subspace_watch import Found, SubspaceWatch, search_watched
+from saesub.training.trainer import SubspaceSAETrainer
+
+needs_native = pytest.mark.skipif(not cpu_library.instructions(), reason="no 8-bit products here")
+FREE = Prices(product=1.0, whole=10.0, rotated=0.0, candidate=1.0)  # a subspace always pays
+SEARCHES = pytest.mark.parametrize(
+    "search",
+    [
+        pytest.param(search_all, marks=needs_native, id="native"),
+        pytest.param(subspace_search.search, id="torch"),
+    ],
+)
+
+
+def _low_rank(n: int, d: int, d_sae: int, rank: int, seed: int, tail: float = 0.05):
+    """Tokens with nearly all variance in a few directions, and features that lie mostly there."""
+    generator = torch.Generator().manual_seed(seed)
+    make = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    directions = torch.linalg.qr(make(d, d)).Q
+    spread = torch.full((d,), tail)
+    spread[:rank] = torch.linspace(3, 1, rank)
+    x = (make(n, d) * spread) @ directions.T
+    rows = (make(d_sae, d) * spread) @ directions.T
+    return x, torch.nn.functional.normalize(rows, dim=1).T, make(d_sae) / 10, directions
+
+
+def _scores(x, W_enc, b_enc, scale, features):
+    """Float64 ranks of the features found, sorted: what a lost feature would change."""
+    pre = x.double() @ W_enc.double() + b_enc.double()
+    pre = pre if scale is None else pre * scale.double()
+    return pre.gather(1, features).sort(1).values
+
+
+@SEARCHES
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(1, 150),
+    d=st.integers(2, 90),
+    d_sae=st.integers(64, 900),
+    k=st.integers(1, 8),
+    rank=st.integers(1, 90),
+    scaled=st.booleans(),
+    odd=st.sampled_from(["none", "zero rows", "massive coordinate", "ties", "zero tokens"]),
+    seed=st.integers(0, 1000),
+)
+def test_with_a_bound_that_holds_no_feature_is_lost(
+    search, n, d, d_sae, k, rank, scaled, odd, seed
+):
+    """A cosine of 1 bounds whatever is left out: of any rank, of full-rank data, of odd data."""
+    rank = min(rank, d)
+    x, W_enc, b_enc, directions = _low_rank(n, d, d_sae, max(1, rank // 2), seed, tail=0.3)
+    if odd == "zero rows":
+        W_enc[:, ::3] = 0
+    elif odd == "massive coordinate":
+        x[:, 0] *= 300
+    elif odd == "ties":
+        W_enc[:, 10:50] = W_enc[:, 9:10]
+        b_enc[10:50] = b_enc[9]
+    elif odd == "zero tokens":
+        x[::2] = 0
+    scale = torch.linspace(0.1, 3, d_sae) if scaled else None
+    subspace = ActiveSubspace(directions[:, :rank].contiguous(), 1.0, 4 * k)
+    found = search(x, W_enc, b_enc, k, scale, subspace)
+    expected = dense_search(x, W_enc, b_enc, k, scale)
+    a, b = (_scores(x, W_enc, b_enc, scale, f) for f in (found.features, expected[0]))
+    atol = 2e-6 * float(x.norm(dim=1).max() + 1) * (1 if scale is None else 3)
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=atol)
+    exact = torch.gather(x @ W_enc + b_enc, 1, found.features)
+    torch.testing.assert_close(found.pre, exact, rtol=1e-5, atol=atol)
+    assert all(len(set(row)) == len(row) for row in found.features.tolist())
+
+
+def _measured(x, W_enc, b_enc, k, scale=None, prices=FREE) -> ActiveSubspace | None:
+    moment = second_moment(x)
+    return active_subspace(moment, x, W_enc, b_enc, k, scale, prices, moved=0)
+
+
+@SEARCHES
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_measured_subspace_finds_the_top_k_of_low_rank_tokens(search, scaled):
+    x, W_enc, b_enc, _ = _low_rank(2000, 192, 4096, 40, 0)
+    scale = torch.linspace(0.5, 2, 4096) if scaled else None
+    subspace = _measured(x, W_enc, b_enc, 16, scale)
+    assert subspace is not None
+    assert 32 <= subspace.rank <= 96
+    fresh, *_ = _low_rank(1000, 192, 4096, 40, 0)  # the same directions, drawn again
+    found = search(fresh, W_enc, b_enc, 16, scale, subspace)
+    expected, _ = dense_search(fresh, W_enc, b_enc, 16, scale)
+    hit = (found.features[:, :, None] == expected[:, None, :]).any(1)
+    assert hit.float().mean() > 0.9999
+    assert found.exceeded < 1e-3
+
+
+def test_full_rank_tokens_are_searched_by_all_coordinates():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2000, 192, generator=generator)
+    W_enc = torch.nn.functional.normalize(torch.randn(4096, 192, generator=generator), dim=1).T
+    prices = Prices(product=0.3, whole=0.3, rotated=0.6, candidate=50.0)
+    assert _measured(x, W_enc, torch.zeros(4096), 16, prices=prices) is None
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_nothing_is_measured_on_tokens_that_are_not_finite(value):
+    x, W_enc, b_enc, _ = _low_rank(800, 192, 4096, 40, 0)
+    x[3, 5] = value
+    assert _measured(x, W_enc, b_enc, 16) is None
+
+
+@needs_native
+def test_what_is_not_finite_shows():
+    x, W_enc, b_enc, directions = _low_rank(200, 64, 1024, 20, 0)
+    subspace = ActiveSubspace(directions[:, :32].contiguous(), 0.5, 32)
+    for where in (W_enc, b_enc, x):
+        kept = where.clone()
+        where[(0,) * where.ndim] = torch.nan
+        for search in (search_all, subspace_search.search):
+            found = search(x, W_enc, b_enc, 8, None, subspace)
+            expected = dense_search(x, W_enc, b_enc, 8, None)
+            assert torch.equal(found.pre.isfinite().sum(1), expected[1].isfinite().sum(1))
+        where.copy_(kept)
+
+
+class _Searches:
+    """A search whose bounds hold as often as it is told."""
+
+    def __init__(self, *exceeded: float) -> None:
+        self.exceeded, self.asked = list(exceeded), []
+
+    def __call__(self, subspace):
+        self.asked.append(subspace)
+        nothing = torch.zeros(1, 1)
+        return Found(nothing.long(), nothing, 0.0 if subspace is None else self.exceeded.pop(0))
+
+
+def test_bounds_that_do_not_hold_are_measured_again_then_given_up():
+    x, W_enc, b_enc, _ = _low_rank(800, 192, 4096, 40, 0)
+    watch = SubspaceWatch(FREE)
+    given = (x, W_enc, b_enc, 16, None)
+    held = _Searches(0.0)
+    search_watched(watch, held, *given, moved=0)
+    first = watch.found
+    assert held.asked == [first]
+    again = _Searches(0.5, 0.0)  # fails once: measured on these tokens, and searched again
+    search_watched(watch, again, *given, moved=0)
+    assert again.asked == [first, watch.found]
+    assert watch.found is not first
+    never = _Searches(0.5, 0.5)
+    search_watched(watch, never, *given, moved=0)
+    assert never.asked[2] is None
+
+
+def test_it_is_measured_once_there_are_tokens_enough_and_then_ever_more_rarely():
+    x, W_enc, b_enc, _ = _low_rank(800, 192, 4096, 40, 0)
+    watch, found = SubspaceWatch(FREE), []
+    for _ in range(70):
+        found.append(watch.before_search(x[:400], W_enc, b_enc, 16, None, 0))
+    # 768 tokens are four for each coordinate: two batches.
+    changes = [
+        i for i, (a, b) in enumerate(zip([None, *found], found, strict=False), 1) if a is not b
+    ]
+    assert changes == [2, 9, 37]
+
+
+def _sae(kind, d_sae: int = 2048, d_in: int = 128, k: int = 4, **settings):
+    torch.manual_seed(0)
+    make, config = {
+        "topk": (TopKTrainingSAE, TopKTrainingSAEConfig),
+        "batchtopk": (BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig),
+    }[kind]
+    return make(config(d_in=d_in, d_sae=d_sae, k=k, aux_loss_coefficient=0.0, **settings))
+
+
+def _trainer(sae, batches, optimizer="sparse_adam", **settings):
+    cfg = SAETrainerConfig(
+        total_training_samples=40 * 600, train_batch_size_samples=600, lr=1e-3, device="cpu"
+    )
+    return SubspaceSAETrainer(cfg, sae, iter(batches), optimizer=optimizer, **settings)
+
+
+@pytest.fixture
+def batches():
+    x, *_ = _low_rank(40 * 600, 128, 64, 24, 0)
+    return list(x.split(600))
+
+
+@pytest.fixture
+def cheap(monkeypatch):
+    """Prices by which a subspace pays in small dictionaries too."""
+    monkeypatch.setattr("saesub.topk.cpu_shadow.native_prices", lambda: FREE)
+    monkeypatch.setattr("saesub.topk.sae_search.native_prices", lambda: FREE)
+    monkeypatch.setattr("saesub.topk.sae_search.torch_prices", lambda *_: FREE)
+
+
+def _subspaces(monkeypatch) -> list:
+    """The subspace of every compiled search."""
+    kept, find = [], PackedEncoder.search
+
+    def search(self, *given):
+        kept.append(self.subspace)
+        return find(self, *given)
+
+    monkeypatch.setattr(PackedEncoder, "search", search)
+    return kept
+
+
+@needs_native
+@pytest.mark.parametrize("kind", ["topk", "batchtopk"])
+@pytest.mark.parametrize("optimizer", ["adam", "sparse_adam"])
+def test_the_copy_follows_the_rows_that_move(batches, cheap, kind, optimizer):
+    """After steps in a subspace it is, to the bit, what a copy of all rows is."""
+    trainer = _trainer(_sae(kind), batches, optimizer)
+    for x in batches[:12]:
+        trainer.step(x)
+    shadow = trainer.native_step._shadow
+    encoder = shadow._encoder
+    assert encoder.subspace is not None
+    table, weights = encoder.table.clone(), encoder.weights.clone()
+    norms = None if shadow.norms is None else shadow.norms.clone()
+    sae = trainer.sae
+    encoder.pack(sae.W_enc.detach(), sae.b_enc.detach(), sae.W_dec.detach())
+    assert torch.equal(encoder.table, table)
+    assert torch.equal(encoder.weights, weights)
+    assert norms is None or torch.equal(shadow.norms, norms)
+
+
+@needs_native
+@pytest.mark.parametrize("kind", ["topk", "batchtopk"])
+@pytest.mark.parametrize("path", ["auto", "torch"])
+def test_steps_in_a_subspace_learn_what_exact_steps_learn(batches, cheap, monkeypatch, kind, path):
+    monkeypatch.setattr(subspace_search, "_LEAST_FEATURES_PER_K", 8)
+    searched, ranks = [], []
+    find = subspace_search.search
+    monkeypatch.setattr(subspace_search, "search", lambda *g: ranks.append(g[5]) or find(*g))
+    searched = _subspaces(monkeypatch)
+    losses = []
+    for in_subspace in (True, False):
+        sae = use_sparse_step(_sae(kind), in_subspace=in_subspace)
+        trainer = _trainer(sae, batches, backend=path)
+        losses.append(torch.stack([trainer.step(x).losses["mse_loss"] for x in batches]))
+        used = any(s is not None for s in searched) or bool(ranks)
+        assert used == in_subspace
+        searched.clear(), ranks.clear()
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-3, atol=0)
+
+
+@needs_native
+@pytest.mark.parametrize("change", ["data", "in place", "one row of .data", "norms"])
+def test_weights_that_others_change_are_copied_before_the_next_search(batches, cheap, change):
+    trainer = _trainer(_sae("topk"), batches)
+    for x in batches[:8]:
+        trainer.step(x)
+    sae, shadow = trainer.sae, trainer.native_step._shadow
+    if change == "data":
+        sae.W_enc.data.mul_(-1)
+    elif change == "in place":
+        with torch.no_grad():
+            sae.W_enc.mul_(-1)
+    elif change == "one row of .data":
+        sae.W_enc.data[:, 77] = 5 * batches[8][0] / batches[8][0].norm()
+    else:
+        sae.W_dec.data[77] *= 9
+    shadow = cpu.BACKEND.shadow(sae, shadow)
+    weights = (sae.W_enc.detach(), sae.b_enc.detach())
+    x = batches[8] - sae.b_dec.detach() if sae.cfg.apply_b_dec_to_input else batches[8]
+    found, _ = shadow.search(x, *weights, 4, shadow.norms)
+    scale = sae.W_dec.detach().norm(dim=1) if sae.cfg.rescale_acts_by_decoder_norm else None
+    expected, _ = dense_search(x, *weights, 4, scale)
+    hit = (found[:, :, None] == expected[:, None, :]).any(1)
+    assert hit.float().mean() > 0.999
+
+
+@needs_native
+def test_other_weights_than_those_of_the_copy_are_not_searched_by_it(batches, cheap):
+    trainer = _trainer(_sae("topk"), batches)
+    for x in batches[:8]:
+        trainer.step(x)
+    shadow = trainer.native_step._shadow
+    _, W_enc, b_enc, _ = _low_rank(1, 128, 2048, 24, 3)
+    found, _ = shadow.search(batches[9], W_enc, b_enc, 4, None)
+    expected, _ = dense_search(batches[9], W_enc, b_enc, 4, None)
+    assert torch.equal(found.sort(1).values, expected.sort(1).values)
+
+
+@needs_native
+def test_a_run_resumed_takes_the_same_steps(batches, cheap, tmp_path):
+    def trainer():
+        return _trainer(_sae("topk"), [])
+
+    whole = trainer()
+    for x in batches:
+        whole.step(x)
+    first = trainer()
+    for x in batches[:17]:
+        first.step(x)
+    first.save_checkpoint("half", base_path=tmp_path)
+    resumed = trainer()
+    resumed.sae.load_weights_from_checkpoint(tmp_path / "half")
+    resumed.load_trainer_state(tmp_path / "half")
+    for x in batches[17:]:
+        resumed.step(x)
+    for a, b in zip(whole.sae.parameters(), resumed.sae.parameters(), strict=True):
+        assert torch.equal(a, b)
