@@ -5,7 +5,10 @@ Their search is in test_search.py, what they share with the Triton kernels in te
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ import torch
 
 from saesub.topk import cpu, cpu_library
 from saesub.topk.backend import AdamSettings
-from saesub.topk.ops import select_topk
+from saesub.topk.ops import dense_search, select_topk
 
 has_compiler = shutil.which("g++") or shutil.which("clang++")
 pytestmark = pytest.mark.skipif(not has_compiler, reason="no C++ compiler here")
@@ -87,6 +90,83 @@ def test_a_compiler_with_arguments_is_understood(monkeypatch, tmp_path):
     try:
         assert cpu_library.library() is not None
         assert len(list(tmp_path.glob("native/*/*.so"))) == 1
+    finally:
+        monkeypatch.undo()
+        cpu_library.library.cache_clear()
+
+
+CHECK = Path(__file__).with_name("cpu_search_check.cpp")
+FLAGS = cpu_library._flags()
+
+
+def _check(tmp_path, compiler: list[str], *target: str) -> Path:
+    """The program that checks the search by itself, built for a target."""
+    flags = [f for f in FLAGS if not f.startswith(("-march", "-mcpu")) and f not in _OF_A_LIBRARY]
+    command = [*compiler, *flags, *target, str(CHECK), "-o", str(tmp_path / "check")]
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+    return tmp_path / "check"
+
+
+_OF_A_LIBRARY = ("-shared", "-fPIC")
+_256_BITS = (
+    "-mavx512vnni",
+    "-mavx512vl",
+    "-D__AVXVNNI__",
+)  # what AVX-VNNI does, by AVX-512's names
+_TARGETS = {
+    "native": (None, ["-march=native"]),
+    "avx2": ("avx2", ["-march=x86-64-v3"]),
+    "avxvnni": (
+        "avx512_vnni",
+        ["-march=x86-64-v3", *_256_BITS, "-D_mm256_dpbusd_avx_epi32=_mm256_dpbusd_epi32"],
+    ),
+}
+
+
+def _has(flag: str) -> bool:
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.is_file() and flag in cpuinfo.read_text().split()
+
+
+@pytest.mark.parametrize("name", _TARGETS)
+def test_every_way_to_multiply_in_8_bits_finds_what_the_whole_product_finds(tmp_path, name):
+    flag, target = _TARGETS[name]
+    if flag and not _has(flag):
+        pytest.skip(f"this processor has no {flag}")
+    told = subprocess.run(_check(tmp_path, [has_compiler], *target), capture_output=True, text=True)
+    if name == "native" and not cpu_library.instructions():
+        assert told.returncode == 2
+    else:
+        assert told.returncode == 0, told.stdout
+        expected = cpu_library.instructions() if name == "native" else name
+        assert told.stdout.startswith(f"{expected}:")
+
+
+def test_it_is_built_for_arm_where_a_compiler_for_it_is_there(tmp_path):
+    """And runs where there is an emulator; `ziglang` from the package index brings a compiler."""
+    zig = importlib.util.find_spec("ziglang")
+    compiler = [sys.executable, "-m", "ziglang", "c++", "-target", "aarch64-linux-musl"]
+    if zig is None:
+        gcc = shutil.which("aarch64-linux-gnu-g++")
+        if gcc is None:
+            pytest.skip("no compiler for ARM here")
+        compiler = [gcc, "-static"]
+    program = _check(tmp_path, compiler, "-mcpu=cortex-a76" if zig is None else "-mcpu=cortex_a76")
+    emulator = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
+    if emulator:
+        told = subprocess.run([emulator, program], capture_output=True, text=True)
+        assert (told.returncode, told.stdout[:5]) == (0, "neon:"), told.stdout
+
+
+@pytest.mark.skipif(not _has("avx2"), reason="this processor has no AVX2")
+def test_a_library_held_to_avx2_searches_by_it(monkeypatch):
+    monkeypatch.setenv("SAESUB_NATIVE_ISA", "avx2")
+    cpu_library.library.cache_clear()
+    try:
+        assert cpu_library.instructions() == "avx2"
+        x, W_enc, b_enc, _ = _problem(300, 48, 2048, 0)
+        found, expected = (f(x, W_enc, b_enc, 8) for f in (cpu.BACKEND.search, dense_search))
+        assert torch.equal(found[0].sort(1).values, expected[0].sort(1).values)
     finally:
         monkeypatch.undo()
         cpu_library.library.cache_clear()

@@ -10,16 +10,19 @@
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define DOT8 "avx512vnni"
+#define DOT8_AVX512VNNI
 #elif defined(__AVXVNNI__)
 #define DOT8 "avxvnni"
+#define DOT8_AVXVNNI
 #elif defined(__AVX2__)
 #define DOT8 "avx2"
 #elif defined(__ARM_FEATURE_DOTPROD)
 #define DOT8 "neon"
+#define DOT8_NEON
 #endif
 
 #ifdef DOT8
-#if defined(__ARM_FEATURE_DOTPROD)
+#ifdef DOT8_NEON
 #include <arm_neon.h>
 #else
 #include <immintrin.h>
@@ -31,7 +34,7 @@ constexpr int kFeaturesPerTile = FEATURES_PER_TILE;
 constexpr int kTokensPerTile = 6;
 constexpr int kCoordinates = 8;  // vectors are padded to a multiple of this many
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#if defined(DOT8_AVX512VNNI)
 constexpr int kSteps = 127, kOffset = 128;  // of the range, either side of zero
 constexpr int kAtOnce = 6, kVectors = 4;    // tokens, and vectors of features: accumulators
 constexpr int kFours = 1;                   // of coordinates, in one addition to the sums
@@ -42,14 +45,14 @@ inline void store_sums(void* p, Sums v) { _mm512_storeu_si512(p, v); }
 inline Sums add_products(Sums sums, const Sums* w, const Sums* x) {
   return _mm512_dpbusd_epi32(sums, w[0], x[0]);
 }
-#elif defined(__AVXVNNI__)
+#elif defined(DOT8_AVXVNNI)
 constexpr int kSteps = 127, kOffset = 128;
 constexpr int kAtOnce = 6, kVectors = 2, kFours = 1;
 typedef __m256i Sums;
 inline Sums add_products(Sums sums, const Sums* w, const Sums* x) {
   return _mm256_dpbusd_avx_epi32(sums, w[0], x[0]);
 }
-#elif defined(__AVX2__)
+#elif !defined(DOT8_NEON)
 // Two products are added up in 16 bits, and two of these sums before they are widened: with seven
 // bits on either side that does not overflow (4 * 127 * 63 = 32,004).
 constexpr int kSteps = 63, kOffset = 64;
@@ -70,7 +73,7 @@ inline Sums add_products(Sums sums, const Sums* w, const Sums* x) {
   return vdotq_s32(sums, vreinterpretq_s8_s32(w[0]), vreinterpretq_s8_s32(x[0]));
 }
 #endif
-#if !defined(__AVX512VNNI__) && !defined(__ARM_FEATURE_DOTPROD)
+#if !defined(DOT8_AVX512VNNI) && !defined(DOT8_NEON)
 inline Sums broadcast(int32_t x) { return _mm256_set1_epi32(x); }
 inline Sums load_sums(const void* p) { return _mm256_loadu_si256(static_cast<const Sums*>(p)); }
 inline void store_sums(void* p, Sums v) { _mm256_storeu_si256(static_cast<Sums*>(p), v); }

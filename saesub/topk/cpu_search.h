@@ -71,7 +71,7 @@ Rounded quantise(const float* x, float inverse, int64_t d, int8_t* out) {
     sums += whole;
     ByteVec bytes = __builtin_convertvector(whole, ByteVec);
     std::memcpy(out + i, &bytes, inside);
-    Vec other = (whole <= kMassive) & (whole >= -kMassive) ? scaled : none;
+    Vec other = ((whole <= kMassive) & (whole >= -kMassive)) ? scaled : none;
     along += (scaled - rounded) * other;
     square += other * other;
   }
