@@ -155,26 +155,26 @@ class _Searches:
 
 def test_bounds_that_do_not_hold_are_measured_again_then_given_up():
     x, W_enc, b_enc, _ = _low_rank(800, 192, 4096, 40, 0)
-    watch = SubspaceWatch(FREE)
+    watch = SubspaceWatch(FREE, 0)
     given = (x, W_enc, b_enc, 16, None)
     held = _Searches(0.0)
-    search_watched(watch, held, *given, moved=0)
+    search_watched(watch, held, *given)
     first = watch.found
     assert held.asked == [first]
     again = _Searches(0.5, 0.0)  # fails once: measured on these tokens, and searched again
-    search_watched(watch, again, *given, moved=0)
+    search_watched(watch, again, *given)
     assert again.asked == [first, watch.found]
     assert watch.found is not first
     never = _Searches(0.5, 0.5)
-    search_watched(watch, never, *given, moved=0)
+    search_watched(watch, never, *given)
     assert never.asked[2] is None
 
 
 def test_it_is_measured_once_there_are_tokens_enough_and_then_ever_more_rarely():
     x, W_enc, b_enc, _ = _low_rank(800, 192, 4096, 40, 0)
-    watch, found = SubspaceWatch(FREE), []
+    watch, found = SubspaceWatch(FREE, 0), []
     for _ in range(70):
-        found.append(watch.before_search(x[:400], W_enc, b_enc, 16, None, 0))
+        found.append(watch.before_search(x[:400], W_enc, b_enc, 16, None))
     # 768 tokens are four for each coordinate: two batches.
     changes = [
         i for i, (a, b) in enumerate(zip([None, *found], found, strict=False), 1) if a is not b
@@ -207,7 +207,7 @@ def batches():
 @pytest.fixture
 def cheap(monkeypatch):
     """Prices by which a subspace pays in small dictionaries too."""
-    monkeypatch.setattr("saesub.topk.cpu_shadow.native_prices", lambda: FREE)
+    monkeypatch.setattr("saesub.topk.cpu.native_prices", lambda: FREE)
     monkeypatch.setattr("saesub.topk.sae_search.native_prices", lambda: FREE)
     monkeypatch.setattr("saesub.topk.sae_search.torch_prices", lambda *_: FREE)
 
@@ -303,7 +303,9 @@ def test_other_weights_than_those_of_the_copy_are_not_searched_by_it(batches, ch
 
 
 @needs_native
-def test_a_run_resumed_takes_the_same_steps(batches, cheap, tmp_path):
+def test_a_run_resumed_searches_in_the_subspace_of_the_run_before(
+    batches, cheap, monkeypatch, tmp_path
+):
     def trainer():
         return _trainer(_sae("topk"), [])
 
@@ -315,9 +317,13 @@ def test_a_run_resumed_takes_the_same_steps(batches, cheap, tmp_path):
         first.step(x)
     first.save_checkpoint("half", base_path=tmp_path)
     resumed = trainer()
+    sought = _subspaces(monkeypatch)
     resumed.sae.load_weights_from_checkpoint(tmp_path / "half")
     resumed.load_trainer_state(tmp_path / "half")
     for x in batches[17:]:
         resumed.step(x)
+    before = first.native_step._shadow._encoder.subspace
+    assert torch.equal(sought[0].basis, before.basis)
+    assert (sought[0].cosine, sought[0].candidates) == (before.cosine, before.candidates)
     for a, b in zip(whole.sae.parameters(), resumed.sae.parameters(), strict=True):
         assert torch.equal(a, b)

@@ -108,11 +108,8 @@ def _check(tmp_path, compiler: list[str], *target: str) -> Path:
 
 
 _OF_A_LIBRARY = ("-shared", "-fPIC")
-_256_BITS = (
-    "-mavx512vnni",
-    "-mavx512vl",
-    "-D__AVXVNNI__",
-)  # what AVX-VNNI does, by AVX-512's names
+# What AVX-VNNI does, by AVX-512's names.
+_256_BITS = ("-mavx512vnni", "-mavx512vl", "-D__AVXVNNI__")
 _TARGETS = {
     "native": (None, ["-march=native"]),
     "avx2": ("avx2", ["-march=x86-64-v3"]),

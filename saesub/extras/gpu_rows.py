@@ -178,7 +178,8 @@ def check_shadow(backend: RowBackend, problem: Problem) -> str:
     """The recall of the search by the encoder in few bits, as a step takes it."""
     W_enc, W_dec = problem.whole(problem.enc).T, problem.whole(problem.dec)
     config = SimpleNamespace(rescale_acts_by_decoder_norm=True)
-    shadow = backend.shadow(SimpleNamespace(W_enc=W_enc, W_dec=W_dec, cfg=config), None)
+    sae = SimpleNamespace(W_enc=W_enc, W_dec=W_dec, cfg=config)
+    shadow = backend.shadow(sae, None, in_subspace=False)
     if shadow is None:
         raise LeftOutError("this backend searches by the weights themselves")
     b_enc, k = problem.whole(problem.b_enc, -1e3), problem.size.k

@@ -19,6 +19,8 @@ from saesub.topk.cpu_library import (
 )
 from saesub.topk.cpu_shadow import CpuShadow
 from saesub.topk.packed_encoder import can_search, search_all
+from saesub.topk.prices import native_prices
+from saesub.topk.subspace_watch import watch_of
 
 
 class _AdamStruct(ctypes.Structure):
@@ -44,10 +46,9 @@ class RowGradients(backend.RowGradients):
         s, lazy = settings, moved is not None
         passed = _AdamStruct(s.lr, s.beta1, s.beta2, s.eps, float(clip), int(step), lazy)
         where = [*self._entries(), *self._sizes()]
-        copy = [None, None] if shadow is None else shadow.given()
+        rows = int((self.start.diff() > 0).sum()) if lazy else self.d_sae
+        copy = [None, None] if shadow is None else shadow.given(rows)
         call("adam_rows", *where, passed, *tensors, moved, *copy, threads())
-        if shadow is not None and lazy:
-            shadow.moved = int((self.start.diff() > 0).sum())
 
     def _entries(self) -> list[Tensor]:
         return [self.start, self.token, self.g_pre, self.value, self.x, self.g_out]
@@ -66,8 +67,9 @@ class CpuBackend(RowBackend):
         if not can_search(len(b_enc), int(sae.cfg.k)):
             return None
         scaled = sae.cfg.rescale_acts_by_decoder_norm
-        if not (isinstance(kept, CpuShadow) and kept.fits(W_enc, scaled, in_subspace)):
-            return CpuShadow(W_enc, W_dec, b_enc, scaled=scaled, in_subspace=in_subspace)
+        watch = watch_of(sae, native_prices()) if in_subspace else None
+        if not (isinstance(kept, CpuShadow) and kept.fits(W_enc, scaled, watch)):
+            return CpuShadow(W_enc, W_dec, b_enc, scaled=scaled, watch=watch)
         kept.keep_up(W_enc, W_dec, b_enc)
         return kept
 

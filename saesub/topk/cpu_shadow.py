@@ -10,7 +10,6 @@ from torch import Tensor
 
 from saesub.topk.active_subspace import ActiveSubspace
 from saesub.topk.packed_encoder import PackedEncoder, can_search, search_all
-from saesub.topk.prices import native_prices
 from saesub.topk.subspace_watch import Found, SubspaceWatch, search_watched
 
 
@@ -24,28 +23,33 @@ class CpuShadow:
         W_enc, W_dec, b_enc: of a TopK SAE, (d_in, d_sae), feature-major in memory, (d_sae, d_out)
             and (d_sae,).
         scaled: whether features are ranked by pre-activation times decoder norm.
-        in_subspace: whether the search may leave coordinates out.
+        watch: says in which subspace to search; None for all coordinates.
 
     Attributes:
         norms: (d_sae,) decoder norms, or None where features are ranked without them.
-        moved: how many rows the last update moved.
     """
 
     waits = True  # a step may read numbers: they are here
 
     def __init__(
-        self, W_enc: Tensor, W_dec: Tensor, b_enc: Tensor, *, scaled: bool, in_subspace: bool
+        self,
+        W_enc: Tensor,
+        W_dec: Tensor,
+        b_enc: Tensor,
+        *,
+        scaled: bool,
+        watch: SubspaceWatch | None,
     ) -> None:
-        self._shape, self.moved = W_enc.shape, W_enc.shape[1]
+        self._d_in, self._d_sae = W_enc.shape
         self.norms = W_dec.new_empty(len(W_dec)) if scaled else None
-        self._watch = SubspaceWatch(native_prices()) if in_subspace else None
-        self._encoder = PackedEncoder(*W_enc.shape, self.norms, None)
+        self._watch = watch
+        self._encoder = PackedEncoder(self._d_in, self._d_sae, self.norms, None)
         self._pack(W_enc, W_dec, b_enc)
 
-    def fits(self, W_enc: Tensor, scaled: bool, in_subspace: bool) -> bool:
+    def fits(self, W_enc: Tensor, scaled: bool, watch: SubspaceWatch | None) -> bool:
         """Whether it is of an encoder of this shape, ranked and searched like this."""
-        kind = (self.norms is not None, self._watch is not None)
-        return W_enc.shape == self._shape and kind == (scaled, in_subspace)
+        same = W_enc.shape == (self._d_in, self._d_sae) and scaled == (self.norms is not None)
+        return same and watch is self._watch
 
     @torch.no_grad()
     def keep_up(self, W_enc: Tensor, W_dec: Tensor, b_enc: Tensor) -> None:
@@ -58,8 +62,10 @@ class CpuShadow:
         """Note that the row update has changed these weights, and the copy with them."""
         self._note(sae.W_enc, sae.W_dec, sae.b_enc)
 
-    def given(self) -> list[Any]:
-        """What the row update takes."""
+    def given(self, moved: int) -> list[Any]:
+        """What the row update takes, which moves so many rows."""
+        if self._watch is not None:
+            self._watch.moved = moved
         return [self._encoder.packing, self.norms]
 
     @torch.no_grad()
@@ -72,8 +78,8 @@ class CpuShadow:
 
     def _is_of(self, W_enc: Tensor, b_enc: Tensor) -> bool:
         """Whether the copy is of these weights, and not of some of their rows."""
-        here = (W_enc.data_ptr(), b_enc.data_ptr(), W_enc.shape)
-        return here == (self._key[0], self._key[4], self._shape)
+        here = (W_enc.data_ptr(), b_enc.data_ptr(), *W_enc.shape)
+        return here == (self._key[0], self._key[4], self._d_in, self._d_sae)
 
     @torch.no_grad()
     def search(
@@ -92,15 +98,14 @@ class CpuShadow:
 
         def search_in(subspace: ActiveSubspace | None) -> Found:
             if subspace is not self._encoder.subspace:
-                self._encoder = PackedEncoder(*self._shape, self.norms, subspace)
+                self._encoder = PackedEncoder(self._d_in, self._d_sae, self.norms, subspace)
                 self._encoder.pack(W_enc, b_enc)
             return self._encoder.search(x, W_enc, b_enc, k)
 
         if self._watch is None:
             found = search_in(None)
             return found.features, found.pre
-        about = (W_enc, b_enc, k, feature_scale)
-        return search_watched(self._watch, search_in, x, *about, moved=self.moved)
+        return search_watched(self._watch, search_in, x, W_enc, b_enc, k, feature_scale)
 
 
 def _key_of(*weights: Tensor) -> tuple[int, ...]:

@@ -176,7 +176,8 @@ def search_all(
     """The search of an encoder of which no copy is kept."""
     if not can_search(W_enc.shape[1], k):
         return Found(*dense_search(x, W_enc, b_enc, k, feature_scale), 0.0)
-    encoder = PackedEncoder(*W_enc.shape, feature_scale, subspace)
+    d_in, d_sae = W_enc.shape
+    encoder = PackedEncoder(d_in, d_sae, feature_scale, subspace)
     encoder.pack(W_enc, b_enc)
     return encoder.search(x, W_enc, b_enc, k)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -15,9 +14,7 @@ from saesub.topk.ops import Search
 from saesub.topk.packed_encoder import can_search, search_all
 from saesub.topk.prices import native_prices, torch_prices
 from saesub.topk.step import row_backend, search_of
-from saesub.topk.subspace_watch import Found, SubspaceWatch, search_watched
-
-_WATCHES: WeakKeyDictionary[Any, SubspaceWatch] = WeakKeyDictionary()
+from saesub.topk.subspace_watch import Found, search_watched, watch_of
 
 
 def search_for(sae: Any) -> Search:
@@ -44,15 +41,9 @@ def _search(
         if compiled:
             return search_all(*about, subspace)
         if subspace is None:
-            return Found(*plain(*about), 0.0)
+            features, pre = plain(*about)
+            return Found(features, pre, 0.0)
         return subspace_search.search(*about, subspace)
 
-    return search_watched(_watch(sae, compiled), search_in, *about, moved=W_enc.shape[1])
-
-
-def _watch(sae: Any, compiled: bool) -> SubspaceWatch:
-    watch = _WATCHES.get(sae)
     prices = native_prices() if compiled else torch_prices(int8_search.available())
-    if watch is None or watch.prices != prices or not watch.is_on(sae.W_enc):
-        watch = _WATCHES[sae] = SubspaceWatch(prices)
-    return watch
+    return search_watched(watch_of(sae, prices), search_in, *about)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import astuple
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -31,11 +34,12 @@ class SubspaceWatch:
     Attributes:
         found: the subspace, or None where all coordinates are searched.
         prices: by which it is chosen.
+        moved: how many rows of the encoder have to be rotated for each search.
     """
 
-    def __init__(self, prices: Prices) -> None:
+    def __init__(self, prices: Prices, moved: int) -> None:
         self.found: ActiveSubspace | None = None
-        self.prices = prices
+        self.prices, self.moved = prices, moved
         self._searches, self._due = 0, 0
         self._moment: Tensor | None = None
         self._n_tokens = 0
@@ -47,9 +51,8 @@ class SubspaceWatch:
         b_enc: Float[Tensor, " d_sae"],
         k: int,
         feature_scale: Float[Tensor, " d_sae"] | None,
-        moved: int,
     ) -> ActiveSubspace | None:
-        """The subspace to search these tokens in; `moved`: rows to rotate for each search."""
+        """The subspace to search these tokens in."""
         self._searches += 1
         if self._searches < self._due:
             return self.found
@@ -57,7 +60,7 @@ class SubspaceWatch:
         self._moment = moment if self._moment is None else self._moment + moment
         self._n_tokens += len(x)
         if self._n_tokens >= _TOKENS_PER_COORDINATE * len(moment):
-            given = (x, W_enc, b_enc, k, feature_scale, self.prices, moved)
+            given = (x, W_enc, b_enc, k, feature_scale, self.prices, self.moved)
             self.found = active_subspace(self._moment, *given)
             self._moment, self._n_tokens = None, 0
             self._due = _LATER * self._searches
@@ -65,8 +68,9 @@ class SubspaceWatch:
 
     def is_on(self, W_enc: Float[Tensor, "d_in d_sae"]) -> bool:
         """Whether what was found is for weights of this width and device."""
-        basis = None if self.found is None else self.found.basis
-        return basis is None or (len(basis), basis.device) == (len(W_enc), W_enc.device)
+        kept = [self._moment, None if self.found is None else self.found.basis]
+        here = (len(W_enc), W_enc.device)
+        return all(t is None or (len(t), t.device) == here for t in kept)
 
     def after_search(self, exceeded: float) -> bool:
         """Whether the bounds held; if not, the next search measures again."""
@@ -75,18 +79,65 @@ class SubspaceWatch:
         self._due = self._searches
         return False
 
+    def state(self) -> dict[str, Tensor]:
+        """What a run that continues needs, so that it searches as the one before."""
+        numbers = [self._searches, self._due, self._n_tokens, self.moved]
+        kept = {"counts": torch.tensor(numbers)}
+        kept["prices"] = torch.tensor(astuple(self.prices), dtype=torch.float64)
+        if self._moment is not None:
+            kept["moment"] = self._moment
+        if self.found is not None:
+            kept["basis"] = self.found.basis
+            bounds = [self.found.cosine, self.found.candidates]
+            kept["bounds"] = torch.tensor(bounds, dtype=torch.float64)
+        return kept
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> SubspaceWatch:
+        """One that continues from a `state`."""
+        searches, due, n_tokens, moved = map(int, state["counts"])
+        watch = cls(Prices(*state["prices"].tolist()), moved)
+        watch._searches, watch._due, watch._n_tokens = searches, due, n_tokens
+        watch._moment = state.get("moment")
+        if "basis" in state:
+            cosine, candidates = state["bounds"].tolist()
+            watch.found = ActiveSubspace(state["basis"], cosine, int(candidates))
+        return watch
+
+
+_WATCHES: WeakKeyDictionary[Any, SubspaceWatch] = WeakKeyDictionary()
+
+
+def watch_of(sae: Any, prices: Prices) -> SubspaceWatch:
+    """The watch of an SAE's searches; a new one if the SAE or its device, or the prices, are."""
+    watch = _WATCHES.get(sae)
+    if watch is None or watch.prices != prices or not watch.is_on(sae.W_enc):
+        watch = _WATCHES[sae] = SubspaceWatch(prices, sae.W_enc.shape[1])
+    return watch
+
+
+def state_of_search(sae: Any) -> dict[str, Tensor]:
+    """The state of an SAE's watch, for a checkpoint; empty where there is none."""
+    return _WATCHES[sae].state() if sae in _WATCHES else {}
+
+
+def restore_search(sae: Any, state: Mapping[str, Tensor]) -> None:
+    """Give an SAE the watch of a checkpoint, or none."""
+    _WATCHES.pop(sae, None)
+    if state:
+        _WATCHES[sae] = SubspaceWatch.from_state(state)
+
 
 def search_watched(
     watch: SubspaceWatch,
     search_in: Callable[[ActiveSubspace | None], Found],
     x: Float[Tensor, "n d_in"],
     *encoder_k_and_scale: Any,
-    moved: int,
 ) -> tuple[Int[Tensor, "n k"], Float[Tensor, "n k"]]:
     """Search in the subspace of the watch; again in one measured on these tokens if the bounds did
     not hold; and by all coordinates if they do not hold then either."""
     for _ in range(2):
-        subspace = watch.before_search(x, *encoder_k_and_scale, moved)
+        subspace = watch.before_search(x, *encoder_k_and_scale)
         found = search_in(subspace)
         if subspace is None or watch.after_search(found.exceeded):
             return found.features, found.pre

@@ -20,6 +20,7 @@ from torch import Tensor
 from saesub.errors import SaesubError
 from saesub.files import Form, damaged, file_sha256, read_checksummed, write_checksummed
 from saesub.optim import steps_taken
+from saesub.topk.subspace_watch import restore_search, state_of_search
 from saesub.training.schedule import follow_schedule
 
 if TYPE_CHECKING:  # the trainer imports this module
@@ -43,6 +44,7 @@ _UNREADABLE = (
     pickle.UnpicklingError,
 )
 _MITIGATION = "mitigation."  # before the names of what mitigations keep
+_SEARCH = "search."  # and of what the search keeps
 _MARK = "saesub_checkpoint.txt"  # the first file written: without the last, it is half a checkpoint
 # In an SAE's metadata: what its trainer does to activations before it gives them to the SAE.
 SCALED_BY = "activations_scaled_by"
@@ -98,6 +100,7 @@ def save_state(
     save_saelens(folder)
     state = {"tokens_since_fired": trainer.tokens_since_fired} | trainer.recorder.state()
     state |= {f"{_MITIGATION}{name}": kept for name, kept in trainer.mitigation_state.items()}
+    state |= {f"{_SEARCH}{name}": kept for name, kept in state_of_search(trainer.sae).items()}
     state["random.cpu"] = torch.get_rng_state()
     if torch.device(trainer.cfg.device).type == "cuda":
         state["random.cuda"] = torch.cuda.get_rng_state(trainer.cfg.device)
@@ -157,17 +160,20 @@ def load_state(
         torch.cuda.set_rng_state(state["random.cuda"], trainer.cfg.device)
     device = trainer.cfg.device  # where the history's float64 may not exist
     trainer.tokens_since_fired = state["tokens_since_fired"].to(device)
-    trainer.mitigation_state = {
-        name.removeprefix(_MITIGATION): kept.to(device)
-        for name, kept in state.items()
-        if name.startswith(_MITIGATION)
-    }
+    trainer.mitigation_state = _under(_MITIGATION, state, device)
+    restore_search(trainer.sae, _under(_SEARCH, state, device))
     trainer.recorder.load_state(state)
     follow_config(trainer, folder, kept_settings.get("total_training_samples"))
     _restore_weights(trainer.sae, folder)
     trainer.n_training_steps = steps
     reached = trainer.n_training_samples
     trainer.checkpoint_thresholds = [t for t in trainer.checkpoint_thresholds if t >= reached]
+
+
+def _under(prefix: str, state: dict[str, Tensor], device: str) -> dict[str, Tensor]:
+    """The tensors of names with a prefix, without it."""
+    found = {name: kept for name, kept in state.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): kept.to(device) for name, kept in found.items()}
 
 
 def _restore_weights(sae: Any, folder: Path) -> None:
