@@ -64,7 +64,8 @@ def left_out(
 ) -> tuple[Float[Tensor, "n rank"], Float[Tensor, " n"]]:
     """The coordinates in the basis, and the norm of the rest."""
     read = x @ basis
-    return read, (x.square().sum(1) - read.square().sum(1)).clamp_min_(0).sqrt_()
+    whole, inside = (torch.linalg.vector_norm(t, dim=1) for t in (x, read))  # no squares are kept
+    return read, (whole.square_() - inside.square_()).clamp_min_(0).sqrt_()
 
 
 def second_moment(x: Float[Tensor, "n d_in"]) -> Float[Tensor, "d_in d_in"]:

@@ -10,7 +10,8 @@ from saesub.topk.active_subspace import Prices
 from saesub.topk.cpu_library import instructions
 
 _EIGHT_BITS = {"avx512vnni": 0.3, "avxvnni": 0.3, "neon": 0.3, "avx2": 0.4}
-_ROTATED, _CANDIDATE, _WHOLE_IN_8_BITS = 0.6, 50.0, 0.7
+_ROTATED, _CANDIDATE = 0.6, 50.0
+_TORCH_IN_8_BITS = 0.3  # of the product alone; what comes after it does not shrink with the rank
 
 
 def native_prices() -> Prices:
@@ -20,5 +21,6 @@ def native_prices() -> Prices:
 
 
 def torch_prices(eight_bits: bool) -> Prices:
-    """Of the search by torch operators, which may search all coordinates in 8 bits."""
-    return Prices(1.0, _WHOLE_IN_8_BITS if eight_bits else 1.0, 1.0, _CANDIDATE)
+    """Of the search by torch operators, in float32 or in 8 bits."""
+    product = _TORCH_IN_8_BITS if eight_bits else 1.0
+    return Prices(product, product, 1.0, _CANDIDATE)

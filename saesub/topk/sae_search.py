@@ -32,6 +32,7 @@ def search_for(sae: Any) -> Search:
 def _search(
     sae, plain, x, W_enc, b_enc, k, feature_scale=None, *, compiled
 ) -> tuple[Tensor, Tensor]:
+    eight_bits = int8_search.pays(x, W_enc.shape[1], k)
     pays = can_search if compiled else partial(subspace_search.pays, len(x))
     if W_enc.shape != sae.W_enc.shape or not pays(W_enc.shape[1], k):  # of AuxK's features, say
         return plain(x, W_enc, b_enc, k, feature_scale)
@@ -43,7 +44,7 @@ def _search(
         if subspace is None:
             features, pre = plain(*about)
             return Found(features, pre, 0.0)
-        return subspace_search.search(*about, subspace)
+        return (int8_search.search_in if eight_bits else subspace_search.search)(*about, subspace)
 
-    prices = native_prices() if compiled else torch_prices(int8_search.available())
+    prices = native_prices() if compiled else torch_prices(eight_bits)
     return search_watched(watch_of(sae, prices), search_in, *about)

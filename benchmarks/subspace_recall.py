@@ -1,0 +1,162 @@
+"""What the search in the active subspace loses, on trained weights, and whether training notices.
+
+    python benchmarks/subspace_recall.py   # writes results/subspace_recall.json, some 20 minutes
+
+For three sites, two initialisations and two architectures an SAE is trained by the compiled step.
+Its search then runs on tokens that it was not trained on, by the compiled functions and by torch
+operators, each in the subspace that it measures itself. A feature is lost if it is one of the
+float32 top k and the search does not return it. Then the same SAE is trained for 2,000 steps with
+and without the subspace, and by the exact search, on the same batches.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime, timezone
+from itertools import product
+
+import torch
+from environments import FOLDER
+from run import commit, machine
+from sae_lens import (
+    BatchTopKTrainingSAE,
+    BatchTopKTrainingSAEConfig,
+    TopKTrainingSAE,
+    TopKTrainingSAEConfig,
+)
+from sae_lens.config import SAETrainerConfig
+from tqdm.auto import tqdm
+
+import saesub
+from saesub.topk.ops import dense_search
+from saesub.topk.packed_encoder import search_all
+from saesub.topk.prices import native_prices, torch_prices
+from saesub.topk.subspace_search import search as search_by_torch
+from saesub.topk.subspace_watch import SubspaceWatch
+from saesub.training.trainer import SubspaceSAETrainer
+
+SITES = [f"blocks.12.hook_{site}" for site in ("attn_out", "mlp_out", "resid_post")]
+D_SAE, K, BATCH, STEPS = 36_864, 32, 2048, 300
+CURVE = {"d_sae": 16_384, "batch": 1024, "steps": 2000, "site": SITES[0]}
+N_SPECTRUM, N_JUDGED = 100_000, 8192
+KINDS = {
+    "topk": (TopKTrainingSAE, TopKTrainingSAEConfig),
+    "batchtopk": (BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig),
+}
+
+
+def main() -> None:
+    n_tokens = BATCH * STEPS // 5 + N_JUDGED  # five epochs
+    given = ("smollm2-135m", "wiki-en", SITES, "runs/subspace-recall")
+    stores = saesub.harvest(*given, n_tokens=n_tokens)
+    rows = []
+    for site, start, kind in product(SITES, ("random", "subspace"), KINDS):
+        train, held_out = stores[site].split(N_JUDGED)
+        trainer = trained(train, start, kind, D_SAE, BATCH, STEPS)
+        about = {"site": site, "start": start, "architecture": kind}
+        for row in recall(trainer.sae, held_out.rows(0, N_JUDGED)):
+            rows.append(about | row)
+            print(rows[-1], flush=True)
+    record = {
+        "settings": {"d_sae": D_SAE, "k": K, "tokens": BATCH * STEPS, "curve": CURVE},
+        "machine": machine(),
+        "commit": commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "rows": rows,
+        "curves": curves(stores[CURVE["site"]].split(N_JUDGED)[0]),
+    }
+    (FOLDER / "results" / "subspace_recall.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def untrained(store: saesub.ActivationStore, start: str, kind: str, d_sae: int):
+    torch.manual_seed(0)
+    spectrum = saesub.Spectrum.from_activations(store.rows(0, N_SPECTRUM))
+    make, config = KINDS[kind]
+    sae = make(
+        config(
+            d_in=spectrum.d,
+            d_sae=d_sae,
+            k=K,
+            decoder_init_norm=1.0,
+            aux_loss_coefficient=0.0,
+            normalize_activations="expected_average_only_in",
+        )
+    )
+    saesub.center_biases(sae, spectrum)
+    if start == "subspace":
+        saesub.initialize_in_subspace(sae, spectrum)
+    else:
+        saesub.fit_norm(sae, spectrum)
+    return sae
+
+
+def trained(
+    store: saesub.ActivationStore,
+    start: str,
+    kind: str,
+    d_sae: int,
+    batch: int,
+    steps: int,
+    search: str = "auto",
+    in_subspace: bool = True,
+) -> SubspaceSAETrainer:
+    sae = saesub.use_sparse_step(untrained(store, start, kind, d_sae), search=search)
+    sae.in_subspace = in_subspace
+    settings = SAETrainerConfig(
+        total_training_samples=batch * steps,
+        train_batch_size_samples=batch,
+        lr=1e-3,
+        lr_end=1e-4,
+        n_batches_for_norm_estimate=20,
+        device="cpu",
+    )
+    trainer = SubspaceSAETrainer(settings, sae, store.batches(batch, seed=0))
+    trainer.fit()
+    return trainer
+
+
+@torch.no_grad()
+def recall(sae: TopKTrainingSAE, x: torch.Tensor) -> list[dict]:
+    """For each search, the share of the float32 top k that it returns, in the subspace of its own
+    choice; BatchTopK's are those of each token."""
+    x = (x - sae.b_dec if sae.cfg.apply_b_dec_to_input else x).contiguous()
+    W_enc, b_enc = sae.W_enc.T.contiguous().T, sae.b_enc.detach().contiguous()
+    scale = sae.W_dec.norm(dim=1)
+    searches = {
+        "compiled": (search_all, native_prices(), D_SAE // 2),
+        "torch": (search_by_torch, torch_prices(eight_bits=False), D_SAE),
+    }
+    rows = []
+    for name, (search, prices, moved) in searches.items():
+        watch = SubspaceWatch(prices, moved)
+        watch.before_search(x[: N_JUDGED // 2].contiguous(), W_enc, b_enc, K, scale)
+        found = []
+        for part in x[N_JUDGED // 2 :].split(512):
+            best, _ = dense_search(part, W_enc, b_enc, K, scale)
+            if watch.found is None:
+                continue
+            result = search(part.contiguous(), W_enc, b_enc, K, scale, watch.found)
+            found.append((best[:, :, None] == result.features[:, None, :]).any(2).float().mean())
+        rank = None if watch.found is None else watch.found.rank
+        share = torch.stack(found).mean().item() if found else None
+        rows.append({"search": name, "rank": rank, "recall": share})
+    return rows
+
+
+def curves(store: saesub.ActivationStore) -> dict[str, list]:
+    """Training losses by (tokens, mean squared error) with and without the subspace."""
+    c, found = CURVE, {}
+    ways = {
+        "in the subspace": ("auto", True),
+        "all coordinates": ("auto", False),
+        "exact": ("exact_search", False),
+    }
+    for name, (search, in_subspace) in tqdm(ways.items()):
+        given = (store, "subspace", "topk", c["d_sae"], c["batch"], c["steps"])
+        trainer = trained(*given, search, in_subspace)
+        found[name] = [[row["tokens"], row["mse"]] for row in trainer.history]
+    return found
+
+
+if __name__ == "__main__":
+    main()
