@@ -175,6 +175,7 @@ def test_it_is_measured_once_there_are_tokens_enough_and_then_ever_more_rarely()
     watch, found = SubspaceWatch(FREE, 0), []
     for _ in range(70):
         found.append(watch.before_search(x[:400], W_enc, b_enc, 16, None))
+        watch.before_search(x[:100], W_enc, b_enc, 32, None)  # for some tokens, as BatchTopK's
     # 768 tokens are four for each coordinate: two batches.
     changes = [
         i for i, (a, b) in enumerate(zip([None, *found], found, strict=False), 1) if a is not b

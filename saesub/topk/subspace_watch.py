@@ -41,6 +41,7 @@ class SubspaceWatch:
         self.found: ActiveSubspace | None = None
         self.prices, self.moved = prices, moved
         self._searches, self._due = 0, 0
+        self._k: int | None = None
         self._moment: Tensor | None = None
         self._n_tokens = 0
 
@@ -53,6 +54,9 @@ class SubspaceWatch:
         feature_scale: Float[Tensor, " d_sae"] | None,
     ) -> ActiveSubspace | None:
         """The subspace to search these tokens in."""
+        self._k = k if self._k is None else self._k
+        if k != self._k:  # BatchTopK searches again for tokens with many active features
+            return self.found
         self._searches += 1
         if self._searches < self._due:
             return self.found
