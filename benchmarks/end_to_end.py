@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 from environments import FOLDER, Contender, python
-from run import HELD_TO, Record, machine, process, shown
+from run import Record, machine, process, shown
 
 import saesub
 from saesub.activations.collect import stream_activations
 from saesub.loading.models import context_tokens
+from saesub.topk import cpu
 
 RESULTS = FOLDER / "results" / "end-to-end"
 PREPARED = FOLDER / ".cache" / "end-to-end"
@@ -64,16 +65,16 @@ def main() -> None:
     args = _arguments()
     contenders = [c for c in CONTENDERS if c.name in args.only]
     pythons = {c.environment: python(c.environment) for c in contenders}
+    cpu.library()  # compiled once on a machine, before anything is timed
     for model in dict.fromkeys(model for model, _, _ in args.cells):
         texts = PREPARED / Path(model).name
         given = prepare(model, args.corpus, texts, args.recipe)
         for d_sae, steps in [cell[1:] for cell in args.cells if cell[0] == model]:
             settings = args.recipe | {"model": Path(model).name, "d_sae": d_sae, "steps": steps}
             path = args.results / f"{Path(model).name}-d{d_sae}-s{steps}.json"
-            record = Record(path, settings, machine(args.hold_to))
+            record = Record(path, settings, machine())
             for contender in contenders:
-                interpreter = pythons[contender.environment]
-                run(record, contender, interpreter, given, args.hold_to)
+                run(record, contender, pythons[contender.environment], given)
 
 
 def _arguments() -> argparse.Namespace:
@@ -85,8 +86,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, nargs="+", help="of 2,048 tokens")
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME")
     parser.add_argument("--corpus", default="wiki-en")
-    parser.add_argument("--hold-to", choices=HELD_TO, help="use no newer instruction set")
-    parser.add_argument("--results", type=Path)
+    parser.add_argument("--results", type=Path, default=RESULTS)
     for name, value in RECIPE.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     args = parser.parse_args()
@@ -94,7 +94,6 @@ def _arguments() -> argparse.Namespace:
     chosen = (args.models, args.widths, args.steps)
     args.cells = _cells(chosen) if any(chosen) else CELLS if args.all else CELLS[:1]
     args.only = args.only or (names if args.all else FIRST)
-    args.results = args.results or RESULTS / (args.hold_to or "")
     return args
 
 
@@ -120,7 +119,7 @@ def prepare(model: str, corpus: str, folder: Path, recipe: dict[str, Any]) -> li
         lines = "".join(json.dumps({"text": text}) + "\n" for text in part)
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
     hook, n = f"blocks.{recipe['layer']}.hook_attn_out", recipe["held_out"]
-    settings = {"n_tokens": n, "context_size": recipe["context"]}
+    settings = {"n_tokens": n, "context_size": recipe["context"], "progress": False}
     blocks = stream_activations(bridge, documents[cut:], [hook], **settings)
     held_out = torch.cat([block[hook] for block in blocks])
     np.save(folder / "held_out.npy", held_out.numpy())
@@ -143,15 +142,13 @@ def _flags(given: dict[str, Any]) -> list[str]:
     return [word for pair in pairs for word in pair]
 
 
-def run(
-    record: Record, contender: Contender, interpreter: Path, given: list[str], hold_to: str | None
-) -> None:
+def run(record: Record, contender: Contender, interpreter: Path, given: list[str]) -> None:
     """One process, unless it has succeeded before."""
     if record.has(contender.name):
         return
     settings = {k: v for k, v in record.settings.items() if k != "model"}
     arguments = [*given, *_flags(settings)]
-    outcome = process(contender, interpreter, arguments, settings["threads"], hold_to, clock=True)
+    outcome = process(contender, interpreter, arguments, settings["threads"], clock=True)
     if fault := implausible(outcome, settings["steps"] * settings["batch"]):
         outcome = {k: outcome[k] for k in ("command", "commit", "date")} | {"error": fault}
     record.put(contender.name, 0, outcome)

@@ -17,7 +17,7 @@ from drawing import COLOURS, label_ends, ordered, save_png
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
-from report_end_to_end import end_to_end, end_to_end_figure, in_a_line
+from report_end_to_end import FIGURE, end_to_end, end_to_end_figure, in_a_line
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PAGE = RESULTS.parent.parent / "docs" / "speed.md"
@@ -157,7 +157,10 @@ def without_vnni(results: str | Path) -> str:
         return ""
     speedups, shown = (summary(folder)["speedup"] for folder in folders)
     of_step = speedups.xs("saesub-native-sparse_adam", level="contender").droplevel("batch")
-    told = [f"{ratio:.2g}" for ratio in of_step.reindex(shown.index.unique("d_sae"))]
+    told = [
+        "–" if np.isnan(ratio) else f"{ratio:.2g}"
+        for ratio in of_step.reindex(shown.index.unique("d_sae"))
+    ]
     (machine,) = {kind(json.loads(path.read_text())["machine"]) for path in _records(folders[0])}
     return f"{machine[0].upper()}{machine[1:]}: {' / '.join(told)} with SparseAdam."
 
@@ -392,7 +395,7 @@ def main() -> None:
     (results / "README.md").write_text(f"# Time of a training step\n\n{markdown_table(results)}")
     save_png(figure(results), results / "speed.png")
     if (whole := end_to_end_figure(results)) is not None:
-        save_png(whole, results / "end_to_end.png")
+        save_png(whole, results / FIGURE)
     if results.resolve() == RESULTS:
         PAGE.write_text(with_block(PAGE.read_text(), page_block(results)))
         README.write_text(with_block(README.read_text(), readme_block(results)))

@@ -16,12 +16,18 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 BASELINES = {"saesub-two": "sae-lens-two", "sae-lens-two": "sae-lens-two"}  # of others: sae-lens
 PARTS = ("start", "load", "activations", "initialisation", "training", "judging")
+FIGURE = "end_to_end.png"
+PICTURE = (
+    "![Seconds from text to a judged SAE, against features and against tokens, for saesub and other "
+    f"libraries](../benchmarks/results/{FIGURE})"
+)
 _CELL = ["model", "d_sae", "tokens"]
 
 
 def load(results: str | Path) -> pd.DataFrame:
-    """One row a run of `<results>/end-to-end/`: model, d_sae, tokens, contender, seconds, speedup
-    (over SAELens' runner, run as often, NaN without), parts, fvu, dead, peak_bytes, error, machine.
+    """One row a run of `<results>/end-to-end/`: model, d_sae, tokens, contender, seconds (NaN
+    where it failed), speedup (over SAELens' runner, run as often; NaN without), parts, fvu, dead,
+    peak_bytes, machine, settings.
 
     Empty without records.
     """
@@ -50,7 +56,6 @@ def _row(record: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
         "fvu": [sae["fvu"] for sae in saes],
         "dead": [sae["dead_share"] for sae in saes],
         "peak_bytes": run.get("peak_bytes", np.nan),
-        "error": run.get("error"),
         "machine": record["machine"],
         "settings": settings,
     }
@@ -64,7 +69,8 @@ def end_to_end(results: str | Path) -> str:
         return ""
     cells = runs.groupby(_CELL, sort=True)
     tables = [_table(cell, of_cell.set_index("contender")) for cell, of_cell in cells]
-    return "\n\n".join([*tables, _conditions(runs)])
+    shown = [PICTURE] if (Path(results) / FIGURE).is_file() else []
+    return "\n\n".join([*shown, *tables, _conditions(runs)])
 
 
 def _table(cell: Any, runs: pd.DataFrame) -> str:
@@ -80,7 +86,7 @@ def _table(cell: Any, runs: pd.DataFrame) -> str:
 
 
 def _line(name: str, run: pd.Series) -> str:
-    if run["error"] is not None:
+    if np.isnan(run["seconds"]):
         return f"| {name} |" + " |" * len(PARTS) + " failed | | | | |"
     parts = [f"{run['parts'][part]:.1f}" if part in run["parts"] else "–" for part in PARTS]
     ratio = "–" if np.isnan(run["speedup"]) else f"{run['speedup']:.2g}×"
@@ -96,7 +102,11 @@ def _conditions(runs: pd.DataFrame) -> str:
     threads = {f"{s['threads']} threads" for s in runs["settings"]}
     n = {f"{s['held_out']:,} held-out tokens" for s in runs["settings"]}
     told = "; ".join([*sorted(machines), *sorted(threads)])
-    return f"{told}; one run each. FVU and dead features are of the same {', '.join(sorted(n))}."
+    return (
+        f"{told}; one run each. FVU and dead features are of the same {', '.join(sorted(n))}. "
+        "saesub-two trains a random and an ASI SAE from one harvest, and is compared with "
+        "sae-lens-two, SAELens' runner run twice."
+    )
 
 
 def in_a_line(results: str | Path) -> str:

@@ -79,7 +79,15 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--results", type=Path, help="by default results/, or its folder avx2/")
     args = parser.parse_args()
     args.results = args.results or FOLDER / "results" / (args.hold_to or "")
+    require_held(args.hold_to)
     return args
+
+
+def require_held(hold_to: str | None) -> None:
+    """Raises SystemExit where saesub's compiled step would use what its record says it did not."""
+    source = FOLDER.parent / "saesub" / "topk" / "cpu.py"
+    if hold_to is not None and "SAESUB_NATIVE_ISA" not in source.read_text():
+        raise SystemExit("saesub's compiled step cannot be held to an instruction set here.")
 
 
 class Record:
@@ -177,7 +185,11 @@ def process(
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     started = ["--started", str(time.monotonic())] if clock else []
-    return {**provenance, **_outcome([str(interpreter), *command, *started], threads, hold_to)}
+    outcome = _outcome([str(interpreter), *command, *started], threads, hold_to)
+    if hold_to is not None and outcome.get("cpu_capability") != hold_to.upper():
+        used = outcome.get("cpu_capability")
+        outcome = {"error": outcome.get("error", f"torch used {used} though held to {hold_to}")}
+    return {**provenance, **outcome}
 
 
 def _outcome(command: list[str], threads: int, hold_to: str | None) -> dict[str, Any]:

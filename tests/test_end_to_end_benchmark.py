@@ -9,10 +9,37 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from tiny_model import tiny_gpt2, tiny_texts, tiny_tokenizer
+
+from saesub.evaluation.held_out import judge
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 STEPS, BATCH, HELD_OUT = 30, 256, 512
+
+
+def _script(name: str) -> dict:
+    """The names of a script of the benchmarks, which imports others beside it."""
+    path = BENCHMARKS / name
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(path.parent)
+        return runpy.run_path(str(path))
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> dict:
+    return _script("end_to_end.py")
+
+
+@pytest.fixture(scope="module")
+def report() -> dict:
+    return _script("report_end_to_end.py")
+
+
+@pytest.fixture(scope="module")
+def whole() -> dict:
+    return _script("contenders/whole.py")
 
 
 @pytest.fixture(scope="module")
@@ -58,15 +85,6 @@ def test_saesub_judges_the_tokens_that_judge_all(record):
         assert own == pytest.approx(shared, rel=1e-4)
 
 
-@pytest.fixture(scope="module")
-def benchmark() -> dict:
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        return runpy.run_path(str(BENCHMARKS / "end_to_end.py"))
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-
-
 @pytest.mark.parametrize(
     ("fvus", "n_tokens", "told"),
     [
@@ -87,3 +105,74 @@ def test_what_did_not_train_is_a_failure(benchmark, fvus, n_tokens, told):
 def test_cells_are_the_combinations_of_what_was_named(benchmark):
     first, cells = benchmark["CELLS"][0], benchmark["_cells"]
     assert cells((None, [10, 20], None)) == [(first[0], 10, first[2]), (first[0], 20, first[2])]
+
+
+def _write(folder: Path, d_sae: int, steps: int, **runs: dict) -> None:
+    recipe = {"batch": 2048, "threads": 2, "held_out": 4096}
+    record = {
+        "settings": recipe | {"model": "tiny", "d_sae": d_sae, "steps": steps},
+        "machine": {"processor": "EPYC", "cores": 2},
+        "runs": [{"contender": name.replace("_", "-"), **run} for name, run in runs.items()],
+    }
+    (folder / "end-to-end").mkdir(exist_ok=True, parents=True)
+    (folder / "end-to-end" / f"tiny-d{d_sae}-s{steps}.json").write_text(json.dumps(record))
+
+
+def _timed(seconds: float, n_saes: int = 1) -> dict:
+    saes = [{"fvu": 0.25, "dead_share": 0.125}] * n_saes
+    parts = {"start": 1.0, "training": seconds - 1}
+    return {"parts": parts, "seconds": seconds, "same_tokens": saes, "peak_bytes": 2e9}
+
+
+def test_the_report_shows_parts_and_what_each_is_compared_with(tmp_path, report):
+    assert report["end_to_end"](tmp_path) == report["in_a_line"](tmp_path) == ""
+    assert report["end_to_end_figure"](tmp_path) is None
+    _write(tmp_path, 64, 2, saesub=_timed(10), saesub_two=_timed(20, 2), sae_lens=_timed(30))
+    assert report["in_a_line"](tmp_path) == (
+        "Text to a judged SAE (64 features, 4,096 tokens): 3 × as fast as SAELens' runner."
+    )
+    failed = {"error": "KeyError: 'x'"}
+    two = {"saesub_two": _timed(20, 2), "sae_lens_two": _timed(50, 2)}
+    _write(tmp_path, 128, 2, sae_lens=_timed(40), saesub=_timed(10), sparsify=failed, **two)
+    assert report["in_a_line"](tmp_path) == (
+        "Text to a judged SAE (128 features, 4,096 tokens): 4 × as fast as SAELens' runner, two "
+        "SAEs 2.5 ×."
+    )
+    lines = report["end_to_end"](tmp_path).splitlines()
+    assert "of 128 features on 4,096 tokens of tiny" in lines[8]
+    assert lines[12:17] == [
+        "| sae-lens | 1.0 | – | – | – | 39.0 | – | 40 | 1× | 0.250 | 12.5% | 2.0 GB |",
+        "| sparsify | | | | | | | failed | | | | |",
+        "| sae-lens-two | 1.0 | – | – | – | 49.0 | – | 50 | 1× | 0.250, 0.250 | 12.5%, 12.5% |"
+        " 2.0 GB |",
+        "| saesub | 1.0 | – | – | – | 9.0 | – | 10 | 4× | 0.250 | 12.5% | 2.0 GB |",
+        "| saesub-two | 1.0 | – | – | – | 19.0 | – | 20 | 2.5× | 0.250, 0.250 | 12.5%, 12.5% |"
+        " 2.0 GB |",
+    ]
+    (panel,) = report["end_to_end_figure"](tmp_path).axes  # the number of tokens does not vary
+    assert panel.get_xlabel() == "features (d_sae)"
+
+
+def test_the_clock_gives_each_second_to_one_part(whole, monkeypatch):
+    times = iter([12.0, 15.0, 25.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(times))
+    clock = whole["Clock"](10.0)
+    clock.lap("load")
+    clock.lap("training", of_which={"activations": 4.0})
+    assert clock.parts == {"start": 2, "load": 3, "activations": 4, "training": 6}
+
+
+def test_the_shared_judge_is_saesubs(whole):
+    torch.manual_seed(0)
+    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=8, d_sae=64, k=4, decoder_init_norm=1.0))
+    x = torch.randn(3000, 8) + 5
+
+    def rebuild(block):
+        features = sae.encode(block)
+        return sae.decode(features), features.any(0).nonzero()
+
+    found = whole["judge"]([x[:500], x[500:]], rebuild, 64)
+    expected = judge(sae, x, n_tokens=3000, progress=False)
+    dead = float((expected.counts == 0).float().mean())
+    assert 0 < dead < 1
+    assert found == pytest.approx({"fvu": expected.fvu, "dead_share": dead, "n_tokens": 3000})
