@@ -14,7 +14,9 @@ from PIL import Image
 
 COLOURS = {
     "sae-lens": "#444444",
+    "sae-lens-two": "#444444",
     "sae-lens-sparse": "#999999",
+    "sae-lens-fast": "#999999",
     "llamascopium": "#CC6677",
     "sparsify": "#882255",
     "dictionary-learning": "#B8860B",
@@ -24,8 +26,6 @@ COLOURS = {
     "saesub-native-adam": "#0072B2",
     "saesub-native-sparse_adam": "#332288",
     "encoder-product": "#000000",
-    "sae-lens-two": "#444444",
-    "sae-lens-fast": "#999999",
     "saesub": "#0072B2",
     "saesub-two": "#332288",
 }

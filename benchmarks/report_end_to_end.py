@@ -12,14 +12,14 @@ import pandas as pd
 from drawing import COLOURS, label_ends, ordered
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 BASELINES = {"saesub-two": "sae-lens-two", "sae-lens-two": "sae-lens-two"}  # of others: sae-lens
 PARTS = ("start", "load", "activations", "initialisation", "training", "judging")
 FIGURE = "end_to_end.png"
 PICTURE = (
-    "![Seconds from text to a judged SAE, against features and against tokens, for saesub and other "
-    f"libraries](../benchmarks/results/{FIGURE})"
+    "![Seconds from text to a judged SAE, against features and against tokens, for saesub and "
+    f"other libraries](../benchmarks/results/{FIGURE})"
 )
 _CELL = ["model", "d_sae", "tokens"]
 
@@ -166,7 +166,7 @@ def _message(runs: pd.DataFrame) -> str:
         return f"From text to a judged SAE, {runs['model'].iloc[0]}"
     low, high = f"{ratios.min():.2g}", f"{ratios.max():.2g}"
     times = low if low == high else f"{low} to {high}"
-    return f"saesub takes SAELens' whole job, from text to a judged SAE, {times} × as fast"
+    return f"From text to a judged SAE, saesub is {times} × as fast as SAELens' runner"
 
 
 def _panel(axes: Axes, seconds: pd.DataFrame, label: str) -> None:
@@ -185,7 +185,9 @@ def _panel(axes: Axes, seconds: pd.DataFrame, label: str) -> None:
     axes.set(xscale="log", yscale="log", xlabel=label)
     axes.set_xticks(seconds.index, [f"{size:,}" for size in seconds.index])
     axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     label_ends(axes, seconds)

@@ -142,9 +142,9 @@ def test_the_report_shows_parts_and_what_each_is_compared_with(tmp_path, report)
     assert "of 128 features on 4,096 tokens of tiny" in lines[8]
     assert lines[12:17] == [
         "| sae-lens | 1.0 | – | – | – | 39.0 | – | 40 | 1× | 0.250 | 12.5% | 2.0 GB |",
-        "| sparsify | | | | | | | failed | | | | |",
         "| sae-lens-two | 1.0 | – | – | – | 49.0 | – | 50 | 1× | 0.250, 0.250 | 12.5%, 12.5% |"
         " 2.0 GB |",
+        "| sparsify | | | | | | | failed | | | | |",
         "| saesub | 1.0 | – | – | – | 9.0 | – | 10 | 4× | 0.250 | 12.5% | 2.0 GB |",
         "| saesub-two | 1.0 | – | – | – | 19.0 | – | 20 | 2.5× | 0.250, 0.250 | 12.5%, 12.5% |"
         " 2.0 GB |",
