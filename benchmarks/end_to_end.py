@@ -50,6 +50,8 @@ CONTENDERS = (
     ),
     Contender("sae-lens-two", "whole_saelens.py", ("--runs", "2")),
 )
+SITES = {"gemma3-270m": "post_attention_layernorm"}  # what blocks.*.hook_attn_out is of a layer
+OTHER_SITE = "self_attn.o_proj"
 FIRST = ("saesub", "saesub-two", "sae-lens")  # of CONTENDERS, without --all
 CELLS = (  # model, d_sae, steps
     ("smollm2-135m", 36864, 98),
@@ -129,6 +131,7 @@ def prepare(model: str, corpus: str, folder: Path, recipe: dict[str, Any]) -> li
     given = {
         "model": model,
         "texts": shown(folder),
+        "site": SITES.get(model, OTHER_SITE),
         "d_in": held_out.shape[1],
         "bos": specials.bos_id,
         "separator": specials.separator_id,

@@ -17,6 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+NORM_BATCHES = 1
+"""From which SAELens and saesub take the scale of activations; SAELens' default is 1,000, which is
+ten times the job."""
+
 Rebuild = Callable[[Tensor], tuple[Tensor, Tensor]]
 """From x (n, d_in) to its reconstruction (n, d_in), and the features that fire, in any shape."""
 
@@ -28,6 +32,7 @@ def job(parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="its name in saesub")
     parser.add_argument("--texts", type=Path, required=True, help="folder that `prepare` filled")
     parser.add_argument("--layer", type=int, required=True)
+    parser.add_argument("--site", required=True, help="its module within the model's layer")
     parser.add_argument("--d-in", type=int, required=True)
     parser.add_argument("--d-sae", type=int, required=True)
     parser.add_argument("--k", type=int, required=True)

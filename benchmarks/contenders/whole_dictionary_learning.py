@@ -6,6 +6,7 @@ contexts are single documents. nnsight 0.3 does not load these models, so it is 
 
 from __future__ import annotations
 
+from functools import reduce
 from itertools import islice
 from typing import Any
 
@@ -86,7 +87,7 @@ def buffer(model: LanguageModel, texts: list[str], args: Any) -> ActivationBuffe
     return ActivationBuffer(
         iter(texts),
         model,
-        model.model.layers[args.layer].self_attn,
+        reduce(getattr, args.site.split("."), model.model.layers[args.layer]),
         d_submodule=args.d_in,
         n_ctxs=CONTEXTS,
         ctx_len=args.context,

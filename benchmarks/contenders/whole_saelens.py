@@ -50,7 +50,7 @@ def main() -> None:
         runner.activations_store = batches
         sae = runner.run()
         clock.lap("training", of_which={"activations": batches.seconds})
-        n_trained += batches.n_tokens
+        n_trained += batches.n_tokens - whole.NORM_BATCHES * args.batch
         judged.append(evaluated(sae, model, cfg, held_out, args))
         clock.lap("judging")
         rebuilds.append(rebuilder(sae))
@@ -63,8 +63,13 @@ def config(args: argparse.Namespace, seed: int) -> LanguageModelSAERunnerConfig[
     torch.manual_seed(seed)
     return LanguageModelSAERunnerConfig(
         sae=TopKTrainingSAEConfig(
-            d_in=args.d_in, d_sae=args.d_sae, k=args.k, **(sparse if args.fast else {})
+            d_in=args.d_in,
+            d_sae=args.d_sae,
+            k=args.k,
+            normalize_activations="expected_average_only_in",
+            **(sparse if args.fast else {}),
         ),
+        n_batches_for_norm_estimate=whole.NORM_BATCHES,
         hook_name=f"blocks.{args.layer}.hook_attn_out",
         is_dataset_tokenized=False,
         context_size=args.context,

@@ -37,10 +37,12 @@ def main() -> None:
     for name in args.initialisations:
         sae = initialised(args, spectrum, name)
         clock.lap("initialisation")
-        batches = whole.Timed(store.batches(args.batch, seed=0, stop=args.steps))
+        batches = whole.Timed(
+            store.batches(args.batch, seed=0, stop=args.steps + whole.NORM_BATCHES)
+        )
         SubspaceSAETrainer(recipe(args), sae, batches).fit()
         sae.save_inference_model(args.out)
-        n_trained += batches.n_tokens
+        n_trained += batches.n_tokens - whole.NORM_BATCHES * args.batch
         saes.append(sae)
         clock.lap("training", of_which={"activations": batches.seconds})
     n = args.held_out
@@ -56,7 +58,12 @@ def main() -> None:
 def initialised(args: argparse.Namespace, spectrum: Any, name: str) -> TopKTrainingSAE:
     """In the active subspace, or at random with the same biases and a norm that is fitted too."""
     torch.manual_seed(0)
-    cfg = TopKTrainingSAEConfig(d_in=args.d_in, d_sae=args.d_sae, k=args.k)
+    cfg = TopKTrainingSAEConfig(
+        d_in=args.d_in,
+        d_sae=args.d_sae,
+        k=args.k,
+        normalize_activations="expected_average_only_in",
+    )
     sae = TopKTrainingSAE(cfg)
     if name == "asi":
         saesub.initialize_in_subspace(sae, spectrum)
@@ -71,6 +78,7 @@ def recipe(args: argparse.Namespace) -> SAETrainerConfig:
         total_training_samples=args.steps * args.batch,
         train_batch_size_samples=args.batch,
         lr=args.lr,
+        n_batches_for_norm_estimate=whole.NORM_BATCHES,
     )
 
 

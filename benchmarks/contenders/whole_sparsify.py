@@ -22,7 +22,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 WARM_UP = 10  # steps; by default 1,000, which is more than the job has
-SITE = "layers.{}.self_attn.o_proj"  # its hook fails on self_attn, which is called by keywords
 CONTEXTS = 16  # of one forward pass in judging
 
 
@@ -72,14 +71,18 @@ def config(args: Any) -> TrainConfig:
         optimizer="adam",
         lr=args.lr,
         lr_warmup_steps=WARM_UP,
-        hookpoints=[SITE.format(args.layer)],
+        hookpoints=[place(args)],
         log_to_wandb=False,
         save_dir=args.out,
     )
 
 
 def site(model: Any, args: Any) -> Any:
-    return model.base_model.get_submodule(SITE.format(args.layer))
+    return model.base_model.get_submodule(place(args))
+
+
+def place(args: Any) -> str:
+    return f"layers.{args.layer}.{args.site}"
 
 
 def watch(model: Any, module: Any) -> tuple[whole.Timed, whole.Timed]:
