@@ -8,41 +8,26 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from io import BytesIO
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from drawing import COLOURS, label_ends, ordered, save_png
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, NullLocator
-from PIL import Image
+from report_end_to_end import FIGURE, end_to_end, end_to_end_figure, in_a_line
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PAGE = RESULTS.parent.parent / "docs" / "speed.md"
 README = RESULTS.parent.parent / "README.md"
 BASELINE, FLOOR = "sae-lens", "encoder-product"
-COLOURS = {
-    "sae-lens": "#444444",
-    "sae-lens-sparse": "#999999",
-    "llamascopium": "#CC6677",
-    "sparsify": "#882255",
-    "dictionary-learning": "#B8860B",
-    "saesub-saelens-adam": "#88CCEE",
-    "saesub-torch-adam": "#56B4E9",
-    "saesub-torch-sparse_adam": "#44AA99",
-    "saesub-native-adam": "#0072B2",
-    "saesub-native-sparse_adam": "#332288",
-    "encoder-product": "#000000",
-}
 _IN_SAELENS = {
-    "saesub-saelens-adam": "the sparse class in that trainer",
+    "saesub-saelens-adam": "the sparse class in its trainer",
     "saesub-native-adam": "`SubspaceSAETrainer` and Adam",
     "saesub-native-sparse_adam": "SparseAdam",
 }
-_LABEL_GAP = 0.055  # of the axes' height, between two labels
 
 
 def load(results: str | Path) -> pd.DataFrame:
@@ -112,19 +97,72 @@ def markdown_table(results: str | Path) -> str:
 def page_block(results: str | Path) -> str:
     """The times at the smallest batch, what they were taken on, and what else was timed."""
     times = _times(results, load(results)["batch"].min())
-    return "\n\n".join(filter(None, [times, _widest(results), *_beside(results)]))
+    whole = end_to_end(results)
+    return "\n\n".join(filter(None, [whole, times, _widest(results), *_beside(results)]))
+
+
+def readme_block(results: str | Path) -> str:
+    """The whole job in a line, a step in another, and what a step takes without VNNI."""
+    step = " ".join(filter(None, [in_saelens(results), without_vnni(results)]))
+    return "\n\n".join(filter(None, [in_a_line(results), step]))
 
 
 def _beside(results: str | Path) -> list[str]:
     """What the tables do not say, a paragraph each."""
-    parts = (_conditions, in_saelens, _trained, _one_thread, _passes)
+    parts = (_conditions, _held_back, in_saelens, _trained, _one_thread, _passes)
     return [text for text in (part(results) for part in parts) if text]
 
 
 def _times(results: str | Path, batch: int) -> str:
     cells = summary(results).loc[batch].apply(_speed_cell, axis=1).unstack("d_sae")
-    title = f"Seconds per step of {batch:,} tokens, and how many times faster than SAELens:"
+    title = (
+        f"Seconds per step of {batch:,} tokens, and how many times faster than SAELens, on "
+        f"{_processors(results)}:"
+    )
     return f"{title}\n\n{_markdown(cells, load(results))}"
+
+
+def _processors(results: str | Path) -> str:
+    """The processors of the records, and what of them is used; all that occur where they differ."""
+    machines = [json.loads(path.read_text())["machine"] for path in _records(results)]
+    return "; ".join(sorted({f"{m['processor']}, {kind(m)}" for m in machines}))
+
+
+def kind(machine: dict) -> str:
+    """Whether products in 8 bits have instructions of their own, which decides a step's time.
+
+    Records that do not name the instruction sets are of machines with AVX-512 VNNI: the compiled
+    step was timed nowhere else then.
+    """
+    if "held_to" in machine:
+        return f"held to {machine['held_to'].upper()}"
+    named = machine.get("instructions", ["AVX-512 VNNI"])
+    return "AVX-512 VNNI" if "AVX-512 VNNI" in named else "no AVX-512 VNNI"
+
+
+def _held_back(results: str | Path) -> str:
+    """The times of a step without newer instruction sets, from the records in `avx2/`, if any."""
+    folder = Path(results) / "avx2"
+    if not any(folder.glob("b*-d*.json")):
+        return ""
+    times = _times(folder, load(folder)["batch"].min())
+    return f"{times}\n\n{_conditions(folder)}"
+
+
+def without_vnni(results: str | Path) -> str:
+    """In a line, how much faster than SAELens' a step is there at the widths of `in_saelens`, from
+    the records in `avx2/`, if any."""
+    folders = Path(results) / "avx2", Path(results) / "in-saelens"
+    if not all(any(folder.glob("b*-d*.json")) for folder in folders):
+        return ""
+    speedups, shown = (summary(folder)["speedup"] for folder in folders)
+    of_step = speedups.xs("saesub-native-sparse_adam", level="contender").droplevel("batch")
+    told = [
+        "–" if np.isnan(ratio) else f"{ratio:.2g}"
+        for ratio in of_step.reindex(shown.index.unique("d_sae"))
+    ]
+    (machine,) = {kind(json.loads(path.read_text())["machine"]) for path in _records(folders[0])}
+    return f"{machine[0].upper()}{machine[1:]}: {' / '.join(told)} with SparseAdam."
 
 
 def _costs(results: str | Path, batch: int) -> str:
@@ -157,7 +195,7 @@ def _markdown(cells: pd.DataFrame, runs: pd.DataFrame) -> str:
         "| | version |" + "".join(f" d_sae {width:,} |" for width in cells.columns),
         "|---|---|" + "---:|" * len(cells.columns),
     ]
-    for name in _ordered(cells.index):
+    for name in ordered(cells.index):
         texts = cells.loc[name].fillna("–")
         lines.append(f"| {name} | {versions.get(name, '?')} | " + " | ".join(texts) + " |")
     return "\n".join(lines)
@@ -206,7 +244,7 @@ def _widest(results: str | Path) -> str:
     at = cells.loc[batch, width]
     told = [
         f"{name} {row.tokens_per_second:,.0f} tokens per second, {row.peak_bytes / 1e9:.1f} GB"
-        for name, row in at.loc[_ordered(at.index)].iterrows()
+        for name, row in at.loc[ordered(at.index)].iterrows()
     ]
     state = 3 * 4 * width * (2 * at["d_in"].iloc[0] + 1) / 1e9  # in float32
     return (
@@ -229,17 +267,14 @@ def in_saelens(results: str | Path) -> str:
     ]
     (machine,) = {_machine(json.loads(path.read_text())) for path in _records(folder)}
     return (
-        f"A step is this many times as fast as with SAELens' class and trainer, at d_sae {widths}: "
+        f"A step is this many times as fast as SAELens', at d_sae {widths}: "
         f"{', '.join(told)} ({machine})."
     )
 
 
 def _machine(record: dict) -> str:
-    settings = record["settings"]
-    return (
-        f"{settings['batch']:,} tokens a step, k 32; {record['machine']['processor']}, "
-        f"AVX-512 VNNI, {settings['threads']} threads"  # without it these contenders do not run
-    )
+    machine, threads = record["machine"], record["settings"]["threads"]
+    return f"{machine['processor']}, {kind(machine)}, {threads} threads"
 
 
 def _one_thread(results: str | Path) -> str:
@@ -308,10 +343,6 @@ def _ratios(seconds: dict[str, list[float]], kind: str) -> str:
     return f"{np.median(each):.2f} [{each.min():.2f}, {each.max():.2f}]"
 
 
-def _ordered(names: pd.Index) -> list[str]:
-    return [name for name in COLOURS if name in set(names)]
-
-
 def figure(results: str | Path) -> Figure:
     """Seconds per step over d_sae, both logarithmic, a panel for each batch; the dashed line is the
     encoder's product alone. A line ends where the next width found no memory."""
@@ -330,7 +361,7 @@ def figure(results: str | Path) -> Figure:
 
 def _panel(axes: Axes, seconds: pd.DataFrame) -> None:
     """`seconds`: d_sae by contender."""
-    for name in _ordered(seconds.columns):
+    for name in ordered(seconds.columns):
         line = seconds[name].dropna()
         axes.plot(
             line.index,
@@ -348,51 +379,7 @@ def _panel(axes: Axes, seconds: pd.DataFrame) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    _label_ends(axes, seconds)
-
-
-def _label_ends(axes: Axes, seconds: pd.DataFrame) -> None:
-    """Name each line at its end, the names moved apart where the ends lie close."""
-    axes.autoscale_view()
-    low, high = np.log(axes.get_ylim())
-    last = seconds.apply(pd.Series.last_valid_index)
-    for width, of_width in last.groupby(last):
-        ends = seconds.loc[width, of_width.index].sort_values()
-        heights = _apart(((np.log(ends) - low) / (high - low)).tolist(), _LABEL_GAP)
-        for name, height in zip(ends.index, heights, strict=True):
-            _label(axes, name, COLOURS[name], (width, height))
-
-
-def _label(axes: Axes, text: str, colour: str, at: tuple[float, float]) -> None:
-    axes.annotate(
-        text,
-        at,  # a width, and a share of the axes' height
-        xycoords=axes.get_xaxis_transform(),
-        xytext=(8, 0),
-        textcoords="offset points",
-        color=colour,
-        fontsize=8.5,
-        va="center",
-        path_effects=[withStroke(linewidth=3, foreground="white")],
-    )
-
-
-def _apart(heights: list[float], gap: float) -> list[float]:
-    """Ascending heights, moved a little, so that neighbours differ by `gap`."""
-    y = np.array(heights)
-    for _ in range(200):
-        for i in range(len(y) - 1):
-            lack = gap - (y[i + 1] - y[i])
-            if lack > 1e-6:
-                y[i], y[i + 1] = y[i] - lack / 2, y[i + 1] + lack / 2
-    return y.tolist()
-
-
-def save_png(made: Figure, path: str | Path) -> None:
-    """Write a figure at 150 dpi with a palette of 64 colours, a fifth of the size without one."""
-    drawn = BytesIO()
-    made.savefig(drawn, dpi=150)
-    Image.open(drawn).convert("RGB").quantize(64).save(path, optimize=True)
+    label_ends(axes, seconds)
 
 
 def with_block(page: str, block: str) -> str:
@@ -407,9 +394,11 @@ def main() -> None:
     results = parser.parse_args().results
     (results / "README.md").write_text(f"# Time of a training step\n\n{markdown_table(results)}")
     save_png(figure(results), results / "speed.png")
+    if (whole := end_to_end_figure(results)) is not None:
+        save_png(whole, results / FIGURE)
     if results.resolve() == RESULTS:
         PAGE.write_text(with_block(PAGE.read_text(), page_block(results)))
-        README.write_text(with_block(README.read_text(), in_saelens(results)))
+        README.write_text(with_block(README.read_text(), readme_block(results)))
     print(markdown_table(results))
 
 

@@ -29,6 +29,25 @@ from saesub.reproduce.report import processor
 ACTIVATIONS = FOLDER / ".cache" / "activations.npy"
 TIMEOUT = 3600  # seconds for one process
 MEMORY_SHARE = 0.9  # of the machine's, beyond which a contender fails
+INSTRUCTIONS = {
+    "avx2": "AVX2",
+    "avx512f": "AVX-512",
+    "avx512_vnni": "AVX-512 VNNI",
+    "avx_vnni": "AVX VNNI",
+    "amx_int8": "AMX",
+    "asimd": "NEON",
+    "asimddp": "NEON dot products",
+}
+"""What the kernel calls an instruction set, and what its maker does."""
+HELD_TO = {
+    "avx2": {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "SAESUB_NATIVE_ISA": "avx2",
+    }
+}
+"""What keeps torch, its libraries and saesub from using newer instruction sets."""
 
 
 def main() -> None:
@@ -56,60 +75,78 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--warm-up", type=int, default=2, help="steps before the timed ones")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME")
-    parser.add_argument("--results", type=Path, default=FOLDER / "results")
-    return parser.parse_args()
+    parser.add_argument("--hold-to", choices=HELD_TO, help="use no newer instruction set")
+    parser.add_argument("--results", type=Path, help="by default results/, or its folder avx2/")
+    args = parser.parse_args()
+    args.results = args.results or FOLDER / "results" / (args.hold_to or "")
+    return args
+
+
+class Record:
+    """A file of the runs of one job (`settings`) on one machine; it is written after each run.
+
+    Raises SystemExit where the file is of another job or machine.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any], about: dict[str, Any]) -> None:
+        self.path, self.settings = path, settings
+        self._record: dict[str, Any] = {"settings": settings, "machine": about, "runs": []}
+        if path.exists():
+            found = json.loads(path.read_text())
+            # Older records do not name the instruction sets.
+            named = {k: v for k, v in about.items() if k in {*found["machine"], "held_to"}}
+            if (found["settings"], found["machine"]) != (settings, named):
+                raise SystemExit(
+                    f"{path} is of other settings or another machine: pass other --results."
+                )
+            self._record = found
+
+    def has(self, contender: str, round_: int = 0) -> bool:
+        """Whether this run has succeeded before."""
+        earlier = self._find(contender, round_)
+        return earlier is not None and "error" not in earlier
+
+    def put(self, contender: str, round_: int, outcome: dict[str, Any]) -> None:
+        """Keep a run, in place of an earlier one that failed."""
+        earlier = self._find(contender, round_)
+        if earlier is not None:
+            self._record["runs"].remove(earlier)
+        self._record["runs"].append({"contender": contender, "round": round_, **outcome})
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path, json.dumps(self._record, indent=1) + "\n")
+
+    def _find(self, name: str, round_: int) -> dict[str, Any] | None:
+        runs = self._record["runs"]
+        return next((r for r in runs if (r["contender"], r["round"]) == (name, round_)), None)
 
 
 class Cell:
-    """The record file of one batch (tokens) and width, and the runs that fill it."""
+    """The record of one batch (tokens) and width, and the runs that fill it."""
 
     def __init__(self, args: argparse.Namespace, batch: int, d_sae: int) -> None:
         self.batch, self.d_sae, self.rounds = batch, d_sae, args.rounds
-        self.path = args.results / f"b{batch}-d{d_sae}.json"
+        self.hold_to = args.hold_to
         settings = {"batch": batch, "d_sae": d_sae}
         settings |= {name: getattr(args, name) for name in ("warm_up", "steps", "threads")}
-        self.record: dict[str, Any] = {"settings": settings, "machine": machine(), "runs": []}
-        if self.path.exists():
-            found = json.loads(self.path.read_text())
-            if (found["settings"], found["machine"]) != (settings, self.record["machine"]):
-                raise SystemExit(
-                    f"{self.path} is of other settings or another machine: pass other --results."
-                )
-            self.record = found
+        path = args.results / f"b{batch}-d{d_sae}.json"
+        self.record = Record(path, settings, machine(args.hold_to))
 
     def run(self, contender: Contender, interpreter: Path, round_: int) -> None:
         """One process, unless it has succeeded before; its record is written at once."""
-        earlier = self._find(contender.name, round_)
-        if earlier is not None and "error" not in earlier:
+        if self.record.has(contender.name, round_):
             return
-        if earlier is not None:
-            self.record["runs"].remove(earlier)
         start = time.monotonic()
         outcome = self._measure(contender, interpreter)
-        self.record["runs"].append({"contender": contender.name, "round": round_, **outcome})
-        self._write()
+        self.record.put(contender.name, round_, outcome)
         self._report(contender.name, round_, outcome, time.monotonic() - start)
 
-    def _find(self, name: str, round_: int) -> dict[str, Any] | None:
-        runs = self.record["runs"]
-        return next((r for r in runs if (r["contender"], r["round"]) == (name, round_)), None)
-
     def _measure(self, contender: Contender, interpreter: Path) -> dict[str, Any]:
-        settings = self.record["settings"]
-        arguments = [_shown(FOLDER / "contenders" / contender.script), *contender.arguments]
-        arguments += ["--activations", _shown(ACTIVATIONS)]
+        settings = self.record.settings
+        arguments = ["--activations", shown(ACTIVATIONS)]
         for option in ("d_sae", "batch", "warm_up", "steps", "threads"):
             arguments += [f"--{option.replace('_', '-')}", str(settings[option])]
         arguments += ["--memory-bytes", str(int(MEMORY_SHARE * memory_bytes()))]
-        provenance = {
-            "command": shlex.join(["python", *arguments]),
-            "commit": commit(),
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        }
-        return {**provenance, **_process([str(interpreter), *arguments], settings["threads"])}
-
-    def _write(self) -> None:
-        write_atomically(self.path, json.dumps(self.record, indent=1) + "\n")
+        return process(contender, interpreter, arguments, settings["threads"], self.hold_to)
 
     def _report(self, name: str, round_: int, outcome: dict[str, Any], wall: float) -> None:
         where = f"batch {self.batch}  d_sae {self.d_sae}  round {round_ + 1}/{self.rounds}"
@@ -121,14 +158,41 @@ class Cell:
         print(f"{where}  {name:25} {what}  ({wall:.0f} s)", flush=True)
 
 
-def _process(command: list[str], threads: int) -> dict[str, Any]:
-    """A contender's JSON line, or {"error": its last word}."""
+def process(
+    contender: Contender,
+    interpreter: Path,
+    arguments: list[str],
+    threads: int,
+    hold_to: str | None = None,
+    clock: bool = False,
+) -> dict[str, Any]:
+    """Command, commit, date, and a contender's JSON line or {"error": its last word}.
+
+    With `clock` the contender is told when it was started, by `time.monotonic`.
+    """
+    command = [shown(FOLDER / "contenders" / contender.script), *contender.arguments, *arguments]
+    provenance = {
+        "command": shlex.join(["python", *command]),
+        "commit": commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    started = ["--started", str(time.monotonic())] if clock else []
+    outcome = _outcome([str(interpreter), *command, *started], threads, hold_to)
+    if hold_to is not None and outcome.get("cpu_capability") != hold_to.upper():
+        used = outcome.get("cpu_capability")
+        outcome = {"error": outcome.get("error", f"torch used {used} though held to {hold_to}")}
+    return {**provenance, **outcome}
+
+
+def _outcome(command: list[str], threads: int, hold_to: str | None) -> dict[str, Any]:
     environment = os.environ | {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "HF_HUB_OFFLINE": "1",
         "WANDB_MODE": "disabled",
     }
+    if hold_to is not None:
+        environment |= HELD_TO[hold_to]
     try:
         done = subprocess.run(
             command,
@@ -154,9 +218,10 @@ def _last_word(stderr: str) -> str:
     return (raised or lines)[-1]
 
 
-def _shown(path: Path) -> str:
+def shown(path: Path) -> str:
     """`path` from the repository's root, where the contenders run."""
-    return path.relative_to(FOLDER.parent).as_posix()
+    inside = path.is_relative_to(FOLDER.parent)
+    return (path.relative_to(FOLDER.parent) if inside else path).as_posix()
 
 
 def memory_bytes() -> int:
@@ -164,14 +229,27 @@ def memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def machine() -> dict[str, Any]:
+def machine(hold_to: str | None = None) -> dict[str, Any]:
     """What decides the times, but for what else the machine is doing."""
-    return {
+    about = {
         "processor": processor(),
+        "instructions": instructions(),
         "cores": os.cpu_count(),
         "memory_gb": round(memory_bytes() / 1e9),
         "system": f"{platform.system()} {platform.machine()}",
     }
+    return about if hold_to is None else about | {"held_to": hold_to}
+
+
+def instructions() -> list[str]:
+    """The processor's instruction sets, of those that decide a step's time."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        flags = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE)
+        found = set(flags[1].split() if flags else [])
+    else:
+        found = {"asimd"} if platform.machine() == "arm64" else set()
+    return [name for flag, name in INSTRUCTIONS.items() if flag in found]
 
 
 def commit() -> str:

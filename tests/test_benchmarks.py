@@ -15,19 +15,22 @@ from saesub.reproduce.report import processor
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+sys.path.insert(0, str(ROOT / "benchmarks"))
 report = runpy.run_path(str(ROOT / "benchmarks" / "report.py"))
+sys.path.remove(str(ROOT / "benchmarks"))
 
 
 def _name(record: Path) -> str:
     return record.relative_to(RESULTS).as_posix()
 
 
-def test_the_page_shows_the_committed_records():
-    page = (ROOT / "docs" / "speed.md").read_text()
-    block = report["page_block"](RESULTS)
-    assert "saesub-native-adam" in block
-    assert block in page
-    assert report["with_block"](page, block) == page
+def test_the_pages_show_the_committed_records():
+    shown = {"docs/speed.md": report["page_block"], "README.md": report["readme_block"]}
+    for name, made in shown.items():
+        page, block = (ROOT / name).read_text(), made(RESULTS)
+        assert "SparseAdam" in block
+        assert block in page
+        assert report["with_block"](page, block) == page
     assert (RESULTS / "README.md").read_text().endswith(report["markdown_table"](RESULTS))
 
 
@@ -66,11 +69,14 @@ def test_a_passes_ratios_are_those_within_each_round():
     assert report["_ratios"](seconds, "harvest") == "1.50 [1.00, 2.00]"
 
 
-def _write(folder, d_sae, *runs, warm_up=2):
+EPYC = {"processor": "EPYC", "cores": 2, "memory_gb": 25, "system": "Linux"}
+
+
+def _write(folder, d_sae, *runs, warm_up=2, machine=EPYC):
     settings = {"batch": 2048, "d_sae": d_sae, "steps": 1, "threads": 2, "warm_up": warm_up}
     record = {
         "settings": settings,
-        "machine": {"processor": "EPYC", "cores": 2, "memory_gb": 25, "system": "Linux"},
+        "machine": machine,
         "runs": [{"round": 0} | run for run in runs],
     }
     folder.mkdir(exist_ok=True)
@@ -185,10 +191,81 @@ def test_a_contenders_peak_memory_is_not_its_parents():
     held = bytearray(2 * 10**9)
     held[::4096] = b"x" * len(held[::4096])  # resident
     said = subprocess.run(
-        [sys.executable, "-c", "import harness; print(harness._peak_bytes())"],
+        [sys.executable, "-c", "import harness; print(harness.peak_bytes())"],
         env=os.environ | {"PYTHONPATH": str(ROOT / "benchmarks" / "contenders")},
         capture_output=True,
         text=True,
         check=True,
     )
     assert 10**7 < int(said.stdout) < len(held) / 2
+
+
+def test_a_record_is_of_one_machine_whatever_older_records_say_of_it(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    make = runpy.run_path(str(ROOT / "benchmarks" / "run.py"))["Record"]
+    old = {"processor": "EPYC", "cores": 2}
+    now, path = old | {"instructions": ["AVX2"]}, tmp_path / "new" / "b1-d2.json"
+    make(path, {"batch": 1}, old).put("sparsify", 0, {"error": "no memory"})
+    record = make(path, {"batch": 1}, now)
+    assert not record.has("sparsify")
+    record.put("sparsify", 0, {"seconds": [1.0]})
+    again = make(path, {"batch": 1}, now)
+    assert again.has("sparsify")
+    assert not again.has("sparsify", 1)
+    assert len(json.loads(path.read_text())["runs"]) == 1
+    others = [old | {"cores": 4}, now | {"held_to": "avx2"}]
+    for settings, about in [({"batch": 2}, now), *(({"batch": 1}, other) for other in others)]:
+        with pytest.raises(SystemExit, match="pass other --results"):
+            make(path, settings, about)
+    held = tmp_path / "held.json"
+    make(held, {}, others[1]).put("sparsify", 0, {})
+    with pytest.raises(SystemExit, match="pass other --results"):
+        make(held, {}, now)
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("flags\t\t: fpu avx2 avx512f avx512_vnni", ["AVX2", "AVX-512", "AVX-512 VNNI"]),
+        ("flags\t\t: fpu avx2 avx_vnni", ["AVX2", "AVX VNNI"]),
+        ("Features\t: fp asimd asimddp", ["NEON", "NEON dot products"]),
+        ("vendor_id\t: x", []),
+    ],
+)
+def test_records_name_the_instruction_sets(monkeypatch, line, named):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    run = runpy.run_path(str(ROOT / "benchmarks" / "run.py"))
+    monkeypatch.setattr(Path, "is_file", lambda path: True)
+    monkeypatch.setattr(Path, "read_text", lambda path: f"processor\t: 0\n{line}\n")
+    assert run["instructions"]() == named
+
+
+def test_what_was_not_held_is_no_record_of_it(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    run = runpy.run_path(str(ROOT / "benchmarks" / "run.py"))
+    for used, told in [("AVX2", None), ("AVX512", "torch used AVX512 though held to avx2")]:
+        outcome = {"seconds": [1.0], "cpu_capability": used}
+        monkeypatch.setitem(run["process"].__globals__, "_outcome", lambda *_, o=outcome: o)
+        contender = run["CONTENDERS"][0]
+        found = run["process"](contender, Path("python"), [], 2, "avx2")
+        assert found.get("error") == told
+
+
+def test_each_kind_of_processor_has_a_table_of_its_own(tmp_path):
+    held = EPYC | {"instructions": ["AVX2", "AVX-512 VNNI"], "held_to": "avx2"}
+    fast = [_timed("sae-lens", 8.0), _timed("saesub-native-sparse_adam", 1.0)]
+    more = [_timed("saesub-saelens-adam", 3.0), _timed("saesub-native-adam", 2.0)]
+    slow = [_timed("sae-lens", 8.0), _timed("saesub-native-sparse_adam", 2.0)]
+    _write(tmp_path, 10, *fast)
+    assert report["_held_back"](tmp_path) == report["without_vnni"](tmp_path) == ""
+    _write(tmp_path / "avx2", 10, *slow, machine=held)
+    _write(tmp_path / "in-saelens", 10, *fast, *more)
+    _write(tmp_path / "in-saelens", 20, *fast, *more)
+    block = report["page_block"](tmp_path)
+    first, second = (line for line in block.splitlines() if line.startswith("Seconds per step"))
+    assert first.endswith("on EPYC, AVX-512 VNNI:")
+    assert second.endswith("on EPYC, held to AVX2:")
+    assert "| saesub-native-sparse_adam | ? | 1.00 s (8×) |" in block
+    assert "| saesub-native-sparse_adam | ? | 2.00 s (4×) |" in block
+    assert report["without_vnni"](tmp_path) == "Held to AVX2: 4 / – with SparseAdam."
+    assert report["kind"]({"instructions": ["AVX2"]}) == "no AVX-512 VNNI"

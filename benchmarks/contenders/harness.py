@@ -50,7 +50,7 @@ def main(name: str, make: Make, package: str = "torch") -> None:
         "batch": args.batch,
         "threads": torch.get_num_threads(),
         "seconds": seconds,
-        "peak_bytes": _peak_bytes(),
+        "peak_bytes": peak_bytes(),
     }
     print(json.dumps(record), flush=True)
 
@@ -132,7 +132,7 @@ def _limit_memory(n_bytes: int | None) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (n_bytes, n_bytes))
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
     """Peak resident memory of this process so far, in bytes."""
     status = Path("/proc/self/status")
     if status.is_file():  # getrusage's would be the parent's, where that had more

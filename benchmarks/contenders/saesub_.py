@@ -20,8 +20,8 @@ PATH, OPTIMIZER = VARIANT.split("-")  # saelens, torch or native; adam or sparse
 
 def make(d_in: int, d_sae: int, k: int, batch: int, seed: int) -> harness.Step:
     """One step of saesub's TopK training on x (batch, d_in)."""
-    if PATH != "torch" and not bool(cpu_library.instructions()):
-        raise RuntimeError("the compiled step with its 8-bit search is not to be had here")
+    if PATH != "torch" and cpu_library.library() is None:
+        raise RuntimeError("there is no compiled step here")
     sae = untrained(d_in, d_sae, k, seed)
     if PATH == "saelens":
         return stepper(SAETrainer(trainer_config(batch), use_sparse_step(sae), iter(())))
