@@ -86,9 +86,10 @@ class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CON
         backend: how a TopK step is computed. A sparse SAE keeps its own `search_name` under "auto".
             "auto": on the CPU the compiled step with its 8-bit candidate search, in the active
             subspace of the tokens where that costs less (`sae.in_subspace = False` turns that
-            off), if there is a C++ compiler; on a GPU the Triton kernels, once `saesub check-gpu` has found them right
-            there; else torch operators. The search alone is compiled if a mitigation adds to the
-            loss, weights are frozen, or the optimizer is another than Adam and `SparseAdam`.
+            off), if there is a C++ compiler; on a GPU the Triton kernels, once `saesub check-gpu`
+            has found them right there; else torch operators. The search alone is compiled if a
+            mitigation adds to the loss, weights are frozen, or the optimizer is another than Adam
+            and `SparseAdam`.
             "torch": torch operators alone, which on a CPU with AVX-512 VNNI search in 8 bits too.
             "exact_search": as "auto" with the whole float32 product for the search. "triton": the
             Triton kernels, checked or not. "dense": SAELens' own step.
