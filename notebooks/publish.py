@@ -487,7 +487,7 @@ def cost_table(records: dict, registry: dict) -> str:
             f"`{COMMANDS[profile]}`",
             _time(seconds),
             memory_text({"cpu": max(peaks)}) if peaks else "not recorded",
-            f"{_fetched(profile, registry) / 1e9:.1f} GB of models and texts",
+            f"{_fetched(profile, registry) / 1e9:.1f} GB",
             f"{'; '.join(machines)}, no GPU",
         )
         lines.append(f"| {' | '.join(cells)} |")
