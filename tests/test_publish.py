@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 from pathlib import Path
 
 import nbformat
 import pandas as pd
 import pytest
-from nbformat.v4 import new_code_cell, new_notebook, new_output
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
 from saesub.errors import SaesubError
@@ -367,3 +368,36 @@ def test_a_wide_runs_conditions_stand_under_their_start_and_beside_their_rate():
         "| 4,096 | 1,000 | Adam | 0.0005 | not run | 40.00 % dead, FVU 0.0400 | not run "
         "| 50.00 % dead, FVU 0.0500 |",
     ]
+
+
+def test_a_quick_run_leaves_its_record_and_the_outputs_as_they_are(tmp_path, monkeypatch):
+    head = "# T\n\nRun time at `full`, whose outputs are shown: 12 min on 2 CPU threads."
+    shown = new_code_cell("1 + 1", outputs=[new_output("stream", text="of full")])
+    cells = [new_markdown_cell(head), new_code_cell("%pip install it"), shown]
+    for folder in ("notebooks", "quick/notebooks", "quick/runs", "data/results/quick"):
+        (tmp_path / folder).mkdir(parents=True)
+    source = tmp_path / "notebooks" / "00_tour.ipynb"
+    nbformat.write(new_notebook(cells=cells), source)
+    injected = new_code_cell('PROFILE = "quick"', metadata={"tags": ["injected-parameters"]})
+    ran = [injected, cells[1], new_code_cell("1 + 1")]
+    nbformat.write(new_notebook(cells=ran), tmp_path / "quick" / "notebooks" / "00_tour.ipynb")
+    stamp = {"error": "", "facts": RECORDED["run"], "seconds": 119.6, "peak_memory": {"cpu": 10**9}}
+    (tmp_path / "quick" / "runs" / "00_tour.json").write_text(json.dumps(stamp))
+    written = {"ROOT": tmp_path, "RESULTS": tmp_path / "data" / "results"}
+    written |= {"write_pages": list, "read_records": lambda: {"full": {"00_tour": RECORDED}}}
+    for name, value in written.items():
+        monkeypatch.setitem(publish["publish"].__globals__, name, value)
+
+    publish["publish"](tmp_path / "quick")
+    record = json.loads((tmp_path / "data" / "results" / "quick" / "run.json").read_text())
+    assert record["00_tour"] == {
+        "run": RECORDED["run"],
+        "seconds": 120,
+        "peak_memory": {"cpu": 10**9},
+        "claims": [],
+    }
+    kept = nbformat.read(source, as_version=4).cells
+    assert kept[0].source.startswith("# T\n\nRun time at `quick`: 2 min. Run time at `full`, whose")
+    assert kept[2].outputs[0].text == "of full"
+    with pytest.raises(SaesubError, match="no published profile"):
+        publish["publish"](tmp_path / "smoke")
