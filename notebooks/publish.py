@@ -1,9 +1,13 @@
-"""Take over a `quick` run: executed notebooks, claims, and what the README and docs/ show of them.
+"""Take over a `full` run: executed notebooks, claims, and what the README and docs/ show of them.
 
-    saesub reproduce --profile quick && python notebooks/publish.py results/quick
+    saesub reproduce --profile full && python notebooks/publish.py results/full
 
 A run of some notebooks only is taken over too: the record keeps what it has of the others, and
 `--seed` gives the run their claims, so that the scorecard can be run with all of them.
+
+    saesub reproduce && python notebooks/publish.py results/quick
+
+takes over what a `quick` run measured and took, and leaves the notebooks' outputs as they are.
 
     python notebooks/publish.py --pages
 
@@ -44,25 +48,30 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
-STUDIES = ROOT / "data" / "results" / "studies"
-RECORD_FILE = ROOT / "data" / "results" / "quick" / "run.json"
-FIGURE_FILE = ROOT / "data" / "results" / "dead_by_hook_point.png"
+RESULTS = ROOT / "data" / "results"
+SHOWN = "full"  # the profile whose outputs the notebooks show
+COMMANDS = {"quick": "make reproduce", SHOWN: f"PROFILE={SHOWN} make reproduce"}
+STUDIES = RESULTS / "studies"
+FIGURE_FILE = RESULTS / "dead_by_hook_point.png"
 WIDE = ("long", "million", "scaled")  # the studies of the table of wide dictionaries
-FAULTS_FILE = ROOT / "data" / "results" / "faults.json"
-ARCHITECTURES_FILE = ROOT / "data" / "results" / "architectures.json"
+FAULTS_FILE = RESULTS / "faults.json"
+ARCHITECTURES_FILE = RESULTS / "architectures.json"
 REGISTRY = ROOT / "data" / "registry.toml"
 ERROR_INDEX = runpy.run_path(str(ROOT / "notebooks" / "error_index.py"))
-# The packaged files that the notebooks ask for at `quick`, by kind.
+# The packaged files that the notebooks ask for at `full`, by kind, and those of them that `quick`
+# leaves out.
 FETCHED = {
     "models": ("smollm2-135m", "gemma3-270m", "qwen2.5-coder-0.5b"),
     "corpora": ("wiki-en", "wiki-fr", "wiki-es", "recipes-en", "science-docs"),
     "encoders": ("all-minilm-l6-v2", "all-mpnet-base-v2", "whisper-base"),
     "recordings": ("speech-en",),
 }
+NOT_AT_QUICK = ("qwen2.5-coder-0.5b", "all-mpnet-base-v2")
 MODEL_NAMES = {"smollm2-135m": "SmolLM2-135M", "gemma3-270m": "Gemma-3-270M"}
 WIDTHS = {"smollm2-135m": 576, "gemma3-270m": 640}
 _RUN_TIME = re.compile(
-    r"(?P<head>Run time at `quick`: )[^.;,]*"
+    r"(?:Run time at `quick`: [^.]*\. )?"
+    rf"(?P<head>Run time at `{SHOWN}`, whose outputs are shown: )[^.;,]*"
     r"(?P<memory>,(?: with)? \d+ GB of memory"
     r"|, peak memory (?:[\d.]+ GB(?: of GPU memory)?(?:, )?)+"
     r"(?: \(on a T4[^)]*\))?)?"
@@ -70,17 +79,20 @@ _RUN_TIME = re.compile(
 
 
 def publish(run: Path) -> None:
-    """Copy a finished `quick` run into the repository.
+    """Copy a finished `full` run into the repository, or what a `quick` run measured and took.
 
-    Raises SaesubError if a notebook was never run, failed, ran at another profile, or ran other
-    code than the repository's.
+    Raises SaesubError for another profile's folder, and if a notebook was never run, failed, ran at
+    another profile, or ran other code than the repository's.
     """
-    record, taken = json.loads(RECORD_FILE.read_text()), {}
+    profile, records, taken = run.resolve().name, read_records(), {}
+    if profile not in COMMANDS:
+        raise SaesubError(f"{run} is of no published profile: give one of {', '.join(COMMANDS)}")
+    record = records.get(profile, {})
     for source in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")):
         if not (run / "runs" / f"{source.stem}.json").is_file() and source.stem in record:
             continue
         stamp = _stamp(run, source.stem)
-        taken[source] = _executed(run / "notebooks" / source.name, source)
+        taken[source] = _executed(run / "notebooks" / source.name, source, profile)
         number = source.stem.split("_")[0]
         record[source.stem] = {
             "run": stamp["facts"],
@@ -88,12 +100,24 @@ def publish(run: Path) -> None:
             "peak_memory": stamp.get("peak_memory", {}),
             "claims": [row for row in claims.collect(run) if row["notebook"] == number],
         }
+    records[profile] = dict(sorted(record.items()))
     for source, notebook in taken.items():
-        nbformat.write(notebook, source)
-        write_first_cell(source, record[source.stem])
-    record = dict(sorted(record.items()))
-    write_record(record)
-    write_pages(record)
+        if profile == SHOWN:
+            nbformat.write(notebook, source)
+        write_first_cell(source, records)
+    write_record(profile, records[profile])
+    write_pages(records)
+
+
+def record_file(profile: str) -> Path:
+    """Where the record of a profile's run is committed."""
+    return RESULTS / profile / "run.json"
+
+
+def read_records() -> dict[str, dict]:
+    """What is known of every notebook's run at each profile that was recorded."""
+    files = {profile: record_file(profile) for profile in COMMANDS}
+    return {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
 
 
 def pages() -> list[Path]:
@@ -101,30 +125,32 @@ def pages() -> list[Path]:
     return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def write_pages(record: dict) -> None:
+def write_pages(records: dict) -> None:
     """Writes the README, the pages in docs/ and the README's figure again from the records."""
     study = (STUDIES / "d_init.json").read_bytes()
     save_figure(readme_figure(json.loads(study)), study)
     for page in pages():
-        write_atomically(page, with_tables(page.read_text(), record))
+        write_atomically(page, with_tables(page.read_text(), records))
 
 
-def write_record(record: dict) -> None:
-    """Writes what is known of every notebook's run at `quick`."""
-    write_atomically(RECORD_FILE, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+def write_record(profile: str, record: dict) -> None:
+    """Commits what is known of every notebook's run at a profile."""
+    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(record_file(profile), text)
 
 
-def write_first_cell(source: Path, recorded: dict) -> None:
-    """Puts time and memory of the recorded run into a notebook's first cell."""
+def write_first_cell(source: Path, records: dict) -> None:
+    """Puts time and memory of the recorded runs into a notebook's first cell."""
     notebook = nbformat.read(source, as_version=4)
     first = notebook.cells[0]
-    first.source = with_run_time(first.source, recorded)
+    quick = records.get("quick", {}).get(source.stem)
+    first.source = with_run_time(first.source, records[SHOWN][source.stem], quick)
     write_atomically(source, nbformat.writes(notebook) + "\n")
 
 
 def seed(run: Path) -> None:
     """Give a run the recorded claims of the notebooks that it leaves out."""
-    for name, recorded in json.loads(RECORD_FILE.read_text()).items():
+    for name, recorded in read_records()[SHOWN].items():
         path = run / f"claims_{name.split('_')[0]}.json"
         if recorded["claims"] and not path.is_file():
             write_atomically(path, json.dumps(recorded["claims"], indent=1, ensure_ascii=False))
@@ -140,12 +166,12 @@ def _stamp(run: Path, name: str) -> dict:
     return stamp
 
 
-def _executed(path: Path, source: Path) -> nbformat.NotebookNode:
+def _executed(path: Path, source: Path, profile: str) -> nbformat.NotebookNode:
     """The repository's notebook with the outputs of its executed copy."""
     ran, kept = nbformat.read(path, as_version=4), nbformat.read(source, as_version=4)
-    profile = [c.source for c in ran.cells if "injected-parameters" in c.metadata.get("tags", [])]
-    if not any('"quick"' in text for text in profile):
-        raise SaesubError(f"{path} did not run at the quick profile")
+    given = [c.source for c in ran.cells if "injected-parameters" in c.metadata.get("tags", [])]
+    if not any(f'"{profile}"' in text for text in given):
+        raise SaesubError(f"{path} did not run at the {profile} profile: run it again")
     ran = cleaned(ran)
     outputs, code = ([c for c in nb.cells if c.cell_type == "code"] for nb in (ran, kept))
     # The first code cell, made by links.py, installs saesub: a run that has it skips that line.
@@ -156,8 +182,9 @@ def _executed(path: Path, source: Path) -> nbformat.NotebookNode:
     return kept
 
 
-def with_run_time(text: str, recorded: dict) -> str:
-    """A notebook's first cell with the time and memory that its recorded run took.
+def with_run_time(text: str, recorded: dict, quick: dict | None = None) -> str:
+    """A notebook's first cell with the time and memory that its recorded run took, after the time
+    at `quick` where that is recorded.
 
     What a T4 takes is an estimate, and called one: the same float32 tensors lie on the GPU instead
     of in the machine's memory, and a GPU is no slower at the same products than two CPU cores.
@@ -170,7 +197,8 @@ def with_run_time(text: str, recorded: dict) -> str:
         took += "" if "gpu" in peak else " (on a T4 of 16 GB, by estimate, no more of either)"
     elif kept := _RUN_TIME.search(text):
         took += kept["memory"] or ""
-    return _RUN_TIME.sub(lambda found: found["head"] + took, text)
+    at_quick = f"Run time at `quick`: {_time(quick['seconds'])}. " if quick else ""
+    return _RUN_TIME.sub(lambda found: at_quick + found["head"] + took, text)
 
 
 def cleaned(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
@@ -195,20 +223,20 @@ def cleaned(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     return notebook
 
 
-def with_tables(page: str, record: dict) -> str:
+def with_tables(page: str, records: dict) -> str:
     """A page with the text between its `<!-- name -->` marks made anew from the records.
 
     Links lead from README.md in the tables that it shows, and from docs/ in all others.
     """
-    rows = [row for recorded in record.values() for row in recorded["claims"]]
+    rows = [row for recorded in records[SHOWN].values() for row in recorded["claims"]]
     d_init = json.loads((STUDIES / "d_init.json").read_text())
     tables = {
         "summary": summary_table(rows),
         "figure": figure_caption(d_init),
-        "cost": cost_table(record, tomllib.loads(REGISTRY.read_text(encoding="utf-8"))),
-        "titles": _titles(record),
+        "cost": cost_table(records, tomllib.loads(REGISTRY.read_text(encoding="utf-8"))),
+        "titles": _titles(records),
         "findings": claims.scorecard(rows).markdown(),
-        "notebooks": _notebook_table(record),
+        "notebooks": _notebook_table(records),
         "sweep": sweep_table(d_init),
         "starts": starts_table(d_init),
         "norm": norm_sentence(json.loads((STUDIES / "defaults.json").read_text())),
@@ -447,27 +475,34 @@ def digest(study: bytes) -> str:
     return hashlib.sha256(study).hexdigest()
 
 
-def cost_table(record: dict, registry: dict) -> str:
-    """What running all notebooks takes, as far as it is recorded."""
-    seconds = sum(recorded["seconds"] for recorded in record.values())
-    peaks = [r["peak_memory"]["cpu"] for r in record.values() if "cpu" in r["peak_memory"]]
-    facts = [fact for recorded in record.values() for fact in recorded["run"] if "cores" in fact]
-    machines = sorted({re.sub(r" \(family[^)]*\)|, \d+ threads?$", "", fact) for fact in facts})
-    fetched = sum(
+def cost_table(records: dict, registry: dict) -> str:
+    """What running all notebooks takes at each profile, as far as it is recorded."""
+    lines = ["| Command | Time | Peak memory | Download | Measured on |", "|---|---|---|---|---|"]
+    for profile, record in records.items():
+        seconds = sum(recorded["seconds"] for recorded in record.values())
+        peaks = [r["peak_memory"]["cpu"] for r in record.values() if "cpu" in r["peak_memory"]]
+        facts = [fact for r in record.values() for fact in r["run"] if "cores" in fact]
+        machines = sorted({re.sub(r" \(family[^)]*\)|, \d+ threads?$", "", f) for f in facts})
+        cells = (
+            f"`{COMMANDS[profile]}`",
+            _time(seconds),
+            memory_text({"cpu": max(peaks)}) if peaks else "not recorded",
+            f"{_fetched(profile, registry) / 1e9:.1f} GB",
+            f"{'; '.join(machines)}, no GPU",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _fetched(profile: str, registry: dict) -> int:
+    """Bytes of the packaged files that the notebooks ask for."""
+    return sum(
         file["size"]
         for kind, names in FETCHED.items()
         for name in names
+        if profile == SHOWN or name not in NOT_AT_QUICK
         for file in registry[kind][name].get("files", [])
     )
-    cells = (
-        "`make reproduce`",
-        f"{seconds // 3600} h {seconds % 3600 // 60} min",
-        memory_text({"cpu": max(peaks)}) if peaks else "not recorded",
-        f"{fetched / 1e9:.1f} GB of models and texts",
-        f"{'; '.join(machines)}, no GPU",
-    )
-    head = "| Command | Time | Peak memory | Download | Measured on |"
-    return "\n".join([head, "|---" * len(cells) + "|", f"| {' | '.join(cells)} |"])
 
 
 def sweep_table(study: dict) -> str:
@@ -593,13 +628,21 @@ def architectures_table(found: dict[str, dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
-def _titles(record: dict) -> str:
+def _titles(records: dict) -> str:
     """The notebooks' titles and times."""
-    lines = ["| Notebook | Time at `quick` |", "|---|---|"]
-    for name, recorded in sorted(record.items()):
+    columns = ["Notebook", *(f"Time at `{profile}`" for profile in records)]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for name in sorted(records[SHOWN]):
         title, _ = _opening(_first_cell(name))
-        lines.append(f"| [{title}](notebooks/{name}.ipynb) | {_time(recorded['seconds'])} |")
+        cells = [f"[{title}](notebooks/{name}.ipynb)", *_times(records, name)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _times(records: dict, name: str) -> list[str]:
+    """A notebook's time at each recorded profile."""
+    runs = [record.get(name) for record in records.values()]
+    return [_time(recorded["seconds"]) if recorded else "–" for recorded in runs]
 
 
 def _first_cell(name: str) -> str:
@@ -607,20 +650,22 @@ def _first_cell(name: str) -> str:
     return notebook.cells[0].source
 
 
-def _notebook_table(record: dict) -> str:
-    peaks = {name: memory_text(recorded["peak_memory"]) for name, recorded in record.items()}
-    columns = ["Notebook", "Claim", "Time at `quick`"]
-    columns += ["Peak memory"] if any(peaks.values()) else []
+def _notebook_table(records: dict) -> str:
+    peaks = {name: memory_text(r["peak_memory"]) for name, r in records[SHOWN].items()}
+    columns = ["Notebook", "Claim", *(f"Time at `{profile}`" for profile in records)]
+    columns += [f"Peak memory at `{SHOWN}`"] if any(peaks.values()) else []
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for name, recorded in sorted(record.items()):
+    for name in sorted(records[SHOWN]):
         title, claim = _opening(_first_cell(name))
-        cells = [f"[{title}](../notebooks/{name}.ipynb)", claim, _time(recorded["seconds"])]
+        cells = [f"[{title}](../notebooks/{name}.ipynb)", claim, *_times(records, name)]
         cells += [peaks[name] or "–"] * (len(columns) - len(cells))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def _time(seconds: float) -> str:
+    if seconds >= 3600:
+        return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:.0f} min"
     return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
@@ -634,9 +679,9 @@ def _opening(source: str) -> tuple[str, str]:
 def main(arguments: Sequence[str]) -> None:
     """Publishes a run; or gives it recorded claims (`--seed`), or writes the pages (`--pages`)."""
     folders = [argument for argument in arguments if not argument.startswith("--")]
-    run = Path(*(folders or [ROOT / "results" / "quick"]))
+    run = Path(*(folders or [ROOT / "results" / SHOWN]))
     if "--pages" in arguments:
-        write_pages(json.loads(RECORD_FILE.read_text()))
+        write_pages(read_records())
     elif "--seed" in arguments:
         seed(run)
     else:

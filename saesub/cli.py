@@ -62,8 +62,8 @@ def _parser() -> argparse.ArgumentParser:
     running.add_argument(
         "--profile",
         default="quick",
-        metavar="smoke|quick|paper",
-        help="how much to run: minutes, hours, or a GPU's work (default: quick)",
+        metavar="smoke|quick|full|paper",
+        help="how much to run: minutes, an hour, hours, or a GPU's work (default: quick)",
     )
     running.add_argument(
         "--notebook", nargs="+", action="extend", default=[], metavar="NN", help="only these"

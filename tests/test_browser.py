@@ -30,7 +30,7 @@ pytestmark = [
     ),
 ]
 ROOT = Path(__file__).resolve().parent.parent
-RECORD = json.loads((ROOT / "data" / "results" / "quick" / "run.json").read_text())
+RECORD = json.loads((ROOT / "data" / "results" / "full" / "run.json").read_text())
 NAMES = ("00_tour", "05_active_subspace_init")
 RAW_WIDGETS = ("HBox(", "FloatProgress(", "IntProgress(", "VBox(")  # what a widget is as text
 PHONE, DESKTOP = 390, 1280
@@ -116,7 +116,7 @@ def _report(notebooks: Path, path: Path) -> Path:
     names = [p.stem for p in sorted(notebooks.glob("[0-9]*.ipynb"))]
     runs = [Outcome(name, "", RECORD[name]["seconds"]) for name in names]
     rows = [row for recorded in RECORD.values() for row in recorded["claims"]]
-    path.write_text(report_page(notebooks, "quick", claims.scorecard(rows), runs), encoding="utf-8")
+    path.write_text(report_page(notebooks, "full", claims.scorecard(rows), runs), encoding="utf-8")
     return path
 
 

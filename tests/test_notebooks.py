@@ -14,6 +14,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from saesub.reproduce.runner import PROFILES
+
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 
@@ -57,6 +59,39 @@ def test_the_opening_cells(path):
     assert "PROFILE" in parameters.source
 
 
+def _settings(path: Path, profile: str) -> dict:
+    """What a notebook's cell of settings defines at a profile."""
+    cell = next(cell for cell in _code(path) if "[PROFILE]" in cell.source)
+    names: dict = {"PROFILE": profile}
+    exec(cell.source, names)
+    return names
+
+
+SETTLED = [path for path in NOTEBOOKS if not path.stem.startswith("10_")]  # it has no settings
+
+
+@pytest.mark.parametrize("path", SETTLED, ids=lambda path: path.stem)
+def test_every_profile_has_settings(path):
+    assert all(_settings(path, profile) for profile in PROFILES)
+
+
+@pytest.mark.parametrize("profile", ["quick", "full"])
+def test_the_notebooks_that_train_share_one_store(profile):
+    training = [path for path in NOTEBOOKS if "04" <= path.stem[:2] <= "09"]
+    found = [_settings(path, profile) for path in training]
+    tokens = {s["settings"]["n_tokens"] if "settings" in s else s["n_tokens"] for s in found}
+    assert len(tokens) == 1
+
+
+def test_the_first_cell_asks_for_the_profile_that_is_run_by_default():
+    assert all(
+        cell.source.startswith('PROFILE = "quick"')
+        for path in NOTEBOOKS
+        for cell in _code(path)
+        if "parameters" in cell.metadata.get("tags", [])
+    )
+
+
 def _environment(installed: Path) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(installed), "PYTHONSAFEPATH": "1"}
 
@@ -85,5 +120,6 @@ def test_a_notebook_runs_from_the_wheel(path, installed, tmp_path):
     outputs = [out for cell in executed.cells for out in cell.get("outputs", [])]
     assert not [out for out in outputs if out.output_type == "error"]
     assert any("saesub-claims" in out.get("data", {}).get("text/html", "") for out in outputs)
-    if "claims.compare(" in _code(path)[-1].source:
-        assert json.loads((results / "claims.json").read_text(encoding="utf-8"))
+    claimed = json.loads((results / "claims.json").read_text(encoding="utf-8"))
+    recorded = json.loads((ROOT / "data/results/full/run.json").read_text(encoding="utf-8"))
+    assert [row["id"] for row in claimed] == [row["id"] for row in recorded[path.stem]["claims"]]

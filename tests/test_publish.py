@@ -9,7 +9,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
-from nbformat.v4 import new_code_cell, new_notebook, new_output
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
 from saesub.errors import SaesubError
@@ -17,10 +17,9 @@ from saesub.reproduce import claims, claims_table, paper_claims
 from saesub.reproduce.plots import dead_by_hook_point
 
 ROOT = Path(__file__).resolve().parent.parent
-RECORD = ROOT / "data" / "results" / "quick" / "run.json"
 publish = runpy.run_path(str(ROOT / "notebooks" / "publish.py"))
-
-
+RECORDS = publish["read_records"]()
+FULL = RECORDS["full"]
 D_INIT = ROOT / "data" / "results" / "studies" / "d_init.json"
 
 
@@ -28,7 +27,7 @@ D_INIT = ROOT / "data" / "results" / "studies" / "d_init.json"
 def test_every_page_shows_the_committed_records(page):
     text = page.read_text()
     told = "run `python notebooks/publish.py --pages`"
-    assert publish["with_tables"](text, json.loads(RECORD.read_text())) == text, told
+    assert publish["with_tables"](text, RECORDS) == text, told
 
 
 @pytest.mark.parametrize(
@@ -51,7 +50,7 @@ def test_the_readmes_figure_is_drawn_from_the_committed_record():
         assert figure.info["Description"] == publish["digest"](D_INIT.read_bytes())
 
 
-ROWS = [row for recorded in json.loads(RECORD.read_text()).values() for row in recorded["claims"]]
+ROWS = [row for recorded in FULL.values() for row in recorded["claims"]]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row["id"])
@@ -62,9 +61,27 @@ def test_every_recorded_claim_is_in_its_notebook(row):
     assert claims_table.html_row(row) in shown
 
 
-def test_every_notebook_has_a_record():
+@pytest.mark.parametrize("record", RECORDS.values(), ids=RECORDS)
+def test_every_notebook_has_a_record(record):
     names = {path.stem for path in (ROOT / "notebooks").glob("[0-9]*.ipynb")}
-    assert set(json.loads(RECORD.read_text())) == names
+    assert set(record) == names
+
+
+@pytest.mark.parametrize("record", RECORDS.values(), ids=RECORDS)
+def test_every_recorded_run_has_every_claim(record):
+    def claimed(of):
+        return [(row["notebook"], row["id"]) for run in of.values() for row in run["claims"]]
+
+    assert claimed(record) == claimed(FULL)
+
+
+def test_the_wheel_has_every_record_that_the_time_left_is_told_from():
+    built = publish["tomllib"].loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"][
+        "build"
+    ]
+    folders = {f"data/results/{profile}" for profile in RECORDS}
+    assert folders <= set(built["targets"]["wheel"]["force-include"])
+    assert folders <= set(built["targets"]["sdist"]["include"])
 
 
 def test_a_run_of_some_notebooks_is_given_the_recorded_claims_of_the_others(tmp_path):
@@ -81,7 +98,7 @@ def test_cleaning_drops_what_papermill_added_and_progress_bars():
         new_output("display_data", {"application/vnd.jupyter.widget-view+json": {}}),
         new_output("execute_result", {"text/plain": "1"}, execution_count=7),
     ]
-    injected = new_code_cell("PROFILE = 'quick'", metadata={"tags": ["injected-parameters"]})
+    injected = new_code_cell("PROFILE = 'full'", metadata={"tags": ["injected-parameters"]})
     cell = new_code_cell("1", outputs=given, execution_count=7)
     cleaned = publish["cleaned"](new_notebook(cells=[injected, cell], metadata={"papermill": {}}))
     assert [c.source for c in cleaned.cells] == ["1"]
@@ -207,10 +224,14 @@ def test_the_cost_is_summed_over_the_recorded_runs():
         "00": {"seconds": 3000, "peak_memory": {"cpu": 10**9}, "run": ["Python", cores]},
         "01": {"seconds": 1260, "peak_memory": {"cpu": 3 * 10**9}, "run": ["EPYC, 2 cores"]},
     }
-    row = publish["cost_table"](record, registry).splitlines()[-1]
-    assert row == (
-        "| `make reproduce` | 1 h 11 min | 3.0 GB | 3.0 GB of models and texts | "
-        "EPYC, 2 cores, no GPU |"
+    registry["models"]["qwen2.5-coder-0.5b"] = {"files": [{"size": 10**9}]}
+    quick = {"00": record["00"] | {"seconds": 2000}}
+    *_, small, whole = publish["cost_table"](
+        {"quick": quick, "full": record}, registry
+    ).splitlines()
+    assert small == ("| `make reproduce` | 33 min | 1.0 GB | 3.0 GB | EPYC, 2 cores, no GPU |")
+    assert whole == (
+        "| `PROFILE=full make reproduce` | 1 h 11 min | 3.0 GB | 4.0 GB | EPYC, 2 cores, no GPU |"
     )
 
 
@@ -231,6 +252,7 @@ def test_the_download_counts_every_packaged_file_that_a_notebook_names():
     counted = {(kind, name) for kind, names in publish["FETCHED"].items() for name in names}
     assert named - counted == {("corpora", "legal")}  # at `paper` only
     assert counted <= named
+    assert {name for _, name in counted} >= set(publish["NOT_AT_QUICK"])
 
 
 def test_a_sweep_has_a_column_for_each_share_of_the_width():
@@ -260,13 +282,14 @@ MEASURED = RECORDED | {"peak_memory": {"cpu": 3_140_000_000}}
 
 def test_the_first_cell_tells_what_the_recorded_run_took():
     end = "; a GPU is used if there is one. More."
-    before = f"# T\n\nRun time at `quick`: 9 s on 2 CPU cores, 4 GB of memory{end}"
+    head = "# T\n\n{}Run time at `full`, whose outputs are shown: "
+    before = head.format("") + f"9 s on 2 CPU cores, 4 GB of memory{end}"
     assert f"12 min on 2 CPU threads, 4 GB of memory{end}" in publish["with_run_time"](
         before, RECORDED
     )
     told = publish["with_run_time"](before, MEASURED)
     assert (
-        "`quick`: 12 min on 2 CPU threads, peak memory 3.1 GB "
+        "shown: 12 min on 2 CPU threads, peak memory 3.1 GB "
         f"(on a T4 of 16 GB, by estimate, no more of either){end}"
     ) in told
     assert publish["with_run_time"](told, MEASURED) == told
@@ -277,27 +300,36 @@ def test_the_first_cell_tells_what_the_recorded_run_took():
     assert f"peak memory 1.0 GB, 2.0 GB of GPU memory{end}" in told
     assert publish["with_run_time"](told, on_gpu) == told
 
+    small = publish["with_run_time"](told, on_gpu, {"seconds": 120})
+    assert small.startswith(head.format("Run time at `quick`: 2 min. ") + "12 min")
+    assert publish["with_run_time"](small, on_gpu, {"seconds": 45}).startswith(
+        head.format("Run time at `quick`: 45 s. ") + "12 min"
+    )
+    assert publish["with_run_time"](small, on_gpu) == told
+
 
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")), ids=lambda path: path.stem
 )
 def test_every_first_cell_takes_a_measured_run(path):
     first = nbformat.read(path, as_version=4).cells[0].source
-    assert first.count("Run time at `quick`: ") == 1
+    assert first.count("Run time at `full`, whose outputs are shown: ") == 1
+    quick = RECORDS.get("quick", {}).get(path.stem)
+    assert publish["with_run_time"](first, FULL[path.stem], quick) == first
     told = publish["with_run_time"](first, MEASURED)
     assert told.count("GB") == 2 + first.count("GB of disk") + first.count("with 80 GB")
     assert publish["with_run_time"](told, MEASURED) == told
 
 
 def test_the_table_of_notebooks_has_peak_memory_once_a_run_recorded_it():
-    record = json.loads(RECORD.read_text())
-    bare = {name: r | {"peak_memory": {}} for name, r in record.items()}
-    assert "Peak memory" not in publish["with_tables"](NOTEBOOK_MARKS, bare)
+    bare = {name: r | {"peak_memory": {}, "seconds": 60} for name, r in FULL.items()}
+    assert "Peak memory" not in publish["with_tables"](NOTEBOOK_MARKS, {"full": bare})
     bare["00_tour"]["peak_memory"] = {"cpu": 3_140_000_000}
-    head, _, first, second, *_ = publish["with_tables"](NOTEBOOK_MARKS, bare).splitlines()[1:]
-    assert head.endswith("| Time at `quick` | Peak memory |")
-    assert first.endswith("| 3.1 GB |")
-    assert second.endswith("| – |")
+    records = {"quick": {"00_tour": bare["00_tour"] | {"seconds": 20}}, "full": bare}
+    head, _, first, second, *_ = publish["with_tables"](NOTEBOOK_MARKS, records).splitlines()[1:]
+    assert head.endswith("| Time at `quick` | Time at `full` | Peak memory at `full` |")
+    assert first.endswith("| 20 s | 60 s | 3.1 GB |")
+    assert second.endswith("| – | 60 s | – |")
 
 
 def test_a_run_with_another_install_cell_is_taken_and_one_with_other_code_is_not(tmp_path):
@@ -308,12 +340,16 @@ def test_a_run_with_another_install_cell_is_taken_and_one_with_other_code_is_not
     def code(*sources):
         return map(new_code_cell, sources)
 
-    injected = new_code_cell('PROFILE = "quick"', metadata={"tags": ["injected-parameters"]})
+    injected = new_code_cell('PROFILE = "full"', metadata={"tags": ["injected-parameters"]})
     ran = written("ran.ipynb", injected, *code("%pip install old", "1 + 1"))
-    taken = publish["_executed"](ran, written("kept.ipynb", *code("%pip install new", "1 + 1")))
+    kept = written("kept.ipynb", *code("%pip install new", "1 + 1"))
+    taken = publish["_executed"](ran, kept, "full")
     assert [c.source for c in taken.cells] == ["%pip install new", "1 + 1"]
+    with pytest.raises(SaesubError, match="did not run at the quick profile"):
+        publish["_executed"](ran, kept, "quick")
+    kept = written("kept.ipynb", *code("%pip install new", "1 + 2"))
     with pytest.raises(SaesubError, match="other code"):
-        publish["_executed"](ran, written("kept.ipynb", *code("%pip install new", "1 + 2")))
+        publish["_executed"](ran, kept, "full")
 
 
 def test_a_wide_runs_conditions_stand_under_their_start_and_beside_their_rate():
@@ -332,3 +368,36 @@ def test_a_wide_runs_conditions_stand_under_their_start_and_beside_their_rate():
         "| 4,096 | 1,000 | Adam | 0.0005 | not run | 40.00 % dead, FVU 0.0400 | not run "
         "| 50.00 % dead, FVU 0.0500 |",
     ]
+
+
+def test_a_quick_run_leaves_its_record_and_the_outputs_as_they_are(tmp_path, monkeypatch):
+    head = "# T\n\nRun time at `full`, whose outputs are shown: 12 min on 2 CPU threads."
+    shown = new_code_cell("1 + 1", outputs=[new_output("stream", text="of full")])
+    cells = [new_markdown_cell(head), new_code_cell("%pip install it"), shown]
+    for folder in ("notebooks", "quick/notebooks", "quick/runs", "data/results/quick"):
+        (tmp_path / folder).mkdir(parents=True)
+    source = tmp_path / "notebooks" / "00_tour.ipynb"
+    nbformat.write(new_notebook(cells=cells), source)
+    injected = new_code_cell('PROFILE = "quick"', metadata={"tags": ["injected-parameters"]})
+    ran = [injected, cells[1], new_code_cell("1 + 1")]
+    nbformat.write(new_notebook(cells=ran), tmp_path / "quick" / "notebooks" / "00_tour.ipynb")
+    stamp = {"error": "", "facts": RECORDED["run"], "seconds": 119.6, "peak_memory": {"cpu": 10**9}}
+    (tmp_path / "quick" / "runs" / "00_tour.json").write_text(json.dumps(stamp))
+    written = {"ROOT": tmp_path, "RESULTS": tmp_path / "data" / "results"}
+    written |= {"write_pages": list, "read_records": lambda: {"full": {"00_tour": RECORDED}}}
+    for name, value in written.items():
+        monkeypatch.setitem(publish["publish"].__globals__, name, value)
+
+    publish["publish"](tmp_path / "quick")
+    record = json.loads((tmp_path / "data" / "results" / "quick" / "run.json").read_text())
+    assert record["00_tour"] == {
+        "run": RECORDED["run"],
+        "seconds": 120,
+        "peak_memory": {"cpu": 10**9},
+        "claims": [],
+    }
+    kept = nbformat.read(source, as_version=4).cells
+    assert kept[0].source.startswith("# T\n\nRun time at `quick`: 2 min. Run time at `full`, whose")
+    assert kept[2].outputs[0].text == "of full"
+    with pytest.raises(SaesubError, match="no published profile"):
+        publish["publish"](tmp_path / "smoke")

@@ -42,12 +42,14 @@ class Outcome:
 
 
 def caveat(profile: str) -> str:
-    """What a reader has to know about the verdicts of a smoke run; empty for other profiles."""
-    text = (
-        "A smoke run shows that every cell runs. It sees too few tokens to measure anything: its "
-        "verdicts speak neither for a claim nor against it."
-    )
-    return text if profile == "smoke" else ""
+    """What a reader has to know about a small run's verdicts; empty for other profiles."""
+    texts = {
+        "smoke": "A smoke run shows that every cell runs. It sees too few tokens to measure "
+        "anything: its verdicts speak neither for a claim nor against it.",
+        "quick": "A quick run shows every claim on few tokens and in small dictionaries. The "
+        "verdicts that the notebooks show are those of a full run.",
+    }
+    return texts.get(profile, "")
 
 
 def report_page(notebooks: Path, profile: str, table: ClaimsTable, runs: Sequence[Outcome]) -> str:

@@ -18,6 +18,7 @@ from saesub.paths import data_digest, library_versions, notebooks_dir, source_di
 from saesub.progress import QUIET
 from saesub.reproduce import claims
 from saesub.reproduce.report import Outcome, caveat, report_page, run_facts
+from saesub.reproduce.time_left import progress, recorded_seconds
 
 with needs_extra("saesub reproduce"):
     import nbformat
@@ -27,11 +28,14 @@ with needs_extra("saesub reproduce"):
     from jupyter_client.manager import AsyncKernelManager
     from papermill.exceptions import PapermillExecutionError
 
-PROFILES = ("smoke", "quick", "paper")
+PROFILES = ("smoke", "quick", "full", "paper")
+_SCORECARD = "10"
 
 
 def find_notebooks(wanted: Sequence[str] = ()) -> list[Path]:
-    """The notebooks in order, or those whose number or name is `wanted`.
+    """The notebooks in the order in which they run, or those whose number or name is `wanted`.
+
+    The scorecard is the last, since it reads what the others write.
 
     Raises `SaesubError` for a name that no notebook has, and when there are none at all.
     """
@@ -45,7 +49,12 @@ def find_notebooks(wanted: Sequence[str] = ()) -> list[Path]:
         if not matches:
             raise SaesubError(f"no notebook {name!r}; {near_names(stem, known)}")
         chosen.update(matches)
-    return [path for stem, path in known.items() if stem in chosen or not wanted]
+    paths = [path for stem, path in known.items() if stem in chosen or not wanted]
+    return sorted(paths, key=_is_scorecard)
+
+
+def _is_scorecard(path: Path) -> bool:
+    return path.stem.split("_")[0] == _SCORECARD
 
 
 def reproduce(
@@ -58,6 +67,8 @@ def reproduce(
 ) -> list[Outcome]:
     """Executes the notebooks and writes `results/<profile>/`; a failing one does not stop the rest.
 
+    Tells how far it is as each one starts and ends, and how long the rest takes where a run of this
+    profile is recorded.
     A notebook that already finished with this code, data, text, profile and these versions of the
     libraries runs only if `again`.
     Raises `SaesubError` for an unknown profile or notebook, and if the disk is full or cannot be
@@ -69,8 +80,8 @@ def reproduce(
     folder = Path(results).resolve() / profile
     try:
         (folder / "notebooks").mkdir(parents=True, exist_ok=True)
-        for path in paths:
-            _run_unless_done(path, profile, folder, again=again, quiet=quiet)
+        done = {} if again else _done(paths, profile, folder)
+        _run_the_rest(paths, done, profile, folder, quiet)
         outcomes = _outcomes(folder)
         _summarise(folder, profile, outcomes)
     except OSError as error:
@@ -81,17 +92,33 @@ def reproduce(
     return [o for o in outcomes if o.name in {p.stem for p in paths}]
 
 
-def _run_unless_done(path: Path, profile: str, folder: Path, *, again: bool, quiet: bool) -> None:
-    key = _key(path, profile)
-    before = next((o for o in _outcomes(folder) if o.name == path.stem), None)
-    if before and before.key == key and not before.error and not again:
-        _say(f"{path.stem}: already done ({before.seconds:.0f} s); --again runs it again")
-        return
-    _say(f"{path.stem}: running")
-    outcome = replace(_execute(path, profile, folder, quiet), key=key)
-    text = json.dumps(asdict(outcome), indent=1, ensure_ascii=False)
-    write_atomically(folder / "runs" / f"{path.stem}.json", text)
-    _say(f"{path.stem}: {outcome.error or 'done'} ({outcome.seconds:.0f} s)")
+def _done(paths: Sequence[Path], profile: str, folder: Path) -> dict[str, Outcome]:
+    """The outcomes of those that finished with this code, data, text, profile and libraries."""
+    before = {outcome.name: outcome for outcome in _outcomes(folder) if not outcome.error}
+    found = [(path, before[path.stem]) for path in paths if path.stem in before]
+    done = {path.stem: o for path, o in found if o.key == _key(path, profile)}
+    if any(path.stem not in done for path in paths):  # the scorecard is out of date once it has run
+        done = {name: o for name, o in done.items() if not _is_scorecard(Path(name))}
+    return done
+
+
+def _run_the_rest(
+    paths: Sequence[Path], done: dict[str, Outcome], profile: str, folder: Path, quiet: bool
+) -> None:
+    names, expected, ended = [path.stem for path in paths], recorded_seconds(profile), dict(done)
+    for path in paths:
+        name = path.stem
+        if name in done:
+            _say(f"{name}: already done ({done[name].seconds:.0f} s); --again runs it again")
+            continue
+        _say(f"{name}: running ({progress(names, ended, expected)})")
+        key = _key(path, profile)  # of the text that runs, whatever is written meanwhile
+        outcome = replace(_execute(path, profile, folder, quiet), key=key)
+        text = json.dumps(asdict(outcome), indent=1, ensure_ascii=False)
+        write_atomically(folder / "runs" / f"{name}.json", text)
+        ended[name] = outcome
+        told = f"{outcome.seconds:.0f} s; {progress(names, ended, expected)}"
+        _say(f"{name}: {outcome.error or 'done'} ({told})")
 
 
 def _key(path: Path, profile: str) -> str:
@@ -104,7 +131,7 @@ def _key(path: Path, profile: str) -> str:
 def _execute(path: Path, profile: str, folder: Path, quiet: bool) -> Outcome:
     # The scorecard reads what the others write, so it is out of date once any of them runs.
     runs = folder / "runs"
-    stale = [*folder.glob(f"claims_{path.stem[:2]}*.json"), *runs.glob("10_*.json")]
+    stale = [*folder.glob(f"claims_{path.stem[:2]}*.json"), *runs.glob(f"{_SCORECARD}_*.json")]
     for file in (*stale, runs / f"{path.stem}.json"):
         file.unlink(missing_ok=True)
     start, error, peak = time.monotonic(), "", {}
