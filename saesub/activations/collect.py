@@ -188,7 +188,7 @@ def _write_missing(
     }
     if not run.points:
         return
-    steps = settings | {"batch_size": str(run.batch_size)}
+    steps = settings | run.steps()
     # Batches and rows of each that an interrupted call kept; the pass begins after the fewest.
     kept = {name: unfinished(folder, name, steps, run.same_text) for name in run.points}
     first = min(n_batches for n_batches, _ in kept.values())
