@@ -10,6 +10,7 @@ import json
 import re
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -295,7 +296,7 @@ def _passes(results: str | Path) -> str:
         " and ".join(_ratios(row["seconds"], kind) for row in record["rows"])
         for kind in ("harvest", "spectra")
     )
-    return (
+    return _of_products(record) + (
         f"Times of the model's bare forward pass (1 = as long), at the {hooks} of layer "
         f"{record['settings']['layer']} of SmolLM2-135M: a harvest {harvest}; a pass for spectra "
         f"{spectra}. Medians of {record['settings']['rounds']} rounds, and their range; "
@@ -303,8 +304,22 @@ def _passes(results: str | Path) -> str:
     )
 
 
-def _ratios(seconds: dict[str, list[float]], kind: str) -> str:
-    each = np.array(seconds[kind]) / np.array(seconds["bare"])
+def _of_products(record: dict[str, Any]) -> str:
+    """What the pass without the bridge costs: a record that lacks it gives nothing."""
+    seconds = record["rows"][0]["seconds"]
+    if "products" not in seconds:
+        return ""
+    plain, bridge = (_ratios(seconds, kind, "products") for kind in ("plain", "bare"))
+    return (
+        f"The pass to the {record['rows'][0]['hooks']} of layer {record['settings']['layer']}, "
+        "without the bridge, takes as long as its matrix products alone in float32 times "
+        f"{plain}, and through the bridge {bridge}; the bridge's time is that without it times "
+        f"{_ratios(seconds, 'bare', 'plain')} ({record['machine']['instructions']}).\n\n"
+    )
+
+
+def _ratios(seconds: dict[str, list[float]], kind: str, one: str = "bare") -> str:
+    each = np.array(seconds[kind]) / np.array(seconds[one])
     return f"{np.median(each):.2f} [{each.min():.2f}, {each.max():.2f}]"
 
 

@@ -208,9 +208,8 @@ def _state(model: TransformerBridge) -> list[Any]:
     parts = dict(model.original_model.named_modules())
     hooks = [len(p._forward_hooks) + len(p._forward_pre_hooks) for p in parts.values()]
     config = model.original_model.config
-    return [hooks, [p.training for p in parts.values()], list(parts), config.to_json_string()] + [
-        config._attn_implementation
-    ]
+    modes = [p.training for p in parts.values()]
+    return [hooks, modes, list(parts), config.to_json_string(), config._attn_implementation]
 
 
 @pytest.mark.parametrize("fails", [False, True])

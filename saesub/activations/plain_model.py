@@ -10,7 +10,7 @@ model or of its config is changed, not even for the time of a pass.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -59,6 +59,10 @@ class PlainModel:
         self._made: dict[int, nn.Module] = {}
         body: Any = self._of(model.original_model)
         self._body = body.base_model  # without the head, which no logits are asked of
+
+    def modules(self) -> Iterator[nn.Module]:
+        """The copies of the body's modules."""
+        return self._body.modules()
 
     def run(self, tokens: Tensor, hear: Hear) -> None:
         """The forward pass; `hear` gets the name and the tensor of each hook point. It may raise
