@@ -90,7 +90,6 @@ def outcome(store: ActivationStore, held_out: torch.Tensor, seed: int) -> dict[s
     saesub.SubspaceSAETrainer(recipe, sae, batches).fit()
     judged = saesub.judge(sae, held_out, n_tokens=len(held_out), progress=False)
     dead = float((judged.counts == 0).float().mean())
-    print(store.hook_name, held_out.dtype, seed, judged.fvu, dead, flush=True)
     return {"fvu": judged.fvu, "dead_share": dead}
 
 

@@ -118,7 +118,7 @@ def page_block(results: str | Path) -> str:
 
 def _beside(results: str | Path) -> list[str]:
     """What the tables do not say, a paragraph each."""
-    parts = (_conditions, in_saelens, _trained, _one_thread, _passes)
+    parts = (_conditions, in_saelens, _trained, _one_thread, _passes, _half_precision)
     return [text for text in (part(results) for part in parts) if text]
 
 
@@ -302,6 +302,38 @@ def _passes(results: str | Path) -> str:
         f"{spectra}. Medians of {record['settings']['rounds']} rounds, and their range; "
         f"{record['machine']['processor']}, {record['settings']['threads']} threads."
     )
+
+
+def _half_precision(results: str | Path) -> str:
+    """What a float16 store changes, from the record of `half_precision.py`, if any."""
+    path = Path(results) / "half_precision.json"
+    if not path.is_file():
+        return ""
+    record = json.loads(path.read_text())
+    rows, settings = record["rows"], record["settings"]
+    values, outside = (max(row[part] for row in rows) for part in ("eigenvalues", "basis_outside"))
+    ranks = [f"{row['rank']['float16']} and {row['rank']['float32']}" for row in rows]
+    fvu, fvu_seeds = _apart(rows, "fvu")
+    dead, dead_seeds = _apart(rows, "dead_share")
+    return (
+        f"A float16 store beside one of float32, at {len(rows)} sites of layer 12 of SmolLM2-135M "
+        f"({settings['n_tokens']:,} tokens): no eigenvalue up to the rank at 99 % differs by more "
+        f"than {values:.1g} of itself, that rank is {', '.join(ranks)}, and at most {outside:.1g} "
+        f"of one's active subspace lies outside the other's. SAEs of {settings['d_sae']:,} "
+        f"features, trained for {settings['steps']} steps of {settings['batch']} from the same "
+        f"weights on the same batches, differ by at most {fvu:.1g} in FVU and {dead:.1g} in the "
+        f"share of dead features; float32 SAEs of two seeds by up to {fvu_seeds:.1g} and "
+        f"{dead_seeds:.1g}."
+    )
+
+
+def _apart(rows: list[dict[str, Any]], of: str) -> tuple[float, float]:
+    """The largest difference between SAEs on both stores, and between two seeds on float32."""
+    halves, wholes = (
+        np.array([[sae[of] for sae in row["saes"][dtype]] for row in rows])
+        for dtype in ("float16", "float32")
+    )
+    return np.abs(halves - wholes).max(), np.ptp(wholes, axis=1).max()
 
 
 def _of_products(record: dict[str, Any]) -> str:

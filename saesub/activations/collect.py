@@ -154,7 +154,8 @@ def harvest(
     folder wait for one another.
 
     Args:
-        dtype: torch.float16 or torch.float32, of the numbers on disk.
+        dtype: torch.float16 or torch.float32, of the numbers on disk. docs/speed.md has what
+            float16 changes in spectra and SAEs, as measured.
         **stream: context_size, batch_size, skip_first and progress, see `TokenStream`.
 
     Raises:
