@@ -313,8 +313,8 @@ def _half_precision(results: str | Path) -> str:
     rows, settings = record["rows"], record["settings"]
     values, outside = (max(row[part] for row in rows) for part in ("eigenvalues", "basis_outside"))
     ranks = [f"{row['rank']['float16']} and {row['rank']['float32']}" for row in rows]
-    fvu, fvu_seeds = _apart(rows, "fvu")
-    dead, dead_seeds = _apart(rows, "dead_share")
+    fvu, fvu_seeds = _differences(rows, "fvu")
+    dead, dead_seeds = _differences(rows, "dead_share")
     return (
         f"A float16 store beside one of float32, at {len(rows)} sites of layer 12 of SmolLM2-135M "
         f"({settings['n_tokens']:,} tokens): no eigenvalue up to the rank at 99 % differs by more "
@@ -327,7 +327,7 @@ def _half_precision(results: str | Path) -> str:
     )
 
 
-def _apart(rows: list[dict[str, Any]], of: str) -> tuple[float, float]:
+def _differences(rows: list[dict[str, Any]], of: str) -> tuple[float, float]:
     """The largest difference between SAEs on both stores, and between two seeds on float32."""
     halves, wholes = (
         np.array([[sae[of] for sae in row["saes"][dtype]] for row in rows])
