@@ -1,10 +1,13 @@
-"""What a harvest and a pass for spectra cost beyond the model's own forward pass.
+"""What a pass costs: through the bridge, without it, its matrix products alone, and whole calls.
 
-    python benchmarks/passes.py            # writes results/passes.json, about five minutes
+    python benchmarks/passes.py            # writes results/passes.json, under six minutes
 
-The bare pass runs the model on contexts that are already packed, up to the last hook point, and
-keeps nothing. The others are the whole calls: text read and tokenised, statistics taken or a store
-written. Each round runs all three in turn; a ratio is the median over rounds of those within one.
+The bare passes run the model on contexts that are already packed, up to the last hook point, and
+keep nothing: "bare" through the bridge, "plain" through the plain model within it. "products" are
+the same pass's matrix products in float32 and nothing else: those of all its linear layers, and
+those of attention for the half of all pairs of tokens that is causal. "harvest" and "spectra" are
+whole calls: text read and tokenised, statistics taken or a store written. Each round runs all five
+in turn; a ratio is the median over rounds of those within one.
 """
 
 from __future__ import annotations
@@ -26,10 +29,12 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
 import saesub
+from saesub.activations.forward_pass import capture, hook_points
+from saesub.activations.plain_model import PlainModel
 from saesub.activations.tokens import kept_positions
 
-LAYER, CONTEXT_SIZE, BATCH_SIZE, ROUNDS = 12, 256, 16, 7
-N_BATCHES = 3
+LAYER, CONTEXT_SIZE, BATCH_SIZE, ROUNDS = 12, 256, 16, 5
+N_BATCHES = 2
 SITES = {
     "attention output": [f"blocks.{LAYER}.hook_attn_out"],
     "three sites": [
@@ -50,7 +55,7 @@ def main() -> None:
             "rounds": ROUNDS,
             "threads": torch.get_num_threads(),
         },
-        "machine": machine(),
+        "machine": machine() | {"instructions": torch.backends.cpu.get_cpu_capability()},
         "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "rows": rows,
@@ -59,7 +64,7 @@ def main() -> None:
 
 
 def compare(model: TransformerBridge, corpus: Any, hooks: list[str]) -> dict[str, Any]:
-    """Seconds of each kind of pass by round, and the medians of their ratios to the bare one."""
+    """Seconds of each kind of pass by round, and the medians of their ratios to two of them."""
     contexts = saesub.pack_contexts(
         model, corpus, n_contexts=N_BATCHES * BATCH_SIZE, context_size=CONTEXT_SIZE
     )
@@ -68,10 +73,13 @@ def compare(model: TransformerBridge, corpus: Any, hooks: list[str]) -> dict[str
     shared = {"n_tokens": n_tokens, "context_size": CONTEXT_SIZE, "batch_size": BATCH_SIZE}
     kinds: dict[str, Callable[[], object]] = {
         "bare": partial(bare_pass, model, contexts, hooks),
+        "plain": partial(plain_pass, model, contexts, hooks),
+        "products": products(model, contexts, hooks),
         "harvest": partial(harvest_anew, model, corpus, hooks, shared),
         "spectra": partial(saesub.measure_spectra, model, corpus, hooks, progress=False, **shared),
     }
-    kinds["bare"]()  # warms up
+    for kind in ("bare", "plain", "products"):
+        kinds[kind]()  # warms up
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     for _ in range(ROUNDS):
         for kind, run in kinds.items():
@@ -79,16 +87,16 @@ def compare(model: TransformerBridge, corpus: Any, hooks: list[str]) -> dict[str
             run()
             seconds[kind].append(time.perf_counter() - start)
         print(hooks[-1], {kind: round(times[-1], 2) for kind, times in seconds.items()}, flush=True)
-    return {"seconds": seconds, "ratios": ratios(seconds)}
+    of_products = ratios(seconds, "products")
+    return {"seconds": seconds, "ratios": ratios(seconds, "bare"), "of_products": of_products}
 
 
-def ratios(seconds: dict[str, list[float]]) -> dict[str, float]:
-    """Median over rounds of each kind's time by the bare pass's."""
-    bare = seconds["bare"]
+def ratios(seconds: dict[str, list[float]], one: str) -> dict[str, float]:
+    """Median over rounds of each kind's time by that of `one`."""
     return {
-        kind: statistics.median(a / b for a, b in zip(times, bare, strict=True))
+        kind: statistics.median(a / b for a, b in zip(times, seconds[one], strict=True))
         for kind, times in seconds.items()
-        if kind != "bare"
+        if kind != one
     }
 
 
@@ -104,6 +112,41 @@ def bare_pass(model: TransformerBridge, contexts: torch.Tensor, hooks: list[str]
         for batch in contexts.split(BATCH_SIZE):
             model(batch, return_type=None)
     point.remove_hooks("fwd")
+
+
+def plain_pass(model: TransformerBridge, contexts: torch.Tensor, hooks: list[str]) -> None:
+    """The plain model's forward pass, made anew for each batch as in a harvest."""
+    points = hook_points(model, hooks)
+    for batch in contexts.split(BATCH_SIZE):
+        capture(PlainModel(model, points), batch, points, lambda *_: None)
+
+
+def products(
+    model: TransformerBridge, contexts: torch.Tensor, hooks: list[str]
+) -> Callable[[], None]:
+    """A function that does the matrix products of such a pass, into memory that it uses again."""
+    points, weights = hook_points(model, hooks), list[torch.Tensor]()
+    plain = PlainModel(model, points)
+    for part in plain.modules():
+        if isinstance(part, torch.nn.Linear):
+            part.register_forward_hook(lambda part, *_: weights.append(part.weight.detach()))
+    capture(plain, contexts[:1], points, lambda *_: None)
+    n_rows, (n_heads, d_head) = BATCH_SIZE * CONTEXT_SIZE, (model.cfg.n_heads, model.cfg.d_head)
+    ins = {d: torch.randn(n_rows, d) for d in {w.shape[1] for w in weights}}
+    outs = {d: torch.empty(n_rows, d) for d in {w.shape[0] for w in weights}}
+    queries = torch.randn(BATCH_SIZE * n_heads, CONTEXT_SIZE, d_head)
+    keys = torch.randn(BATCH_SIZE * n_heads, CONTEXT_SIZE // 2, d_head)
+    scores, mixed = queries @ keys.mT, torch.empty_like(queries)
+
+    def multiply() -> None:
+        for _ in contexts.split(BATCH_SIZE):
+            for weight in weights:
+                torch.mm(ins[weight.shape[1]], weight.T, out=outs[weight.shape[0]])
+            for _ in range(LAYER + 1):
+                torch.bmm(queries, keys.mT, out=scores)
+                torch.bmm(scores, keys, out=mixed)
+
+    return multiply
 
 
 def harvest_anew(

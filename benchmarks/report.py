@@ -9,6 +9,7 @@ import argparse
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -109,7 +110,7 @@ def readme_block(results: str | Path) -> str:
 
 def _beside(results: str | Path) -> list[str]:
     """What the tables do not say, a paragraph each."""
-    parts = (_conditions, _held_back, in_saelens, _trained, _one_thread, _passes)
+    parts = (_conditions, _held_back, in_saelens, _trained, _one_thread, _passes, _half_precision)
     return [text for text in (part(results) for part in parts) if text]
 
 
@@ -330,7 +331,7 @@ def _passes(results: str | Path) -> str:
         " and ".join(_ratios(row["seconds"], kind) for row in record["rows"])
         for kind in ("harvest", "spectra")
     )
-    return (
+    return _of_products(record) + (
         f"Times of the model's bare forward pass (1 = as long), at the {hooks} of layer "
         f"{record['settings']['layer']} of SmolLM2-135M: a harvest {harvest}; a pass for spectra "
         f"{spectra}. Medians of {record['settings']['rounds']} rounds, and their range; "
@@ -338,8 +339,54 @@ def _passes(results: str | Path) -> str:
     )
 
 
-def _ratios(seconds: dict[str, list[float]], kind: str) -> str:
-    each = np.array(seconds[kind]) / np.array(seconds["bare"])
+def _half_precision(results: str | Path) -> str:
+    """What a float16 store changes, from the record of `half_precision.py`, if any."""
+    path = Path(results) / "half_precision.json"
+    if not path.is_file():
+        return ""
+    record = json.loads(path.read_text())
+    rows, settings = record["rows"], record["settings"]
+    values, outside = (max(row[part] for row in rows) for part in ("eigenvalues", "basis_outside"))
+    ranks = [f"{row['rank']['float16']} and {row['rank']['float32']}" for row in rows]
+    fvu, fvu_seeds = _differences(rows, "fvu")
+    dead, dead_seeds = _differences(rows, "dead_share")
+    return (
+        f"A float16 store beside one of float32, at {len(rows)} sites of layer 12 of SmolLM2-135M "
+        f"({settings['n_tokens']:,} tokens): no eigenvalue up to the rank at 99 % differs by more "
+        f"than {values:.1g} of itself, that rank is {', '.join(ranks)}, and at most {outside:.1g} "
+        f"of one's active subspace lies outside the other's. SAEs of {settings['d_sae']:,} "
+        f"features, trained for {settings['steps']} steps of {settings['batch']} from the same "
+        f"weights on the same batches, differ by at most {fvu:.1g} in FVU and {dead:.1g} in the "
+        f"share of dead features; float32 SAEs of two seeds by up to {fvu_seeds:.1g} and "
+        f"{dead_seeds:.1g}."
+    )
+
+
+def _differences(rows: list[dict[str, Any]], of: str) -> tuple[float, float]:
+    """The largest difference between SAEs on both stores, and between two seeds on float32."""
+    halves, wholes = (
+        np.array([[sae[of] for sae in row["saes"][dtype]] for row in rows])
+        for dtype in ("float16", "float32")
+    )
+    return np.abs(halves - wholes).max(), np.ptp(wholes, axis=1).max()
+
+
+def _of_products(record: dict[str, Any]) -> str:
+    """What the pass without the bridge costs: a record that lacks it gives nothing."""
+    seconds = record["rows"][0]["seconds"]
+    if "products" not in seconds:
+        return ""
+    plain, bridge = (_ratios(seconds, kind, "products") for kind in ("plain", "bare"))
+    return (
+        f"The pass to the {record['rows'][0]['hooks']} of layer {record['settings']['layer']}, "
+        "without the bridge, takes as long as its matrix products alone in float32 times "
+        f"{plain}, and through the bridge {bridge}; the bridge's time is that without it times "
+        f"{_ratios(seconds, 'bare', 'plain')} ({record['machine']['instructions']}).\n\n"
+    )
+
+
+def _ratios(seconds: dict[str, list[float]], kind: str, one: str = "bare") -> str:
+    each = np.array(seconds[kind]) / np.array(seconds[one])
     return f"{np.median(each):.2f} [{each.min():.2f}, {each.max():.2f}]"
 
 

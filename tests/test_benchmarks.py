@@ -69,6 +69,42 @@ def test_a_passes_ratios_are_those_within_each_round():
     assert report["_ratios"](seconds, "harvest") == "1.50 [1.00, 2.00]"
 
 
+def test_a_pass_is_compared_with_its_products(tmp_path):
+    seconds = {"bare": [6.0, 6.0], "plain": [5.0, 4.0], "products": [4.0, 4.0]}
+    seconds |= {"harvest": [6.0, 6.0], "spectra": [6.0, 6.0]}
+    record = {
+        "settings": {"layer": 12, "rounds": 2, "threads": 2},
+        "machine": {"processor": "EPYC", "instructions": "AVX2"},
+        "rows": [{"hooks": "attention output", "seconds": seconds}],
+    }
+    (tmp_path / "passes.json").write_text(json.dumps(record))
+    assert report["_passes"](tmp_path).startswith(
+        "The pass to the attention output of layer 12, without the bridge, takes as long as its "
+        "matrix products alone in float32 times 1.12 [1.00, 1.25], and through the bridge 1.50 "
+        "[1.50, 1.50]; the bridge's time is that without it times 1.35 [1.20, 1.50] (AVX2).\n\n"
+    )
+
+
+def test_a_float16_store_is_compared_where_it_differs_most(tmp_path):
+    def row(off: float) -> dict:
+        saes = {
+            "float32": [{"fvu": 0.5, "dead_share": 0.25}, {"fvu": 0.52, "dead_share": 0.2}],
+            "float16": [{"fvu": 0.5, "dead_share": 0.25}, {"fvu": 0.52 - off, "dead_share": 0.3}],
+        }
+        rank = {"float32": 300, "float16": 301}
+        return {"eigenvalues": off, "rank": rank, "basis_outside": off / 10, "saes": saes}
+
+    settings = {"n_tokens": 2000, "d_sae": 4608, "steps": 120, "batch": 512}
+    record = {"settings": settings, "rows": [row(0.001), row(0.003)]}
+    assert report["_half_precision"](tmp_path) == ""
+    (tmp_path / "half_precision.json").write_text(json.dumps(record))
+    said = report["_half_precision"](tmp_path)
+    assert "differs by more than 0.003 of itself, that rank is 301 and 300, 301 and 300" in said
+    assert "at most 0.0003 of one's active subspace" in said
+    assert "at most 0.003 in FVU and 0.1 in the share" in said
+    assert said.endswith("two seeds by up to 0.02 and 0.05.")
+
+
 EPYC = {"processor": "EPYC", "cores": 2, "memory_gb": 25, "system": "Linux"}
 
 

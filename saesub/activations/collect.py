@@ -154,7 +154,8 @@ def harvest(
     folder wait for one another.
 
     Args:
-        dtype: torch.float16 or torch.float32, of the numbers on disk.
+        dtype: torch.float16 or torch.float32, of the numbers on disk. docs/speed.md has what
+            float16 changes in spectra and SAEs, as measured.
         **stream: context_size, batch_size, skip_first and progress, see `TokenStream`.
 
     Raises:
@@ -188,7 +189,7 @@ def _write_missing(
     }
     if not run.points:
         return
-    steps = settings | {"batch_size": str(run.batch_size)}
+    steps = settings | run.steps()
     # Batches and rows of each that an interrupted call kept; the pass begins after the fewest.
     kept = {name: unfinished(folder, name, steps, run.same_text) for name in run.points}
     first = min(n_batches for n_batches, _ in kept.values())

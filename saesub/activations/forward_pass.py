@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TypedDict
 
@@ -16,13 +17,23 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
 from saesub.activations.identity import DocumentsDigest, model_settings
+from saesub.activations.plain_model import PlainModel, may_run_plain
 from saesub.activations.tokens import ContextStream, kept_positions
 from saesub.arguments import whole_number
 from saesub.errors import SaesubError, near_names
 from saesub.loading.corpora import Corpus, load_corpus
-from saesub.loading.models import Model, context_tokens, in_eval_mode, load_model, model_name
+from saesub.loading.models import (
+    Model,
+    context_tokens,
+    in_eval_mode,
+    load_model,
+    model_name,
+    n_embeddings,
+)
+from saesub.precision import where_float64, without_autocast
 from saesub.progress import bar
 
+_AGREEMENT = 1e-5  # of float32; bfloat16 rounds a thousand times as coarsely, and never agrees
 KEEP_EVERY = 60.0
 """Seconds between the states of a long pass that survive a kill."""
 
@@ -59,34 +70,92 @@ def hook_points(model: TransformerBridge, names: Sequence[str]) -> dict[str, Hoo
 
 
 def capture(
-    model: TransformerBridge, tokens: Tensor, points: dict[str, HookPoint], receive: Receive
+    model: TransformerBridge | PlainModel,
+    tokens: Tensor,
+    points: dict[str, HookPoint],
+    receive: Receive,
 ) -> None:
-    """Run the model until the last of the points has fired, and no further.
-
-    `stop_at_layer` would finish the block, and for the last layer compute the logits; the hooks are
-    set on the points themselves because `run_with_hooks` rebuilds its name table for each of them.
-    """
-    waiting = set(points)
-
-    def listener(name: str) -> Callable[..., None]:
-        def listen(tensor: Tensor, hook: HookPoint) -> None:
-            receive(name, tensor)
-            waiting.discard(name)
-            if not waiting:
-                raise StopAtLayerException(tensor)
-
-        return listen
-
-    level = model.context_level + 1
-    with ExitStack() as stack, torch.no_grad(), in_eval_mode(model):
-        for name, point in points.items():
-            stack.callback(point.remove_hooks, "fwd", level=level)
-            point.add_hook(listener(name), level=level)
-        model(tokens, return_type=None)
-    if waiting:
+    """Run the model until the last of the points has fired, and no further."""
+    if waiting := _listen(model, tokens, points, receive):
         raise SaesubError(
             f"{', '.join(sorted(waiting))} never fired in a forward pass: choose other hook points"
         )
+
+
+def _listen(
+    model: TransformerBridge | PlainModel,
+    tokens: Tensor,
+    points: dict[str, HookPoint],
+    receive: Receive,
+) -> set[str]:
+    """As `capture`; the names of the points that did not fire."""
+    waiting = set(points)
+
+    def hear(name: str, tensor: Tensor) -> None:
+        receive(name, tensor)
+        waiting.discard(name)
+        if not waiting:
+            raise StopAtLayerException(tensor)
+
+    # Not inference_mode, which is no faster here: its tensors break the gradients of whoever gets
+    # them.
+    with torch.no_grad(), suppress(StopAtLayerException):
+        if isinstance(model, PlainModel):
+            with without_autocast():
+                model.run(tokens, hear)
+        else:
+            _run_bridge(model, tokens, points, hear)
+    return waiting
+
+
+def _run_bridge(
+    model: TransformerBridge, tokens: Tensor, points: dict[str, HookPoint], hear: Receive
+) -> None:
+    """`stop_at_layer` would finish the block, and for the last layer compute the logits; the hooks
+    are set on the points themselves because `run_with_hooks` rebuilds its name table for each of
+    them."""
+    level = model.context_level + 1
+    with ExitStack() as stack, in_eval_mode(model):
+        for name, point in points.items():
+            stack.callback(point.remove_hooks, "fwd", level=level)
+            point.add_hook(partial(_heard, name, hear), level=level)
+        model(tokens, return_type=None)
+
+
+def _heard(name: str, hear: Receive, tensor: Tensor, hook: HookPoint) -> None:
+    hear(name, tensor)
+
+
+def same_without_bridge(
+    model: TransformerBridge, points: dict[str, HookPoint], context_size: int
+) -> bool:
+    """Whether the plain model gives each point the activations of the bridge, to 1e-5 of each
+    token's norm: tried on one context of tokens drawn at random, always the same.
+
+    So no list of architectures is trusted, and a result does not depend on the text.
+    """
+    if not may_run_plain(model):
+        return False
+    draw = torch.Generator().manual_seed(0)
+    tokens = torch.randint(n_embeddings(model), (1, context_size), generator=draw)
+    tokens = tokens.to(model.cfg.device)
+    found: list[dict[str, Tensor]] = [{}, {}]
+    try:
+        for run, rows in zip((PlainModel(model, points), model), found, strict=True):
+            if _listen(run, tokens, points, rows.__setitem__):
+                return False
+        return all(
+            _agree(*(vectors(rows[name], tokens, name) for rows in found)) for name in points
+        )
+    except Exception:  # a model raises what it likes where it cannot run so
+        return False
+
+
+def _agree(plain: Float[Tensor, "1 pos d"], true: Float[Tensor, "1 pos d"]) -> bool:
+    off, norms = (
+        (x.double().norm(dim=-1)) for x in (where_float64(plain - true), where_float64(true))
+    )
+    return bool((off / norms).square().mean().sqrt() <= _AGREEMENT)
 
 
 def vectors(
@@ -150,6 +219,7 @@ class ModelPass:
                 "raise context_size"
             )
         self.n_tokens, self.batch_size, self.skip_first = n_tokens, batch_size, skip_first
+        self.context_size = context_size
         self.progress, self.share = progress, share
         self._text_hash = DocumentsDigest(self.contexts.corpus)
         named = isinstance(corpus, (str, Path))
@@ -165,6 +235,17 @@ class ModelPass:
         """What decides the activations, but for the text: `source`, the number of tokens, and
         hashes of the whole model. See `saesub.activations.identity`."""
         return self.source | {"n_tokens": str(self.n_tokens)} | model_settings(self.model)
+
+    @cached_property
+    def runs_plain(self) -> bool:
+        """Whether batches go through the plain model within the bridge; each one goes through the
+        bridge all the same that finds hooks on it."""
+        return same_without_bridge(self.model, self.points, self.context_size)
+
+    def steps(self) -> dict[str, str]:
+        """What an interrupted pass is continued with, beside `settings`."""
+        kind = "plain" if self.runs_plain else "bridge"
+        return {"batch_size": str(self.batch_size), "pass": kind}
 
     def text_read(self) -> dict[str, str]:
         """The number of documents read so far, and a hash of them."""
@@ -219,4 +300,6 @@ class ModelPass:
             except SaesubError as error:
                 raise SaesubError(f"{name}, batch {batch}: {error}") from error
 
-        capture(self.model, tokens, self.points, select)
+        plain = self.runs_plain and may_run_plain(self.model)
+        model = PlainModel(self.model, self.points) if plain else self.model
+        capture(model, tokens, self.points, select)

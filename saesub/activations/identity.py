@@ -4,6 +4,11 @@ Everything is hashed that a pass reads, not a sample of it: on the CPU the weigh
 than one batch, on a GPU some seconds for each GB. Hooks are functions, which no hash tells apart,
 so a result made under hooks is never used again. Modules of the user's own, such as those of LoRA,
 may hold numbers that are no weights, a scale or a switch: these are hashed too.
+
+Through the bridge or through the plain model within it, a pass gives the same activations to
+rounding, so finished stores and spectra do not say which it was. It follows from the model, the
+length of the contexts and the versions of the libraries. An interrupted store says it, so that
+none is made of both.
 """
 
 from __future__ import annotations
@@ -106,7 +111,7 @@ def _architecture(model: TransformerBridge) -> str:
 
 def _own_values(module: nn.Module) -> dict[str, str]:
     """What a module of another library or of the user holds beside weights, and modules in it."""
-    if _of_library(type(module)):
+    if of_library(type(module)):
         return {}
     held = {k: v for k, v in vars(module).items() if k not in vars(nn.Module())}
     return {k: _described(v) for k, v in held.items()}
@@ -139,28 +144,35 @@ def _tokenizer(tokenizer: Any, specials: ContextTokens) -> str:
 
 def _hooks(model: TransformerBridge) -> str:
     """The names of the modules that someone hooked, with a mark that no other call has."""
+    names = hooked_modules(model)
+    return f"{', '.join(names)} (call {secrets.token_hex(8)})" if names else "none"
+
+
+def hooked_modules(model: TransformerBridge) -> list[str]:
+    """The names of the modules with which a function runs that is not of the libraries."""
     modules = {id(m): (name, m) for name, m in model.original_model.named_modules()}
     modules |= {id(m): (name, m) for name, m in model.named_modules()}
     names = sorted(name or "the model" for name, module in modules.values() if _is_hooked(module))
     names += ["every module"] if _of_users(nn.modules.module._global_forward_hooks) else []
     names += ["every input"] if _of_users(nn.modules.module._global_forward_pre_hooks) else []
-    return f"{', '.join(names)} (call {secrets.token_hex(8)})" if names else "none"
+    return names
 
 
 def _is_hooked(module: nn.Module) -> bool:
     """Whether a function that is not of the libraries themselves runs with the module."""
     if isinstance(module, HookPoint):
-        return any(not _of_library(handle.user_hook) for handle in module.fwd_hooks)
+        return any(not of_library(handle.user_hook) for handle in module.fwd_hooks)
     own = vars(module)
-    replaced = "forward" in own and not _of_library(own["forward"])
+    replaced = "forward" in own and not of_library(own["forward"])
     # As by Conv1D.forward = ..., for all modules of a class
-    replaced |= _of_library(type(module)) and not _of_library(type(module).forward)
+    replaced |= of_library(type(module)) and not of_library(type(module).forward)
     return replaced or _of_users(own["_forward_hooks"]) or _of_users(own["_forward_pre_hooks"])
 
 
 def _of_users(hooks: dict[int, Callable[..., Any]]) -> bool:
-    return any(not _of_library(hook) for hook in hooks.values())
+    return any(not of_library(hook) for hook in hooks.values())
 
 
-def _of_library(function: Any) -> bool:
+def of_library(function: Any) -> bool:
+    """Whether a function or a class is of the libraries that models are made of."""
     return (getattr(function, "__module__", None) or "").startswith(_LIBRARIES)
