@@ -18,25 +18,28 @@ class Contender:
 
     `environment` names a requirements file of `contenders/`, beside which a `.no-deps.txt` may
     list packages that are installed without their dependencies; without an environment the
-    contender runs in the project's own, that is the driver's.
+    contender runs in the project's own, that is the driver's. One that is `steady` takes as long at
+    any time of a training, and is not trained before it is timed.
     """
 
     name: str
     script: str
     arguments: tuple[str, ...] = ()
     environment: str | None = None
+    steady: bool = False
 
 
 _SAESUB = ("saelens-adam", "torch-adam", "torch-sparse_adam", "native-adam", "native-sparse_adam")
+_SAESUB_ASI = ("torch-adam-asi", "native-adam-asi", "native-sparse_adam-asi")
 
 CONTENDERS = (
-    Contender("sae-lens", "saelens_dense.py"),
+    Contender("sae-lens", "saelens_dense.py", steady=True),
     Contender("sae-lens-sparse", "saelens_sparse.py"),
     Contender("llamascopium", "llamascopium_.py", environment="llamascopium"),
     Contender("sparsify", "sparsify_.py", environment="sparsify"),
     Contender("dictionary-learning", "dictionary_learning_.py", environment="dictionary_learning"),
-    *(Contender(f"saesub-{v}", "saesub_.py", ("--variant", v)) for v in _SAESUB),
-    Contender("encoder-product", "encoder_product.py"),
+    *(Contender(f"saesub-{v}", "saesub_.py", ("--variant", v)) for v in (*_SAESUB, *_SAESUB_ASI)),
+    Contender("encoder-product", "encoder_product.py", steady=True),
 )
 
 

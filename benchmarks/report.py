@@ -294,11 +294,16 @@ def _one_thread(results: str | Path) -> str:
 
 def _trained(results: str | Path) -> str:
     """How much longer a step takes once trained, from the records in `trained/`, if any."""
-    told = _compared(results, "trained")
+    told, folder = _compared(results, "trained"), Path(results) / "trained"
     if not told:
         return ""
-    steps = _warm_up(Path(results) / "trained")
-    return f"Times as long after {steps} steps of training as at the start, a step of {told}."
+    steps = _warm_up(folder)
+    text = f"Times as long after {steps} steps of training as at the start, a step of {told}."
+    if "sae-lens" not in set(load(folder)["contender"]):
+        return text
+    table = _times(folder, load(folder)["batch"].min())
+    when = f"After {steps} steps of training (*asi*: initialised in the active subspace)."
+    return f"{when} {table}\n\n{text}"
 
 
 def _warm_up(results: Path) -> int:

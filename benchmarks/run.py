@@ -143,8 +143,9 @@ class Cell:
     def _measure(self, contender: Contender, interpreter: Path) -> dict[str, Any]:
         settings = self.record.settings
         arguments = ["--activations", shown(ACTIVATIONS)]
-        for option in ("d_sae", "batch", "warm_up", "steps", "threads"):
-            arguments += [f"--{option.replace('_', '-')}", str(settings[option])]
+        warm_up = min(settings["warm_up"], 2) if contender.steady else settings["warm_up"]
+        for option, value in (settings | {"warm_up": warm_up}).items():
+            arguments += [f"--{option.replace('_', '-')}", str(value)]
         arguments += ["--memory-bytes", str(int(MEMORY_SHARE * memory_bytes()))]
         return process(contender, interpreter, arguments, settings["threads"], self.hold_to)
 
