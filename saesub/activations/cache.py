@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -67,12 +66,14 @@ def kept() -> list[Kept]:
     found = []
     for kind in KINDS:
         for folder in sorted(path for path in (cache_dir() / kind).glob("*") if path.is_dir()):
-            sizes = [f.stat().st_size for f in _files(folder)]
-            about: dict[str, str] = {}
+            size, about = 0, {}
+            for file in _files(folder):
+                with suppress(FileNotFoundError):  # removed or renamed meanwhile
+                    size += file.stat().st_size
             with suppress(OSError, ValueError):
                 about = json.loads((folder / _ABOUT).read_bytes())
-            if sizes:
-                found.append(Kept(folder, kind, about, sum(sizes)))
+            if size:
+                found.append(Kept(folder, kind, about, size))
     return sorted(found, key=lambda one: -one.n_bytes)
 
 
@@ -87,7 +88,7 @@ def clear() -> tuple[list[Kept], list[Kept]]:
         try:
             with FileLock(one.folder / _LOCK, timeout=0):
                 for file in _files(one.folder):
-                    os.unlink(file)
+                    file.unlink(missing_ok=True)
             removed.append(one)
         except Timeout:
             left.append(one)

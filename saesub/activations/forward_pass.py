@@ -160,6 +160,7 @@ class ModelPass:
             raise SaesubError("no hook point was named: name at least one")
         self.points = hook_points(self.model, names)
         self.contexts = ContextStream(self.model, load_corpus(corpus), context_size)
+        self._context_size = context_size
         if skip_first + (context_tokens(self.model).bos_id is not None) >= context_size:
             raise SaesubError(
                 f"skip_first={skip_first} leaves nothing of {context_size} positions: lower it, or "
@@ -205,11 +206,12 @@ class ModelPass:
 
     def batches(self, receive: Receive, first: int = 0) -> Iterator[tuple[int, int]]:
         """Yield the numbers of contexts and of kept tokens so far after each batch, when `receive`
-        had its activations at every hook point. The model does not run on contexts before `first`.
+        had its activations at every hook point. Each call begins with the text. The model does not run on contexts before `first`.
 
         Raises what `receive` raises, and SaesubError for a hook point without one vector a token.
         """
         done = self._n_contexts = 0
+        self.contexts = ContextStream(self.model, self.contexts.corpus, self._context_size)
         with bar(total=self.n_tokens, unit="tok", progress=self.progress) as shown:
             while done < self.n_tokens:
                 batch, within = divmod(self._n_contexts, self.batch_size)

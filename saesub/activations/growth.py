@@ -92,34 +92,34 @@ def grown_stores(
 
     Raises SaesubError for a store of other settings or another text, and OSError.
     """
-    parts = {name: _part(run, folder, name, settings) for name in run.points}
-    if None in parts.values():
+    if (stores := _stores(run, folder, settings)) is None:
         folder.mkdir(parents=True, exist_ok=True)
         with lock_of(folder):
             _write_missing(run, folder, settings, dtype)
-        parts = {name: _part(run, folder, name, settings) for name in run.points}
-    stores = {
-        name: ActivationStore.of_record(folder, name, record, run.n_tokens)
-        for name, record in parts.items()
-        if record is not None
-    }
+            stores = _stores(run, folder, settings)
+    if stores is None:
+        raise SaesubError(f"what was written to {folder} is not there: check the disk")
     # All were found to be of the same; names, and documents read ahead, are those of this call.
     first = next(iter(stores.values())).settings
     about = settings | {key: first[key] for key in ("n_tokens", "documents", "text")}
     return {name: replace(store, settings=about) for name, store in stores.items()}
 
 
-def _part(run: ModelPass, folder: Path, name: str, settings: dict[str, str]) -> Record | None:
-    """The record of a store with the rows that the run asks for as a part, or None if it is too
-    short."""
-    record = _held(run, folder, name, settings)
-    if record is None or record.n_rows < run.n_tokens:
+def _stores(
+    run: ModelPass, folder: Path, settings: dict[str, str]
+) -> dict[str, ActivationStore] | None:
+    """The stores of as many rows as the run asks for, or None if one is too short."""
+    records = {name: _held(run, folder, name, settings) for name in run.points}
+    whole = {n: r for n, r in records.items() if r is not None and r.n_rows >= run.n_tokens}
+    if len(whole) < len(records):
         return None
-    if str(run.n_tokens) in record.parts:
-        return record
-    for _ in run.batches(lambda *_: None, sys.maxsize):  # reads the text alone
-        pass
-    return with_part(folder, name, run.n_tokens, run.read_so_far())
+    if new := [n for n, r in whole.items() if str(run.n_tokens) not in r.parts]:
+        for _ in run.batches(lambda *_: None, sys.maxsize):  # reads the text alone
+            pass
+        read = run.read_so_far()
+        whole |= {name: with_part(folder, name, run.n_tokens, read) for name in new}
+    opened = ActivationStore.of_record
+    return {name: opened(folder, name, record, run.n_tokens) for name, record in whole.items()}
 
 
 def _held(run: ModelPass, folder: Path, name: str, settings: dict[str, str]) -> Record | None:
