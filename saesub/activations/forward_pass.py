@@ -206,7 +206,8 @@ class ModelPass:
 
     def batches(self, receive: Receive, first: int = 0) -> Iterator[tuple[int, int]]:
         """Yield the numbers of contexts and of kept tokens so far after each batch, when `receive`
-        had its activations at every hook point. Each call begins with the text. The model does not run on contexts before `first`.
+        had its activations at every hook point. The text begins anew in each call. The model does
+        not run on contexts before `first`.
 
         Raises what `receive` raises, and SaesubError for a hook point without one vector a token.
         """
