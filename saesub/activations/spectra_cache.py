@@ -19,7 +19,7 @@ from saesub.activations.growth import grow
 from saesub.activations.spectrum import Spectrum, SpectrumAccumulator
 from saesub.activations.store_file import lock_of
 from saesub.errors import SaesubError
-from saesub.files import Form, damaged, read_checksummed, write_checksummed
+from saesub.files import Form, read_checksummed, write_checksummed
 from saesub.paths import cache_errors
 
 _FORM = Form(
@@ -119,12 +119,12 @@ class _Totals:
         """Whether the file was whole; another is measured again."""
         try:
             state, about = read_checksummed(path, _FORM)
-            name, self._n_taken, self.n_contexts, self._epochs = json.loads(about)
-            if name != self._name:
-                raise damaged(path, _FORM, f"it is of {name}")
         except SaesubError:
-            self._n_taken = self.n_contexts = 0
             return False
+        name, n_taken, n_contexts, epochs = json.loads(about)
+        if name != self._name:  # someone renamed it
+            return False
+        self._n_taken, self.n_contexts, self._epochs = n_taken, n_contexts, epochs
         rest = state.pop("rest")
         self._total = SpectrumAccumulator.from_state(state)
         self.n_rows = self._n_taken + len(rest)
