@@ -31,9 +31,9 @@ def cached_folder(kind: str, settings: Mapping[str, str], whole_text: str) -> Pa
 
     Raises SaesubError for a model with hooks, which no key tells apart.
     """
-    if settings["hooks"] != "none":
+    if (hooks := settings["hooks"]) != "none":
         raise SaesubError(
-            f"the model has hooks ({settings['hooks'].rpartition(' (')[0]}), and the cache cannot "
+            f"the model has hooks, of {hooks}, and the cache cannot "
             "tell what they do: remove them, or name a folder or checkpoint of your own"
         )
     deciding = {k: v for k, v in settings.items() if k not in ("model", "corpus")}
