@@ -273,6 +273,23 @@ def test_read_only_results_are_read(
     faults.survived("read-only folder: what is finished is read, what is not is refused", 5)
 
 
+def test_a_read_only_cache_gives_the_rows_that_it_has(
+    model, few, stores, tmp_path: Path, read_only, monkeypatch: pytest.MonkeyPatch, faults: Faults
+) -> None:
+    monkeypatch.setenv("SAESUB_CACHE", str(tmp_path / "cache"))
+    harvest(model, few, HOOKS, **PASS)
+    whole = measure_spectra(model, few, HOOKS, cache=True, **PASS)
+    monkeypatch.setenv("SAESUB_CACHE", str(read_only(tmp_path / "cache")))
+    part = harvest(model, few, HOOKS, **PASS | {"n_tokens": 300})  # asked for never before
+    assert torch.equal(rows_of(part), rows_of(stores)[:, :300])
+    again = measure_spectra(model, few, HOOKS, cache=True, **PASS)
+    assert all(torch.equal(again[h].covariance, whole[h].covariance) for h in HOOKS)
+    for work in (harvest, lambda *given, **run: measure_spectra(*given, cache=True, **run)):
+        with pytest.raises(SaesubError, match=r"Read-only.*make room"):
+            work(model, few, HOOKS, **PASS | {"n_tokens": 900})
+    faults.survived("read-only cache: what is there loads, what is not is refused", 4)
+
+
 # --- damaged files -------------------------------------------------------------------------------
 
 
