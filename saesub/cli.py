@@ -78,6 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     scoring = _command(commands, _scorecard, "show the claims measured in a results folder")
     scoring.add_argument("folder", metavar="DIR", help="such as results/quick")
 
+    keeping = _command(commands, _cache, "list the activations and spectra that were kept")
+    keeping.add_argument("--clear", action="store_true", help="remove them")
+
     checking = _command(commands, _check_gpu, "test and time the training step on a GPU")
     checking.add_argument("--json", metavar="FILE", help="write the report as JSON, too")
     return parser
@@ -123,6 +126,26 @@ def _scorecard(options: argparse.Namespace) -> int:
     from saesub.reproduce import claims
 
     print(claims.scorecard(claims.collect(options.folder)))
+    return 0
+
+
+def _cache(options: argparse.Namespace) -> int:
+    from saesub.activations import cache
+    from saesub.paths import cache_dir, cache_errors
+
+    if options.clear:
+        with cache_errors(cache_dir()):
+            removed, left = cache.clear()
+        print(f"removed {sum(one.n_bytes for one in removed) / 1e6:,.1f} MB")
+        for one in left:
+            print(f"left, since a process writes there: {one}")
+        return 0
+    found = cache.kept()
+    for one in found:
+        print(one)
+    total, free = sum(one.n_bytes for one in found) / 1e6, cache.free_bytes() / 1e6
+    what = f"holds {total:,.1f} MB of" if found else "holds no"
+    print(f"{cache_dir()} {what} activations and spectra; {free:,.0f} MB of its disk are free")
     return 0
 
 

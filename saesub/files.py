@@ -145,11 +145,17 @@ def damaged(path: str | os.PathLike[str], form: Form, error: object) -> SaesubEr
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
+    return sha256_of(path, path.stat().st_size).hexdigest()
+
+
+def sha256_of(path: Path, n_bytes: int) -> hashlib._Hash:
+    """SHA-256 of a file's first `n_bytes` bytes, to which more can be added."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
-        while block := stream.read(_BLOCK):
+        while block := stream.read(min(_BLOCK, n_bytes)):
             digest.update(block)
-    return digest.hexdigest()
+            n_bytes -= len(block)
+    return digest
 
 
 def _digest(tensors: Mapping[str, Tensor], text: str, named: bool) -> str:

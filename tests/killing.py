@@ -105,6 +105,25 @@ def do_harvest(folder: Path, tick: Tick) -> str:
     return sha(*(s.rows(0, s.n_tokens).numpy().tobytes() for s in stores.values()))
 
 
+def do_grow(folder: Path, tick: Tick) -> str:
+    """Stores in the cache, of more and more tokens and hook points."""
+    os.environ["SAESUB_CACHE"] = str(folder / "cache")
+    count_passes(tick)
+    harvest(MODEL, CORPUS, HOOKS[:1], **PASS | {"n_tokens": 500})
+    stores = harvest(MODEL, CORPUS, HOOKS, **PASS)
+    return sha(*(s.rows(0, s.n_tokens).numpy().tobytes() for s in stores.values()))
+
+
+def do_cached(folder: Path, tick: Tick) -> str:
+    """Spectra in the cache, of more and more tokens and hook points."""
+    os.environ["SAESUB_CACHE"] = str(folder / "cache")
+    count_passes(tick)
+    measure_spectra(MODEL, CORPUS, HOOKS[:1], cache=True, **PASS | {"n_tokens": 500})
+    found = measure_spectra(MODEL, CORPUS, HOOKS, cache=True, **PASS)
+    parts = [t.numpy().tobytes() for s in found.values() for t in (s.mean, s.covariance)]
+    return sha(*parts, repr([s.mean_norm for s in found.values()]).encode())
+
+
 def do_spectra(folder: Path, tick: Tick) -> str:
     count_passes(tick)
     found = measure_spectra(MODEL, CORPUS, HOOKS, checkpoint=folder / "state", **PASS)
@@ -175,6 +194,8 @@ JOBS = {
     "convert": do_convert,
     "fetch": do_fetch,
     "harvest": do_harvest,
+    "grow": do_grow,
+    "cached": do_cached,
     "spectra": do_spectra,
     "train": do_train,
     "reproduce": do_reproduce,

@@ -21,7 +21,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from saesub.activations.collect import harvest, measure_spectra, measure_spectrum
 from saesub.activations.spectrum import Spectrum, SpectrumAccumulator
-from saesub.activations.store import ActivationStore, StoreWriter
+from saesub.activations.store import ActivationStore
+from saesub.activations.store_file import StoreWriter
 from saesub.errors import SaesubError
 from saesub.init.biases import geometric_median
 from saesub.init.subspace import choose_d_init, initialize_in_subspace
@@ -294,7 +295,7 @@ def test_one_bad_value_in_a_million_tokens(
         Spectrum.from_activations(x)
 
     def store() -> None:
-        with StoreWriter(tmp_path, "h", len(x), dtype) as writer:
+        with StoreWriter(tmp_path, "h", dtype, {}) as writer:
             for block in x.split(2**16):
                 writer.write(block)
 

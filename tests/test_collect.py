@@ -22,7 +22,9 @@ from saesub.activations.collect import (
     measure_spectrum,
     stream_activations,
 )
-from saesub.activations.store import ActivationStore, StoreWriter
+from saesub.activations.forward_pass import ReadSoFar
+from saesub.activations.store import ActivationStore
+from saesub.activations.store_file import StoreWriter, held
 from saesub.activations.tokens import ContextStream, kept_positions, pack_contexts
 from saesub.errors import SaesubError
 from saesub.loading import models
@@ -166,8 +168,7 @@ def test_a_finished_store_is_reused_and_a_damaged_one_redone(
     with monkeypatch.context() as patch:
         patch.setattr(forward_pass, "capture", lambda *_: pytest.fail("ran the model"))
         torch.testing.assert_close(again(batch_size=2).rows(0, 200), first)
-        with pytest.raises(SaesubError, match="differs in n_tokens"):
-            again(n_tokens=100)
+        torch.testing.assert_close(again(n_tokens=100).rows(0, 100), first[:100])
         with pytest.raises(SaesubError, match="differs in text"):
             harvest(model, corpus.select(range(99)), [ATTN], tmp_path, n_tokens=200, **SMALL)
     data.write_bytes(data.read_bytes()[:-2])
@@ -234,9 +235,10 @@ def test_an_interrupted_store_goes_on_beside_others(
         write(self, x)
 
     monkeypatch.setattr(StoreWriter, "write", counted)
-    expected = {name: 1000 - _kept_rows(place, name) for name in (ATTN, other)} | {third: 1000}
+    kept = {ATTN: kept, other: _kept_rows(place, other), third: 0}
     stores = harvest(model, corpus, [ATTN, third, other], place, **run)
-    assert written == expected
+    # Each is written to the end of the context that holds the last token.
+    assert written == {name: _kept_rows(place, name) - kept[name] for name in kept}
     for name, store in stores.items():
         assert torch.equal(store.rows(0, 1000), whole[name].rows(0, 1000))
 
@@ -264,9 +266,9 @@ def test_a_bad_hook_point_costs_no_other_its_rows(
 
 def _store(folder: Path, n: int = 103, d: int = 4) -> ActivationStore:
     """A store whose rows are their own index."""
-    with StoreWriter(folder, "h", n, torch.float32) as writer:
+    with StoreWriter(folder, "h", torch.float32, {}) as writer:
         writer.write(torch.arange(n).unsqueeze(1).expand(n, d))
-        writer.finish({}, epochs=1.0)
+        writer.finish(n, ReadSoFar(1, {}, 1.0))
     return ActivationStore.open(folder, "h")
 
 
@@ -300,14 +302,14 @@ def _same(a: ActivationStore, b: ActivationStore) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_a_store_in_memory_equals_the_file_batch_for_batch(tmp_path: Path, dtype) -> None:
     numbers = torch.randn(103, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
-    with StoreWriter(tmp_path, "h", 103, dtype) as writer:
+    with StoreWriter(tmp_path, "h", dtype, {"text": "t"}) as writer:
         writer.write(numbers)
-        writer.finish({"text": "t"}, epochs=1.0)
+        writer.finish(103, ReadSoFar(1, {}, 1.0))
     file = ActivationStore.open(tmp_path, "h")
     given, moved = ActivationStore.of(numbers, "h"), file.on("cpu")
     assert repr(given) == repr(moved) == "ActivationStore(h, 103 tokens, d_in 4, on cpu)"
     assert repr(file) == "ActivationStore(h, 103 tokens, d_in 4)"
-    assert (moved.settings, moved.epochs) == ({"text": "t"}, 1.0)
+    assert (moved.settings, moved.epochs) == ({"text": "t", "n_tokens": "103"}, 1.0)
     assert given._rows.dtype == moved._rows.dtype == dtype
     for one in (given, moved, given.on("cpu"), moved.on("cpu")):
         _same(one, file)
@@ -363,14 +365,14 @@ def test_a_device_without_room_or_that_is_not_here_is_refused(tmp_path: Path, mo
 
 
 def test_an_unfinished_store_says_so(tmp_path: Path) -> None:
-    with StoreWriter(tmp_path, "h", 20, torch.float32) as writer:
+    with StoreWriter(tmp_path, "h", torch.float32, {}) as writer:
         writer.write(torch.ones(10, 4))
-        writer.keep({}, 1, 10)
+        writer.keep(ReadSoFar(1, {}, 1.0))
     with pytest.raises(SaesubError, match=r"of h .* is unfinished: harvest it again"):
         ActivationStore.open(tmp_path, "h")
-    with StoreWriter(tmp_path, "h", 20, torch.float32, n_kept=10) as writer:
+    with StoreWriter(tmp_path, "h", torch.float32, {}, held(tmp_path, "h")) as writer:
         writer.write(torch.zeros(10, 4))
-        writer.finish({}, epochs=1.0)
+        writer.finish(20, ReadSoFar(2, {}, 1.0))
     assert ActivationStore.open(tmp_path, "h").rows(0, 20).sum() == 40
 
 
@@ -446,10 +448,10 @@ def test_errors_say_what_to_do(model: TransformerBridge, corpus: Dataset) -> Non
 def test_values_that_vanish_in_float16_are_refused(tmp_path: Path) -> None:
     small = torch.randn(50, 8, generator=torch.Generator().manual_seed(0)) * 1e-7
     told = pytest.raises(SaesubError, match=r"too small for torch\.float16: pass dtype=")
-    with told, StoreWriter(tmp_path, "h", 50, torch.float16) as writer:
+    with told, StoreWriter(tmp_path, "h", torch.float16, {}) as writer:
         writer.write(small)
     assert not list(tmp_path.iterdir())
-    with StoreWriter(tmp_path, "h", 50, torch.float16) as writer:
+    with StoreWriter(tmp_path, "h", torch.float16, {}) as writer:
         writer.write(small * 1e3)
 
 
@@ -462,8 +464,8 @@ def test_the_files_of_another_hook_point_are_refused(tmp_path: Path) -> None:
 
 
 def test_rows_held_out_of_text_that_was_read_twice_are_warned_of(tmp_path: Path) -> None:
-    with StoreWriter(tmp_path, "h", 20, torch.float32) as writer:
+    with StoreWriter(tmp_path, "h", torch.float32, {}) as writer:
         writer.write(torch.randn(20, 4))
-        writer.finish({}, epochs=2.0)
+        writer.finish(20, ReadSoFar(1, {}, 2.0))
     with pytest.warns(UserWarning, match=r"read 2 times, so held-out rows are not new"):
         ActivationStore.open(tmp_path, "h").split(5)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -23,9 +22,11 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from saesub.activations import forward_pass
 from saesub.activations.collect import harvest, measure_spectra
+from saesub.activations.forward_pass import ReadSoFar
 from saesub.activations.spectra_checkpoint import load_totals, save_totals
 from saesub.activations.spectrum import SpectrumAccumulator
-from saesub.activations.store import ActivationStore, StoreWriter
+from saesub.activations.store import ActivationStore
+from saesub.activations.store_file import StoreWriter, held
 from saesub.errors import SaesubError
 from saesub.loading import download as fetching
 from saesub.loading.corpora import load_corpus
@@ -272,6 +273,23 @@ def test_read_only_results_are_read(
     faults.survived("read-only folder: what is finished is read, what is not is refused", 5)
 
 
+def test_a_read_only_cache_gives_the_rows_that_it_has(
+    model, few, stores, tmp_path: Path, read_only, monkeypatch: pytest.MonkeyPatch, faults: Faults
+) -> None:
+    monkeypatch.setenv("SAESUB_CACHE", str(tmp_path / "cache"))
+    harvest(model, few, HOOKS, **PASS)
+    whole = measure_spectra(model, few, HOOKS, cache=True, **PASS)
+    monkeypatch.setenv("SAESUB_CACHE", str(read_only(tmp_path / "cache")))
+    part = harvest(model, few, HOOKS, **PASS | {"n_tokens": 300})  # asked for never before
+    assert torch.equal(rows_of(part), rows_of(stores)[:, :300])
+    again = measure_spectra(model, few, HOOKS, cache=True, **PASS)
+    assert all(torch.equal(again[h].covariance, whole[h].covariance) for h in HOOKS)
+    for work in (harvest, lambda *given, **run: measure_spectra(*given, cache=True, **run)):
+        with pytest.raises(SaesubError, match=r"Read-only.*make room"):
+            work(model, few, HOOKS, **PASS | {"n_tokens": 900})
+    faults.survived("read-only cache: what is there loads, what is not is refused", 4)
+
+
 # --- damaged files -------------------------------------------------------------------------------
 
 
@@ -304,15 +322,16 @@ def survives(
 
 def test_damaged_stores_are_found(tmp_path: Path, faults: Faults) -> None:
     rows = torch.randn(300, 7, generator=torch.Generator().manual_seed(0))
-    with StoreWriter(tmp_path, "h", 300, torch.float32) as writer:
+    with StoreWriter(tmp_path, "h", torch.float32, {"corpus": "wiki-en", "model": "é"}) as writer:
         writer.write(rows)
-        writer.finish({"corpus": "wiki-en", "model": "é"}, epochs=1.5)
+        writer.finish(300, ReadSoFar(1, {"documents": "7"}, 1.5))
 
     def read() -> ActivationStore:
         return ActivationStore.open(tmp_path, "h")
 
     def same(store: ActivationStore) -> bool:
-        about = store.settings == {"corpus": "wiki-en", "model": "é"} and store.epochs == 1.5
+        settings = {"corpus": "wiki-en", "model": "é", "n_tokens": "300", "documents": "7"}
+        about = store.settings == settings and store.epochs == 1.5
         return about and torch.equal(store.rows(0, 300), rows)
 
     for seed, name in enumerate(["h.bin", "h.json"]):
@@ -451,13 +470,13 @@ def test_passes_go_on_with_the_same_settings_alone(
     with pytest.raises(SaesubError, match=f"differs in .*{says}"):
         measure_spectra(model, hook_names=HOOKS, checkpoint=tmp_path / "state", **settings)
     harvest(model, few, HOOKS, tmp_path, **PASS)
-    if "batch_size" not in change:  # which a finished store does not depend on
+    if not change.keys() & {"batch_size", "n_tokens"}:  # which rows do not depend on
         with pytest.raises(SaesubError, match=f"differs in .*{says}"):
             harvest(model, hook_names=HOOKS, folder=tmp_path, **settings)
-    with StoreWriter(tmp_path / "left", HOOKS[0], 800, torch.float16) as writer:
-        writer.write(torch.zeros(10, 576))
-        kept = json.loads((tmp_path / f"{HOOKS[0]}.json").read_text())["settings"]
-        writer.keep(kept | {"batch_size": "2"}, 1, 10)
-    with pytest.raises(SaesubError, match=f"interrupted store .*differs in .*{says}"):
-        harvest(model, hook_names=HOOKS[:1], folder=tmp_path / "left", **settings)
+        kept = held(tmp_path, HOOKS[0])
+        with StoreWriter(tmp_path / "left", HOOKS[0], torch.float16, kept.settings) as writer:
+            writer.write(torch.zeros(10, 576))
+            writer.keep(ReadSoFar(1, kept.text, 1.0))
+        with pytest.raises(SaesubError, match=f"interrupted store .*differs in .*{says}"):
+            harvest(model, hook_names=HOOKS[:1], folder=tmp_path / "left", **settings)
     faults.survived("changed setting on resume: refused, the setting named", 3)

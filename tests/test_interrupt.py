@@ -31,7 +31,7 @@ import torch
 from test_faults import HOOKS, PASS, rows_of, train
 from saesub.activations import forward_pass
 from saesub.activations.collect import harvest
-from saesub.activations.store import StoreWriter
+from saesub.activations.store_file import StoreWriter
 from saesub.loading.corpora import load_corpus
 from saesub.loading.models import load_model
 from saesub.training.comparison import StoreBatches

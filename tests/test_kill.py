@@ -37,6 +37,8 @@ Ask = Callable[..., Any]
 KILLS = {
     "fetch": (5, 2),
     "harvest": (6, 1),
+    "grow": (6, 1),
+    "cached": (6, 1),
     "spectra": (6, 1),
     "train": (10, 11),
     "reproduce": (3, 1),
@@ -126,7 +128,7 @@ def prepare_notebooks(folder: Path) -> None:
 def left_behind(place: Path) -> list[str]:
     """Temporary files of whatever kind, and checkpoints other than the final ones."""
     names = (str(path.relative_to(place)) for path in place.rglob("*"))
-    return [name for name in names if re.search(r"\.tmp|partial|runs/\w+/\d+", name)]
+    return [name for name in names if re.search(r"\.tmp|partial|\.part\.|runs/\w+/\d+", name)]
 
 
 @pytest.mark.parametrize("job", KILLS)
@@ -177,7 +179,7 @@ def test_two_at_once_convert_a_model_once(
     faults.survived("two processes at once in one folder: conversion of a model")
 
 
-@pytest.mark.parametrize("job", ["fetch", "harvest", "spectra", "train"])
+@pytest.mark.parametrize("job", ["fetch", "harvest", "grow", "cached", "spectra", "train"])
 def test_two_at_once_end_as_one_alone(ask: Ask, folder: Path, job: str, faults: Faults) -> None:
     if job == "train" and not (folder / "whole-harvest").is_dir():
         ask("harvest", folder / "whole-harvest")

@@ -27,8 +27,10 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import TrainStepInput
 from stopping import StoppedError, stopping
 
+from saesub.activations.forward_pass import ReadSoFar
 from saesub.activations.spectrum import Spectrum
-from saesub.activations.store import ActivationStore, StoreWriter
+from saesub.activations.store import ActivationStore
+from saesub.activations.store_file import StoreWriter
 from saesub.errors import SaesubError
 from saesub.init.biases import center_biases
 from saesub.init.encoder_scale import scale_encoder
@@ -62,9 +64,9 @@ def spectrum(activations) -> Spectrum:
 @pytest.fixture(scope="module")
 def store(activations, tmp_path_factory) -> ActivationStore:
     folder = tmp_path_factory.mktemp("store")
-    with StoreWriter(folder, HOOK, len(activations), torch.float32) as writer:
+    with StoreWriter(folder, HOOK, torch.float32, {}) as writer:
         writer.write(activations)
-        writer.finish({}, epochs=1.0)
+        writer.finish(len(activations), ReadSoFar(1, {}, 1.0))
     return ActivationStore.open(folder, HOOK)
 
 

@@ -19,8 +19,10 @@ from sae_lens import (
 from sae_lens.config import SAETrainerConfig
 from stopping import StoppedError, stopping
 
+from saesub.activations.forward_pass import ReadSoFar
 from saesub.activations.spectrum import Spectrum
-from saesub.activations.store import ActivationStore, StoreWriter
+from saesub.activations.store import ActivationStore
+from saesub.activations.store_file import StoreWriter
 from saesub.errors import SaesubError
 from saesub.init.biases import center_biases
 from saesub.init.subspace import initialize_in_subspace
@@ -45,9 +47,9 @@ def spectrum(activations) -> Spectrum:
 @pytest.fixture(scope="module")
 def store(activations, tmp_path_factory) -> ActivationStore:
     folder = tmp_path_factory.mktemp("store")
-    with StoreWriter(folder, HOOK, len(activations), torch.float32) as writer:
+    with StoreWriter(folder, HOOK, torch.float32, {}) as writer:
         writer.write(activations)
-        writer.finish({}, epochs=1.0)
+        writer.finish(len(activations), ReadSoFar(1, {}, 1.0))
     return ActivationStore.open(folder, HOOK)
 
 
@@ -367,9 +369,9 @@ def test_a_kept_run_is_of_all_its_batches(store, spectrum, tmp_path):
 def test_stores_of_different_text_give_no_joint_batches(tmp_path):
     stores = {}
     for name in ("a", "b"):
-        with StoreWriter(tmp_path / name, HOOK, 300, torch.float32) as writer:
+        with StoreWriter(tmp_path / name, HOOK, torch.float32, {"text": name}) as writer:
             writer.write(torch.randn(300, 4))
-            writer.finish({"text": name, "n_tokens": "300"}, epochs=1.0)
+            writer.finish(300, ReadSoFar(1, {}, 1.0))
         stores[name] = ActivationStore.open(tmp_path / name, HOOK)
     with pytest.raises(SaesubError, match="not of the same tokens"):
         joint_batches(stores, BATCH, seed=0)

@@ -30,7 +30,7 @@ from sae_lens import SAETrainer
 from sae_lens.config import SAETrainerConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from tqdm.auto import tqdm
-from trials import RESULTS, STORES
+from trials import RESULTS
 
 import saesub
 from saesub.files import write_atomically
@@ -108,9 +108,8 @@ def main() -> None:
         for architecture, condition in product(ARCHITECTURES, CONDITIONS)
         if condition.startswith(where)
     ]
-    folder = STORES / "defaults"
     n_tokens = max(BATCH * STEPS, N_SPECTRUM) + HELD_OUT
-    store = saesub.harvest(MODEL, CORPUS, [HOOK], folder, n_tokens=n_tokens)[HOOK]
+    store = saesub.harvest(MODEL, CORPUS, [HOOK], n_tokens=n_tokens)[HOOK]
     train, held_out = store.split(HELD_OUT)
     spectrum = saesub.Spectrum.from_activations(train.rows(0, N_SPECTRUM))
     record |= {

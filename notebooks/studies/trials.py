@@ -29,7 +29,6 @@ from saesub.reproduce.report import run_facts
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "data" / "results" / "studies"
-STORES = Path("runs") / "studies-activations"
 TOKENS = {"wiki-en": (400_000, 60_000), "english-mix": (1_536_000, 512_000)}  # all, held out
 WINDOW, N_JUDGED = 40_000, 16_384
 N_SPECTRUM = 200_000  # tokens for a spectrum, and to draw data points from
@@ -54,20 +53,17 @@ class Trial:
 
 
 def harvest(trials: list[Trial]) -> None:
-    """Write the activations that the trials ask for, one pass for each corpus and model."""
+    """Have the cache hold the activations that the trials ask for, one pass for each corpus and
+    model."""
     for corpus, model in sorted({(t.corpus, t.model) for t in trials}):
         hooks = sorted({t.hook_name for t in trials if (t.corpus, t.model) == (corpus, model)})
-        saesub.harvest(model, corpus, hooks, _folder(corpus, model), n_tokens=TOKENS[corpus][0])
-
-
-def _folder(corpus: str, model: str) -> Path:
-    return STORES / corpus / model
+        saesub.harvest(model, corpus, hooks, n_tokens=TOKENS[corpus][0])
 
 
 @cache
 def site(model: str, hook_name: str, corpus: str = "wiki-en") -> tuple:
     """(training store, held-out store, spectrum, first activations) of a hook point."""
-    store = saesub.ActivationStore.open(_folder(corpus, model), hook_name)
+    store = saesub.harvest(model, corpus, [hook_name], n_tokens=TOKENS[corpus][0])[hook_name]
     train, held_out = store.split(TOKENS[corpus][1])
     x = train.rows(0, N_SPECTRUM)
     return train, held_out, saesub.Spectrum.from_activations(x), x

@@ -7,20 +7,21 @@ after the BOS are left out everywhere.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import Unpack
 
+from saesub.activations.cache import cached_folder
 from saesub.activations.checks import require_finite
 from saesub.activations.forward_pass import ModelPass, TokenStream
+from saesub.activations.growth import grown_stores
+from saesub.activations.spectra_cache import cached_spectra
 from saesub.activations.spectra_checkpoint import load_totals, save_totals
 from saesub.activations.spectrum import Spectrum, SpectrumAccumulator
-from saesub.activations.store import ActivationStore, StoreWriter, open_or_none, unfinished
+from saesub.activations.store import ActivationStore
 from saesub.errors import SaesubError
 from saesub.loading.corpora import Corpus
 from saesub.loading.models import Model
@@ -63,6 +64,7 @@ def measure_spectra(
     n_tokens: int,
     share: tuple[int, int] = (0, 1),
     checkpoint: str | Path | None = None,
+    cache: bool = False,
     keep_massive: bool = False,
     **stream: Unpack[TokenStream],
 ) -> dict[str, Spectrum]:
@@ -76,6 +78,9 @@ def measure_spectra(
             shares add up to that of the pass, and a share without a batch is {}.
         checkpoint: a file that is written every minute. Make an interrupted call again and it
             continues where it stopped, to the same bits; a finished one returns at once.
+        cache: use the totals in the cache, and keep those that are missing there: a pass begins
+            where the longest of at most `n_tokens` tokens ends. Such a spectrum is that of one
+            pass but for rounding, and where massive activations are judged in another block.
         keep_massive: count also tokens more than 20 times as far from the mean of their batch as
             its median token: massive activations, which by default are left out at the hook points
             where they are found, counted in the spectrum's metadata, and warned of where they are
@@ -84,9 +89,17 @@ def measure_spectra(
 
     Raises:
         SaesubError: as `stream_activations`, and for a checkpoint that is damaged, of another
-            model, text or settings, or cannot be written.
+            model, text or settings, or cannot be written; for a cache together with a checkpoint
+            or a share, or of a model with hooks.
     """
+    if cache and (checkpoint is not None or share != (0, 1)):
+        raise SaesubError(
+            "the cache holds spectra of whole passes, and is a checkpoint itself: leave out "
+            "cache=True, or the checkpoint and the share"
+        )
     run = ModelPass(model, corpus, hook_names, n_tokens=n_tokens, share=share, **stream)
+    if cache:
+        return cached_spectra(run, keep_massive=keep_massive)
     totals: dict[str, SpectrumAccumulator] = {}
 
     def receive(name: str, x: Tensor) -> None:
@@ -106,9 +119,12 @@ def measure_spectra(
         }
         kept, first = load_totals(path, settings, run.same_text)
         totals.update(kept)
-        run.run(
-            receive, lambda n, _: save_totals(path, totals, n, settings | run.text_read()), first
-        )
+
+        def after(n_contexts: int, _: int, due: bool) -> None:
+            if due:
+                save_totals(path, totals, n_contexts, settings | run.text_read())
+
+        run.run(receive, after, first)
     record = {**run.source, "epochs": f"{run.contexts.epochs:.3g}"}
     return {name: total.finish({"hook_name": name, **record}) for name, total in totals.items()}
 
@@ -120,6 +136,7 @@ def measure_spectrum(
     *,
     n_tokens: int,
     checkpoint: str | Path | None = None,
+    cache: bool = False,
     keep_massive: bool = False,
     **stream: Unpack[TokenStream],
 ) -> Spectrum:
@@ -129,7 +146,7 @@ def measure_spectrum(
             f"measure_spectrum takes the name of one hook point, not {hook_name!r}: call "
             "measure_spectra for several"
         )
-    kept = {"checkpoint": checkpoint, "keep_massive": keep_massive}
+    kept = {"checkpoint": checkpoint, "cache": cache, "keep_massive": keep_massive}
     return measure_spectra(model, corpus, [hook_name], n_tokens=n_tokens, **kept, **stream)[
         hook_name
     ]
@@ -139,77 +156,48 @@ def harvest(
     model: Model,
     corpus: Corpus,
     hook_names: Sequence[str],
-    folder: str | Path,
+    folder: str | Path | None = None,
     *,
     n_tokens: int,
     dtype: torch.dtype = torch.float16,
     **stream: Unpack[TokenStream],
 ) -> dict[str, ActivationStore]:
-    """Activations at several hook points, written from one pass to `<folder>/<hook>.bin`.
+    """Activations of the first `n_tokens` tokens at several hook points, on the disk.
 
-    A finished store of the same model, text and settings is reused, and a damaged one is written
-    again. All weights and all documents that are read count; a store that was made while the model
-    had hooks is never reused. Make an interrupted call again, with the same hook points or others,
-    and each continues from the last minute that was kept of it. Processes that harvest to one
-    folder wait for one another.
+    What is there of the same model, text and settings is used: of a longer store its first rows,
+    and a shorter one grows from where it ends, so that a token passes the model once. All weights
+    and all documents that are read count; a damaged store is written again; a store that was made
+    while the model had hooks is never used again. Make an interrupted call again, with the same
+    hook points or others, and each continues from the last minute that was kept of it. Processes
+    that harvest the same wait for one another.
+
+    Rows of a store that grew are those of one harvested at once, but for rounding where a batch was
+    cut: a float16 number may differ by its last bit.
 
     Args:
+        folder: where `<hook>.bin` and `<hook>.json` are; without it, in the one cache for all
+            (`saesub cache` lists it, and `saesub cache --clear` empties it), under a key of the
+            model, the whole corpus, the settings and the versions of saesub and the libraries.
         dtype: torch.float16 or torch.float32, of the numbers on disk. docs/speed.md has what
             float16 changes in spectra and SAEs, as measured.
         **stream: context_size, batch_size, skip_first and progress, see `TokenStream`.
 
     Raises:
         SaesubError: as `stream_activations`, and for a store of other settings in the folder, a
-            full or read-only disk, or values beyond the range of `dtype`.
+            model with hooks where no folder is given, a full or read-only disk, or values beyond
+            the range of `dtype`.
     """
     run = ModelPass(model, corpus, hook_names, n_tokens=n_tokens, **stream)
-    settings = {**run.settings(), "dtype": str(dtype).removeprefix("torch.")}
-    names, place = list(run.points), Path(folder)
-    if any(open_or_none(place, name, settings, run.same_text) is None for name in names):
-        try:
-            place.mkdir(parents=True, exist_ok=True)
-            with FileLock(place / ".lock"):
-                _write_missing(run, place, settings, dtype)
-        except OSError as error:
-            raise SaesubError(
-                f"{place} cannot be written ({error.strerror or error}): make room and make the "
-                "same call again, which continues from what is kept there, or pass another folder"
-            ) from error
-    return {name: ActivationStore.open(place, name) for name in names}
-
-
-def _write_missing(
-    run: ModelPass, folder: Path, settings: dict[str, str], dtype: torch.dtype
-) -> None:
-    """Write stores of those of the run's hook points that have none."""
-    run.points = {
-        name: point
-        for name, point in run.points.items()
-        if open_or_none(folder, name, settings, run.same_text) is None
-    }
-    if not run.points:
-        return
-    steps = settings | run.steps()
-    # Batches and rows of each that an interrupted call kept; the pass begins after the fewest.
-    kept = {name: unfinished(folder, name, steps, run.same_text) for name in run.points}
-    first = min(n_batches for n_batches, _ in kept.values())
-    seen = dict.fromkeys(run.points, first)
-    with ExitStack() as stack:
-        writers = {
-            name: stack.enter_context(StoreWriter(folder, name, run.n_tokens, dtype, n_rows))
-            for name, (_, n_rows) in kept.items()
-        }
-
-        def receive(name: str, x: Tensor) -> None:
-            if seen[name] >= kept[name][0]:
-                writers[name].write(x)
-            seen[name] += 1
-
-        def keep(n_batches: int, n_rows: int) -> None:
-            for name, writer in writers.items():
-                if n_batches > kept[name][0]:
-                    writer.keep(steps | run.text_read(), n_batches, n_rows)
-
-        run.run(receive, keep, first)
-        for writer in writers.values():
-            writer.finish(settings | run.text_read(), epochs=run.contexts.epochs)
+    settings = run.settings() | {"dtype": str(dtype).removeprefix("torch.")}
+    del settings["n_tokens"]
+    if folder is None:
+        place = cached_folder("activations", settings, run.whole_text())
+    else:
+        place = Path(folder)
+    try:
+        return grown_stores(run, place, settings, dtype)
+    except OSError as error:
+        raise SaesubError(
+            f"{place} cannot be written ({error.strerror or error}): make room and make the "
+            "same call again, which continues from what is kept there, or pass another folder"
+        ) from error

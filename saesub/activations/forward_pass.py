@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 import torch
 from jaxtyping import Float, Int
@@ -38,6 +38,20 @@ KEEP_EVERY = 60.0
 """Seconds between the states of a long pass that survive a kill."""
 
 Receive = Callable[[str, Float[Tensor, "n d"]], None]
+
+
+class ReadSoFar(NamedTuple):
+    """How far a pass has read its text.
+
+    Attributes:
+        n_contexts: contexts that are done.
+        text: the number of documents read, and a hash of them.
+        epochs: how often the corpus's documents were read.
+    """
+
+    n_contexts: int
+    text: dict[str, str]
+    epochs: float
 
 
 class TokenStream(TypedDict, total=False):
@@ -177,6 +191,7 @@ class ModelPass:
     Args:
         hook_names: one name or several; repeated names count once.
         share: with (i, n) the model runs on the batches i, i + n, ... alone.
+        whole_contexts: give also the tokens that follow the last one in its context.
         **stream: see `TokenStream`.
 
     Raises SaesubError for settings that leave nothing to read, an unknown hook point, or whatever
@@ -195,6 +210,7 @@ class ModelPass:
         skip_first: int = 1,
         progress: bool = True,
         share: tuple[int, int] = (0, 1),
+        whole_contexts: bool = False,
     ) -> None:
         n_tokens = whole_number(n_tokens, "n_tokens")
         batch_size = whole_number(batch_size, "batch_size")
@@ -211,7 +227,7 @@ class ModelPass:
         names = list(dict.fromkeys(names))
         if not names:
             raise SaesubError("no hook point was named: name at least one")
-        self.points = hook_points(self.model, names)
+        self.points = self._all_points = hook_points(self.model, names)
         self.contexts = ContextStream(self.model, load_corpus(corpus), context_size)
         if skip_first + (context_tokens(self.model).bos_id is not None) >= context_size:
             raise SaesubError(
@@ -219,8 +235,9 @@ class ModelPass:
                 "raise context_size"
             )
         self.n_tokens, self.batch_size, self.skip_first = n_tokens, batch_size, skip_first
-        self.context_size = context_size
+        self.context_size, self.whole_contexts = context_size, whole_contexts
         self.progress, self.share = progress, share
+        self._n_contexts = 0
         self._text_hash = DocumentsDigest(self.contexts.corpus)
         named = isinstance(corpus, (str, Path))
         self.source = {
@@ -240,16 +257,19 @@ class ModelPass:
     def runs_plain(self) -> bool:
         """Whether batches go through the plain model within the bridge; each one goes through the
         bridge all the same that finds hooks on it."""
-        return same_without_bridge(self.model, self.points, self.context_size)
+        return same_without_bridge(self.model, self._all_points, self.context_size)
 
-    def steps(self) -> dict[str, str]:
-        """What an interrupted pass is continued with, beside `settings`."""
-        kind = "plain" if self.runs_plain else "bridge"
-        return {"batch_size": str(self.batch_size), "pass": kind}
+    def whole_text(self) -> str:
+        """A hash of all documents of the corpus."""
+        return self._text_hash.of(len(self.contexts.corpus))
 
     def text_read(self) -> dict[str, str]:
         """The number of documents read so far, and a hash of them."""
         return self._text(self.contexts.n_read)
+
+    def read_so_far(self) -> ReadSoFar:
+        """How far the pass has come."""
+        return ReadSoFar(self._n_contexts, self.text_read(), self.contexts.epochs)
 
     def same_text(self, kept: Mapping[str, str]) -> dict[str, str]:
         """What `text_read` would say here of as many documents as a kept result was made from."""
@@ -259,38 +279,54 @@ class ModelPass:
     def _text(self, n: int) -> dict[str, str]:
         return {"documents": str(n), "text": self._text_hash.of(n)}
 
-    def batches(self, receive: Receive, first: int = 0) -> Iterator[int]:
-        """Yield the number of kept tokens of each batch, after `receive` had its activations at
-        every hook point. The model does not run on batches before `first`.
+    def batches(self, receive: Receive, first: int = 0) -> Iterator[tuple[int, int]]:
+        """Yield the numbers of contexts and of kept tokens so far after each batch, when `receive`
+        had its activations at every hook point. The text begins anew in each call. The model does
+        not run on contexts before `first`.
 
         Raises what `receive` raises, and SaesubError for a hook point without one vector a token.
         """
-        done = batch = 0
+        done = self._n_contexts = 0
+        self.contexts = ContextStream(self.model, self.contexts.corpus, self.context_size)
         with bar(total=self.n_tokens, unit="tok", progress=self.progress) as shown:
             while done < self.n_tokens:
-                tokens = self.contexts.take(self.batch_size).to(self.model.cfg.device)
-                kept = kept_positions(self.model, tokens, self.skip_first)
-                index = kept.flatten().nonzero().squeeze(1)[: self.n_tokens - done]
-                if len(index) == 0:
-                    raise SaesubError("every position is left out: raise context_size")
-                # The last batch is cut after the last token that was asked for.
-                tokens = tokens[: int(index[-1]) // tokens.shape[1] + 1]
-                if batch >= first and batch % self.share[1] == self.share[0]:
+                batch, within = divmod(self._n_contexts, self.batch_size)
+                runs = self._n_contexts >= first and batch % self.share[1] == self.share[0]
+                # Batches begin where they do in a pass from the start, but for that at `first`.
+                n = self.batch_size - within
+                n = n if self._n_contexts >= first else min(n, first - self._n_contexts)
+                tokens = self.contexts.take(n).to(self.model.cfg.device)
+                index = self._kept(tokens, self.n_tokens - done)
+                done += len(index)
+                if done >= self.n_tokens:  # cut after the last context that was asked for
+                    tokens = tokens[: int(index[-1]) // tokens.shape[1] + 1]
+                if runs and len(index):
                     self._run(batch, tokens, index, receive)
-                done, batch = done + len(index), batch + 1
-                shown.update(len(index))
-                yield len(index)
+                self._n_contexts += len(tokens)
+                shown.update(min(len(index), self.n_tokens - shown.n))
+                yield self._n_contexts, done
 
-    def run(self, receive: Receive, keep: Callable[[int, int], None], first: int = 0) -> None:
-        """Go through all batches. From batch `first` on, call `keep` every minute and at the end,
-        with the numbers of batches and of kept tokens so far."""
-        done, last = 0, time.monotonic()
-        for n_batches, n in enumerate(self.batches(receive, first), 1):
-            done += n
-            due = time.monotonic() - last >= KEEP_EVERY or done == self.n_tokens
-            if n_batches > first and due:
-                keep(n_batches, done)
-                last = time.monotonic()
+    def _kept(self, tokens: Int[Tensor, "batch pos"], n_left: int) -> Int[Tensor, " n"]:
+        """The places, in the flattened batch, of the kept tokens that are asked for."""
+        index = kept_positions(self.model, tokens, self.skip_first).flatten().nonzero().squeeze(1)
+        if len(index) == 0 and len(tokens) == self.batch_size:
+            raise SaesubError("every position is left out: raise context_size")
+        if self.whole_contexts and len(index) > n_left:
+            end = (int(index[n_left - 1]) // tokens.shape[1] + 1) * tokens.shape[1]
+            return index[index < end]
+        return index[:n_left]
+
+    def run(
+        self, receive: Receive, after: Callable[[int, int, bool], None], first: int = 0
+    ) -> None:
+        """Go through all batches. After each call `after` with the numbers of contexts and of kept
+        tokens so far, and whether it is time to keep a state: every minute and at the end."""
+        last = time.monotonic()
+        for n_contexts, n_rows in self.batches(receive, first):
+            due = time.monotonic() - last >= KEEP_EVERY or n_rows >= self.n_tokens
+            due = due and n_contexts > first
+            after(n_contexts, n_rows, due)
+            last = time.monotonic() if due else last
 
     def _run(self, batch: int, tokens: Tensor, index: Tensor, receive: Receive) -> None:
         def select(name: str, tensor: Tensor) -> None:

@@ -40,7 +40,8 @@ _LIBRARIES = ("torch.", "transformers.", "transformer_lens.", "accelerate.")
 
 
 def model_settings(model: TransformerBridge) -> dict[str, str]:
-    """Hashes of a model's weights, its architecture and its tokenizer, and its active hooks.
+    """Hashes of a model's weights, its architecture and its tokenizer, its active hooks, and what
+    float32 products are rounded to.
 
     Raises SaesubError for weights on the meta device, which hold no values.
     """
@@ -49,6 +50,7 @@ def model_settings(model: TransformerBridge) -> dict[str, str]:
         "architecture": _architecture(model),
         "tokenizer": _tokenizer(model.tokenizer, context_tokens(model)),
         "hooks": _hooks(model),
+        "arithmetic": _arithmetic(torch.device(model.cfg.device or "cpu").type),
     }
 
 
@@ -140,6 +142,11 @@ def _tokenizer(tokenizer: Any, specials: ContextTokens) -> str:
         described = [tokenizer.get_vocab(), tokenizer(_PROBE).input_ids]
     parts = [type(tokenizer).__qualname__, described, tokenizer.special_tokens_map, specials]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _arithmetic(device: str) -> str:
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else "none"
+    return f"float32 products {torch.get_float32_matmul_precision()}, autocast {dtype}"
 
 
 def _hooks(model: TransformerBridge) -> str:

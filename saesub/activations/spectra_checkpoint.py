@@ -14,7 +14,7 @@ from saesub.errors import SaesubError
 from saesub.files import Form, damaged, read_checksummed, write_checksummed
 
 _FORM = Form(
-    format="saesub-spectra-state-2",
+    format="saesub-spectra-state-3",
     key="progress",
     what="checkpoint of spectra",
     missing="none was kept",
@@ -25,10 +25,10 @@ _FORM = Form(
 def save_totals(
     path: Path,
     totals: Mapping[str, SpectrumAccumulator],
-    n_batches: int,
+    n_contexts: int,
     settings: Mapping[str, str],
 ) -> None:
-    """Write the totals of the first `n_batches` batches, by hook point.
+    """Write the totals of the first `n_contexts` contexts, by hook point.
 
     Raises SaesubError where the file cannot be written.
     """
@@ -37,13 +37,13 @@ def save_totals(
         for name, total in totals.items()
         for part, tensor in total.state().items()
     }
-    write_checksummed(path, _FORM, tensors, json.dumps([dict(settings), n_batches, list(totals)]))
+    write_checksummed(path, _FORM, tensors, json.dumps([dict(settings), n_contexts, list(totals)]))
 
 
 def load_totals(
     path: Path, settings: Mapping[str, str], same_text: SameText
 ) -> tuple[dict[str, SpectrumAccumulator], int]:
-    """What `save_totals` wrote: the totals and the number of batches; ({}, 0) without a file.
+    """What `save_totals` wrote: the totals and the number of contexts; ({}, 0) without a file.
 
     Raises SaesubError for a damaged file, or one of a pass with other settings or another text.
     """
@@ -51,7 +51,7 @@ def load_totals(
         return {}, 0
     tensors, progress = read_checksummed(path, _FORM)
     try:
-        kept, n_batches, names = json.loads(progress)
+        kept, n_contexts, names = json.loads(progress)
         states: dict[str, dict[str, Tensor]] = {name: {} for name in names}
         for key, tensor in tensors.items():
             name, part = key.rsplit(" ", 1)
@@ -65,4 +65,4 @@ def load_totals(
             f"{path} was kept by a pass that differs in {other}: name another checkpoint, or "
             "delete that one"
         )
-    return totals, n_batches
+    return totals, n_contexts
