@@ -220,6 +220,7 @@ def test_a_plain_pass_changes_nothing_of_the_model(fails: bool, plain_runs: list
     run = ModelPass(model, texts, [HOOK], n_tokens=50, context_size=32, progress=False)
     assert run.runs_plain  # the trial runs the bridge, which then hooks its own modules
     before = _state(model)
+    assert before[-1] == "eager"
 
     def receive(name: str, x: Tensor) -> None:
         assert _state(model) == before
@@ -236,7 +237,8 @@ def test_a_plain_pass_changes_nothing_of_the_model(fails: bool, plain_runs: list
 
 
 def test_activations_can_be_trained_on(plain_runs: list[int]) -> None:
-    rows = _rows(_tiny(), tiny_texts(), [HOOK])[HOOK]
+    run = {"n_tokens": 20, "context_size": 32, "progress": False}
+    rows = next(stream_activations(_tiny(), tiny_texts(), [HOOK], **run))[HOOK]
     weights = torch.zeros(rows.shape[1], requires_grad=True)
     (rows @ weights).square().sum().backward()
     assert weights.grad is not None

@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig
 from saesub.activations.identity import hooked_modules, of_library
 
 Hear = Callable[[str, Tensor], None]
+_ENDS = ("hook_in", "hook_out")  # what goes into a module, and what comes out
 
 
 def may_run_plain(model: TransformerBridge) -> bool:
@@ -103,9 +104,6 @@ class PlainModel:
         new = copy.deepcopy(config, self._configs)
         new._attn_implementation = "sdpa"
         return new
-
-
-_ENDS = ("hook_in", "hook_out")
 
 
 def _listen(module: nn.Module, role: str, hear: Callable[[Tensor], None]) -> None:
