@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +13,9 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 import saesub
-from saesub import SaesubError, harvest, load_model, stream_activations
-from saesub.activations import forward_pass
+from saesub import SaesubError, load_model, stream_activations
 from saesub.activations.forward_pass import ModelPass
-from saesub.activations.plain_model import PlainModel, may_run_plain
+from saesub.activations.plain_model import PlainModel
 from saesub.loading.registry import packaged, packaged_names
 from saesub.paths import cache_dir
 
@@ -243,32 +241,6 @@ def test_activations_can_be_trained_on(plain_runs: list[int]) -> None:
     (rows @ weights).square().sum().backward()
     assert weights.grad is not None
     assert len(plain_runs) > 1
-
-
-def test_an_interrupted_store_is_of_one_kind_of_pass(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(forward_pass, "KEEP_EVERY", 0.0)
-    model, texts, capture = _tiny(), tiny_texts(), forward_pass.capture
-    run = {"n_tokens": 150, "context_size": 32, "batch_size": 2, "progress": False}
-    batches = iter(range(2))
-
-    def stopped(*args: Any) -> None:
-        if next(batches, None) is None:
-            raise KeyboardInterrupt
-        capture(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(forward_pass, "capture", stopped)
-        patch.setattr(ModelPass, "runs_plain", False)
-        with pytest.raises(KeyboardInterrupt):
-            harvest(model, texts, [HOOK], tmp_path, **run)
-    with pytest.raises(SaesubError, match="differs in pass"):
-        harvest(model, texts, [HOOK], tmp_path, **run)
-    with monkeypatch.context() as patch:
-        patch.setattr(ModelPass, "runs_plain", False)
-        whole = harvest(model, texts, [HOOK], tmp_path, **run)[HOOK].rows(0, 150)
-    # A finished one does not say which it was.
-    assert torch.equal(harvest(model, texts, [HOOK], tmp_path, **run)[HOOK].rows(0, 150), whole)
-    assert may_run_plain(model)
 
 
 def test_a_window_shorter_than_the_context_counts(by_bridge, plain_runs: list[int]) -> None:

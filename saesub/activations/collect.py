@@ -172,7 +172,8 @@ def harvest(
     that harvest the same wait for one another.
 
     Rows of a store that grew are those of one harvested at once, but for rounding where a batch was
-    cut: a float16 number may differ by its last bit.
+    cut, or where the model ran within the bridge before and now runs without it: a float16 number
+    may differ by its last bit.
 
     Args:
         folder: where `<hook>.bin` and `<hook>.json` are; without it, in the one cache for all
