@@ -111,7 +111,7 @@ int saesub_search(const Packing* packing, const float* x, const float* read, con
   const Packing& p = *packing;
   int64_t often = std::max<int64_t>(4 * k, 2 * k + 2 * kFeaturesPerTile);
   // Not a power of two, for then tokens' rooms would share cache sets; and no more than can come.
-  int64_t capacity = std::min(64 * often, often + 2 * p.padded()) + 16;
+  int64_t capacity = std::min(64 * often, often + 2 * p.padded()) + 2 * kLanes;
   Searcher s{p, x,     read,     rest,   W,      bias,    k,
              often, capacity, features, values, failed, exceeded};
   return parallel(blocks_of(n, kTokensPerTask), threads, [&](int64_t task) {

@@ -22,6 +22,11 @@ constexpr float kBoundWidth = 4.0f;
 // Against an exact score only one error counts: its bound is as wide as that of a difference.
 constexpr float kBeyond = 0.4142f;
 
+// How much of the bound on what is left out the lower bounds have. As any error would, it rather
+// raises the largest scores; a token whose k-th best score does not reach the threshold that the
+// lower bounds gave is ranked by the whole product.
+constexpr float kRestBelow = 0.25f;
+
 // Rounding errors are uniform and of no direction as long as most coordinates span several steps.
 // Where one massive coordinate takes the range for itself, the others round towards zero and the
 // error lies along the vector: this much of it, in steps, is tolerated (chance gives 0.29).
@@ -178,8 +183,9 @@ void pack_features(const Packing& p, const float* W, const float* bias, const in
 // ---- candidates ----
 
 struct Token {
-  float scale, inverse, norm, rest;  // norm: of the part that is read
-  bool bounded;                      // whether the bounds hold for it
+  float inverse;     // of its scale, in which its scores are counted
+  float norm, rest;  // of the part that is read and of what is not, in that scale
+  bool bounded;      // whether the bounds hold for it
 };
 
 struct Candidates {
@@ -207,10 +213,9 @@ Token quantise_token(const Searcher& s, int64_t t, int8_t* out, int32_t* start) 
   const float* part = s.read + t * s.p.read;
   float largest = largest_magnitude(part, s.p.read);
   Token token{};
-  token.scale = largest > 0 ? largest / kSteps : 1.0f;
-  token.inverse = 1 / token.scale;
-  token.norm = std::sqrt(dot(part, part, s.p.read));
-  token.rest = s.rest ? s.rest[t] : 0.0f;
+  token.inverse = 1 / (largest > 0 ? largest / kSteps : 1.0f);
+  token.norm = std::sqrt(dot(part, part, s.p.read)) * token.inverse;
+  token.rest = s.rest ? s.rest[t] * token.inverse : 0.0f;
   token.bounded =
       std::isfinite(token.norm) && std::isfinite(token.inverse) && std::isfinite(token.rest);
   if (!token.bounded) return token;
@@ -220,14 +225,27 @@ Token quantise_token(const Searcher& s, int64_t t, int8_t* out, int32_t* start) 
   return token;
 }
 
+// The candidates of a token: their upper and lower bounds, in units of its scale, and features.
+struct Pool {
+  float *upper, *lower;
+  int32_t* index;
+};
+
 // A number that at least k of the n > k values reach, and hardly more than k: found by bisection,
 // which takes a fraction of the time of a selection. `start` is one that at least k reach, or the
 // least float; `values` has room for a vector more.
 float reached_by(float* values, int n, int64_t k, float start) {
-  float low = FLT_MAX, high = -FLT_MAX;
-  for (int i = 0; i < n; ++i) {
-    low = std::min(low, values[i]);
-    high = std::max(high, values[i]);
+  for (int i = n; i < n + kLanes; ++i) values[i] = values[n - 1];
+  Vec least = load(values), most = least;
+  for (int i = kLanes; i < n; i += kLanes) {
+    Vec v = load(values + i);
+    least = v < least ? v : least;
+    most = v > most ? v : most;
+  }
+  float low = least[0], high = most[0];
+  for (int u = 1; u < kLanes; ++u) {
+    low = std::min(low, least[u]);
+    high = std::max(high, most[u]);
   }
   low = std::max(low, start);
   for (int i = n; i < n + kLanes; ++i) values[i] = -INFINITY;
@@ -241,33 +259,24 @@ float reached_by(float* values, int n, int64_t k, float start) {
 }
 
 // Keeps the candidates whose upper bound reaches the k-th largest lower bound.
-void prune(const Searcher& s, const Token& token, Candidates& c, float* upper, int32_t* index,
-           std::vector<float>& lower) {
+void prune(const Searcher& s, Candidates& c, const Pool& pool) {
   if (c.overflow || c.size <= s.k) return;
-  lower.resize(s.capacity + kLanes);
-  const float *norm_error = s.p.table + s.p.padded(), *scale_error = norm_error + 2 * s.p.padded(),
-              *left_out = scale_error + s.p.padded();
-  float norm = token.norm * token.inverse, rest = token.rest * token.inverse;
-  for (int i = 0; i < c.size; ++i) {
-    int32_t f = index[i];
-    lower[i] = upper[i] - 2 * (norm_error[f] + scale_error[f] * norm + left_out[f] * rest);
-  }
-  c.threshold = reached_by(lower.data(), c.size, s.k, c.threshold);
+  c.threshold = reached_by(pool.lower, c.size, s.k, c.threshold);
   int kept = 0;
   for (int i = 0; i < c.size; ++i) {
-    upper[kept] = upper[i];
-    index[kept] = index[i];
-    kept += upper[i] >= c.threshold;
+    pool.upper[kept] = pool.upper[i];
+    pool.lower[kept] = pool.lower[i];
+    pool.index[kept] = pool.index[i];
+    kept += pool.upper[i] >= c.threshold;
   }
   c.size = kept;
-  c.limit = std::max<int>(s.often, 2 * kept);
+  c.limit = std::max<int>(s.often, kept + kept / 2);
   if (c.limit > s.capacity - 2 * kFeaturesPerTile) c = kClosed;  // too many near-ties
 }
 
 // Of one tile of features and one of tokens: those features that may be among the top k.
 void search_tile(const Searcher& s, int64_t tile, const int8_t* const* x8, const int32_t* start,
-                 const Token* tokens, Candidates* found, float* const* upper,
-                 int32_t* const* index) {
+                 const Token* tokens, Candidates* found, const Pool* pools) {
   int32_t sums[kTokensPerTile][kFeaturesPerTile];
   products(s.p.weights + tile * s.p.width() * kFeaturesPerTile, s.p.width(), x8, start, sums);
   const float* table = s.p.table + tile * kFeaturesPerTile;
@@ -279,23 +288,31 @@ void search_tile(const Searcher& s, int64_t tile, const int8_t* const* x8, const
     int32_t f = static_cast<int32_t>(tile * kFeaturesPerTile + v);
 #pragma GCC unroll 6
     for (int t = 0; t < kTokensPerTile; ++t) {
-      Vec rest = scale_error * tokens[t].norm + left_out * tokens[t].rest + offset;
-      Vec bound = to_float(load(sums[t] + v)) * scale + norm_error + rest * tokens[t].inverse;
-      for (uint32_t hits = reached(bound, found[t].threshold); hits; hits &= hits - 1) {
-        int lane = __builtin_ctz(hits);
-        upper[t][found[t].size] = bound[lane];
-        index[t][found[t].size++] = f + lane;
+      Vec score = to_float(load(sums[t] + v)) * scale + offset * tokens[t].inverse;
+      Vec rounding = norm_error + scale_error * tokens[t].norm, rest = left_out * tokens[t].rest;
+      Vec upper = score + (rounding + rest);
+      uint32_t hits = reached(upper, found[t].threshold);
+      if (!hits) continue;
+      Vec lower = score - (rounding + kRestBelow * rest);
+      for (; hits; hits &= hits - 1) {
+        int lane = __builtin_ctz(hits), at = found[t].size++;
+        pools[t].upper[at] = upper[lane];
+        pools[t].lower[at] = lower[lane];
+        pools[t].index[at] = f + lane;
       }
     }
   }
 }
 
 // Float32 scores of the candidates that can still be among the k best; writes the k best in the order
-// of the features, so that sums over them do not depend on what the candidates were.
-void refine(const Searcher& s, int64_t token, const Token& about, const Candidates& c,
-            float* upper, int32_t* index, std::vector<std::pair<float, int>>& ranked,
-            std::vector<float>& exact, std::vector<float>& bounds) {
+// of the features, so that sums over them do not depend on what the candidates were. Returns whether
+// the k-th best reaches the threshold: no other feature can then be better.
+bool refine(const Searcher& s, int64_t token, const Token& about, const Candidates& c,
+            const Pool& pool, std::vector<std::pair<float, int>>& ranked,
+            std::vector<float>& exact) {
   const float *x = s.x + token * s.p.d, *norms = s.p.norms;
+  float* upper = pool.upper;
+  int32_t* index = pool.index;
   ranked.clear();
   exact.resize(c.size);
   auto rank = [&](int i) {
@@ -311,9 +328,9 @@ void refine(const Searcher& s, int64_t token, const Token& about, const Candidat
   };
   // First those of the highest bounds: the k-th best of them rules most others out.
   int first = 0;
-  bounds.assign(upper, upper + c.size);
-  bounds.resize(c.size + kLanes);
-  float high = reached_by(bounds.data(), c.size, std::min<int64_t>(c.size, s.k + s.k / 2), -FLT_MAX);
+  std::copy(upper, upper + c.size, pool.lower);  // which are of no more use
+  int64_t few = std::min<int64_t>(c.size, s.k + s.k / 2);
+  float high = reached_by(pool.lower, c.size, few, -FLT_MAX);
   for (int i = 0; i < c.size; ++i) {
     if (upper[i] < high) continue;
     std::swap(upper[i], upper[first]);
@@ -323,10 +340,10 @@ void refine(const Searcher& s, int64_t token, const Token& about, const Candidat
     if (i + 2 < first) prefetch(s.W + index[i + 2] * s.p.d, s.p.d);
     rank(i);
   }
-  float threshold = best() * about.inverse, norm = about.norm * about.inverse;
+  float threshold = best() * about.inverse;
   const float *norm_error = s.p.table + s.p.padded(), *scale_error = norm_error + 2 * s.p.padded();
   for (int i = first; i < c.size; ++i) {
-    float rounding = norm_error[index[i]] + scale_error[index[i]] * norm;
+    float rounding = norm_error[index[i]] + scale_error[index[i]] * about.norm;
     if (!(upper[i] + kBeyond * rounding < threshold)) rank(i);
   }
   float least = best() * about.inverse;
@@ -341,6 +358,7 @@ void refine(const Searcher& s, int64_t token, const Token& about, const Candidat
     s.values[token * s.k + j] = exact[i];
     s.exceeded[token] += upper[i] < least;
   }
+  return c.threshold <= least;
 }
 
 void search_tokens(const Searcher& s, int64_t begin, int64_t end) {
@@ -348,12 +366,17 @@ void search_tokens(const Searcher& s, int64_t begin, int64_t end) {
   int64_t padded = blocks_of(n, kTokensPerTile) * kTokensPerTile;
   std::vector<int8_t> x8(padded * width, 0);
   std::vector<int32_t> start(padded, 0);
-  std::vector<Token> tokens(padded, Token{1, 1, 0, 0, false});
+  std::vector<Token> tokens(padded, Token{1, 0, 0, false});
   std::vector<Candidates> found(padded, Candidates{-FLT_MAX, 0, static_cast<int>(s.often), false});
   // Not set to zero: most tokens use a fraction of their room.
-  std::unique_ptr<float[]> upper(new float[padded * s.capacity]);
+  std::unique_ptr<float[]> bounds(new float[2 * padded * s.capacity]);
   std::unique_ptr<int32_t[]> index(new int32_t[padded * s.capacity]);
-  std::vector<float> lower, exact;
+  std::vector<Pool> pools;
+  for (int64_t t = 0; t < padded; ++t) {
+    float* upper = bounds.get() + 2 * t * s.capacity;
+    pools.push_back({upper, upper + s.capacity, index.get() + t * s.capacity});
+  }
+  std::vector<float> exact;
   std::vector<std::pair<float, int>> ranked;
   for (int64_t t = 0; t < n; ++t)
     tokens[t] = quantise_token(s, begin + t, x8.data() + t * width, &start[t]);
@@ -362,26 +385,17 @@ void search_tokens(const Searcher& s, int64_t begin, int64_t end) {
   for (int64_t tile = 0; tile < s.p.padded() / kFeaturesPerTile; ++tile) {
     for (int64_t t = 0; t < padded; t += kTokensPerTile) {
       const int8_t* rows[kTokensPerTile];
-      float* uppers[kTokensPerTile];
-      int32_t* indices[kTokensPerTile];
-      for (int u = 0; u < kTokensPerTile; ++u) {
-        rows[u] = x8.data() + (t + u) * width;
-        uppers[u] = upper.get() + (t + u) * s.capacity;
-        indices[u] = index.get() + (t + u) * s.capacity;
-      }
-      search_tile(s, tile, rows, &start[t], &tokens[t], &found[t], uppers, indices);
+      for (int u = 0; u < kTokensPerTile; ++u) rows[u] = x8.data() + (t + u) * width;
+      search_tile(s, tile, rows, &start[t], &tokens[t], &found[t], &pools[t]);
       for (int u = 0; u < kTokensPerTile; ++u)
-        if (found[t + u].size > found[t + u].limit)
-          prune(s, tokens[t + u], found[t + u], uppers[u], indices[u], lower);
+        if (found[t + u].size > found[t + u].limit) prune(s, found[t + u], pools[t + u]);
     }
   }
   for (int64_t t = 0; t < n; ++t) {
-    float* bounds = upper.get() + t * s.capacity;
-    int32_t* ids = index.get() + t * s.capacity;
-    prune(s, tokens[t], found[t], bounds, ids, lower);
-    s.failed[begin + t] = found[t].overflow || found[t].size < s.k;
-    if (!s.failed[begin + t])
-      refine(s, begin + t, tokens[t], found[t], bounds, ids, ranked, exact, lower);
+    prune(s, found[t], pools[t]);
+    bool enough = !found[t].overflow && found[t].size >= s.k;
+    s.failed[begin + t] =
+        !enough || !refine(s, begin + t, tokens[t], found[t], pools[t], ranked, exact);
   }
 }
 

@@ -96,7 +96,7 @@ def search_in(
     failed = ~((least >= last * tokens.step) & last.isfinite())
     if bool(failed.any()):
         features[failed], pre[failed] = dense_search(x[failed], W_enc, b_enc, k, feature_scale)
-    return Found(features, pre, float(exceeded) / features.numel())
+    return Found(features, pre, float(exceeded) / max(1, features.numel()))
 
 
 def width_of(k: int) -> int:

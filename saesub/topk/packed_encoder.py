@@ -151,7 +151,7 @@ class PackedEncoder:
         if bool(failed.any()):
             exceeded[failed] = 0
             features[failed], pre[failed] = self._by_the_whole(x[failed], W_enc, b_enc, k)
-        return Found(features, pre, float(exceeded.sum()) / (n * k))
+        return Found(features, pre, float(exceeded.sum()) / max(1, n * k))
 
     def _by_the_whole(
         self, x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int

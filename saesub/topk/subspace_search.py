@@ -49,7 +49,7 @@ def search(
     failed = ~((least >= last) & last.isfinite()) if width < len(b_enc) else ~least.isfinite()
     if bool(failed.any()):
         features[failed], pre[failed] = dense_search(x[failed], W_enc, b_enc, k, feature_scale)
-    return Found(features, pre, float(exceeded) / features.numel())
+    return Found(features, pre, float(exceeded) / max(1, features.numel()))
 
 
 def pays(n_tokens: int, d_sae: int, k: int) -> bool:
