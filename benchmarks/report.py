@@ -111,6 +111,7 @@ def readme_block(results: str | Path) -> str:
 def _beside(results: str | Path) -> list[str]:
     """What the tables do not say, a paragraph each."""
     parts = (_conditions, _held_back, in_saelens, _trained, _one_thread, _passes, _half_precision)
+    parts += (_subspace_recall,)
     return [text for text in (part(results) for part in parts) if text]
 
 
@@ -323,6 +324,37 @@ def _compared(results: str | Path, folder: str) -> str:
         each = [f"{name} {ratio:.2f}" for (_, _, name), ratio in of_cell.items()]
         cells.append(f"{batch:,} tokens at d_sae {width:,}: {', '.join(each)}")
     return "; of ".join(cells)
+
+
+def _subspace_recall(results: str | Path) -> str:
+    """What the search in the active subspace loses, from the record of `subspace_recall.py`."""
+    path = Path(results) / "subspace_recall.json"
+    if not path.is_file():
+        return ""
+    record = json.loads(path.read_text())
+    found = [row for row in record["rows"] if row["recall"] is not None]
+    each = []
+    for search in ("compiled", "torch"):
+        rows = [row for row in found if row["search"] == search]
+        shares, ranks = ([row[name] for row in rows] for name in ("recall", "rank"))
+        all_rows = sum(row["search"] == search for row in record["rows"])
+        each.append(
+            f"{search}, in {len(rows)} of {all_rows} cases (ranks {min(ranks)} to {max(ranks)}), "
+            f"{min(shares):.5f} to {max(shares):.5f}"
+        )
+    settings, curves = record["settings"], record["curves"]
+    exact = np.array([mse for _, mse in curves["exact"]])
+    apart = np.abs(np.array([mse for _, mse in curves["in the subspace"]]) / exact - 1)
+    eight_bits = np.abs(np.array([mse for _, mse in curves["all coordinates"]]) / exact - 1)
+    curve = settings["curve"]
+    return (
+        f"Share of the float32 top {settings['k']} that the search in the active subspace returns, "
+        f"after {settings['tokens']:,} tokens of training at d_sae {settings['d_sae']:,}, for three "
+        f"sites of layer 12, two initialisations, TopK and BatchTopK: {'; '.join(each)}. Over "
+        f"{curve['steps']:,} steps of {curve['batch']:,} tokens at d_sae {curve['d_sae']:,} the "
+        f"training loss is never more than {apart.max():.2%} from that of the exact search, and "
+        f"that of the 8-bit search by all coordinates never more than {eight_bits.max():.2%}."
+    )
 
 
 def _passes(results: str | Path) -> str:

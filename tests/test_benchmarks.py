@@ -85,6 +85,26 @@ def test_a_pass_is_compared_with_its_products(tmp_path):
     )
 
 
+def test_what_the_subspace_loses_is_told(tmp_path):
+    assert report["_subspace_recall"](tmp_path) == ""
+    row = {"search": "compiled", "rank": 192, "recall": 0.99998}
+    rows = [row, row | {"rank": 256, "recall": 1.0}, row | {"rank": None, "recall": None}]
+    rows.append({"search": "torch", "rank": 224, "recall": 0.9999})
+    curve = {"d_sae": 16_384, "batch": 1024, "steps": 2000}
+    curves = {"exact": [[10, 2.0], [20, 1.0]]}
+    curves |= {
+        "in the subspace": [[10, 2.0], [20, 0.99]],
+        "all coordinates": [[10, 2.002], [20, 1]],
+    }
+    settings = {"k": 32, "tokens": 614_400, "d_sae": 36_864, "curve": curve}
+    record = {"settings": settings, "rows": rows, "curves": curves}
+    (tmp_path / "subspace_recall.json").write_text(json.dumps(record))
+    said = report["_subspace_recall"](tmp_path)
+    assert "compiled, in 2 of 3 cases (ranks 192 to 256), 0.99998 to 1.00000; torch" in said
+    assert "never more than 1.00% from" in said
+    assert said.endswith("never more than 0.10%.")
+
+
 def test_a_float16_store_is_compared_where_it_differs_most(tmp_path):
     def row(off: float) -> dict:
         saes = {

@@ -41,8 +41,8 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
             8-bit candidate search, if there is a C++ compiler, else by torch operators; elsewhere
             by the whole product. "torch": torch operators alone. "exact_search": the whole product.
         in_subspace: whether the search may look for candidates in the active subspace of the
-            tokens, where that costs less: about one in 100,000 of the active entries is then
-            another than the exact one. What is found is ranked in all coordinates.
+            tokens, where that costs less. A few active entries may then be others than the exact
+            ones; docs/speed.md has how many. What is found is ranked in all coordinates.
     """
 
     search_name: SearchName = "auto"
