@@ -336,8 +336,11 @@ def _subspace_recall(results: str | Path) -> str:
     each = []
     for search in ("compiled", "torch"):
         rows = [row for row in found if row["search"] == search]
-        shares, ranks = ([row[name] for row in rows] for name in ("recall", "rank"))
         all_rows = sum(row["search"] == search for row in record["rows"])
+        if not rows:
+            each.append(f"{search}, in none of {all_rows} cases")
+            continue
+        shares, ranks = ([row[name] for row in rows] for name in ("recall", "rank"))
         each.append(
             f"{search}, in {len(rows)} of {all_rows} cases (ranks {min(ranks)} to {max(ranks)}), "
             f"{min(shares):.5f} to {max(shares):.5f}"
@@ -347,13 +350,13 @@ def _subspace_recall(results: str | Path) -> str:
     apart = np.abs(np.array([mse for _, mse in curves["in the subspace"]]) / exact - 1)
     eight_bits = np.abs(np.array([mse for _, mse in curves["all coordinates"]]) / exact - 1)
     curve = settings["curve"]
+    of_steps = f"{curve['steps']:,} steps of {curve['batch']:,} tokens at d_sae {curve['d_sae']:,}"
     return (
-        f"Share of the float32 top {settings['k']} that the search in the active subspace returns, "
-        f"after {settings['tokens']:,} tokens of training at d_sae {settings['d_sae']:,}, for three "
-        f"sites of layer 12, two initialisations, TopK and BatchTopK: {'; '.join(each)}. Over "
-        f"{curve['steps']:,} steps of {curve['batch']:,} tokens at d_sae {curve['d_sae']:,} the "
-        f"training loss is never more than {apart.max():.2%} from that of the exact search, and "
-        f"that of the 8-bit search by all coordinates never more than {eight_bits.max():.2%}."
+        f"Share of the float32 top {settings['k']} that the search in the active subspace returns "
+        f"after {settings['tokens']:,} tokens of training at d_sae {settings['d_sae']:,}, for "
+        f"three sites of layer 12, two initialisations, TopK and BatchTopK: {'; '.join(each)}. "
+        f"Over {of_steps} the training loss is never more than {apart.max():.2%} from that of the "
+        f"exact search, and that of the 8-bit search by all coordinates never more than {eight_bits.max():.2%}."
     )
 
 

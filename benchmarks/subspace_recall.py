@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 import saesub
 from saesub.topk.ops import dense_search
 from saesub.topk.packed_encoder import search_all
-from saesub.topk.prices import native_prices, torch_prices
+from saesub.topk.prices import TORCH_PRICES, native_prices
 from saesub.topk.subspace_search import search as search_by_torch
 from saesub.topk.subspace_watch import SubspaceWatch
 from saesub.training.trainer import SubspaceSAETrainer
@@ -124,7 +124,7 @@ def recall(sae: TopKTrainingSAE, x: torch.Tensor) -> list[dict]:
     scale = sae.W_dec.norm(dim=1)
     searches = {
         "compiled": (search_all, native_prices(), D_SAE // 2),
-        "torch": (search_by_torch, torch_prices(eight_bits=False), D_SAE),
+        "torch": (search_by_torch, TORCH_PRICES, D_SAE),
     }
     rows = []
     for name, (search, prices, moved) in searches.items():

@@ -14,7 +14,7 @@ from sae_lens import (
 )
 from sae_lens.config import SAETrainerConfig
 
-from saesub.topk import cpu, cpu_library, subspace_search
+from saesub.topk import cpu, cpu_library, int8_search, subspace_search
 from saesub.topk.active_subspace import ActiveSubspace, Prices, active_subspace, second_moment
 from saesub.topk.ops import dense_search
 from saesub.topk.packed_encoder import PackedEncoder, search_all
@@ -23,7 +23,7 @@ from saesub.topk.subspace_watch import Found, SubspaceWatch, search_watched
 from saesub.training.trainer import SubspaceSAETrainer
 
 needs_native = pytest.mark.skipif(not cpu_library.instructions(), reason="no 8-bit products here")
-FREE = Prices(product=1.0, whole=10.0, rotated=0.0, candidate=1.0)  # a subspace always pays
+FREE = Prices(product=1.0, rotated=0.0, candidate=0.1)  # a subspace always pays
 SEARCHES = pytest.mark.parametrize(
     "search",
     [
@@ -116,7 +116,7 @@ def test_full_rank_tokens_are_searched_by_all_coordinates():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2000, 192, generator=generator)
     W_enc = torch.nn.functional.normalize(torch.randn(4096, 192, generator=generator), dim=1).T
-    prices = Prices(product=0.3, whole=0.3, rotated=0.6, candidate=50.0)
+    prices = Prices(product=0.3, rotated=0.6, candidate=50.0)
     assert _measured(x, W_enc, torch.zeros(4096), 16, prices=prices) is None
 
 
@@ -210,7 +210,8 @@ def cheap(monkeypatch):
     """Prices by which a subspace pays in small dictionaries too."""
     monkeypatch.setattr("saesub.topk.cpu.native_prices", lambda: FREE)
     monkeypatch.setattr("saesub.topk.sae_search.native_prices", lambda: FREE)
-    monkeypatch.setattr("saesub.topk.sae_search.torch_prices", lambda *_: FREE)
+    monkeypatch.setattr("saesub.topk.sae_search.TORCH_PRICES", FREE)
+    monkeypatch.setattr(int8_search, "available", lambda: False)
 
 
 def _subspaces(monkeypatch) -> list:

@@ -28,13 +28,11 @@ class Prices:
 
     Attributes:
         product: one coordinate of one score.
-        whole: the same in a search by all coordinates.
         rotated: one number of a row of the encoder, multiplied by one direction.
         candidate: one coordinate of a candidate that is ranked, whose row is read for it alone.
     """
 
     product: float
-    whole: float
     rotated: float
     candidate: float
 
@@ -95,7 +93,7 @@ def active_subspace(
     d_in, d_sae = W_enc.shape
     tokens = x[:: max(1, len(x) // _SAMPLE_TOKENS)][:_SAMPLE_TOKENS]
     sample = _Sample(tokens, directions, W_enc, b_enc, k, feature_scale)
-    chosen, least = None, _WORTH_IT * d_in * (d_sae * prices.whole + 1.5 * k * prices.candidate)
+    chosen, least = None, _WORTH_IT * d_in * (d_sae * prices.product + 1.5 * k * prices.candidate)
     for rank in range(_STEP, d_in, _STEP):
         cost = rank * (d_sae * prices.product + d_in * moved / len(x) * prices.rotated)
         if cost >= least:

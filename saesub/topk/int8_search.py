@@ -14,9 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saesub.topk.active_subspace import ActiveSubspace, left_out
 from saesub.topk.ops import Selected, dense_search, row_products, top_k
-from saesub.topk.subspace_watch import Found
 
 # Below these, rounding the dictionary and selecting candidates take what the product saves.
 LEAST_FEATURES_PER_CANDIDATE = 128  # where `top_k` works in two stages
@@ -65,48 +63,29 @@ def search(
     """
     if not pays(x, W_enc.shape[1], k):
         return dense_search(x, W_enc, b_enc, k, feature_scale)
-    found = search_in(x, W_enc, b_enc, k, feature_scale, None)
-    return found.features, found.pre
-
-
-def search_in(
-    x: Float[Tensor, "n d_in"],
-    W_enc: Float[Tensor, "d_in d_sae"],
-    b_enc: Float[Tensor, " d_sae"],
-    k: int,
-    feature_scale: Float[Tensor, " d_sae"] | None,
-    subspace: ActiveSubspace | None,
-) -> Found:
-    """`search`, of a subspace if one is given, whatever the sizes."""
     scale = torch.ones_like(b_enc) if feature_scale is None else feature_scale
-    tokens, table, rests, width = x, W_enc.T, None, width_of(k)
-    if subspace is not None:
-        (tokens, rest), (table, rest_of_row) = (left_out(t, subspace.basis) for t in (x, table))
-        rests, width = (rest, subspace.cosine * rest_of_row), max(width, subspace.candidates)
-    tokens = Rounded.of(tokens)
-    candidates, bounds = _candidates(tokens, Rounded.of(table), b_enc, scale, width, rests)
+    tokens = Rounded.of(x)
+    candidates, bounds = _candidates(tokens, Rounded.of(W_enc.T), b_enc, scale, _width(k))
     pre = row_products(x, Selected.equally(candidates, bounds, len(b_enc)), W_enc.T)
     pre = pre.view_as(candidates) + b_enc[candidates]
     best = (pre * scale[candidates]).topk(k, dim=-1, sorted=False)
     features, pre = candidates.gather(1, best.indices), pre.gather(1, best.indices)
-    least = best.values.amin(1)
-    exceeded = (bounds.gather(1, best.indices) * tokens.step[:, None] < least[:, None]).sum()
     last = bounds.amin(1)
     # A comparison with NaN is false: what is not finite is ranked, and shows, by the product.
-    failed = ~((least >= last * tokens.step) & last.isfinite())
+    failed = ~((best.values.amin(1) >= last * tokens.step) & last.isfinite())
     if bool(failed.any()):
         features[failed], pre[failed] = dense_search(x[failed], W_enc, b_enc, k, feature_scale)
-    return Found(features, pre, float(exceeded) / max(1, features.numel()))
+    return features, pre
 
 
-def width_of(k: int) -> int:
+def _width(k: int) -> int:
     """How many candidates a token has."""
     return 2 * k + 32
 
 
 def pays(x: Float[Tensor, "n d_in"], d_sae: int, k: int) -> bool:
     """Whether the search is possible and faster than the whole product."""
-    enough = len(x) >= LEAST_TOKENS and d_sae >= LEAST_FEATURES_PER_CANDIDATE * width_of(k)
+    enough = len(x) >= LEAST_TOKENS and d_sae >= LEAST_FEATURES_PER_CANDIDATE * _width(k)
     if not enough or x.shape[1] == 1:  # of vectors of one number torch's 8-bit product is wrong
         return False
     return x.device.type == "cpu" and x.dtype == torch.float32 and available()
@@ -159,18 +138,13 @@ def _candidates(
     b_enc: Float[Tensor, " d_sae"],
     scale: Float[Tensor, " d_sae"],
     width: int,
-    rests: tuple[Float[Tensor, " n"], Float[Tensor, " d_sae"]] | None = None,
 ) -> tuple[Int[Tensor, "n width"], Float[Tensor, "n width"]]:
-    """Every token's features of highest bounds on their scores, and these, over its step; `rests`
-    are two factors of a bound on what is left out."""
+    """Every token's features of highest bounds on their scores, and these, over its step."""
     n, d_sae = len(tokens.whole), len(b_enc)
     features = torch.empty(n, width, dtype=torch.int64, device=b_enc.device)
     bounds, step = b_enc.new_empty(n, width), table.step * scale
     of_tokens = (1 / tokens.step, tokens.width, tokens.norm / tokens.step)
     of_table = (b_enc * scale, table.norm * scale, table.width * step)
-    if rests is not None:
-        of_tokens += (rests[0] / tokens.step,)
-        of_table += (rests[1] * scale,)
     block = max(_LEAST_TOKENS_AT_A_TIME, _SCORES_AT_A_TIME // d_sae)
     products = torch.empty(block, d_sae, dtype=torch.int32, device=b_enc.device)
     scores = b_enc.new_empty(block, d_sae)

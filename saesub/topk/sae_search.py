@@ -12,7 +12,7 @@ from saesub.topk import int8_search, subspace_search
 from saesub.topk.active_subspace import ActiveSubspace
 from saesub.topk.ops import Search
 from saesub.topk.packed_encoder import can_search, search_all
-from saesub.topk.prices import native_prices, torch_prices
+from saesub.topk.prices import TORCH_PRICES, native_prices
 from saesub.topk.step import row_backend, search_of
 from saesub.topk.subspace_watch import Found, search_watched, watch_of
 
@@ -32,9 +32,11 @@ def search_for(sae: Any) -> Search:
 def _search(
     sae, plain, x, W_enc, b_enc, k, feature_scale=None, *, compiled
 ) -> tuple[Tensor, Tensor]:
-    eight_bits = int8_search.pays(x, W_enc.shape[1], k)
-    pays = can_search if compiled else partial(subspace_search.pays, len(x))
-    if W_enc.shape != sae.W_enc.shape or not pays(W_enc.shape[1], k):  # of AuxK's features, say
+    d_sae = W_enc.shape[1]
+    # Torch's 8-bit product is as fast by all coordinates: the rotation takes what is saved.
+    in_float32 = subspace_search.pays(len(x), d_sae, k) and not int8_search.pays(x, d_sae, k)
+    pays = can_search(d_sae, k) if compiled else in_float32
+    if W_enc.shape != sae.W_enc.shape or not pays:  # of AuxK's features, say
         return plain(x, W_enc, b_enc, k, feature_scale)
     about = (x, W_enc, b_enc, k, feature_scale)
 
@@ -44,7 +46,7 @@ def _search(
         if subspace is None:
             features, pre = plain(*about)
             return Found(features, pre, 0.0)
-        return (int8_search.search_in if eight_bits else subspace_search.search)(*about, subspace)
+        return subspace_search.search(*about, subspace)
 
-    prices = native_prices() if compiled else torch_prices(eight_bits)
+    prices = native_prices() if compiled else TORCH_PRICES
     return search_watched(watch_of(sae, prices), search_in, *about)
