@@ -356,7 +356,8 @@ def _subspace_recall(results: str | Path) -> str:
         f"after {settings['tokens']:,} tokens of training at d_sae {settings['d_sae']:,}, for "
         f"three sites of layer 12, two initialisations, TopK and BatchTopK: {'; '.join(each)}. "
         f"Over {of_steps} the training loss is never more than {apart.max():.2%} from that of the "
-        f"exact search, and that of the 8-bit search by all coordinates never more than {eight_bits.max():.2%}."
+        f"exact search, and that of the 8-bit search by all coordinates never more than "
+        f"{eight_bits.max():.2%}."
     )
 
 
