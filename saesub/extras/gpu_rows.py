@@ -177,12 +177,12 @@ def check_search(backend: RowBackend, problem: Problem) -> str:
 def check_shadow(backend: RowBackend, problem: Problem) -> str:
     """The recall of the search by the encoder in few bits, as a step takes it."""
     W_enc, W_dec = problem.whole(problem.enc).T, problem.whole(problem.dec)
-    config = SimpleNamespace(rescale_acts_by_decoder_norm=True)
-    sae = SimpleNamespace(W_enc=W_enc, W_dec=W_dec, cfg=config)
+    b_enc, k = problem.whole(problem.b_enc, -1e3), problem.size.k
+    config = SimpleNamespace(rescale_acts_by_decoder_norm=True, k=k)
+    sae = SimpleNamespace(W_enc=W_enc, W_dec=W_dec, b_enc=b_enc, cfg=config)
     shadow = backend.shadow(sae, None, in_subspace=False)
     if shadow is None:
         raise LeftOutError("this backend searches by the weights themselves")
-    b_enc, k = problem.whole(problem.b_enc, -1e3), problem.size.k
     features, pre = shadow.search(problem.x, W_enc, b_enc, k, shadow.norms)
     near, found = _near(features, problem), _Differences()
     exact = problem.x.double() @ problem.enc.double().T + problem.b_enc.double()

@@ -67,8 +67,9 @@ def left_out(
 
 
 def second_moment(x: Float[Tensor, "n d_in"]) -> Float[Tensor, "d_in d_in"]:
-    """Sum of the outer products of tokens with themselves, float64 where the device has it."""
-    return (x.T @ x).double() if x.device.type != "mps" else x.T @ x
+    """Sum of the outer products of tokens with themselves, float64, on the CPU: not every device
+    has float64 and eigenvectors."""
+    return (x.T @ x).cpu().double()
 
 
 @torch.no_grad()
@@ -87,7 +88,7 @@ def active_subspace(
     `moment` is the second moment of at least as many tokens as there are coordinates; `moved` the
     number of rows of the encoder that have to be rotated for each search of n tokens.
     """
-    directions = torch.linalg.eigh(moment).eigenvectors.flip(1).to(x.dtype)
+    directions = torch.linalg.eigh(moment).eigenvectors.flip(1).to(x)
     if not directions.isfinite().all():
         return None
     d_in, d_sae = W_enc.shape

@@ -72,9 +72,8 @@ class SubspaceWatch:
 
     def is_on(self, W_enc: Float[Tensor, "d_in d_sae"]) -> bool:
         """Whether what was found is for weights of this width and device."""
-        kept = [self._moment, None if self.found is None else self.found.basis]
-        here = (len(W_enc), W_enc.device)
-        return all(t is None or (len(t), t.device) == here for t in kept)
+        basis = None if self.found is None else self.found.basis
+        return basis is None or (len(basis), basis.device) == (len(W_enc), W_enc.device)
 
     def after_search(self, exceeded: float) -> bool:
         """Whether the bounds held; if not, the next search measures again."""
@@ -97,15 +96,15 @@ class SubspaceWatch:
         return kept
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Tensor]) -> SubspaceWatch:
-        """One that continues from a `state`."""
+    def from_state(cls, state: Mapping[str, Tensor], device: torch.device) -> SubspaceWatch:
+        """One that continues from a `state`, with weights on a device."""
         searches, due, n_tokens, moved = map(int, state["counts"])
         watch = cls(Prices(*state["prices"].tolist()), moved)
         watch._searches, watch._due, watch._n_tokens = searches, due, n_tokens
         watch._moment = state.get("moment")
         if "basis" in state:
             cosine, candidates = state["bounds"].tolist()
-            watch.found = ActiveSubspace(state["basis"], cosine, int(candidates))
+            watch.found = ActiveSubspace(state["basis"].to(device), cosine, int(candidates))
         return watch
 
 
@@ -129,7 +128,7 @@ def restore_search(sae: Any, state: Mapping[str, Tensor]) -> None:
     """Give an SAE the watch of a checkpoint, or none."""
     _WATCHES.pop(sae, None)
     if state:
-        _WATCHES[sae] = SubspaceWatch.from_state(state)
+        _WATCHES[sae] = SubspaceWatch.from_state(state, sae.W_enc.device)
 
 
 def search_watched(

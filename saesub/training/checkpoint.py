@@ -160,8 +160,9 @@ def load_state(
         torch.cuda.set_rng_state(state["random.cuda"], trainer.cfg.device)
     device = trainer.cfg.device  # where the history's float64 may not exist
     trainer.tokens_since_fired = state["tokens_since_fired"].to(device)
-    trainer.mitigation_state = _under(_MITIGATION, state, device)
-    restore_search(trainer.sae, _under(_SEARCH, state, device))
+    kept = _under(_MITIGATION, state)
+    trainer.mitigation_state = {name: tensor.to(device) for name, tensor in kept.items()}
+    restore_search(trainer.sae, _under(_SEARCH, state))
     trainer.recorder.load_state(state)
     follow_config(trainer, folder, kept_settings.get("total_training_samples"))
     _restore_weights(trainer.sae, folder)
@@ -170,10 +171,9 @@ def load_state(
     trainer.checkpoint_thresholds = [t for t in trainer.checkpoint_thresholds if t >= reached]
 
 
-def _under(prefix: str, state: dict[str, Tensor], device: str) -> dict[str, Tensor]:
+def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of names with a prefix, without it."""
-    found = {name: kept for name, kept in state.items() if name.startswith(prefix)}
-    return {name.removeprefix(prefix): kept.to(device) for name, kept in found.items()}
+    return {n.removeprefix(prefix): kept for n, kept in state.items() if n.startswith(prefix)}
 
 
 def _restore_weights(sae: Any, folder: Path) -> None:
