@@ -80,7 +80,7 @@ def source_digest(*parts: str) -> str:
     """A hash of saesub's own code, or of the `parts` of it: files and, with a slash, folders.
 
     Results that were kept by other code are computed again. Comments, docstrings and formatting do
-    not count; in a .cpp file, only lines that are nothing but a comment are left out.
+    not count; in a .cpp or .h file, only lines that are nothing but a comment are left out.
     """
     digest = hashlib.sha256()
     for part in parts:
@@ -124,4 +124,4 @@ def _cpp(text: str) -> str:
     return "\n".join(line for line in lines if line and not line.startswith("//"))
 
 
-_CODE = {".py": _python, ".cpp": _cpp}
+_CODE = {".py": _python, ".cpp": _cpp, ".h": _cpp}

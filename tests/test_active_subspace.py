@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -189,7 +191,8 @@ def _sae(kind, d_sae: int = 2048, d_in: int = 128, k: int = 4, **settings):
         "topk": (TopKTrainingSAE, TopKTrainingSAEConfig),
         "batchtopk": (BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig),
     }[kind]
-    return make(config(d_in=d_in, d_sae=d_sae, k=k, aux_loss_coefficient=0.0, **settings))
+    sae = make(config(d_in=d_in, d_sae=d_sae, k=k, aux_loss_coefficient=0.0, **settings))
+    return use_sparse_step(sae, in_subspace=True)
 
 
 def _trainer(sae, batches, optimizer="sparse_adam", **settings):
@@ -329,3 +332,41 @@ def test_a_run_resumed_searches_in_the_subspace_of_the_run_before(
     assert (sought[0].cosine, sought[0].candidates) == (before.cosine, before.candidates)
     for a, b in zip(whole.sae.parameters(), resumed.sae.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@needs_native
+def test_the_users_default_dtype_does_not_matter(batches, cheap):
+    weights = []
+    for dtype in (torch.float32, torch.float64):
+        trainer = _trainer(_sae("topk"), batches)
+        torch.set_default_dtype(dtype)
+        try:
+            for x in batches[:6]:
+                trainer.step(x)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert trainer.native_step._shadow._encoder.subspace is not None
+        weights.append(trainer.sae.W_enc.detach())
+    assert torch.equal(*weights)
+
+
+@needs_native
+def test_a_trainer_is_copied_with_its_search(batches, cheap):
+    trainer = _trainer(_sae("topk"), [])
+    for x in batches[:6]:
+        trainer.step(x)
+    twin = copy.deepcopy(trainer)
+    for x in batches[6:9]:
+        trainer.step(x)
+        twin.step(x)
+    torch.testing.assert_close(twin.sae.W_enc, trainer.sae.W_enc, rtol=1e-4, atol=1e-6)
+
+
+@needs_native
+def test_what_the_compiled_search_would_misread_is_refused():
+    x, W_enc, b_enc, directions = _low_rank(20, 64, 1024, 20, 0)
+    subspace = ActiveSubspace(directions[:, :32].contiguous(), 0.5, 32)
+    with pytest.raises(TypeError, match="strides"):
+        search_all(x, W_enc.contiguous(), b_enc, 8, None, subspace)
+    with pytest.raises(TypeError, match="float64"):
+        search_all(x, W_enc, b_enc.double(), 8, None, subspace)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -495,3 +496,29 @@ def test_the_command_lists_and_clears(
     assert cache.kept() == []
     assert (place / "packages" / "file").exists()
     assert len(rows(harvest(model, texts, [HOOK], n_tokens=300, **RUN)[HOOK])) == 300
+
+
+def test_a_store_of_another_version_is_not_written_over(
+    model: Any, texts: list[str], tmp_path: Path
+) -> None:
+    """Its record is whole, but has other fields."""
+    about = {"file": f"{HOOK}.bin", "settings": {"model": "x"}, "n_tokens": 3, "dtype": "<f2"}
+    checksum = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    record, numbers = tmp_path / f"{HOOK}.json", tmp_path / f"{HOOK}.bin"
+    record.write_text(json.dumps(about | {"checksum": checksum}))
+    numbers.write_bytes(b"numbers")
+    with pytest.raises(SaesubError, match="another version of saesub made: pass another folder"):
+        harvest(model, texts, [HOOK], tmp_path, n_tokens=20, context_size=32)
+    assert numbers.read_bytes() == b"numbers"
+
+
+@pytest.mark.parametrize("name", ["", "cuda.matmul", "mkldnn.matmul"])
+def test_torchs_newer_names_of_the_precision_are_read(name: str) -> None:
+    """In a process of its own: torch keeps to the names that were used first."""
+    code = (
+        "import torch\nfrom saesub.activations.identity import _arithmetic\n"
+        "before = _arithmetic('cpu')\n"
+        f"torch.backends.{name + '.' if name else ''}fp32_precision = 'tf32'\n"
+        "assert _arithmetic('cpu') != before, before\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -277,3 +277,17 @@ def test_few_real_tokens_need_the_whole_product(model, corpus, monkeypatch):
     W_enc = W_enc + 0.02 * torch.randn(W_enc.shape, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(int8_search, "dense_search", _ranked_wholly([], limit=len(x) // 10))
     _in_torch(x, W_enc.T, torch.zeros(16_384), 32)
+
+
+@SEARCHES
+def test_rounding_errors_along_a_feature_do_not_hide_it(search):
+    """Beside a massive coordinate the others round to nothing, and the best feature reads them."""
+    d, d_sae = 1025, 4096
+    x, rows = torch.full((600, d), 0.04), torch.zeros(d_sae, d)
+    x[:, 0], rows[:, 0] = 127, torch.linspace(0.5, 1.25, d_sae) / 127
+    rows[7] = 1 / 32
+    rows[7, 0] = 0
+    found = search(x, rows.T, torch.zeros(d_sae), 1)
+    expected = dense_search(x, rows.T, torch.zeros(d_sae), 1)
+    assert (expected[0] == 7).all()
+    assert torch.equal(found[0], expected[0])

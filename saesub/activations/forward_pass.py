@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import cached_property, partial
 from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import TypedDict
 
 import torch
 from jaxtyping import Float, Int
@@ -18,6 +18,7 @@ from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
 from saesub.activations.identity import DocumentsDigest, model_settings
 from saesub.activations.plain_model import PlainModel, may_run_plain
+from saesub.activations.store_file import ReadSoFar
 from saesub.activations.tokens import ContextStream, kept_positions
 from saesub.arguments import whole_number
 from saesub.errors import SaesubError, near_names
@@ -38,20 +39,6 @@ KEEP_EVERY = 60.0
 """Seconds between the states of a long pass that survive a kill."""
 
 Receive = Callable[[str, Float[Tensor, "n d"]], None]
-
-
-class ReadSoFar(NamedTuple):
-    """How far a pass has read its text.
-
-    Attributes:
-        n_contexts: contexts that are done.
-        text: the number of documents read, and a hash of them.
-        epochs: how often the corpus's documents were read.
-    """
-
-    n_contexts: int
-    text: dict[str, str]
-    epochs: float
 
 
 class TokenStream(TypedDict, total=False):
@@ -151,7 +138,8 @@ def same_without_bridge(
     if not may_run_plain(model):
         return False
     draw = torch.Generator().manual_seed(0)
-    tokens = torch.randint(n_embeddings(model), (1, context_size), generator=draw)
+    shape = (1, context_size)
+    tokens = torch.randint(n_embeddings(model), shape, generator=draw, device="cpu")
     tokens = tokens.to(model.cfg.device)
     found: list[dict[str, Tensor]] = [{}, {}]
     try:

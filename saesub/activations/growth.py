@@ -17,9 +17,17 @@ import torch
 from torch import Tensor
 
 from saesub.activations.checks import differing
-from saesub.activations.forward_pass import ModelPass, ReadSoFar
+from saesub.activations.forward_pass import ModelPass
 from saesub.activations.store import ActivationStore
-from saesub.activations.store_file import Record, StoreWriter, held, lock_of, with_part
+from saesub.activations.store_file import (
+    ReadSoFar,
+    Record,
+    StoreWriter,
+    held,
+    lock_of,
+    refuse_another_version,
+    with_part,
+)
 from saesub.errors import SaesubError
 from saesub.loading.download import require_disk
 
@@ -128,6 +136,7 @@ def _held(run: ModelPass, folder: Path, name: str, settings: dict[str, str]) -> 
 
     Raises SaesubError if a store of others is in the way.
     """
+    refuse_another_version(folder, name)
     try:
         record = held(folder, name)
     except SaesubError:

@@ -7,8 +7,7 @@ may hold numbers that are no weights, a scale or a switch: these are hashed too.
 
 Through the bridge or through the plain model within it, a pass gives the same activations to
 rounding, so finished stores and spectra do not say which it was. It follows from the model, the
-length of the contexts and the versions of the libraries. An interrupted store says it, so that
-none is made of both.
+length of the contexts and the versions of the libraries.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import hashlib
 import json
 import secrets
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -112,10 +112,11 @@ def _architecture(model: TransformerBridge) -> str:
 
 
 def _own_values(module: nn.Module) -> dict[str, str]:
-    """What a module of another library or of the user holds beside weights, and modules in it."""
-    if of_library(type(module)):
-        return {}
+    """What a module holds beside weights, and modules in it; of a library's module its numbers,
+    texts and switches."""
     held = {k: v for k, v in vars(module).items() if k not in vars(nn.Module())}
+    if of_library(type(module)):
+        held = {k: v for k, v in held.items() if isinstance(v, (bool, int, float, str))}
     return {k: _described(v) for k, v in held.items()}
 
 
@@ -146,7 +147,19 @@ def _tokenizer(tokenizer: Any, specials: ContextTokens) -> str:
 
 def _arithmetic(device: str) -> str:
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else "none"
-    return f"float32 products {torch.get_float32_matmul_precision()}, autocast {dtype}"
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul)
+    said = [_told(torch.get_float32_matmul_precision)]
+    said += [_told(partial(getattr, backend, "fp32_precision")) for backend in backends]
+    return f"float32 products {', '.join(said)}, autocast {dtype}"
+
+
+def _told(setting: Callable[[], Any]) -> str:
+    """A setting of torch, which refuses to tell one of its older or newer names if the other was
+    used; older versions lack the newer."""
+    try:
+        return str(setting())
+    except (RuntimeError, AttributeError):
+        return "not told"
 
 
 def _hooks(model: TransformerBridge) -> str:

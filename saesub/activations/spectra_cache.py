@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from saesub.activations.cache import cached_folder
-from saesub.activations.forward_pass import ModelPass, ReadSoFar
+from saesub.activations.forward_pass import ModelPass
 from saesub.activations.growth import grow
 from saesub.activations.spectrum import Spectrum, SpectrumAccumulator
-from saesub.activations.store_file import lock_of
+from saesub.activations.store_file import ReadSoFar, lock_of
 from saesub.errors import SaesubError
 from saesub.files import Form, read_checksummed, write_checksummed
 from saesub.paths import cache_errors
@@ -89,8 +89,8 @@ class _Totals:
         path = self._folder / f"{self._name}-{self._n_taken}{end}"
         about = json.dumps([self._name, self._n_taken, self.n_contexts, self._epochs])
         write_checksummed(path, _FORM, self._total.state() | {"rest": self._rest}, about)
-        for _, other in self._kept():
-            if other.name.endswith(_PART) and other != path:
+        for n_tokens, other in self._kept():
+            if other.name.endswith(_PART) and other != path and n_tokens <= self._n_taken:
                 other.unlink(missing_ok=True)
 
     def finish(self, source: dict[str, str]) -> Spectrum:

@@ -13,7 +13,7 @@ import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,12 +22,25 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saesub.activations.checks import all_finite, require_finite
-from saesub.activations.forward_pass import ReadSoFar
 from saesub.errors import SaesubError
 from saesub.files import sha256_of, write_atomically
 
 DTYPES = {torch.float16: np.dtype("<f2"), torch.float32: np.dtype("<f4")}
 _ROUNDING = 1e-2  # of a block, relative; ten times that of float16 within its range
+
+
+class ReadSoFar(NamedTuple):
+    """How far a pass has read its text.
+
+    Attributes:
+        n_contexts: contexts that are done.
+        text: the number of documents read, and a hash of them.
+        epochs: how often the corpus's documents were read.
+    """
+
+    n_contexts: int
+    text: dict[str, str]
+    epochs: float
 
 
 @dataclass(frozen=True)
@@ -221,6 +234,22 @@ def _read(path: Path) -> Record | None:
         return Record(**about) if about.pop("checksum") == _checksum(about) else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
+
+
+def refuse_another_version(folder: str | Path, hook_name: str) -> None:
+    """Raises SaesubError for a store that is whole and not of this version's form, which would
+    otherwise be taken for a damaged one and written again."""
+    path = store_files(folder, hook_name)[1]
+    try:
+        about = json.loads(path.read_bytes())
+        whole = about.pop("checksum") == _checksum(about) and "settings" in about
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return
+    if whole and _read(path) is None:
+        raise SaesubError(
+            f"{path} is of a store that another version of saesub made: pass another folder, or "
+            "delete that store"
+        )
 
 
 def _checksum(about: dict[str, Any]) -> str:

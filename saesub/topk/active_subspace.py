@@ -20,6 +20,7 @@ _SAMPLE_TOKENS, _SAMPLE_FEATURES = 64, 4096
 _MARGIN = 1.25  # by which the bound exceeds the largest cosine that mattered in the sample
 _WORTH_IT = 0.9  # of the cost of the search by all coordinates
 _QUANTILE = 0.99
+_ROUNDING = 1e-6  # of a squared norm: what is left of it by subtraction is uncertain by that much
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ def left_out(
     """The coordinates in the basis, and the norm of the rest."""
     read = x @ basis
     whole, inside = (torch.linalg.vector_norm(t, dim=1) for t in (x, read))  # no squares are kept
-    return read, (whole.square_() - inside.square_()).clamp_min_(0).sqrt_()
+    square = whole.square_()
+    return read, (square - inside.square_()).clamp_min_(0).add_(square, alpha=_ROUNDING).sqrt_()
 
 
 def second_moment(x: Float[Tensor, "n d_in"]) -> Float[Tensor, "d_in d_in"]:
@@ -88,7 +90,10 @@ def active_subspace(
     `moment` is the second moment of at least as many tokens as there are coordinates; `moved` the
     number of rows of the encoder that have to be rotated for each search of n tokens.
     """
-    directions = torch.linalg.eigh(moment).eigenvectors.flip(1).to(x)
+    try:
+        directions = torch.linalg.eigh(moment).eigenvectors.flip(1).to(x)
+    except torch.linalg.LinAlgError:  # pyright: ignore  # of numbers that are not finite, or nearly so
+        return None
     if not directions.isfinite().all():
         return None
     d_in, d_sae = W_enc.shape
@@ -109,7 +114,8 @@ def active_subspace(
     rank, cosine, candidates = chosen
     # Mixed at random, so that no coordinate has most of the variance: 8 bits are then well used.
     generator = torch.Generator().manual_seed(0)
-    mixing = torch.linalg.qr(torch.randn(rank, rank, generator=generator)).Q.to(directions)
+    drawn = torch.randn(rank, rank, generator=generator, dtype=torch.float32, device="cpu")
+    mixing = torch.linalg.qr(drawn).Q.to(directions)
     return ActiveSubspace(directions[:, :rank] @ mixing, cosine, candidates)
 
 

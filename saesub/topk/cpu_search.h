@@ -185,6 +185,7 @@ void pack_features(const Packing& p, const float* W, const float* bias, const in
 struct Token {
   float inverse;     // of its scale, in which its scores are counted
   float norm, rest;  // of the part that is read and of what is not, in that scale
+  float width;       // of the bound on its rounding error, beside that of an error without direction
   bool bounded;      // whether the bounds hold for it
 };
 
@@ -221,6 +222,7 @@ Token quantise_token(const Searcher& s, int64_t t, int8_t* out, int32_t* start) 
   if (!token.bounded) return token;
   Rounded rounded = quantise(part, token.inverse, s.p.read, out);
   *start = -kOffset * rounded.sum;
+  token.width = half_width(rounded.aligned) / (kBoundWidth * kUniform);
   token.bounded = rounded.aligned < kAlignedError;
   return token;
 }
@@ -289,7 +291,7 @@ void search_tile(const Searcher& s, int64_t tile, const int8_t* const* x8, const
 #pragma GCC unroll 6
     for (int t = 0; t < kTokensPerTile; ++t) {
       Vec score = to_float(load(sums[t] + v)) * scale + offset * tokens[t].inverse;
-      Vec rounding = norm_error + scale_error * tokens[t].norm, rest = left_out * tokens[t].rest;
+      Vec rounding = norm_error * tokens[t].width + scale_error * tokens[t].norm, rest = left_out * tokens[t].rest;
       Vec upper = score + (rounding + rest);
       uint32_t hits = reached(upper, found[t].threshold);
       if (!hits) continue;
@@ -343,7 +345,7 @@ bool refine(const Searcher& s, int64_t token, const Token& about, const Candidat
   float threshold = best() * about.inverse;
   const float *norm_error = s.p.table + s.p.padded(), *scale_error = norm_error + 2 * s.p.padded();
   for (int i = first; i < c.size; ++i) {
-    float rounding = norm_error[index[i]] + scale_error[index[i]] * about.norm;
+    float rounding = norm_error[index[i]] * about.width + scale_error[index[i]] * about.norm;
     if (!(upper[i] + kBeyond * rounding < threshold)) rank(i);
   }
   float least = best() * about.inverse;
@@ -366,7 +368,7 @@ void search_tokens(const Searcher& s, int64_t begin, int64_t end) {
   int64_t padded = blocks_of(n, kTokensPerTile) * kTokensPerTile;
   std::vector<int8_t> x8(padded * width, 0);
   std::vector<int32_t> start(padded, 0);
-  std::vector<Token> tokens(padded, Token{1, 0, 0, false});
+  std::vector<Token> tokens(padded, Token{1, 0, 0, 1, false});
   std::vector<Candidates> found(padded, Candidates{-FLT_MAX, 0, static_cast<int>(s.often), false});
   // Not set to zero: most tokens use a fraction of their room.
   std::unique_ptr<float[]> bounds(new float[2 * padded * s.capacity]);

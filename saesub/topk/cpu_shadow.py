@@ -66,7 +66,7 @@ class CpuShadow:
         """What the row update takes, which moves so many rows."""
         if self._watch is not None:
             self._watch.moved = moved
-        return [self._encoder.packing, self.norms]
+        return [self._encoder.packing(), self.norms]
 
     @torch.no_grad()
     def _pack(self, W_enc: Tensor, W_dec: Tensor, b_enc: Tensor) -> None:

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from saesub.topk.active_subspace import ActiveSubspace
+from saesub.topk.backend import check
 from saesub.topk.cpu_library import (
     FEATURES_PER_TILE,
     call,
@@ -59,10 +61,10 @@ class Basis:
         self._gram = gram.float()
         self._coordinates = torch.linalg.solve(gram, rounded.T).T.float().contiguous()
         rank = basis.shape[1]
-        off = gram - torch.eye(rank, dtype=gram.dtype)
+        off = gram - torch.eye(rank, dtype=gram.dtype, device=gram.device)
         self.error = _DEVIATIONS * 2**0.5 * float(off.norm()) / rank
         padded = -(-rank // FEATURES_PER_TILE) * FEATURES_PER_TILE
-        self.scale = torch.zeros(padded).index_copy_(0, torch.arange(rank), scale)
+        self.scale = F.pad(scale, (0, padded - rank))
         self.tiles = _tiles(whole.T, padded)
 
     def read(self, x: Float[Tensor, "n d_in"]) -> tuple[Tensor, Tensor]:
@@ -76,13 +78,11 @@ def _tiles(rows: Float[Tensor, "n d"], padded: int) -> Tensor:
     """Whole numbers as the compiled products read them: 64 rows side by side, 4 columns of each."""
     n, d = rows.shape
     width = -(-d // _COORDINATES) * _COORDINATES
-    whole = torch.zeros(padded, width).index_copy_(0, torch.arange(n), _padded(rows, width))
-    tiles = (whole + offset()).to(torch.uint8).view(-1, FEATURES_PER_TILE, width // 4, 4)
+    whole = F.pad(rows, (0, width - d, 0, padded - n)) + offset()
+    # A negative number has no byte of its own in torch: signed ones are taken for what they are.
+    bytes_ = whole.to(torch.uint8) if offset() else whole.to(torch.int8).view(torch.uint8)
+    tiles = bytes_.view(-1, FEATURES_PER_TILE, width // 4, 4)
     return tiles.transpose(1, 2).contiguous()
-
-
-def _padded(rows: Tensor, width: int) -> Tensor:
-    return torch.nn.functional.pad(rows, (0, width - rows.shape[1]))
 
 
 @dataclass
@@ -105,15 +105,18 @@ class PackedEncoder:
         padded = -(-self.d_sae // FEATURES_PER_TILE) * FEATURES_PER_TILE
         width = -(-read // _COORDINATES) * _COORDINATES
         self.weights, self.table = empty(padded * width, dtype=torch.uint8), empty(_TABLE, padded)
-        self._basis, kept = None, [None, None]
-        about = [0.0, 0.0]
-        if self.subspace is not None:
-            self._basis = Basis(self.subspace.basis)
-            kept, about = [self._basis.tiles, self._basis.scale], [self.subspace.cosine]
-            about.append(self._basis.error)
-        self._kept = [*kept, self.norms, self.weights, self.table]  # the struct has their addresses
-        places = (None if t is None else t.data_ptr() for t in self._kept)
-        self.packing = Packing(*places, self.d_in, read, self.d_sae, *about)
+        self._basis = None if self.subspace is None else Basis(self.subspace.basis)
+
+    def packing(self) -> Packing:
+        """The struct that the compiled functions take; it has the addresses of the tensors here."""
+        basis, read = self._basis, self.d_in
+        kept, about = [None, None], [0.0, 0.0]
+        if self.subspace is not None and basis is not None:
+            kept, about = [basis.tiles, basis.scale], [self.subspace.cosine, basis.error]
+            read = self.subspace.rank
+        tensors = (*kept, self.norms, self.weights, self.table)
+        places = (None if t is None else t.data_ptr() for t in tensors)
+        return Packing(*places, self.d_in, read, self.d_sae, *about)
 
     def pack(
         self,
@@ -122,8 +125,9 @@ class PackedEncoder:
         W_dec: Float[Tensor, "d_sae d_out"] | None = None,
     ) -> None:
         """Copy all rows; with `W_dec` the norms of its rows become `norms`."""
+        self._check(W_enc, b_enc)
         d_out, norms = (0, None) if W_dec is None else (W_dec.shape[1], self.norms)
-        call("pack", self.packing, W_enc.T, b_enc, W_dec, d_out, norms, threads())
+        call("pack", self.packing(), W_enc.T, b_enc, W_dec, d_out, norms, threads())
 
     def search(
         self,
@@ -140,18 +144,26 @@ class PackedEncoder:
         whose rounding error has one (a massive coordinate takes the range for itself) or that have
         too many candidates are ranked by the whole product.
         """
+        self._check(W_enc, b_enc, x)
         if not bool(self.table[:, : self.d_sae].isfinite().all()):  # shows NaN and Inf as they are
             return Found(*dense_search(x, W_enc, b_enc, k, self.norms), 0.0)
         read, rest = (x, None) if self._basis is None else self._basis.read(x)
         n = len(x)
         features, pre = empty(n, k, dtype=torch.int64), empty(n, k)
         failed, exceeded = empty(n, dtype=torch.bool), empty(n, dtype=torch.int32)
-        given = [self.packing, x, read, rest, W_enc.T, b_enc, n, k]
+        given = [self.packing(), x, read, rest, W_enc.T, b_enc, n, k]
         call("search", *given, features, pre, failed, exceeded, threads())
         if bool(failed.any()):
             exceeded[failed] = 0
             features[failed], pre[failed] = self._by_the_whole(x[failed], W_enc, b_enc, k)
         return Found(features, pre, float(exceeded.sum()) / max(1, n * k))
+
+    def _check(self, W_enc: Tensor, b_enc: Tensor, x: Tensor | None = None) -> None:
+        """Refuse what the compiled functions would misread."""
+        wanted = [(W_enc.T, (self.d_sae, self.d_in)), (b_enc, (self.d_sae,))]
+        wanted += [(self.norms, (self.d_sae,))]
+        wanted += [] if x is None else [(x, (len(x), self.d_in))]
+        check("cpu", *wanted)
 
     def _by_the_whole(
         self, x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int

@@ -41,12 +41,13 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
             8-bit candidate search, if there is a C++ compiler, else by torch operators; elsewhere
             by the whole product. "torch": torch operators alone. "exact_search": the whole product.
         in_subspace: whether the search may look for candidates in the active subspace of the
-            tokens, where that costs less. A few active entries may then be others than the exact
-            ones; docs/speed.md has how many. What is found is ranked in all coordinates.
+            tokens, where that costs less. What is found is ranked in all coordinates, but features
+            that fire on rare tokens, of directions that most tokens lack, may not be found: do not
+            use it to count dead features.
     """
 
     search_name: SearchName = "auto"
-    in_subspace: bool = True
+    in_subspace: bool = False
     _said: frozenset[str] = frozenset()
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
@@ -101,7 +102,7 @@ _SPARSE: dict[str, type[SparseTopKTrainingSAE]] = {
 }
 
 
-def use_sparse_step(sae: SAE, *, search: SearchName = "auto", in_subspace: bool = True) -> SAE:
+def use_sparse_step(sae: SAE, *, search: SearchName = "auto", in_subspace: bool = False) -> SAE:
     """Give a TopK or BatchTopK SAE of SAELens the sparse training pass, in place.
 
     The object becomes a `SparseTopKTrainingSAE` or `SparseBatchTopKTrainingSAE`; its config,

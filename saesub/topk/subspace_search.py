@@ -11,7 +11,6 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
 
 from saesub.topk.active_subspace import ActiveSubspace, left_out
 from saesub.topk.ops import TOKENS_PER_BLOCK, Selected, dense_search, row_products, top_k
@@ -19,7 +18,6 @@ from saesub.topk.subspace_watch import Found
 
 # With fewer, selecting the candidates takes what the product saves.
 _LEAST_TOKENS, _LEAST_FEATURES_PER_K = 512, 256
-_ROUNDING = 1e-6  # of a squared norm: what is left of it by subtraction is uncertain by that much
 
 
 @torch.no_grad()
@@ -61,11 +59,8 @@ def _table(
     W_enc: Float[Tensor, "d_in d_sae"], scale: Float[Tensor, " d_sae"], subspace: ActiveSubspace
 ) -> Float[Tensor, "d_sae rank_and_one"]:
     """Rows of the encoder in the subspace, and the bound on the rest for a rest of norm 1."""
-    rows = W_enc.T
-    read = F.pad(rows @ subspace.basis, (0, 1))
-    square = torch.linalg.vector_norm(rows, dim=1).square_()
-    rest = (square - read.square().sum(1)).clamp_min_(0) + _ROUNDING * square
-    read[:, -1] = subspace.cosine * rest.sqrt_()
+    rows, rest = left_out(W_enc.T, subspace.basis)
+    read = torch.cat([rows, subspace.cosine * rest[:, None]], 1)
     return read.mul_(scale[:, None])
 
 

@@ -85,14 +85,14 @@ class SubspaceWatch:
     def state(self) -> dict[str, Tensor]:
         """What a run that continues needs, so that it searches as the one before."""
         numbers = [self._searches, self._due, self._n_tokens, self.moved]
-        kept = {"counts": torch.tensor(numbers)}
-        kept["prices"] = torch.tensor(astuple(self.prices), dtype=torch.float64)
+        kept = {"counts": torch.tensor(numbers, device="cpu")}
+        kept["prices"] = torch.tensor(astuple(self.prices), dtype=torch.float64, device="cpu")
         if self._moment is not None:
             kept["moment"] = self._moment
         if self.found is not None:
             kept["basis"] = self.found.basis
             bounds = [self.found.cosine, self.found.candidates]
-            kept["bounds"] = torch.tensor(bounds, dtype=torch.float64)
+            kept["bounds"] = torch.tensor(bounds, dtype=torch.float64, device="cpu")
         return kept
 
     @classmethod

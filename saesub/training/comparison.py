@@ -39,8 +39,9 @@ _COMPLETE = "complete"  # an empty file, written when a checkpoint is whole
 _SAME_TOKENS = ("text", "documents", "tokenizer", "context_size", "skip_first", "n_tokens")
 # The code that decides the weights and the history, with the transcoders' and what reads batches.
 _DECIDING = (
-    *("arguments.py", "activations/checks.py", "activations/store.py", "extras/transcoders.py"),
-    *("optim.py", "precision.py", "topk/", "training/mitigations/"),
+    *("arguments.py", "activations/checks.py", "activations/store.py"),
+    *("activations/store_file.py", "extras/transcoders.py", "optim.py"),
+    *("precision.py", "topk/", "training/mitigations/"),
     *(f"training/{name}.py" for name in ("checkpoint", "comparison", "firing", "history")),
     *(f"training/{name}.py" for name in ("native_step", "plan", "schedule", "trainer")),
 )

@@ -84,9 +84,9 @@ class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CON
             `cfg.autocast` is for products in bfloat16.
         optimizer: "sparse_adam" (`saesub.optim.SparseAdam`) or "adam" (torch's).
         backend: how a TopK step is computed. A sparse SAE keeps its own `search_name` under "auto".
-            "auto": on the CPU the compiled step with its 8-bit candidate search, in the active
-            subspace of the tokens where that costs less (`sae.in_subspace = False` turns that
-            off), if there is a C++ compiler; on a GPU the Triton kernels, once `saesub check-gpu`
+            "auto": on the CPU the compiled step with its 8-bit candidate search (with
+            `sae.in_subspace = True` in the active subspace of the tokens, where that costs less),
+            if there is a C++ compiler; on a GPU the Triton kernels, once `saesub check-gpu`
             has found them right there; else torch operators. The search alone is compiled if a
             mitigation adds to the loss, weights are frozen, or the optimizer is another than Adam
             and `SparseAdam`.
@@ -404,7 +404,7 @@ def _make_sparse(sae: Any, backend: Backend) -> None:
     elif sparse or type(sae) in (TopKTrainingSAE, BatchTopKTrainingSAE):
         given = sae.search_name if sparse else "auto"
         search = backend if backend in ("torch", "exact_search") else given
-        use_sparse_step(sae, search=search, in_subspace=getattr(sae, "in_subspace", True))
+        use_sparse_step(sae, search=search, in_subspace=getattr(sae, "in_subspace", False))
     elif isinstance(sae, TopKTrainingSAE):
         derive = f"{type(sae).__name__} is not derived from saesub.SparseTopKTrainingSAE"
         warnings.warn(DENSE_STEP.format(why_dense(sae) or derive), stacklevel=3)
