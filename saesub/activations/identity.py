@@ -115,8 +115,11 @@ def _own_values(module: nn.Module) -> dict[str, str]:
     """What a module holds beside weights, and modules in it; of a library's module its numbers,
     texts and switches."""
     held = {k: v for k, v in vars(module).items() if k not in vars(nn.Module())}
+    if type(module).__module__.startswith("transformer_lens."):
+        return {}  # of the bridge, which keeps count there
     if of_library(type(module)):
-        held = {k: v for k, v in held.items() if isinstance(v, (bool, int, float, str))}
+        plain = (bool, int, float, str)
+        held = {k: v for k, v in held.items() if isinstance(v, plain) and not k.endswith("_cached")}
     return {k: _described(v) for k, v in held.items()}
 
 
@@ -147,7 +150,8 @@ def _tokenizer(tokenizer: Any, specials: ContextTokens) -> str:
 
 def _arithmetic(device: str) -> str:
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else "none"
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul)
+    torch_backends: Any = torch.backends
+    backends = [torch_backends.cuda.matmul, torch_backends.cudnn.conv, torch_backends.mkldnn.matmul]
     said = [_told(torch.get_float32_matmul_precision)]
     said += [_told(partial(getattr, backend, "fp32_precision")) for backend in backends]
     return f"float32 products {', '.join(said)}, autocast {dtype}"
