@@ -115,6 +115,14 @@ def test_the_scale_of_an_adapter_tells_models_apart(tmp_path: Path, texts: list[
         harvest(_adapted(0.0), texts, [HOOK], tmp_path, **RUN)
 
 
+def test_numbers_of_a_librarys_modules_tell_models_apart(tmp_path: Path, texts: list[str]) -> None:
+    edited = tiny_gpt2()
+    edited.transformer.h[0].ln_1.eps = 3.0
+    harvest((tiny_gpt2(), tiny_tokenizer()), texts, [HOOK], tmp_path, **RUN)
+    with pytest.raises(SaesubError, match="differs in architecture"):
+        harvest((edited, tiny_tokenizer()), texts, [HOOK], tmp_path, **RUN)
+
+
 def test_a_forward_replaced_for_a_whole_class_is_a_hook(
     kept: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -97,7 +97,9 @@ def test_the_same_spectra_as_by_hook_point(model, corpus):
     found = measure_module_spectra(model, [({"input": tokens}, keep)], sites, progress=False)
     for name, spectrum in expected.items():
         assert found[name].n_tokens == n_tokens
-        torch.testing.assert_close(found[name].covariance, spectrum.covariance)
+        apart = (found[name].covariance - spectrum.covariance).norm()
+        # By hook point the model runs without the bridge, which agrees to that.
+        assert apart < 1e-5 * spectrum.covariance.norm()
 
 
 def tiny_mpnet() -> MPNetModel:
