@@ -66,7 +66,7 @@ bool check(int64_t n, int64_t d, int64_t d_sae, int64_t k, int64_t read) {
     std::copy(&q.x[t * d], &q.x[t * d] + read, &part[t * read]);
     rest[t] = std::sqrt(dot(&q.x[t * d] + read, &q.x[t * d] + read, d - read));
   }
-  saesub_pack(&p, q.W.data(), q.bias.data(), nullptr, 0, nullptr, 2);
+  saesub_pack(&p, q.W.data(), q.bias.data(), nullptr, 0, nullptr, 0, p.padded() / kFeaturesPerTile, 2);
   saesub_search(&p, q.x.data(), part.data(), rest.data(), q.W.data(), q.bias.data(), n, k,
                 features.data(), values.data(), failed.data(), exceeded.data(), 2);
   int64_t by_the_whole = 0;

@@ -296,6 +296,26 @@ def test_weights_that_others_change_are_copied_before_the_next_search(batches, c
 
 
 @needs_native
+@pytest.mark.parametrize("in_subspace", [True, False])
+def test_a_change_that_no_probe_sees_is_copied_within_some_steps(batches, cheap, in_subspace):
+    trainer = _trainer(_sae("topk"), batches)
+    trainer.sae.in_subspace = in_subspace
+    for x in batches[:8]:
+        trainer.step(x)
+    sae, shadow = trainer.sae, trainer.native_step._shadow
+    row = torch.arange(128) != 77  # the number of row 77 that is probed stays
+    sae.W_enc.data[row, 77] = 5.0
+    before = shadow._encoder.table.clone()
+    for _ in range(64):
+        shadow.keep_up(*(p.detach() for p in (sae.W_enc, sae.W_dec, sae.b_enc)))
+    assert not torch.equal(shadow._encoder.table, before)
+    kept = shadow._encoder.table.clone(), shadow._encoder.weights.clone()
+    shadow._encoder.pack(sae.W_enc.detach(), sae.b_enc.detach())
+    assert torch.equal(shadow._encoder.table, kept[0])
+    assert torch.equal(shadow._encoder.weights, kept[1])
+
+
+@needs_native
 def test_other_weights_than_those_of_the_copy_are_not_searched_by_it(batches, cheap):
     trainer = _trainer(_sae("topk"), batches)
     for x in batches[:8]:

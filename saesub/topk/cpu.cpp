@@ -87,12 +87,13 @@ int saesub_offset() {
 }
 
 #ifdef DOT8
-// All rows of W (d_sae, d) into the copy, and the norms of the decoder's rows into `norms`, if given.
+// The rows of `tiles` tiles of W (d_sae, d) into the copy, and the norms of the decoder's rows into
+// `norms`, if given.
 int saesub_pack(const Packing* packing, const float* W, const float* bias, const float* W_dec,
-                int64_t d_out, float* norms, int64_t threads) {
+                int64_t d_out, float* norms, int64_t first_tile, int64_t tiles, int64_t threads) {
   const Packing& p = *packing;
-  return parallel(p.padded() / kFeaturesPerTile, threads, [&](int64_t tile) {
-    int64_t features[kFeaturesPerTile], first = tile * kFeaturesPerTile;
+  return parallel(tiles, threads, [&](int64_t tile) {
+    int64_t features[kFeaturesPerTile], first = (first_tile + tile) * kFeaturesPerTile;
     int64_t count = std::min<int64_t>(kFeaturesPerTile, p.d_sae - first);
     for (int64_t i = 0; i < count; ++i) {
       int64_t f = features[i] = first + i;

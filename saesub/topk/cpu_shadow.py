@@ -12,12 +12,14 @@ from saesub.topk.active_subspace import ActiveSubspace
 from saesub.topk.packed_encoder import PackedEncoder, can_search, search_all
 from saesub.topk.subspace_watch import Found, SubspaceWatch, search_watched
 
+_REFRESHES = 64  # steps in which every row is copied once more
+
 
 class CpuShadow:
     """The copy, the subspace that it is of, and the search by it.
 
     Weights that others change are seen by torch's count of changes; those changed through `.data`,
-    which leaves no trace, by one number of each row.
+    which leaves no trace, by one number of each row, and any within `_REFRESHES` steps.
 
     Args:
         W_enc, W_dec, b_enc: of a TopK SAE, (d_in, d_sae), feature-major in memory, (d_sae, d_out)
@@ -53,10 +55,17 @@ class CpuShadow:
 
     @torch.no_grad()
     def keep_up(self, W_enc: Tensor, W_dec: Tensor, b_enc: Tensor) -> None:
-        """Copy all rows again if others have changed the weights."""
+        """Before a step: copy all rows again if others have changed the weights, else the next
+        few."""
         changed = self._key != _key_of(W_enc, W_dec, b_enc)
         if changed or not torch.equal(self._probe, _probe(W_enc, W_dec, b_enc)):
-            self._pack(W_enc, W_dec, b_enc)
+            return self._pack(W_enc, W_dec, b_enc)
+        n_tiles = self._encoder.n_tiles
+        first = self._at % n_tiles
+        count = min(-(-n_tiles // _REFRESHES), n_tiles - first)
+        of_norms = None if self.norms is None else W_dec
+        self._encoder.pack(W_enc, b_enc, of_norms, (first, count))
+        self._at = first + count
 
     def written(self, sae: Any) -> None:
         """Note that the row update has changed these weights, and the copy with them."""
@@ -71,6 +80,7 @@ class CpuShadow:
     @torch.no_grad()
     def _pack(self, W_enc: Tensor, W_dec: Tensor, b_enc: Tensor) -> None:
         self._encoder.pack(W_enc, b_enc, None if self.norms is None else W_dec)
+        self._at = 0
         self._note(W_enc, W_dec, b_enc)
 
     def _note(self, *weights: Tensor) -> None:

@@ -107,6 +107,11 @@ class PackedEncoder:
         self.weights, self.table = empty(padded * width, dtype=torch.uint8), empty(_TABLE, padded)
         self._basis = None if self.subspace is None else Basis(self.subspace.basis)
 
+    @property
+    def n_tiles(self) -> int:
+        """Tiles of features in the copy."""
+        return self.table.shape[1] // FEATURES_PER_TILE
+
     def packing(self) -> Packing:
         """The struct that the compiled functions take; it has the addresses of the tensors here."""
         basis, read = self._basis, self.d_in
@@ -123,11 +128,14 @@ class PackedEncoder:
         W_enc: Float[Tensor, "d_in d_sae"],
         b_enc: Float[Tensor, " d_sae"],
         W_dec: Float[Tensor, "d_sae d_out"] | None = None,
+        tiles: tuple[int, int] | None = None,
     ) -> None:
-        """Copy all rows; with `W_dec` the norms of its rows become `norms`."""
+        """Copy all rows, or those of so many tiles of features from one on; with `W_dec` the norms
+        of its rows become `norms`."""
         self._check(W_enc, b_enc)
         d_out, norms = (0, None) if W_dec is None else (W_dec.shape[1], self.norms)
-        call("pack", self.packing(), W_enc.T, b_enc, W_dec, d_out, norms, threads())
+        given = [W_enc.T, b_enc, W_dec, d_out, norms, *(tiles or (0, self.n_tiles))]
+        call("pack", self.packing(), *given, threads())
 
     def search(
         self,
