@@ -55,12 +55,12 @@ bool check(int64_t n, int64_t d, int64_t d_sae, int64_t k, int64_t read) {
   auto basis = first_coordinates(d, read);
   std::vector<float> scale(padded_to(kFeaturesPerTile, read), 1.0f / kSteps);
   Packing p{};
-  p.d = d, p.read = read, p.d_sae = d_sae, p.cosine = 1;
+  p.d = d, p.read = read, p.d_sae = d_sae;
   if (read < d) p.basis = basis.data(), p.basis_scale = scale.data();
   std::vector<uint8_t> weights(p.padded() * p.width()), failed(n);
   std::vector<float> table(5 * p.padded()), part(n * read), rest(n), values(n * k);
   std::vector<int64_t> features(n * k);
-  std::vector<int32_t> exceeded(n);
+  std::vector<int32_t> ranked(n);
   p.weights = weights.data(), p.table = table.data();
   for (int64_t t = 0; t < n; ++t) {
     std::copy(&q.x[t * d], &q.x[t * d] + read, &part[t * read]);
@@ -68,7 +68,7 @@ bool check(int64_t n, int64_t d, int64_t d_sae, int64_t k, int64_t read) {
   }
   saesub_pack(&p, q.W.data(), q.bias.data(), nullptr, 0, nullptr, 0, p.padded() / kFeaturesPerTile, 2);
   saesub_search(&p, q.x.data(), part.data(), rest.data(), q.W.data(), q.bias.data(), n, k,
-                features.data(), values.data(), failed.data(), exceeded.data(), 2);
+                features.data(), values.data(), failed.data(), ranked.data(), 2);
   int64_t by_the_whole = 0;
   for (int64_t t = 0; t < n; ++t) {
     if (!failed[t]) continue;
@@ -82,7 +82,7 @@ bool check(int64_t n, int64_t d, int64_t d_sae, int64_t k, int64_t read) {
   std::printf("%s: %ld tokens, d %ld of which %ld are read, %ld features: %ld by the whole, %g apart\n",
               saesub_instructions(), (long)n, (long)d, (long)read, (long)d_sae, (long)by_the_whole,
               apart);
-  return apart < 1e-3f && by_the_whole < n;
+  return apart < 1e-3f && by_the_whole < n / 4;
 }
 
 }  // namespace

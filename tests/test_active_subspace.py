@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -66,10 +67,8 @@ def _scores(x, W_enc, b_enc, scale, features):
     odd=st.sampled_from(["none", "zero rows", "massive coordinate", "ties", "zero tokens"]),
     seed=st.integers(0, 1000),
 )
-def test_with_a_bound_that_holds_no_feature_is_lost(
-    search, n, d, d_sae, k, rank, scaled, odd, seed
-):
-    """A cosine of 1 bounds whatever is left out: of any rank, of full-rank data, of odd data."""
+def test_no_feature_is_lost(search, n, d, d_sae, k, rank, scaled, odd, seed):
+    """Of any rank, of full-rank data, of odd data."""
     rank = min(rank, d)
     x, W_enc, b_enc, directions = _low_rank(n, d, d_sae, max(1, rank // 2), seed, tail=0.3)
     if odd == "zero rows":
@@ -82,7 +81,7 @@ def test_with_a_bound_that_holds_no_feature_is_lost(
     elif odd == "zero tokens":
         x[::2] = 0
     scale = torch.linspace(0.1, 3, d_sae) if scaled else None
-    subspace = ActiveSubspace(directions[:, :rank].contiguous(), 1.0, 4 * k)
+    subspace = ActiveSubspace(directions[:, :rank].contiguous(), 4 * k, 4 * k)
     found = search(x, W_enc, b_enc, k, scale, subspace)
     expected = dense_search(x, W_enc, b_enc, k, scale)
     a, b = (_scores(x, W_enc, b_enc, scale, f) for f in (found.features, expected[0]))
@@ -110,8 +109,24 @@ def test_a_measured_subspace_finds_the_top_k_of_low_rank_tokens(search, scaled):
     found = search(fresh, W_enc, b_enc, 16, scale, subspace)
     expected, _ = dense_search(fresh, W_enc, b_enc, 16, scale)
     hit = (found.features[:, :, None] == expected[:, None, :]).any(1)
-    assert hit.float().mean() > 0.9999
-    assert found.exceeded < 1e-3
+    assert hit.all()
+    assert 16 <= found.ranked < 4096 / 8
+
+
+@SEARCHES
+@pytest.mark.parametrize("share", [0.002, 0.5])
+def test_tokens_of_a_kind_that_was_not_measured_lose_nothing(search, share):
+    """Of a direction that the measured tokens lack, and that a feature lies along."""
+    x, W_enc, b_enc, directions = _low_rank(2000, 192, 4096, 40, 0, tail=0.003)
+    W_enc[:, 7] = directions[:, -1]
+    subspace = _measured(x, W_enc, b_enc, 16)
+    assert subspace is not None
+    odd = torch.arange(2000) % round(1 / share) == 0
+    x[odd] += 20 * directions[:, -1]
+    found = search(x, W_enc, b_enc, 16, None, subspace)
+    expected, _ = dense_search(x, W_enc, b_enc, 16, None)
+    assert (expected[odd] == 7).any(1).float().mean() > 0.5  # else nothing is tested
+    assert torch.equal(found.features.sort(1).values, expected.sort(1).values)
 
 
 def test_full_rank_tokens_are_searched_by_all_coordinates():
@@ -132,7 +147,7 @@ def test_nothing_is_measured_on_tokens_that_are_not_finite(value):
 @needs_native
 def test_what_is_not_finite_shows():
     x, W_enc, b_enc, directions = _low_rank(200, 64, 1024, 20, 0)
-    subspace = ActiveSubspace(directions[:, :32].contiguous(), 0.5, 32)
+    subspace = ActiveSubspace(directions[:, :32].contiguous(), 32, 32)
     for where in (W_enc, b_enc, x):
         kept = where.clone()
         where[(0,) * where.ndim] = torch.nan
@@ -143,33 +158,36 @@ def test_what_is_not_finite_shows():
         where.copy_(kept)
 
 
-class _Searches:
-    """A search whose bounds hold as often as it is told."""
-
-    def __init__(self, *exceeded: float) -> None:
-        self.exceeded, self.asked = list(exceeded), []
-
-    def __call__(self, subspace):
-        self.asked.append(subspace)
-        nothing = torch.zeros(1, 1)
-        return Found(nothing.long(), nothing, 0.0 if subspace is None else self.exceeded.pop(0))
-
-
-def test_bounds_that_do_not_hold_are_measured_again_then_given_up():
+def test_it_is_measured_again_where_many_more_features_are_ranked_than_expected():
     x, W_enc, b_enc, _ = _low_rank(800, 192, 4096, 40, 0)
-    watch = SubspaceWatch(FREE, 0)
-    given = (x, W_enc, b_enc, 16, None)
-    held = _Searches(0.0)
-    search_watched(watch, held, *given)
-    first = watch.found
-    assert held.asked == [first]
-    again = _Searches(0.5, 0.0)  # fails once: measured on these tokens, and searched again
-    search_watched(watch, again, *given)
-    assert again.asked == [first, watch.found]
-    assert watch.found is not first
-    never = _Searches(0.5, 0.5)
-    search_watched(watch, never, *given)
-    assert never.asked[2] is None
+    watch, given = SubspaceWatch(FREE, 0), (x, W_enc, b_enc, 16, None)
+    nothing, found = torch.zeros(1, 1), []
+
+    def search(ranked):
+        def search_in(subspace):
+            found.append(subspace)
+            return Found(nothing.long(), nothing, ranked)
+
+        search_watched(watch, search_in, *given)
+
+    for _ in range(20):
+        search(0.0)
+    later = found[-1]  # of search 16; without a reason it stays until search 64
+    assert found[15] is not found[14]
+    search(2.1 * later.expected)
+    while len(found) < 16 + 64 - 1:
+        search(0.0)
+    assert found[-1] is found[64]
+    watch, found = SubspaceWatch(FREE, 0), []
+    for _ in range(64 + 4):
+        search(1.9 * watch.found.expected if watch.found else 0.0)
+    quiet = sum(a is not b for a, b in pairwise(found))
+    watch, found = SubspaceWatch(FREE, 0), []
+    for _ in range(256 + 64 + 2):
+        search(2.1 * watch.found.expected if watch.found else 0.0)
+    noisy = [i for i, (a, b) in enumerate(pairwise(found), 2) if a is not b]
+    assert quiet == 3
+    assert noisy == [4, 16, 64, 128, 192, 256, 320]
 
 
 def test_it_is_measured_once_there_are_tokens_enough_and_then_ever_more_rarely():
@@ -177,7 +195,8 @@ def test_it_is_measured_once_there_are_tokens_enough_and_then_ever_more_rarely()
     watch, found = SubspaceWatch(FREE, 0), []
     for _ in range(70):
         found.append(watch.before_search(x[:400], W_enc, b_enc, 16, None))
-        watch.before_search(x[:100], W_enc, b_enc, 32, None)  # for some tokens, as BatchTopK's
+        assert not watch.is_repeated(400, 16)
+        assert watch.is_repeated(100, 32)  # for some tokens, as BatchTopK's
     # 768 tokens are four for each coordinate: two batches.
     changes = [
         i for i, (a, b) in enumerate(zip([None, *found], found, strict=False), 1) if a is not b
@@ -349,7 +368,7 @@ def test_a_run_resumed_searches_in_the_subspace_of_the_run_before(
         resumed.step(x)
     before = first.native_step._shadow._encoder.subspace
     assert torch.equal(sought[0].basis, before.basis)
-    assert (sought[0].cosine, sought[0].candidates) == (before.cosine, before.candidates)
+    assert (sought[0].expected, sought[0].candidates) == (before.expected, before.candidates)
     for a, b in zip(whole.sae.parameters(), resumed.sae.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -385,7 +404,7 @@ def test_a_trainer_is_copied_with_its_search(batches, cheap):
 @needs_native
 def test_what_the_compiled_search_would_misread_is_refused():
     x, W_enc, b_enc, directions = _low_rank(20, 64, 1024, 20, 0)
-    subspace = ActiveSubspace(directions[:, :32].contiguous(), 0.5, 32)
+    subspace = ActiveSubspace(directions[:, :32].contiguous(), 32, 32)
     with pytest.raises(TypeError, match="strides"):
         search_all(x, W_enc.contiguous(), b_enc, 8, None, subspace)
     with pytest.raises(TypeError, match="float64"):

@@ -2,9 +2,8 @@
 
 A score is the product of a token and an encoder row. Most of it comes from the few directions that
 hold nearly all of the tokens' variance. The rest is at most the product of the norms of what both
-have outside these directions, times the largest cosine that such remainders have. The cosine is
-measured on the best features of some tokens: it is far below 1, but no constant, since features
-grow along the tokens they fire on.
+have outside these directions. Most rests are far from parallel, but a feature that fires on rare
+tokens grows along what only these have: no smaller bound is safe.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from torch import Tensor
 
 _STEP = 32  # between the ranks that are tried
 _SAMPLE_TOKENS, _SAMPLE_FEATURES = 64, 4096
-_MARGIN = 1.25  # by which the bound exceeds the largest cosine that mattered in the sample
 _WORTH_IT = 0.9  # of the cost of the search by all coordinates
 _QUANTILE = 0.99
 _ROUNDING = 1e-6  # of a squared norm: what is left of it by subtraction is uncertain by that much
@@ -44,12 +42,13 @@ class ActiveSubspace:
 
     Attributes:
         basis: (d_in, rank), orthonormal columns.
-        cosine: bound on the cosine of what they leave out of a token and of a feature.
-        candidates: of 99 % of tokens at most so many features reach the k-th best score.
+        expected: of a token on average so many features have a bound that reaches its k-th best
+            score, and are ranked in all coordinates.
+        candidates: of 99 % of tokens at most so many.
     """
 
     basis: Float[Tensor, "d_in rank"]
-    cosine: float
+    expected: float
     candidates: int
 
     @property
@@ -63,9 +62,13 @@ def left_out(
 ) -> tuple[Float[Tensor, "n rank"], Float[Tensor, " n"]]:
     """The coordinates in the basis, and the norm of the rest."""
     read = x @ basis
-    whole, inside = (torch.linalg.vector_norm(t, dim=1) for t in (x, read))  # no squares are kept
-    square = whole.square_()
-    return read, (square - inside.square_()).clamp_min_(0).add_(square, alpha=_ROUNDING).sqrt_()
+    whole, inside = (torch.linalg.vector_norm(t, dim=1).square_() for t in (x, read))
+    return read, rest_of(whole, inside)
+
+
+def rest_of(whole: Float[Tensor, " n"], inside: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """The norm of what is outside a subspace, of the squared norms of the whole and inside."""
+    return (whole - inside).clamp_min_(0).add_(whole, alpha=_ROUNDING).sqrt_()
 
 
 def second_moment(x: Float[Tensor, "n d_in"]) -> Float[Tensor, "d_in d_in"]:
@@ -104,57 +107,38 @@ def active_subspace(
         cost = rank * (d_sae * prices.product + d_in * moved / len(x) * prices.rotated)
         if cost >= least:
             break
-        cosine = _MARGIN * sample.cosine(rank)
-        counts = sample.candidates(rank, cosine)
-        cost += counts.mean().item() * d_in * prices.candidate
+        counts = sample.candidates(rank)
+        expected = counts.mean().item()
+        cost += expected * d_in * prices.candidate
         if cost < least:
-            chosen, least = (rank, cosine, int(counts.quantile(_QUANTILE))), cost
+            chosen, least = (rank, expected, int(counts.quantile(_QUANTILE))), cost
     if chosen is None:
         return None
-    rank, cosine, candidates = chosen
+    rank, expected, candidates = chosen
     # Mixed at random, so that no coordinate has most of the variance: 8 bits are then well used.
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randn(rank, rank, generator=generator, dtype=torch.float32, device="cpu")
     mixing = torch.linalg.qr(drawn).Q.to(directions)
-    return ActiveSubspace(directions[:, :rank] @ mixing, cosine, candidates)
+    return ActiveSubspace(directions[:, :rank] @ mixing, expected, candidates)
 
 
 class _Sample:
-    """Some tokens, their best features and some others, in the coordinates of the directions."""
+    """Some tokens and some features, in the coordinates of the directions."""
 
     def __init__(self, tokens, directions, W_enc, b_enc, k, feature_scale) -> None:
         d_sae = W_enc.shape[1]
         scale = torch.ones_like(b_enc) if feature_scale is None else feature_scale
         scores = torch.addmm(b_enc, tokens, W_enc).mul_(scale)
-        best = scores.topk(k, dim=1)
-        self._least = best.values.amin(1)  # (tokens,)
-        self._tokens = tokens @ directions
-        few = torch.arange(0, d_sae, -(-d_sae // _SAMPLE_FEATURES), device=W_enc.device)
-        self._best = _Rows(best.indices.flatten(), directions, W_enc, b_enc, scale)
-        self._others = _Rows(few, directions, W_enc, b_enc, scale)
-        self._of_token = torch.arange(len(tokens), device=few.device).repeat_interleave(k)
-        self._per_other = d_sae / len(few)
+        self._least = scores.topk(k, dim=1).values.amin(1, keepdim=True)  # (tokens, 1)
+        some = torch.arange(0, d_sae, -(-d_sae // _SAMPLE_FEATURES), device=W_enc.device)
+        self._tokens, self._rows = tokens @ directions, W_enc.T[some] @ directions
+        self._bias, self._scale = b_enc[some], scale[some]
+        self._per_feature = d_sae / len(some)
 
-    def cosine(self, rank: int) -> float:
-        """The least bound on the cosine with which no best feature is lost."""
-        rows, tokens = self._best, self._tokens[self._of_token]
-        read = (tokens[:, :rank] * rows.rows[:, :rank]).sum(1)
-        wanted = self._least[self._of_token] / rows.scale - rows.bias - read
-        rest = tokens[:, rank:].norm(dim=1) * rows.rows[:, rank:].norm(dim=1)
-        needed = torch.where((rest > 0) & (rows.scale > 0), wanted / rest, 0.0)
-        return float(needed.nan_to_num(0, 0, 0).amax().clamp(0, 1))
-
-    def candidates(self, rank: int, cosine: float) -> Float[Tensor, " tokens"]:
+    def candidates(self, rank: int) -> Float[Tensor, " tokens"]:
         """How many features of each token have a bound that reaches its k-th best score."""
-        rows, tokens = self._others, self._tokens
-        bound = torch.addmm(rows.bias, tokens[:, :rank], rows.rows[:, :rank].T)
-        rest = rows.rows[:, rank:].norm(dim=1)
-        bound.addr_(tokens[:, rank:].norm(dim=1), rest, alpha=cosine)
-        reached = (bound * rows.scale >= self._least[:, None]).sum(1) * self._per_other
-        return reached
-
-
-class _Rows:
-    def __init__(self, features, directions, W_enc, b_enc, scale) -> None:
-        self.rows = W_enc.T[features] @ directions
-        self.bias, self.scale = b_enc[features], scale[features]
+        (tokens, token_rest), (rows, row_rest) = (
+            (t[:, :rank], t[:, rank:].norm(dim=1)) for t in (self._tokens, self._rows)
+        )
+        bound = torch.addmm(self._bias, tokens, rows.T).addr_(token_rest, row_rest)
+        return (bound * self._scale >= self._least).sum(1) * self._per_feature

@@ -108,13 +108,13 @@ int saesub_pack(const Packing* packing, const float* W, const float* bias, const
 
 int saesub_search(const Packing* packing, const float* x, const float* read, const float* rest,
                   const float* W, const float* bias, int64_t n, int64_t k, int64_t* features,
-                  float* values, uint8_t* failed, int32_t* exceeded, int64_t threads) {
+                  float* values, uint8_t* failed, int32_t* ranked, int64_t threads) {
   const Packing& p = *packing;
   int64_t often = std::max<int64_t>(4 * k, 2 * k + 2 * kFeaturesPerTile);
   // Not a power of two, for then tokens' rooms would share cache sets; and no more than can come.
   int64_t capacity = std::min(64 * often, often + 2 * p.padded()) + 2 * kLanes;
   Searcher s{p, x,     read,     rest,   W,      bias,    k,
-             often, capacity, features, values, failed, exceeded};
+             often, capacity, features, values, failed, ranked};
   return parallel(blocks_of(n, kTokensPerTask), threads, [&](int64_t task) {
     search_tokens(s, task * kTokensPerTask, std::min(n, (task + 1) * kTokensPerTask));
   });

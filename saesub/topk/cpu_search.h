@@ -49,7 +49,6 @@ struct Packing {
   uint8_t* weights;          // (tiles, width / 4, 64, 4)
   float* table;              // (5, padded): scale, norm_error, offset, scale_error, left_out
   int64_t d, read, d_sae;
-  double cosine;       // bound on that of what is left out of a token and of a feature
   double basis_error;  // of a squared norm in the basis, relative: in 8 bits it is hardly orthogonal
 
   int64_t width() const { return padded_to(kCoordinates, read); }
@@ -102,7 +101,8 @@ void pack_feature(const Packing& p, int64_t f, const float* row, Part part, floa
   float inverse = largest > 0 ? kSteps / largest : 0.0f, rank = p.norms ? p.norms[f] : 1.0f;
   float square = dot(part.numbers, part.numbers, p.read), norm = std::sqrt(square);
   float whole = p.basis ? dot(row, row, p.d) : square, error = part.error;
-  float rest = std::sqrt(std::max(0.0f, whole - square) + static_cast<float>(p.basis_error) * square);
+  float unsure = static_cast<float>(p.basis_error) * square + 2 * norm * part.error;
+  float rest = std::sqrt(std::max(0.0f, whole - square) + unsure);
   if (std::isfinite(norm) && std::isfinite(inverse) && std::isfinite(whole)) {
     Rounded rounded = quantise(part.numbers, inverse, p.read, row8);
     error = std::hypot(error, half_width(rounded.aligned) * largest / kSteps);
@@ -122,7 +122,7 @@ void pack_feature(const Packing& p, int64_t f, const float* row, Part part, floa
   table[p.padded()] = kBoundWidth * kUniform * norm * rank;
   table[2 * p.padded()] = bias * rank;
   table[3 * p.padded()] = error * rank;
-  table[4 * p.padded()] = static_cast<float>(p.cosine) * rest * rank;
+  table[4 * p.padded()] = rest * rank;
 }
 
 // Room for what `pack_features` computes of a few rows at a time.
@@ -206,7 +206,7 @@ struct Searcher {
   int64_t* features;
   float* values;
   uint8_t* failed;
-  int32_t* exceeded;  // (n) of the k best, how many have bounds below the least of them
+  int32_t* ranked;  // (n) how many features were ranked in float32
 };
 
 // `start` is what the sums of products start at.
@@ -291,7 +291,8 @@ void search_tile(const Searcher& s, int64_t tile, const int8_t* const* x8, const
 #pragma GCC unroll 6
     for (int t = 0; t < kTokensPerTile; ++t) {
       Vec score = to_float(load(sums[t] + v)) * scale + offset * tokens[t].inverse;
-      Vec rounding = norm_error * tokens[t].width + scale_error * tokens[t].norm, rest = left_out * tokens[t].rest;
+      Vec rounding = norm_error * tokens[t].width + scale_error * tokens[t].norm;
+      Vec rest = left_out * tokens[t].rest;
       Vec upper = score + (rounding + rest);
       uint32_t hits = reached(upper, found[t].threshold);
       if (!hits) continue;
@@ -349,7 +350,7 @@ bool refine(const Searcher& s, int64_t token, const Token& about, const Candidat
     if (!(upper[i] + kBeyond * rounding < threshold)) rank(i);
   }
   float least = best() * about.inverse;
-  s.exceeded[token] = 0;
+  s.ranked[token] = static_cast<int32_t>(ranked.size());
   auto before = [&](const std::pair<float, int>& a, const std::pair<float, int>& b) {
     return index[a.second] < index[b.second];
   };
@@ -358,7 +359,6 @@ bool refine(const Searcher& s, int64_t token, const Token& about, const Candidat
     int i = ranked[j].second;
     s.features[token * s.k + j] = index[i];
     s.values[token * s.k + j] = exact[i];
-    s.exceeded[token] += upper[i] < least;
   }
   return c.threshold <= least;
 }

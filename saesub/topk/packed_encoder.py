@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from saesub.topk.active_subspace import ActiveSubspace
+from saesub.topk.active_subspace import ActiveSubspace, rest_of
 from saesub.topk.backend import check
 from saesub.topk.cpu_library import (
     FEATURES_PER_TILE,
@@ -42,7 +42,7 @@ class Packing(ctypes.Structure):
             for name in ("basis", "basis_scale", "norms", "weights", "table")
         ),
         *((name, ctypes.c_int64) for name in ("d", "read", "d_sae")),
-        *((name, ctypes.c_double) for name in ("cosine", "basis_error")),
+        ("basis_error", ctypes.c_double),
     ]
 
 
@@ -60,7 +60,7 @@ class Basis:
         gram = rounded.T @ rounded
         self._gram = gram.float()
         self._coordinates = torch.linalg.solve(gram, rounded.T).T.float().contiguous()
-        rank = basis.shape[1]
+        self.rank = rank = basis.shape[1]
         off = gram - torch.eye(rank, dtype=gram.dtype, device=gram.device)
         self.error = _DEVIATIONS * 2**0.5 * float(off.norm()) / rank
         padded = -(-rank // FEATURES_PER_TILE) * FEATURES_PER_TILE
@@ -71,7 +71,7 @@ class Basis:
         """(n, rank) what is read of tokens, and (n,) the norm of the rest."""
         read = x @ self._coordinates
         inside = ((read @ self._gram) * read).sum(1)
-        return read, (x.square().sum(1) - inside).clamp_min_(0).sqrt_()
+        return read, rest_of(torch.linalg.vector_norm(x, dim=1).square_(), inside)
 
 
 def _tiles(rows: Float[Tensor, "n d"], padded: int) -> Tensor:
@@ -115,13 +115,12 @@ class PackedEncoder:
     def packing(self) -> Packing:
         """The struct that the compiled functions take; it has the addresses of the tensors here."""
         basis, read = self._basis, self.d_in
-        kept, about = [None, None], [0.0, 0.0]
-        if self.subspace is not None and basis is not None:
-            kept, about = [basis.tiles, basis.scale], [self.subspace.cosine, basis.error]
-            read = self.subspace.rank
+        kept, error = [None, None], 0.0
+        if basis is not None:
+            kept, error, read = [basis.tiles, basis.scale], basis.error, basis.rank
         tensors = (*kept, self.norms, self.weights, self.table)
         places = (None if t is None else t.data_ptr() for t in tensors)
-        return Packing(*places, self.d_in, read, self.d_sae, *about)
+        return Packing(*places, self.d_in, read, self.d_sae, error)
 
     def pack(
         self,
@@ -154,17 +153,17 @@ class PackedEncoder:
         """
         self._check(W_enc, b_enc, x)
         if not bool(self.table[:, : self.d_sae].isfinite().all()):  # shows NaN and Inf as they are
-            return Found(*dense_search(x, W_enc, b_enc, k, self.norms), 0.0)
+            return Found(*dense_search(x, W_enc, b_enc, k, self.norms), self.d_sae)
         read, rest = (x, None) if self._basis is None else self._basis.read(x)
         n = len(x)
         features, pre = empty(n, k, dtype=torch.int64), empty(n, k)
-        failed, exceeded = empty(n, dtype=torch.bool), empty(n, dtype=torch.int32)
+        failed, ranked = empty(n, dtype=torch.bool), empty(n, dtype=torch.int32)
         given = [self.packing(), x, read, rest, W_enc.T, b_enc, n, k]
-        call("search", *given, features, pre, failed, exceeded, threads())
+        call("search", *given, features, pre, failed, ranked, threads())
         if bool(failed.any()):
-            exceeded[failed] = 0
+            ranked[failed] = self.d_sae
             features[failed], pre[failed] = self._by_the_whole(x[failed], W_enc, b_enc, k)
-        return Found(features, pre, float(exceeded.sum()) / max(1, n * k))
+        return Found(features, pre, float(ranked.sum()) / max(1, n))
 
     def _check(self, W_enc: Tensor, b_enc: Tensor, x: Tensor | None = None) -> None:
         """Refuse what the compiled functions would misread."""
@@ -195,7 +194,7 @@ def search_all(
 ) -> Found:
     """The search of an encoder of which no copy is kept."""
     if not can_search(W_enc.shape[1], k):
-        return Found(*dense_search(x, W_enc, b_enc, k, feature_scale), 0.0)
+        return Found(*dense_search(x, W_enc, b_enc, k, feature_scale), len(b_enc))
     d_in, d_sae = W_enc.shape
     encoder = PackedEncoder(d_in, d_sae, feature_scale, subspace)
     encoder.pack(W_enc, b_enc)

@@ -45,7 +45,7 @@ def _search(
             return search_all(*about, subspace)
         if subspace is None:
             features, pre = plain(*about)
-            return Found(features, pre, 0.0)
+            return Found(features, pre, d_sae)
         return subspace_search.search(*about, subspace)
 
     prices = native_prices() if compiled else TORCH_PRICES

@@ -40,14 +40,14 @@ def search(
     pre = pre.view_as(candidates) + b_enc[candidates]
     best = (pre * scale[candidates]).topk(k, dim=-1, sorted=False)
     least = best.values.amin(1)
-    exceeded = (bounds.gather(1, best.indices) < least[:, None]).sum()
     features, pre = candidates.gather(1, best.indices), pre.gather(1, best.indices)
     last = bounds.amin(1)
     # A comparison with NaN is false: what is not finite is ranked, and shows, by the product.
     failed = ~((least >= last) & last.isfinite()) if width < len(b_enc) else ~least.isfinite()
     if bool(failed.any()):
         features[failed], pre[failed] = dense_search(x[failed], W_enc, b_enc, k, feature_scale)
-    return Found(features, pre, float(exceeded) / max(1, features.numel()))
+    by_the_whole = float(failed.sum()) / max(1, len(x))
+    return Found(features, pre, width + by_the_whole * len(b_enc))
 
 
 def pays(n_tokens: int, d_sae: int, k: int) -> bool:
@@ -60,8 +60,7 @@ def _table(
 ) -> Float[Tensor, "d_sae rank_and_one"]:
     """Rows of the encoder in the subspace, and the bound on the rest for a rest of norm 1."""
     rows, rest = left_out(W_enc.T, subspace.basis)
-    read = torch.cat([rows, subspace.cosine * rest[:, None]], 1)
-    return read.mul_(scale[:, None])
+    return torch.cat([rows, rest[:, None]], 1).mul_(scale[:, None])
 
 
 def _candidates(

@@ -1,4 +1,5 @@
-"""When the active subspace of a run is measured, and whether what was found still holds."""
+"""When the active subspace of a run is measured: early, ever more rarely, and when it has become
+too small for the run's tokens."""
 
 from __future__ import annotations
 
@@ -15,21 +16,24 @@ from saesub.topk.active_subspace import ActiveSubspace, Prices, active_subspace,
 
 _TOKENS_PER_COORDINATE = 4  # for the second moment
 _LATER = 4  # how many times as many searches pass before the next measurement
-_TOLERATED = 5e-4  # share of the best features that only luck has found
+_TOO_MANY = 2  # times as many features are ranked in all coordinates as were expected
+_PAUSE = 64  # searches at least between a measurement and one that is made for that
 
 
 class Found(NamedTuple):
-    """The k best features of each token, their pre-activations, and the share of them whose bound
-    lies below the k-th best score: these were found by luck, and others may be lost."""
+    """The k best features of each token, their pre-activations, and how many features of a token
+    were ranked in all coordinates, on average."""
 
     features: Int[Tensor, "n k"]
     pre: Float[Tensor, "n k"]
-    exceeded: float
+    ranked: float
 
 
 class SubspaceWatch:
-    """Measures the subspace on the first tokens of a run, and again after 4, 16, 64, … times as
-    many searches, and wherever the bounds did not hold for too many of the best features.
+    """Measures the subspace on the first tokens of a run, again after 4, 16, 64, … times as many
+    searches, and where many more features are ranked in all coordinates than were expected.
+
+    A search finds the same in any subspace; only its time depends on it.
 
     Attributes:
         found: the subspace, or None where all coordinates are searched.
@@ -40,10 +44,18 @@ class SubspaceWatch:
     def __init__(self, prices: Prices, moved: int) -> None:
         self.found: ActiveSubspace | None = None
         self.prices, self.moved = prices, moved
-        self._searches, self._due = 0, 0
-        self._k: int | None = None
+        self._searches, self._measured, self._due = 0, 0, 0
+        self._k, self._n = 0, 0
         self._moment: Tensor | None = None
         self._n_tokens = 0
+
+    def is_repeated(self, n: int, k: int) -> bool:
+        """Whether a search of n tokens for k features is one more of a batch: BatchTopK's, for its
+        tokens with many active features. It is no occasion to measure."""
+        if self._n > n and 0 < self._k < k:
+            return True
+        self._n, self._k = n, k
+        return False
 
     def before_search(
         self,
@@ -54,9 +66,6 @@ class SubspaceWatch:
         feature_scale: Float[Tensor, " d_sae"] | None,
     ) -> ActiveSubspace | None:
         """The subspace to search these tokens in."""
-        self._k = k if self._k is None else self._k
-        if k != self._k:  # BatchTopK searches again for tokens with many active features
-            return self.found
         self._searches += 1
         if self._searches < self._due:
             return self.found
@@ -67,44 +76,43 @@ class SubspaceWatch:
             given = (x, W_enc, b_enc, k, feature_scale, self.prices, self.moved)
             self.found = active_subspace(self._moment, *given)
             self._moment, self._n_tokens = None, 0
-            self._due = _LATER * self._searches
+            self._measured, self._due = self._searches, _LATER * self._searches
         return self.found
+
+    def after_search(self, ranked: float) -> None:
+        """Note how many features of a token were ranked."""
+        if self.found is not None and ranked > _TOO_MANY * self.found.expected:
+            self._due = min(self._due, self._measured + _PAUSE)
 
     def is_on(self, W_enc: Float[Tensor, "d_in d_sae"]) -> bool:
         """Whether what was found is for weights of this width and device."""
         basis = None if self.found is None else self.found.basis
         return basis is None or (len(basis), basis.device) == (len(W_enc), W_enc.device)
 
-    def after_search(self, exceeded: float) -> bool:
-        """Whether the bounds held; if not, the next search measures again."""
-        if exceeded <= _TOLERATED:
-            return True
-        self._due = self._searches
-        return False
-
     def state(self) -> dict[str, Tensor]:
         """What a run that continues needs, so that it searches as the one before."""
-        numbers = [self._searches, self._due, self._n_tokens, self.moved]
+        numbers = [self._searches, self._measured, self._due, self._n_tokens, self.moved]
         kept = {"counts": torch.tensor(numbers, device="cpu")}
         kept["prices"] = torch.tensor(astuple(self.prices), dtype=torch.float64, device="cpu")
         if self._moment is not None:
             kept["moment"] = self._moment
         if self.found is not None:
             kept["basis"] = self.found.basis
-            bounds = [self.found.cosine, self.found.candidates]
+            bounds = [self.found.expected, self.found.candidates]
             kept["bounds"] = torch.tensor(bounds, dtype=torch.float64, device="cpu")
         return kept
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor], device: torch.device) -> SubspaceWatch:
         """One that continues from a `state`, with weights on a device."""
-        searches, due, n_tokens, moved = map(int, state["counts"])
+        searches, measured, due, n_tokens, moved = map(int, state["counts"])
         watch = cls(Prices(*state["prices"].tolist()), moved)
-        watch._searches, watch._due, watch._n_tokens = searches, due, n_tokens
+        watch._searches, watch._measured, watch._due = searches, measured, due
+        watch._n_tokens = n_tokens
         watch._moment = state.get("moment")
         if "basis" in state:
-            cosine, candidates = state["bounds"].tolist()
-            watch.found = ActiveSubspace(state["basis"].to(device), cosine, int(candidates))
+            expected, candidates = state["bounds"].tolist()
+            watch.found = ActiveSubspace(state["basis"].to(device), expected, int(candidates))
         return watch
 
 
@@ -137,12 +145,11 @@ def search_watched(
     x: Float[Tensor, "n d_in"],
     *encoder_k_and_scale: Any,
 ) -> tuple[Int[Tensor, "n k"], Float[Tensor, "n k"]]:
-    """Search in the subspace of the watch; again in one measured on these tokens if the bounds did
-    not hold; and by all coordinates if they do not hold then either."""
-    for _ in range(2):
-        subspace = watch.before_search(x, *encoder_k_and_scale)
-        found = search_in(subspace)
-        if subspace is None or watch.after_search(found.exceeded):
-            return found.features, found.pre
-    found = search_in(None)
+    """Search in the subspace of the watch; `encoder_k_and_scale` as in `before_search`."""
+    k = encoder_k_and_scale[2]
+    if watch.is_repeated(len(x), k):
+        found = search_in(watch.found)
+    else:
+        found = search_in(watch.before_search(x, *encoder_k_and_scale))
+        watch.after_search(found.ranked)
     return found.features, found.pre
