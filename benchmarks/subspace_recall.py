@@ -1,4 +1,4 @@
-"""What the search in the active subspace loses, on trained weights, and whether training notices.
+"""Whether the search in the active subspace loses features, on trained weights and in training.
 
     python benchmarks/subspace_recall.py   # writes results/subspace_recall.json, some 20 minutes
 

