@@ -38,7 +38,7 @@ from saesub.training.trainer import SubspaceSAETrainer
 SITES = [f"blocks.12.hook_{site}" for site in ("attn_out", "mlp_out", "resid_post")]
 D_SAE, K, BATCH, STEPS = 36_864, 32, 2048, 300
 CURVE = {"d_sae": 16_384, "batch": 1024, "steps": 2000, "site": SITES[0]}
-N_SPECTRUM, N_JUDGED = 100_000, 8192
+N_SPECTRUM, N_JUDGED, N_SEARCHED = 100_000, 16_384, 4096
 KINDS = {
     "topk": (TopKTrainingSAE, TopKTrainingSAEConfig),
     "batchtopk": (BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig),
@@ -129,9 +129,10 @@ def recall(sae: TopKTrainingSAE, x: torch.Tensor) -> list[dict]:
     rows = []
     for name, (search, prices, moved) in searches.items():
         watch = SubspaceWatch(prices, moved)
-        watch.before_search(x[: N_JUDGED // 2].contiguous(), W_enc, b_enc, K, scale)
+        for part in x[:-N_SEARCHED].contiguous().split(BATCH):
+            watch.before_search(part, W_enc, b_enc, K, scale)
         found = []
-        for part in x[N_JUDGED // 2 :].split(512):
+        for part in x[-N_SEARCHED:].split(512):
             best, _ = dense_search(part, W_enc, b_enc, K, scale)
             if watch.found is None:
                 continue

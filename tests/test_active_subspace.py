@@ -18,7 +18,13 @@ from sae_lens import (
 from sae_lens.config import SAETrainerConfig
 
 from saesub.topk import cpu, cpu_library, int8_search, subspace_search
-from saesub.topk.active_subspace import ActiveSubspace, Prices, active_subspace, second_moment
+from saesub.topk.active_subspace import (
+    ActiveSubspace,
+    Prices,
+    active_subspace,
+    left_out,
+    second_moment,
+)
 from saesub.topk.ops import dense_search
 from saesub.topk.packed_encoder import PackedEncoder, search_all
 from saesub.topk.sae import use_sparse_step
@@ -26,7 +32,7 @@ from saesub.topk.subspace_watch import Found, SubspaceWatch, search_watched
 from saesub.training.trainer import SubspaceSAETrainer
 
 needs_native = pytest.mark.skipif(not cpu_library.instructions(), reason="no 8-bit products here")
-FREE = Prices(product=1.0, rotated=0.0, candidate=0.1)  # a subspace always pays
+FREE = Prices(product=1.0, rotated=0.0, candidate=0.1, whole=2.0)  # a subspace always pays
 SEARCHES = pytest.mark.parametrize(
     "search",
     [
@@ -93,14 +99,16 @@ def test_no_feature_is_lost(search, n, d, d_sae, k, rank, scaled, odd, seed):
 
 
 def _measured(x, W_enc, b_enc, k, scale=None, prices=FREE) -> ActiveSubspace | None:
-    moment = second_moment(x)
-    return active_subspace(moment, x, W_enc, b_enc, k, scale, prices, moved=0)
+    half = len(x) // 2
+    given = (W_enc, b_enc, k, scale, prices)
+    ranking = 1.5 * k * prices.candidate
+    return active_subspace(second_moment(x[:half]), x[half:], *given, moved=0, ranking=ranking)
 
 
 @SEARCHES
 @pytest.mark.parametrize("scaled", [False, True])
 def test_a_measured_subspace_finds_the_top_k_of_low_rank_tokens(search, scaled):
-    x, W_enc, b_enc, _ = _low_rank(2000, 192, 4096, 40, 0)
+    x, W_enc, b_enc, _ = _low_rank(4000, 192, 4096, 40, 0)
     scale = torch.linspace(0.5, 2, 4096) if scaled else None
     subspace = _measured(x, W_enc, b_enc, 16, scale)
     assert subspace is not None
@@ -108,9 +116,10 @@ def test_a_measured_subspace_finds_the_top_k_of_low_rank_tokens(search, scaled):
     fresh, *_ = _low_rank(1000, 192, 4096, 40, 0)  # the same directions, drawn again
     found = search(fresh, W_enc, b_enc, 16, scale, subspace)
     expected, _ = dense_search(fresh, W_enc, b_enc, 16, scale)
-    hit = (found.features[:, :, None] == expected[:, None, :]).any(1)
-    assert hit.all()
+    scores = (_scores(fresh, W_enc, b_enc, scale, f) for f in (found.features, expected))
+    torch.testing.assert_close(*scores, rtol=1e-6, atol=1e-6)  # or a tie
     assert 16 <= found.ranked < 4096 / 8
+    assert found.by_the_whole < 0.1
 
 
 @SEARCHES
@@ -133,7 +142,7 @@ def test_full_rank_tokens_are_searched_by_all_coordinates():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2000, 192, generator=generator)
     W_enc = torch.nn.functional.normalize(torch.randn(4096, 192, generator=generator), dim=1).T
-    prices = Prices(product=0.3, rotated=0.6, candidate=50.0)
+    prices = Prices(product=0.3, rotated=0.6, candidate=50.0, whole=2.0)
     assert _measured(x, W_enc, torch.zeros(4096), 16, prices=prices) is None
 
 
@@ -158,50 +167,60 @@ def test_what_is_not_finite_shows():
         where.copy_(kept)
 
 
-def test_it_is_measured_again_where_many_more_features_are_ranked_than_expected():
-    x, W_enc, b_enc, _ = _low_rank(800, 192, 4096, 40, 0)
-    watch, given = SubspaceWatch(FREE, 0), (x, W_enc, b_enc, 16, None)
-    nothing, found = torch.zeros(1, 1), []
+def _watched(n_searches: int, times: float) -> list[ActiveSubspace | None]:
+    """The subspace of every search, where ranking costs so many times what is expected of it."""
+    x, W_enc, b_enc, _ = _low_rank(4000, 192, 4096, 40, 0)
+    watch, subspaces, nothing = SubspaceWatch(FREE, 0), [], torch.zeros(1, 1)
 
-    def search(ranked):
-        def search_in(subspace):
-            found.append(subspace)
-            return Found(nothing.long(), nothing, ranked)
+    def search_in(subspace):
+        subspaces.append(subspace)
+        ranking = 0.0 if subspace is None else times * subspace.ranking
+        return Found(nothing.long(), nothing, ranking / FREE.candidate, 0.0)
 
-        search_watched(watch, search_in, *given)
+    for i in range(n_searches):
+        start = 800 * (i % 5)
+        search_watched(watch, search_in, x[start : start + 800], W_enc, b_enc, 16, None)
+    return subspaces
 
-    for _ in range(20):
-        search(0.0)
-    later = found[-1]  # of search 16; without a reason it stays until search 64
-    assert found[15] is not found[14]
-    search(2.1 * later.expected)
-    while len(found) < 16 + 64 - 1:
-        search(0.0)
-    assert found[-1] is found[64]
-    watch, found = SubspaceWatch(FREE, 0), []
-    for _ in range(64 + 4):
-        search(1.9 * watch.found.expected if watch.found else 0.0)
-    quiet = sum(a is not b for a, b in pairwise(found))
-    watch, found = SubspaceWatch(FREE, 0), []
-    for _ in range(256 + 64 + 2):
-        search(2.1 * watch.found.expected if watch.found else 0.0)
-    noisy = [i for i, (a, b) in enumerate(pairwise(found), 2) if a is not b]
-    assert quiet == 3
-    assert noisy == [4, 16, 64, 128, 192, 256, 320]
+
+def _changes(subspaces) -> list[int]:
+    """The searches that are the first in a new subspace."""
+    return [i for i, (a, b) in enumerate(pairwise([None, *subspaces]), 1) if a is not b]
 
 
 def test_it_is_measured_once_there_are_tokens_enough_and_then_ever_more_rarely():
-    x, W_enc, b_enc, _ = _low_rank(800, 192, 4096, 40, 0)
-    watch, found = SubspaceWatch(FREE, 0), []
-    for _ in range(70):
-        found.append(watch.before_search(x[:400], W_enc, b_enc, 16, None))
-        assert not watch.is_repeated(400, 16)
-        assert watch.is_repeated(100, 32)  # for some tokens, as BatchTopK's
-    # 768 tokens are four for each coordinate: two batches.
-    changes = [
-        i for i, (a, b) in enumerate(zip([None, *found], found, strict=False), 1) if a is not b
-    ]
-    assert changes == [2, 9, 37]
+    """3,072 tokens are 16 for each coordinate: four searches, and one on which it is counted."""
+    assert _changes(_watched(420, 1.9)) == [5, 24, 100, 404]
+
+
+def test_it_is_measured_again_where_ranking_costs_much_more_than_expected():
+    assert _changes(_watched(280, 2.1)) == [5, 24, 92, 160, 228]
+
+
+def test_what_a_subspace_is_expected_to_cost_is_what_it_costs_on_other_tokens():
+    """The directions of few tokens fit these alone; a count on the same tokens does not see it."""
+    spread = 0.99 ** torch.arange(192)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(9000, 192, generator=generator) * spread
+    rows = torch.randn(4096, 192, generator=generator) * spread
+    W_enc, b_enc = torch.nn.functional.normalize(rows, dim=1).T, torch.zeros(4096)
+    watch = SubspaceWatch(Prices(product=1.0, rotated=0.0, candidate=5.0, whole=2.0), 0)
+    for part in x[:8000].split(800):
+        watch.before_search(part, W_enc, b_enc, 16, None)
+    subspace = watch.found
+    assert subspace is not None
+    read, rest = left_out(x[8000:], subspace.basis)
+    rows, row_rest = left_out(W_enc.T, subspace.basis)
+    least = (x[8000:] @ W_enc).topk(16).values[:, -1:]
+    counts = (read @ rows.T + rest[:, None] * row_rest >= least).sum(1)
+    assert float(counts.float().mean()) * 5 < 1.1 * subspace.ranking
+
+
+def test_a_batchs_second_search_is_no_occasion_to_measure():
+    watch = SubspaceWatch(FREE, 0)
+    assert not watch.is_repeated(400, 16)
+    assert watch.is_repeated(100, 32)  # for some tokens, as BatchTopK's
+    assert not watch.is_repeated(400, 16)
 
 
 def _sae(kind, d_sae: int = 2048, d_in: int = 128, k: int = 4, **settings):
@@ -367,7 +386,7 @@ def test_a_run_resumed_searches_in_the_subspace_of_the_run_before(
         resumed.step(x)
     before = first.native_step._shadow._encoder.subspace
     assert torch.equal(sought[0].basis, before.basis)
-    assert (sought[0].expected, sought[0].candidates) == (before.expected, before.candidates)
+    assert (sought[0].ranking, sought[0].candidates) == (before.ranking, before.candidates)
     for a, b in zip(whole.sae.parameters(), resumed.sae.parameters(), strict=True):
         assert torch.equal(a, b)
 

@@ -61,6 +61,7 @@ def lab(chromium, installed, tmp_path_factory) -> Iterator[Lab]:
     folder, home = tmp_path_factory.mktemp("notebooks"), tmp_path_factory.mktemp("home")
     # One thread: kernels that share two cores with a browser only get in their own way.
     env = {"PYTHONPATH": str(installed), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
+    env["SAESUB_CACHE"] = str(tmp_path_factory.mktemp("cache"))  # empty: bars show what is read
     with browser.jupyter_lab(folder, home, **env) as address:
         yield Lab(address, folder, chromium.new_page(viewport={"width": DESKTOP, "height": 900}))
 

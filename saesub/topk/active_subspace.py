@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 _STEP = 32  # between the ranks that are tried
-_SAMPLE_TOKENS, _SAMPLE_FEATURES = 64, 4096
+_SAMPLE_TOKENS, _SAMPLE_FEATURES = 256, 4096
 _WORTH_IT = 0.9  # of the cost of the search by all coordinates
 _QUANTILE = 0.99
 _ROUNDING = 1e-6  # of a squared norm: what is left of it by subtraction is uncertain by that much
@@ -29,11 +29,16 @@ class Prices:
         product: one coordinate of one score.
         rotated: one number of a row of the encoder, multiplied by one direction.
         candidate: one coordinate of a candidate that is ranked, whose row is read for it alone.
+        whole: one coordinate of one score of a token that has too many candidates, and is ranked by
+            the product in all coordinates.
+        equally: whether all tokens are given as many candidates, as torch operators do.
     """
 
     product: float
     rotated: float
     candidate: float
+    whole: float
+    equally: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,14 +47,14 @@ class ActiveSubspace:
 
     Attributes:
         basis: (d_in, rank), orthonormal columns.
-        expected: of a token on average so many features have a bound that reaches its k-th best
-            score, and are ranked in all coordinates.
-        candidates: of 99 % of tokens at most so many.
+        candidates: so many features, at most, of 99 % of tokens have a bound that reaches the
+            token's k-th best score.
+        ranking: what ranking a token is expected to cost, in float32 scores inside a product.
     """
 
     basis: Float[Tensor, "d_in rank"]
-    expected: float
     candidates: int
+    ranking: float
 
     @property
     def rank(self) -> int:
@@ -87,11 +92,13 @@ def active_subspace(
     feature_scale: Float[Tensor, " d_sae"] | None,
     prices: Prices,
     moved: int,
+    ranking: float,
 ) -> ActiveSubspace | None:
     """The subspace of least cost for tokens such as x; None if all coordinates cost less.
 
-    `moment` is the second moment of at least as many tokens as there are coordinates; `moved` the
-    number of rows of the encoder that have to be rotated for each search of n tokens.
+    `moment` is the second moment of many more tokens than there are coordinates, none of them in x;
+    `moved` the number of rows of the encoder that have to be rotated for each search of n tokens;
+    `ranking` what ranking a token costs in a search by all coordinates, as in `ActiveSubspace`.
     """
     try:
         directions = torch.linalg.eigh(moment).eigenvectors.flip(1).to(x)
@@ -102,24 +109,33 @@ def active_subspace(
     d_in, d_sae = W_enc.shape
     tokens = x[:: max(1, len(x) // _SAMPLE_TOKENS)][:_SAMPLE_TOKENS]
     sample = _Sample(tokens, directions, W_enc, b_enc, k, feature_scale)
-    chosen, least = None, _WORTH_IT * d_in * (d_sae * prices.product + 1.5 * k * prices.candidate)
+    chosen, least = None, _WORTH_IT * (d_sae * prices.product + ranking)
     for rank in range(_STEP, d_in, _STEP):
-        cost = rank * (d_sae * prices.product + d_in * moved / len(x) * prices.rotated)
+        cost = rank * (d_sae / d_in * prices.product + moved / len(x) * prices.rotated)
         if cost >= least:
             break
-        counts = sample.candidates(rank)
-        expected = counts.mean().item()
-        cost += expected * d_in * prices.candidate
-        if cost < least:
-            chosen, least = (rank, expected, int(counts.quantile(_QUANTILE))), cost
+        candidates, ranking = _ranking(sample.candidates(rank), k, d_sae, prices)
+        if cost + ranking < least:
+            chosen, least = (rank, candidates, ranking), cost + ranking
     if chosen is None:
         return None
-    rank, expected, candidates = chosen
+    rank, candidates, ranking = chosen
     # Mixed at random, so that no coordinate has most of the variance: 8 bits are then well used.
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randn(rank, rank, generator=generator, dtype=torch.float32, device="cpu")
     mixing = torch.linalg.qr(drawn).Q.to(directions)
-    return ActiveSubspace(directions[:, :rank] @ mixing, expected, candidates)
+    return ActiveSubspace(directions[:, :rank] @ mixing, candidates, ranking)
+
+
+def _ranking(
+    counts: Float[Tensor, " tokens"], k: int, d_sae: int, prices: Prices
+) -> tuple[int, float]:
+    """How many candidates nearly all tokens have at most, and what ranking a token costs."""
+    most, whole = int(counts.quantile(_QUANTILE)), d_sae * prices.whole
+    if prices.equally:
+        most = max(2 * k, most)
+        return most, most * prices.candidate + (1 - _QUANTILE) * whole
+    return most, float((counts * prices.candidate).clamp_max(whole).mean())
 
 
 class _Sample:

@@ -153,7 +153,7 @@ class PackedEncoder:
         """
         self._check(W_enc, b_enc, x)
         if not bool(self.table[:, : self.d_sae].isfinite().all()):  # shows NaN and Inf as they are
-            return Found(*dense_search(x, W_enc, b_enc, k, self.norms), self.d_sae)
+            return Found(*dense_search(x, W_enc, b_enc, k, self.norms), 0, 1)
         read, rest = (x, None) if self._basis is None else self._basis.read(x)
         n = len(x)
         features, pre = empty(n, k, dtype=torch.int64), empty(n, k)
@@ -161,9 +161,10 @@ class PackedEncoder:
         given = [self.packing(), x, read, rest, W_enc.T, b_enc, n, k]
         call("search", *given, features, pre, failed, ranked, threads())
         if bool(failed.any()):
-            ranked[failed] = self.d_sae
+            ranked[failed] = 0
             features[failed], pre[failed] = self._by_the_whole(x[failed], W_enc, b_enc, k)
-        return Found(features, pre, float(ranked.sum()) / max(1, n))
+        shares = (float(t.sum()) / max(1, n) for t in (ranked, failed))
+        return Found(features, pre, *shares)
 
     def _check(self, W_enc: Tensor, b_enc: Tensor, x: Tensor | None = None) -> None:
         """Refuse what the compiled functions would misread."""
@@ -194,7 +195,7 @@ def search_all(
 ) -> Found:
     """The search of an encoder of which no copy is kept."""
     if not can_search(W_enc.shape[1], k):
-        return Found(*dense_search(x, W_enc, b_enc, k, feature_scale), len(b_enc))
+        return Found(*dense_search(x, W_enc, b_enc, k, feature_scale), 0, 1)
     d_in, d_sae = W_enc.shape
     encoder = PackedEncoder(d_in, d_sae, feature_scale, subspace)
     encoder.pack(W_enc, b_enc)

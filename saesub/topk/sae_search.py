@@ -44,8 +44,7 @@ def _search(
         if compiled:
             return search_all(*about, subspace)
         if subspace is None:
-            features, pre = plain(*about)
-            return Found(features, pre, d_sae)
+            return Found(*plain(*about), 0, 0)  # the product is in the price
         return subspace_search.search(*about, subspace)
 
     prices = native_prices() if compiled else TORCH_PRICES

@@ -30,7 +30,7 @@ def search(
     subspace: ActiveSubspace,
 ) -> Found:
     """`ops.dense_search` of a `W_enc` that lies feature-major in memory."""
-    width = min(len(b_enc), max(2 * k, subspace.candidates))
+    width = min(len(b_enc), max(k, subspace.candidates))
     scale = torch.ones_like(b_enc) if feature_scale is None else feature_scale
     read, rest = left_out(x, subspace.basis)
     tokens = torch.cat([read, rest[:, None]], 1)
@@ -46,8 +46,7 @@ def search(
     failed = ~((least >= last) & last.isfinite()) if width < len(b_enc) else ~least.isfinite()
     if bool(failed.any()):
         features[failed], pre[failed] = dense_search(x[failed], W_enc, b_enc, k, feature_scale)
-    by_the_whole = float(failed.sum()) / max(1, len(x))
-    return Found(features, pre, width + by_the_whole * len(b_enc))
+    return Found(features, pre, width, float(failed.sum()) / max(1, len(x)))
 
 
 def pays(n_tokens: int, d_sae: int, k: int) -> bool:

@@ -14,24 +14,31 @@ from torch import Tensor
 
 from saesub.topk.active_subspace import ActiveSubspace, Prices, active_subspace, second_moment
 
-_TOKENS_PER_COORDINATE = 4  # for the second moment
+_TOKENS_PER_COORDINATE = 16  # for the second moment; of four, its directions fit these alone
 _LATER = 4  # how many times as many searches pass before the next measurement
-_TOO_MANY = 2  # times as many features are ranked in all coordinates as were expected
+_TOO_DEAR = 2  # times what was expected of it ranking costs
+_FIRST_GUESS = 1.5  # candidates for each of the k best, in all coordinates
 _PAUSE = 64  # searches at least between a measurement and one that is made for that
 
 
 class Found(NamedTuple):
-    """The k best features of each token, their pre-activations, and how many features of a token
-    were ranked in all coordinates, on average."""
+    """What a search found.
+
+    Attributes:
+        features, pre: the k best features of each token, and their pre-activations.
+        ranked: how many candidates of a token were ranked one by one, on average.
+        by_the_whole: the share of tokens that were ranked by the product in all coordinates.
+    """
 
     features: Int[Tensor, "n k"]
     pre: Float[Tensor, "n k"]
     ranked: float
+    by_the_whole: float
 
 
 class SubspaceWatch:
     """Measures the subspace on the first tokens of a run, again after 4, 16, 64, … times as many
-    searches, and where many more features are ranked in all coordinates than were expected.
+    searches, and where ranking the candidates costs much more than was expected.
 
     A search finds the same in any subspace; only its time depends on it.
 
@@ -46,6 +53,7 @@ class SubspaceWatch:
         self.prices, self.moved = prices, moved
         self._searches, self._measured, self._due = 0, 0, 0
         self._k, self._n = 0, 0
+        self._ranking: float | None = None  # of a token, in the last search by all coordinates
         self._moment: Tensor | None = None
         self._n_tokens = 0
 
@@ -69,19 +77,26 @@ class SubspaceWatch:
         self._searches += 1
         if self._searches < self._due:
             return self.found
-        moment = second_moment(x)
-        self._moment = moment if self._moment is None else self._moment + moment
-        self._n_tokens += len(x)
-        if self._n_tokens >= _TOKENS_PER_COORDINATE * len(moment):
-            given = (x, W_enc, b_enc, k, feature_scale, self.prices, self.moved)
-            self.found = active_subspace(self._moment, *given)
-            self._moment, self._n_tokens = None, 0
-            self._measured, self._due = self._searches, _LATER * self._searches
+        if self._moment is None or self._n_tokens < _TOKENS_PER_COORDINATE * x.shape[1]:
+            moment = second_moment(x)
+            self._moment = moment if self._moment is None else self._moment + moment
+            self._n_tokens += len(x)
+            return self.found
+        # What is expected of the directions is counted on tokens that did not choose them.
+        by_all = _FIRST_GUESS * k * self.prices.candidate if self._ranking is None else self._ranking
+        given = (x, W_enc, b_enc, k, feature_scale, self.prices, self.moved, by_all)
+        self.found = active_subspace(self._moment, *given)
+        self._moment, self._n_tokens = None, 0
+        self._measured, self._due = self._searches, _LATER * self._searches
         return self.found
 
-    def after_search(self, ranked: float) -> None:
-        """Note how many features of a token were ranked."""
-        if self.found is not None and ranked > _TOO_MANY * self.found.expected:
+    def after_search(self, found: Found, d_sae: int) -> None:
+        """Note what ranking the candidates cost."""
+        ranking = found.ranked * self.prices.candidate
+        ranking += found.by_the_whole * d_sae * self.prices.whole
+        if self.found is None:
+            self._ranking = ranking
+        elif ranking > _TOO_DEAR * self.found.ranking:
             self._due = min(self._due, self._measured + _PAUSE)
 
     def is_on(self, W_enc: Float[Tensor, "d_in d_sae"]) -> bool:
@@ -94,11 +109,13 @@ class SubspaceWatch:
         numbers = [self._searches, self._measured, self._due, self._n_tokens, self.moved]
         kept = {"counts": torch.tensor(numbers, device="cpu")}
         kept["prices"] = torch.tensor(astuple(self.prices), dtype=torch.float64, device="cpu")
+        if self._ranking is not None:
+            kept["ranking"] = torch.tensor(self._ranking, dtype=torch.float64, device="cpu")
         if self._moment is not None:
             kept["moment"] = self._moment
         if self.found is not None:
             kept["basis"] = self.found.basis
-            bounds = [self.found.expected, self.found.candidates]
+            bounds = [self.found.candidates, self.found.ranking]
             kept["bounds"] = torch.tensor(bounds, dtype=torch.float64, device="cpu")
         return kept
 
@@ -110,9 +127,10 @@ class SubspaceWatch:
         watch._searches, watch._measured, watch._due = searches, measured, due
         watch._n_tokens = n_tokens
         watch._moment = state.get("moment")
+        watch._ranking = float(state["ranking"]) if "ranking" in state else None
         if "basis" in state:
-            expected, candidates = state["bounds"].tolist()
-            watch.found = ActiveSubspace(state["basis"].to(device), expected, int(candidates))
+            candidates, ranking = state["bounds"].tolist()
+            watch.found = ActiveSubspace(state["basis"].to(device), int(candidates), ranking)
         return watch
 
 
@@ -146,10 +164,10 @@ def search_watched(
     *encoder_k_and_scale: Any,
 ) -> tuple[Int[Tensor, "n k"], Float[Tensor, "n k"]]:
     """Search in the subspace of the watch; `encoder_k_and_scale` as in `before_search`."""
-    k = encoder_k_and_scale[2]
+    W_enc, _, k, _ = encoder_k_and_scale
     if watch.is_repeated(len(x), k):
         found = search_in(watch.found)
     else:
         found = search_in(watch.before_search(x, *encoder_k_and_scale))
-        watch.after_search(found.ranked)
+        watch.after_search(found, W_enc.shape[1])
     return found.features, found.pre
