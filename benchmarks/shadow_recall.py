@@ -17,29 +17,28 @@ from datetime import datetime, timezone
 import torch
 from environments import FOLDER
 from run import commit, machine
-from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
-from sae_lens.config import SAETrainerConfig
+from sae_lens import TopKTrainingSAE
 from torch import Tensor
+from training import K, trained
 
 import saesub
 from saesub.topk.maxima import MEMBERS, STRIDE, maxima_by_torch
 from saesub.topk.ops import dense_search
 from saesub.topk.shadow import few_bits, width_of
 
-HOOK, D_SAE, K, BATCH, STEPS = "blocks.12.hook_attn_out", 36_864, 32, 2048, 300
-N_SPECTRUM, N_JUDGED, BLOCK = 100_000, 8192, 512
+HOOK, D_SAE, BATCH, STEPS = "blocks.12.hook_attn_out", 36_864, 2048, 300
+N_JUDGED, BLOCK = 8192, 512
 TYPES = {"16 bits": torch.float16, "8 bits": torch.float8_e4m3fn}
 
 
 def main() -> None:
     store = activations()
     train, held_out = store.split(N_JUDGED)
-    spectrum = saesub.Spectrum.from_activations(train.rows(0, N_SPECTRUM))
     x = held_out.rows(0, N_JUDGED)
     rows = []
     for start in ("random", "subspace"):
         for optimizer in ("adam", "sparse_adam"):
-            trainer = trained(train, spectrum, start, optimizer)
+            trainer = trained(train, start, "topk", D_SAE, BATCH, STEPS, optimizer=optimizer)
             for name, dtype in TYPES.items():
                 row = {"start": start, "optimizer": optimizer, "search": name}
                 rows.append(row | recall(trainer.sae, x, dtype))
@@ -58,38 +57,6 @@ def activations() -> saesub.ActivationStore:
     model, corpus = saesub.load_model("smollm2-135m"), saesub.load_corpus("wiki-en")
     n_tokens = BATCH * STEPS // 5 + N_JUDGED  # five epochs
     return saesub.harvest(model, corpus, [HOOK], "runs/shadow-recall", n_tokens=n_tokens)[HOOK]
-
-
-def trained(
-    store: saesub.ActivationStore, spectrum: saesub.Spectrum, start: str, optimizer: str
-) -> saesub.SubspaceSAETrainer:
-    torch.manual_seed(0)
-    cfg = TopKTrainingSAEConfig(
-        d_in=spectrum.d,
-        d_sae=D_SAE,
-        k=K,
-        decoder_init_norm=1.0,
-        aux_loss_coefficient=0.0,
-        normalize_activations="expected_average_only_in",
-    )
-    sae = TopKTrainingSAE(cfg)
-    saesub.center_biases(sae, spectrum)
-    if start == "subspace":
-        saesub.initialize_in_subspace(sae, spectrum)
-    else:
-        saesub.fit_norm(sae, spectrum)
-    settings = SAETrainerConfig(
-        total_training_samples=BATCH * STEPS,
-        train_batch_size_samples=BATCH,
-        lr=1e-3,
-        lr_end=1e-4,
-        n_batches_for_norm_estimate=20,
-        device="cpu",
-    )
-    batches = store.batches(BATCH, seed=0)
-    trainer = saesub.SubspaceSAETrainer(settings, sae, batches, optimizer=optimizer)  # pyright: ignore
-    trainer.fit()
-    return trainer
 
 
 @torch.no_grad()

@@ -18,14 +18,9 @@ from itertools import product
 import torch
 from environments import FOLDER
 from run import commit, machine
-from sae_lens import (
-    BatchTopKTrainingSAE,
-    BatchTopKTrainingSAEConfig,
-    TopKTrainingSAE,
-    TopKTrainingSAEConfig,
-)
-from sae_lens.config import SAETrainerConfig
+from sae_lens import TopKTrainingSAE
 from tqdm.auto import tqdm
+from training import KINDS, K, trained
 
 import saesub
 from saesub.topk.ops import dense_search
@@ -33,16 +28,11 @@ from saesub.topk.packed_encoder import search_all
 from saesub.topk.prices import TORCH_PRICES, native_prices
 from saesub.topk.subspace_search import search as search_by_torch
 from saesub.topk.subspace_watch import SubspaceWatch
-from saesub.training.trainer import SubspaceSAETrainer
 
 SITES = [f"blocks.12.hook_{site}" for site in ("attn_out", "mlp_out", "resid_post")]
-D_SAE, K, BATCH, STEPS = 36_864, 32, 2048, 300
+D_SAE, BATCH, STEPS = 36_864, 2048, 300
 CURVE = {"d_sae": 16_384, "batch": 1024, "steps": 2000, "site": SITES[0]}
-N_SPECTRUM, N_JUDGED, N_SEARCHED = 100_000, 16_384, 4096
-KINDS = {
-    "topk": (TopKTrainingSAE, TopKTrainingSAEConfig),
-    "batchtopk": (BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig),
-}
+N_JUDGED, N_SEARCHED = 16_384, 4096
 
 
 def main() -> None:
@@ -66,53 +56,6 @@ def main() -> None:
         "curves": curves(stores[CURVE["site"]].split(N_JUDGED)[0]),
     }
     (FOLDER / "results" / "subspace_recall.json").write_text(json.dumps(record, indent=1) + "\n")
-
-
-def untrained(store: saesub.ActivationStore, start: str, kind: str, d_sae: int):
-    torch.manual_seed(0)
-    spectrum = saesub.Spectrum.from_activations(store.rows(0, N_SPECTRUM))
-    make, config = KINDS[kind]
-    sae = make(
-        config(
-            d_in=spectrum.d,
-            d_sae=d_sae,
-            k=K,
-            decoder_init_norm=1.0,
-            aux_loss_coefficient=0.0,
-            normalize_activations="expected_average_only_in",
-        )
-    )
-    saesub.center_biases(sae, spectrum)
-    if start == "subspace":
-        saesub.initialize_in_subspace(sae, spectrum)
-    else:
-        saesub.fit_norm(sae, spectrum)
-    return sae
-
-
-def trained(
-    store: saesub.ActivationStore,
-    start: str,
-    kind: str,
-    d_sae: int,
-    batch: int,
-    steps: int,
-    search: str = "auto",
-    in_subspace: bool = True,
-) -> SubspaceSAETrainer:
-    sae = saesub.use_sparse_step(untrained(store, start, kind, d_sae), search=search)
-    sae.in_subspace = in_subspace
-    settings = SAETrainerConfig(
-        total_training_samples=batch * steps,
-        train_batch_size_samples=batch,
-        lr=1e-3,
-        lr_end=1e-4,
-        n_batches_for_norm_estimate=20,
-        device="cpu",
-    )
-    trainer = SubspaceSAETrainer(settings, sae, store.batches(batch, seed=0))
-    trainer.fit()
-    return trainer
 
 
 @torch.no_grad()
@@ -148,13 +91,13 @@ def curves(store: saesub.ActivationStore) -> dict[str, list]:
     """Training losses by (tokens, mean squared error) with and without the subspace."""
     c, found = CURVE, {}
     ways = {
-        "in the subspace": ("auto", True),
-        "all coordinates": ("auto", False),
-        "exact": ("exact_search", False),
+        "in the subspace": {},
+        "all coordinates": {"in_subspace": False},
+        "exact": {"search": "exact_search", "in_subspace": False},
     }
-    for name, (search, in_subspace) in tqdm(ways.items()):
+    for name, search in tqdm(ways.items()):
         given = (store, "subspace", "topk", c["d_sae"], c["batch"], c["steps"])
-        trainer = trained(*given, search, in_subspace)
+        trainer = trained(*given, **search)
         found[name] = [[row["tokens"], row["mse"]] for row in trainer.history]
     return found
 

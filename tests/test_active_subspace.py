@@ -26,7 +26,7 @@ from saesub.topk.active_subspace import (
     second_moment,
 )
 from saesub.topk.ops import dense_search
-from saesub.topk.packed_encoder import PackedEncoder, search_all
+from saesub.topk.packed_encoder import Basis, PackedEncoder, search_all
 from saesub.topk.sae import use_sparse_step
 from saesub.topk.subspace_watch import Found, SubspaceWatch, search_watched
 from saesub.training.trainer import SubspaceSAETrainer
@@ -350,6 +350,76 @@ def test_a_change_that_no_probe_sees_is_copied_within_some_steps(batches, cheap,
     shadow._encoder.pack(sae.W_enc.detach(), sae.b_enc.detach())
     assert torch.equal(shadow._encoder.table, kept[0])
     assert torch.equal(shadow._encoder.weights, kept[1])
+
+
+@needs_native
+def test_a_change_that_torch_counts_is_copied_at_once(batches, cheap):
+    """Though the one number of each row that is probed stays."""
+    trainer = _trainer(_sae("topk"), batches)
+    for x in batches[:8]:
+        trainer.step(x)
+    sae, shadow = trainer.sae, trainer.native_step._shadow
+    rows = torch.arange(2048)
+    with torch.no_grad():
+        probed = sae.W_enc[rows % 128, rows].clone()
+        sae.W_enc.mul_(-1)
+        sae.W_enc[rows % 128, rows] = probed
+    shadow = cpu.BACKEND.shadow(sae, shadow)
+    table = shadow._encoder.table.clone()
+    shadow._encoder.pack(sae.W_enc.detach(), sae.b_enc.detach())
+    assert torch.equal(shadow._encoder.table, table)
+
+
+@needs_native
+def test_how_many_rows_move_is_what_the_rotation_is_priced_by(batches, cheap):
+    trainer = _trainer(_sae("topk"), batches)
+    for x in batches[:3]:
+        before = trainer.sae.W_dec.detach().clone()
+        trainer.step(x)
+    moved = (trainer.sae.W_dec != before).any(1).sum()
+    assert trainer.native_step._shadow._watch.moved == moved < 2048
+
+
+@needs_native
+@pytest.mark.parametrize("rank", [16, 90])
+def test_what_is_read_and_left_out_is_of_the_rounded_directions(rank):
+    """In 8 bits they are hardly orthogonal."""
+    torch.manual_seed(0)
+    directions = torch.linalg.qr(torch.randn(96, 96)).Q[:, :rank] * torch.linspace(1, 3, rank)
+    directions = torch.linalg.qr(directions + 0.02 * torch.randn(96, rank)).Q
+    scale = directions.abs().amax(0) / cpu_library.n_steps()
+    rounded = ((directions / scale).round() * scale).double()
+    x = torch.randn(50, 96)
+    read, rest = Basis(directions).read(x)
+    span = torch.linalg.qr(rounded).Q
+    outside = x.double() - x.double() @ span @ span.T
+    torch.testing.assert_close(rest.double(), outside.norm(dim=1), rtol=1e-3, atol=1e-2)
+    inside = x.double() @ span @ span.T
+    torch.testing.assert_close(read.double() @ rounded.T, inside, rtol=1e-4, atol=1e-4)
+
+
+def test_a_watch_is_for_weights_of_one_width_and_device():
+    x, W_enc, b_enc, _ = _low_rank(4800, 192, 4096, 40, 0)
+    watch = SubspaceWatch(FREE, 0)
+    assert watch.is_on(W_enc)
+    for part in x.split(800):
+        watch.before_search(part, W_enc, b_enc, 16, None)
+    assert watch.found is not None
+    assert watch.is_on(W_enc)
+    assert not watch.is_on(W_enc[:100])
+    assert not watch.is_on(W_enc.to("meta"))
+
+
+@needs_native
+def test_other_biases_than_those_of_the_copy_are_not_searched_by_it(batches, cheap):
+    trainer = _trainer(_sae("topk"), batches)
+    for x in batches[:8]:
+        trainer.step(x)
+    shadow, W_enc = trainer.native_step._shadow, trainer.sae.W_enc.detach()
+    b_enc = torch.linspace(-3, 3, 2048)
+    found, _ = shadow.search(batches[9], W_enc, b_enc, 4, None)
+    expected, _ = dense_search(batches[9], W_enc, b_enc, 4, None)
+    assert torch.equal(found.sort(1).values, expected.sort(1).values)
 
 
 @needs_native

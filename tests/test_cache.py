@@ -201,6 +201,16 @@ def test_how_products_are_rounded_is_in_the_key(model: Any, texts: list[str], pl
     assert len(list((place / "activations").iterdir())) == 2
 
 
+@pytest.mark.parametrize("deciding", ["source_digest", "library_versions"])
+def test_code_and_libraries_are_in_the_key(
+    model: Any, texts: list[str], place: Path, monkeypatch: pytest.MonkeyPatch, deciding: str
+) -> None:
+    harvest(model, texts, [HOOK], n_tokens=200, **RUN)
+    monkeypatch.setattr(cache, deciding, lambda *_: "another")
+    harvest(model, texts, [HOOK], n_tokens=200, **RUN)
+    assert len(list((place / "activations").iterdir())) == 2
+
+
 def test_what_decides_nothing_is_not_in_the_key(
     model: Any, texts: list[str], place: Path, passed: Passed
 ) -> None:
@@ -244,6 +254,29 @@ def test_a_damaged_store_is_written_again(
         n = 900
     again = harvest(model, texts, [HOOK], n_tokens=n, **RUN)[HOOK]
     torch.testing.assert_close(again.rows(0, 700), first, rtol=2e-3, atol=1e-5)
+
+
+def test_rows_that_a_killed_process_left_are_cut_off(
+    model: Any, texts: list[str], tmp_path: Path
+) -> None:
+    whole = harvest(model, texts, [HOOK], tmp_path / "a", n_tokens=900, **RUN)[HOOK]
+    harvest(model, texts, [HOOK], tmp_path / "b", n_tokens=8 * 61, **RUN)
+    with (tmp_path / "b" / f"{HOOK}.bin").open("ab") as data:
+        data.write(b"left" * 1001)
+    grown = harvest(model, texts, [HOOK], tmp_path / "b", n_tokens=900, **RUN)[HOOK]
+    assert torch.equal(rows(grown), rows(whole))
+
+
+def test_what_another_process_wrote_meanwhile_is_not_passed_again(
+    model: Any, texts: list[str], passed: Passed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harvest(model, texts, [HOOK], n_tokens=500, **RUN)
+    n_passed, look = len(passed), growth._stores
+    looks: list[None] = [None]  # what is seen before the lock is held
+    monkeypatch.setattr(growth, "_stores", lambda *a: looks.pop() if looks else look(*a))
+    assert harvest(model, texts, [HOOK], n_tokens=500, **RUN)[HOOK].n_tokens == 500
+    assert not looks
+    assert len(passed) == n_passed
 
 
 def test_a_reader_keeps_its_rows_while_the_store_grows(model: Any, texts: list[str]) -> None:

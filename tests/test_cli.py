@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import get_args
 
@@ -73,6 +74,28 @@ def test_reproduce_goes_on_after_a_failure_and_resumes(notebooks, tmp_path, caps
     assert "already done" in capsys.readouterr().err
     assert cli.main(["reproduce", "--profile", "smoke", "--quiet"]) == 1
     assert "00_breaks: running" in capsys.readouterr().err
+
+
+ODD = [
+    {"seconds": float("nan")},
+    {"seconds": None},
+    {"seconds": "12"},
+    {"error": None},
+    {"facts": None},
+    {"facts": [3]},
+    {"peak_memory": {"cpu": "much"}},
+    {"peak_memory": [1]},
+    {"more": 1},
+]
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_a_record_that_no_run_writes_counts_as_not_run(tmp_path, odd):
+    (tmp_path / "runs").mkdir()
+    whole = asdict(Outcome("00_tour", "key", 3.0, facts=("a machine",), peak_memory={"cpu": 5}))
+    for name, record in {"00_tour": whole, "01_other": whole | odd}.items():
+        (tmp_path / "runs" / f"{name}.json").write_text(json.dumps(record))
+    assert [asdict(o) for o in runner._outcomes(tmp_path)] == [whole | {"facts": ["a machine"]}]
 
 
 @pytest.mark.slow

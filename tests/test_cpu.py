@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from saesub.errors import SaesubError
 from saesub.topk import cpu, cpu_library
 from saesub.topk.backend import AdamSettings
 from saesub.topk.ops import dense_search, select_topk
@@ -90,6 +91,17 @@ def test_a_compiler_with_arguments_is_understood(monkeypatch, tmp_path):
     try:
         assert cpu_library.library() is not None
         assert len(list(tmp_path.glob("native/*/*.so"))) == 1
+    finally:
+        monkeypatch.undo()
+        cpu_library.library.cache_clear()
+
+
+def test_an_instruction_set_that_it_cannot_be_held_to_is_refused(monkeypatch):
+    monkeypatch.setenv("SAESUB_NATIVE_ISA", "avx")
+    cpu_library.library.cache_clear()
+    try:
+        with pytest.raises(SaesubError, match="set it to avx2, or unset it"):
+            cpu_library.library()
     finally:
         monkeypatch.undo()
         cpu_library.library.cache_clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import re
@@ -39,6 +40,14 @@ class Outcome:
     error: str = ""
     facts: tuple[str, ...] = ()
     peak_memory: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raises TypeError where a record holds what no run writes."""
+        texts = (self.name, self.key, self.error, *self.facts)
+        numbers = (self.seconds, *dict(self.peak_memory).values())
+        real = all(isinstance(n, int | float) and math.isfinite(n) for n in numbers)
+        if not (real and all(isinstance(text, str) for text in texts)):
+            raise TypeError("not the outcome of a run")
 
 
 def caveat(profile: str) -> str:

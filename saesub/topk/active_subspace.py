@@ -31,6 +31,8 @@ class Prices:
         candidate: one coordinate of a candidate that is ranked, whose row is read for it alone.
         whole: one coordinate of one score of a token that has too many candidates, and is ranked by
             the product in all coordinates.
+        rounding: half-width of the bound on a product's rounding error, in the subspace, times the
+            root of its rank; as a share of the product of the norms.
         equally: whether all tokens are given as many candidates, as torch operators do.
     """
 
@@ -38,6 +40,7 @@ class Prices:
     rotated: float
     candidate: float
     whole: float
+    rounding: float = 0.0
     equally: bool = False
 
 
@@ -114,7 +117,8 @@ def active_subspace(
         cost = rank * (d_sae / d_in * prices.product + moved / len(x) * prices.rotated)
         if cost >= least:
             break
-        candidates, ranking = _ranking(sample.candidates(rank), k, d_sae, prices)
+        counts = sample.candidates(rank, prices.rounding / rank**0.5)
+        candidates, ranking = _ranking(counts, k, d_sae, prices)
         if cost + ranking < least:
             chosen, least = (rank, candidates, ranking), cost + ranking
     if chosen is None:
@@ -151,10 +155,11 @@ class _Sample:
         self._bias, self._scale = b_enc[some], scale[some]
         self._per_feature = d_sae / len(some)
 
-    def candidates(self, rank: int) -> Float[Tensor, " tokens"]:
+    def candidates(self, rank: int, rounding: float) -> Float[Tensor, " tokens"]:
         """How many features of each token have a bound that reaches its k-th best score."""
         (tokens, token_rest), (rows, row_rest) = (
             (t[:, :rank], t[:, rank:].norm(dim=1)) for t in (self._tokens, self._rows)
         )
         bound = torch.addmm(self._bias, tokens, rows.T).addr_(token_rest, row_rest)
+        bound.addr_(tokens.norm(dim=1), rows.norm(dim=1), alpha=rounding)
         return (bound * self._scale >= self._least).sum(1) * self._per_feature

@@ -32,7 +32,7 @@ namespace {
 
 constexpr int kFeaturesPerTile = FEATURES_PER_TILE;
 constexpr int kTokensPerTile = 6;
-constexpr int kCoordinates = 8;  // vectors are padded to a multiple of this many
+constexpr int kCoordinates = COORDINATES;
 
 #if defined(DOT8_AVX512VNNI)
 constexpr int kSteps = 127, kOffset = 128;  // of the range, either side of zero

@@ -25,6 +25,8 @@ from saesub.errors import SaesubError
 from saesub.paths import cache_dir, made_once
 
 TOKENS_PER_BLOCK, FEATURES_PER_BLOCK, FEATURES_PER_TILE = 32, 128, 64
+COORDINATES = 8  # vectors in 8 bits are padded to a multiple of this many
+DEVIATIONS = 4  # half-width of the bounds, in standard deviations of the rounding error
 _SOURCE = Path(__file__).with_name("cpu.cpp")
 _LIBRARY = "native.so"
 
@@ -34,6 +36,11 @@ def library() -> ctypes.CDLL | None:
     """The compiled functions, or None if they cannot be built, with one warning."""
     if os.environ.get("SAESUB_NATIVE") == "0":
         return None
+    if (isa := os.environ.get("SAESUB_NATIVE_ISA", "avx2")) != "avx2":
+        raise SaesubError(
+            f"SAESUB_NATIVE_ISA={isa} is not what the compiled functions can be held to: set it "
+            "to avx2, or unset it."
+        )
     try:
         found = ctypes.CDLL(str(_built()))
     except (OSError, SaesubError, subprocess.SubprocessError) as error:
@@ -127,6 +134,8 @@ def _flags() -> list[str]:
         "TOKENS_PER_BLOCK": TOKENS_PER_BLOCK,
         "FEATURES_PER_BLOCK": FEATURES_PER_BLOCK,
         "FEATURES_PER_TILE": FEATURES_PER_TILE,
+        "COORDINATES": COORDINATES,
+        "DEVIATIONS": DEVIATIONS,
     }
     defined = [f"-D{name}={size}" for name, size in sizes.items()]
     maths = ["-fno-math-errno", "-fno-trapping-math"]

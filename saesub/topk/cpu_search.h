@@ -17,7 +17,7 @@ namespace {
 constexpr int kTokensPerTask = 96;  // their 8-bit copy stays in the second-level cache
 // Half-width of the bounds in standard deviations of the rounding error. A feature is lost only if
 // two errors differ by two half-widths, 5.6 standard deviations of their difference or more.
-constexpr float kBoundWidth = 4.0f;
+constexpr float kBoundWidth = DEVIATIONS;
 
 // Against an exact score only one error counts: its bound is as wide as that of a difference.
 constexpr float kBeyond = 0.4142f;

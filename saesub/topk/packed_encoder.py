@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from saesub.topk.active_subspace import ActiveSubspace, rest_of
 from saesub.topk.backend import check
 from saesub.topk.cpu_library import (
+    COORDINATES,
+    DEVIATIONS,
     FEATURES_PER_TILE,
     call,
     empty,
@@ -27,9 +29,7 @@ from saesub.topk.cpu_library import (
 from saesub.topk.ops import LEAST_FEATURES_PER_K, dense_search, top_k
 from saesub.topk.subspace_watch import Found
 
-_COORDINATES = 8  # vectors are padded to a multiple of this many
 _TABLE = 5  # numbers that a score and its bounds are made of, for each feature
-_DEVIATIONS = 4
 _FEW_TOKENS = 64  # with more, torch's product is faster, which first copies the encoder
 
 
@@ -62,7 +62,7 @@ class Basis:
         self._coordinates = torch.linalg.solve(gram, rounded.T).T.float().contiguous()
         self.rank = rank = basis.shape[1]
         off = gram - torch.eye(rank, dtype=gram.dtype, device=gram.device)
-        self.error = _DEVIATIONS * 2**0.5 * float(off.norm()) / rank
+        self.error = DEVIATIONS * 2**0.5 * float(off.norm()) / rank
         padded = -(-rank // FEATURES_PER_TILE) * FEATURES_PER_TILE
         self.scale = F.pad(scale, (0, padded - rank))
         self.tiles = _tiles(whole.T, padded)
@@ -77,7 +77,7 @@ class Basis:
 def _tiles(rows: Float[Tensor, "n d"], padded: int) -> Tensor:
     """Whole numbers as the compiled products read them: 64 rows side by side, 4 columns of each."""
     n, d = rows.shape
-    width = -(-d // _COORDINATES) * _COORDINATES
+    width = -(-d // COORDINATES) * COORDINATES
     whole = F.pad(rows, (0, width - d, 0, padded - n)) + offset()
     # A negative number has no byte of its own in torch: signed ones are taken for what they are.
     bytes_ = whole.to(torch.uint8) if offset() else whole.to(torch.int8).view(torch.uint8)
@@ -103,7 +103,7 @@ class PackedEncoder:
     def __post_init__(self) -> None:
         read = self.d_in if self.subspace is None else self.subspace.rank
         padded = -(-self.d_sae // FEATURES_PER_TILE) * FEATURES_PER_TILE
-        width = -(-read // _COORDINATES) * _COORDINATES
+        width = -(-read // COORDINATES) * COORDINATES
         self.weights, self.table = empty(padded * width, dtype=torch.uint8), empty(_TABLE, padded)
         self._basis = None if self.subspace is None else Basis(self.subspace.basis)
 

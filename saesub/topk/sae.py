@@ -59,7 +59,8 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
     @torch.compiler.disable
     def _sparse_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         dead = step_input.dead_neuron_mask if self.cfg.aux_loss_coefficient else None
-        return autograd_pass(self, step_input.sae_in, dead, search=search_for(self))
+        search = search_for(self, in_subspace=self.in_subspace)
+        return autograd_pass(self, step_input.sae_in, dead, search=search)
 
     def _say_why_dense(self, reason: str) -> None:
         if reason not in self._said:

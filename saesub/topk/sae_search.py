@@ -17,14 +17,14 @@ from saesub.topk.step import row_backend, search_of
 from saesub.topk.subspace_watch import Found, search_watched, watch_of
 
 
-def search_for(sae: Any) -> Search:
-    """The search of a `SparseTopKTrainingSAE`, by its `search_name` and `in_subspace`."""
+def search_for(sae: Any, *, in_subspace: bool) -> Search:
+    """The search of a `SparseTopKTrainingSAE`, by its `search_name`."""
     # On CUDA by torch operators: what the kernels' search misses there has not been measured.
     compiled = sae.search_name != "torch" and sae.W_enc.dtype == torch.float32
     on_cpu = sae.W_enc.device.type == "cpu"
     rows = row_backend(sae.W_enc.device) if compiled and on_cpu else None
     plain = search_of(rows, sae.search_name == "exact_search")
-    if sae.search_name == "exact_search" or not sae.in_subspace or sae.W_enc.dtype != torch.float32:
+    if sae.search_name == "exact_search" or not in_subspace or sae.W_enc.dtype != torch.float32:
         return plain
     return partial(_search, sae, plain, compiled=rows is not None)
 
@@ -44,7 +44,8 @@ def _search(
         if compiled:
             return search_all(*about, subspace)
         if subspace is None:
-            return Found(*plain(*about), 0, 0)  # the product is in the price
+            features, pre = plain(*about)
+            return Found(features, pre, 0, 0)  # the product is in the price
         return subspace_search.search(*about, subspace)
 
     prices = native_prices() if compiled else TORCH_PRICES

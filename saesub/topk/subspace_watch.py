@@ -83,7 +83,8 @@ class SubspaceWatch:
             self._n_tokens += len(x)
             return self.found
         # What is expected of the directions is counted on tokens that did not choose them.
-        by_all = _FIRST_GUESS * k * self.prices.candidate if self._ranking is None else self._ranking
+        guess = _FIRST_GUESS * k * self.prices.candidate
+        by_all = guess if self._ranking is None else self._ranking
         given = (x, W_enc, b_enc, k, feature_scale, self.prices, self.moved, by_all)
         self.found = active_subspace(self._moment, *given)
         self._moment, self._n_tokens = None, 0

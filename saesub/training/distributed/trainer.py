@@ -109,7 +109,8 @@ class MultiProcessTrainer(SubspaceSAETrainer):
         sae.train()
         lay_out_by_feature(sae)
         dead = self.dead_neurons if sae.cfg.aux_loss_coefficient else None
-        search, dictionary = search_for(sae), self.dictionary
+        # In all coordinates: no state of several processes has what a subspace is measured by.
+        search, dictionary = search_for(sae, in_subspace=False), self.dictionary
         output = autograd_pass(sae, sae_in, dead, search=search, dictionary=dictionary)
         output.loss.backward()
         dictionary.clip_gradients(sae)
