@@ -254,10 +254,15 @@ def instructions() -> list[str]:
 
 
 def commit() -> str:
-    """The checked-out commit, `-dirty` if tracked files differ from it."""
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
-    done = subprocess.run(describe, cwd=FOLDER, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
+    """The checked-out commit, `-dirty` if tracked files differ from it; other records may."""
+    others = [":/", ":(top,exclude)benchmarks/results"]
+    commands = (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno", "--", *others])
+    told = (
+        subprocess.run(["git", *command], cwd=FOLDER, capture_output=True, text=True).stdout.strip()
+        for command in commands
+    )
+    head, changed = told
+    return (head or "unknown") + "-dirty" * bool(changed)
 
 
 if __name__ == "__main__":

@@ -325,3 +325,24 @@ def test_each_kind_of_processor_has_a_table_of_its_own(tmp_path):
     assert "| saesub-native-sparse_adam | ? | 2.00 s (4×) |" in block
     assert report["without_vnni"](tmp_path) == "Held to AVX2: 4 / – with SparseAdam."
     assert report["kind"]({"instructions": ["AVX2"]}) == "no AVX-512 VNNI"
+
+
+@pytest.mark.parametrize(
+    ("changed", "dirty"),
+    [("benchmarks/results/a.json", False), ("saesub/a.py", True), ("benchmarks/run.py", True)],
+)
+def test_a_commit_is_dirty_where_code_differs_from_it(monkeypatch, tmp_path, changed, dirty):
+    """Records that the same run writes are no other code."""
+    for name in ("benchmarks/results/a.json", "saesub/a.py", "benchmarks/run.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for command in (["init"], ["add", "."], [*identity, "commit", "-m", "first"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True, capture_output=True)
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    run = runpy.run_path(str(ROOT / "benchmarks" / "run.py"))
+    monkeypatch.setitem(run["commit"].__globals__, "FOLDER", tmp_path / "benchmarks")
+    clean = run["commit"]()
+    (tmp_path / changed).write_text("2")
+    assert run["commit"]() == clean + "-dirty" * dirty
+    assert len(clean) == 40

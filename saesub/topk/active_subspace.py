@@ -16,6 +16,7 @@ from torch import Tensor
 
 _STEP = 32  # between the ranks that are tried
 _SAMPLE_TOKENS, _SAMPLE_FEATURES = 256, 4096
+_AT_A_TIME = 32  # tokens of the sample, whose scores are kept meanwhile
 _WORTH_IT = 0.9  # of the cost of the search by all coordinates
 _QUANTILE = 0.99
 _ROUNDING = 1e-6  # of a squared norm: what is left of it by subtraction is uncertain by that much
@@ -148,8 +149,11 @@ class _Sample:
     def __init__(self, tokens, directions, W_enc, b_enc, k, feature_scale) -> None:
         d_sae = W_enc.shape[1]
         scale = torch.ones_like(b_enc) if feature_scale is None else feature_scale
-        scores = torch.addmm(b_enc, tokens, W_enc).mul_(scale)
-        self._least = scores.topk(k, dim=1).values.amin(1, keepdim=True)  # (tokens, 1)
+        best = [
+            torch.addmm(b_enc, part, W_enc).mul_(scale).topk(k, dim=1).values
+            for part in tokens.split(_AT_A_TIME)
+        ]
+        self._least = torch.cat(best).amin(1, keepdim=True)  # (tokens, 1)
         some = torch.arange(0, d_sae, -(-d_sae // _SAMPLE_FEATURES), device=W_enc.device)
         self._tokens, self._rows = tokens @ directions, W_enc.T[some] @ directions
         self._bias, self._scale = b_enc[some], scale[some]
