@@ -33,8 +33,9 @@ _LABEL_GAP = 0.055  # of the axes' height, between two labels
 
 
 def ordered(names: pd.Index) -> list[str]:
-    """The names in the report's order."""
-    return [name for name in COLOURS if name in set(names)]
+    """The names in the report's order; what starts in the active subspace follows its like."""
+    order = list(COLOURS)
+    return sorted(names, key=lambda name: (order.index(name.removesuffix("-asi")), name))
 
 
 def label_ends(axes: Axes, seconds: pd.DataFrame) -> None:

@@ -294,7 +294,8 @@ def _one_thread(results: str | Path) -> str:
 
 
 def _trained(results: str | Path) -> str:
-    """How much longer a step takes once trained, from the records in `trained/`, if any."""
+    """The times of a step once trained, from the records in `trained/` and its folder `avx2/`, if
+    any, and how much longer it takes than at the start."""
     told, folder = _compared(results, "trained"), Path(results) / "trained"
     if not told:
         return ""
@@ -302,9 +303,13 @@ def _trained(results: str | Path) -> str:
     text = f"Times as long after {steps} steps of training as at the start, a step of {told}."
     if "sae-lens" not in set(load(folder)["contender"]):
         return text
-    table = _times(folder, load(folder)["batch"].min())
+    tables = [
+        _times(place, load(place)["batch"].min())
+        for place in (folder, folder / "avx2")
+        if any(place.glob("b*-d*.json"))
+    ]
     when = f"After {steps} steps of training (*asi*: initialised in the active subspace)."
-    return f"{when} {table}\n\n{text}"
+    return "\n\n".join([when, *tables, text])
 
 
 def _warm_up(results: Path) -> int:
