@@ -106,7 +106,7 @@ def publish(run: Path) -> None:
             nbformat.write(notebook, source)
         write_first_cell(source, records)
     write_record(profile, records[profile])
-    write_pages(records)
+    write_pages(read_records())  # in the order of the profiles, also the first time
 
 
 def record_file(profile: str) -> Path:
