@@ -102,11 +102,18 @@ def _conditions(runs: pd.DataFrame) -> str:
     threads = {f"{s['threads']} threads" for s in runs["settings"]}
     n = {f"{s['held_out']:,} held-out tokens" for s in runs["settings"]}
     told = "; ".join([*sorted(machines), *sorted(threads)])
-    return (
-        f"{told}; one run each. FVU and dead features are of the same {', '.join(sorted(n))}. "
-        "saesub-two trains a random and an ASI SAE from one harvest, and is compared with "
-        "sae-lens-two, SAELens' runner run twice."
-    )
+    names = set(runs["contender"])
+    sentences = [
+        f"{told}; one run each.",
+        f"FVU and dead features are of the same {', '.join(sorted(n))}.",
+        "saesub starts with ASI and the others as they do by default, all at one learning rate: "
+        "times are compared here, not initialisations.",
+    ]
+    if "saesub-two" in names:
+        sentences.append("saesub-two trains a random and an ASI SAE from one harvest.")
+    if {"saesub-two", "sae-lens-two"} <= names:
+        sentences.append("It is compared with sae-lens-two, SAELens' runner run twice.")
+    return " ".join(sentences)
 
 
 def in_a_line(results: str | Path) -> str:

@@ -36,7 +36,7 @@ def library() -> ctypes.CDLL | None:
     """The compiled functions, or None if they cannot be built, with one warning."""
     if os.environ.get("SAESUB_NATIVE") == "0":
         return None
-    if (isa := os.environ.get("SAESUB_NATIVE_ISA", "avx2")) != "avx2":
+    if (isa := os.environ.get("SAESUB_NATIVE_ISA") or "avx2") != "avx2":
         raise SaesubError(
             f"SAESUB_NATIVE_ISA={isa} is not what the compiled functions can be held to: set it "
             "to avx2, or unset it."
