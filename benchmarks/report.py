@@ -337,18 +337,14 @@ def _subspace_recall(results: str | Path) -> str:
     if not path.is_file():
         return ""
     record = json.loads(path.read_text())
-    found = [row for row in record["rows"] if row["recall"] is not None]
     each = []
     for search in ("compiled", "torch"):
-        rows = [row for row in found if row["search"] == search]
-        all_rows = sum(row["search"] == search for row in record["rows"])
-        if not rows:
-            each.append(f"{search}, in none of {all_rows} cases")
-            continue
+        rows = [row for row in record["rows"] if row["search"] == search]
         shares, ranks = ([row[name] for row in rows] for name in ("recall", "rank"))
         each.append(
-            f"{search}, in {len(rows)} of {all_rows} cases (ranks {min(ranks)} to {max(ranks)}), "
-            f"{min(shares):.5f} to {max(shares):.5f}"
+            f"{search} {min(shares):.5f} to {max(shares):.5f} (ranks {min(ranks)} to {max(ranks)}; "
+            f"in {sum(not row['own_choice'] for row in rows)} of {len(rows)} cases only because "
+            "it was told to: by itself it would search all coordinates)"
         )
     settings, curves = record["settings"], record["curves"]
     exact = np.array([mse for _, mse in curves["exact"]])
