@@ -1,4 +1,4 @@
-"""Whether the search in the active subspace loses features, on trained weights and in training.
+"""Whether the search in the active subspace loses features, on trained weights.
 
     python benchmarks/subspace_recall.py   # writes results/subspace_recall.json, some 20 minutes
 
@@ -6,8 +6,7 @@ For three sites, two initialisations and two architectures an SAE is trained by 
 Its search then runs on tokens that it was not trained on, by the compiled functions and by torch
 operators, each in the subspace that it measures itself; where it would search all coordinates,
 since they cost less, in the subspace of least cost. A feature is lost if it is one of the float32
-top k and the search does not return it. Then the same SAE is trained for 2,000 steps with and
-without the subspace, and by the exact search, on the same batches.
+top k and the search does not return it.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ import torch
 from environments import FOLDER
 from run import commit, machine
 from sae_lens import TopKTrainingSAE
-from tqdm.auto import tqdm
 from training import KINDS, K, trained
 
 import saesub
@@ -35,7 +33,6 @@ from saesub.topk.subspace_watch import Found, SubspaceWatch
 
 SITES = [f"blocks.12.hook_{site}" for site in ("attn_out", "mlp_out", "resid_post")]
 D_SAE, BATCH, STEPS = 36_864, 2048, 300
-CURVE = {"d_sae": 16_384, "batch": 1024, "steps": 2000, "site": SITES[0]}
 N_JUDGED, N_SEARCHED = 16_384, 4096
 _NOTHING = (torch.empty(0, dtype=torch.long), torch.empty(0))
 
@@ -53,12 +50,11 @@ def main() -> None:
             rows.append(about | row)
             print(rows[-1], flush=True)
     record = {
-        "settings": {"d_sae": D_SAE, "k": K, "tokens": BATCH * STEPS, "curve": CURVE},
+        "settings": {"d_sae": D_SAE, "k": K, "tokens": BATCH * STEPS},
         "machine": machine(),
         "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "rows": rows,
-        "curves": curves(stores[CURVE["site"]].split(N_JUDGED)[0]),
     }
     (FOLDER / "results" / "subspace_recall.json").write_text(json.dumps(record, indent=1) + "\n")
 
@@ -99,21 +95,6 @@ def subspace(
     for x in batches:
         watch.before_search(x.contiguous(), *encoder_k_and_scale)
     return watch.found
-
-
-def curves(store: saesub.ActivationStore) -> dict[str, list]:
-    """Training losses by (tokens, mean squared error) with and without the subspace."""
-    c, found = CURVE, {}
-    ways = {
-        "in the subspace": {},
-        "all coordinates": {"in_subspace": False},
-        "exact": {"search": "exact_search", "in_subspace": False},
-    }
-    for name, search in tqdm(ways.items()):
-        given = (store, "subspace", "topk", c["d_sae"], c["batch"], c["steps"])
-        trainer = trained(*given, **search)
-        found[name] = [[row["tokens"], row["mse"]] for row in trainer.history]
-    return found
 
 
 if __name__ == "__main__":
