@@ -436,7 +436,9 @@ def _of_products(record: dict[str, Any]) -> str:
         f"The pass to the {record['rows'][0]['hooks']} of layer {record['settings']['layer']}, "
         "without the bridge, takes as long as its matrix products alone in float32 times "
         f"{plain}, and through the bridge {bridge}; the bridge's time is that without it times "
-        f"{_ratios(seconds, 'bare', 'plain')} ({record['machine']['instructions']}).\n\n"
+        f"{_ratios(seconds, 'bare', 'plain')} ({record['machine']['instructions']}). On AMD "
+        "processors saesub leaves linear layers to oneDNN; the products alone are torch's, by "
+        "MKL.\n\n"
     )
 
 

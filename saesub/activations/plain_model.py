@@ -2,9 +2,10 @@
 
 A bridge computes attention step by step, in matrices of all pairs of tokens, so that hooks can
 read them. Where no one does, torch's `scaled_dot_product_attention` gives the same output to
-rounding. So the modules that the bridge put into the model are left out here, in a copy of the
-tree of modules that shares all weights. Hooks are set on that copy alone: nothing of the user's
-model or of its config is changed, not even for the time of a pass.
+rounding, and linear layers may go to a library that is faster on this processor. So the modules
+that the bridge put into the model are left out here, in a copy of the tree of modules that shares
+all weights. Hooks are set on that copy alone: nothing of the user's model or of its config is
+changed, not even for the time of a pass.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from transformer_lens.model_bridge.generalized_components.base import Generalize
 from transformers import PreTrainedConfig
 
 from saesub.activations.identity import hooked_modules, of_library
+from saesub.activations.linear import linear
 
 Hear = Callable[[str, Tensor], None]
 _ENDS = ("hook_in", "hook_out")  # what goes into a module, and what comes out
@@ -87,6 +89,8 @@ class PlainModel:
             held["_forward_pre_hooks"].clear()
         if isinstance(held.get("config"), PreTrainedConfig):
             held["config"] = self._with_sdpa(held["config"])
+        if type(module) is nn.Linear and type(module.weight) is nn.Parameter:
+            held["forward"] = lambda x: linear(x, module.weight, module.bias)
         children = held["_modules"]
         children |= {k: self._of(child) for k, child in children.items() if child is not None}
         return new
