@@ -344,7 +344,7 @@ def _subspace_recall(results: str | Path) -> str:
         each.append(
             f"{search} {min(shares):.5f} to {max(shares):.5f} (ranks {min(ranks)} to {max(ranks)}; "
             f"in {sum(not row['own_choice'] for row in rows)} of {len(rows)} cases only because "
-            "it was told to: by itself it would search all coordinates)"
+            "it was told to, for all coordinates cost less)"
         )
     settings = record["settings"]
     return (
