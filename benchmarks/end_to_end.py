@@ -1,6 +1,6 @@
 """Time each library from text to a trained and judged SAE, each in a process of its own.
 
-    python benchmarks/end_to_end.py           # the widest cell: saesub, and SAELens' runner
+    python benchmarks/end_to_end.py        # one cell: saesub, SAELens' runner once and twice
     python benchmarks/end_to_end.py --all     # every cell and contender, some hours
     python benchmarks/end_to_end.py --models smollm2-135m --widths 4608 --steps 24
 
@@ -52,7 +52,7 @@ CONTENDERS = (
 )
 SITES = {"gemma3-270m": "post_attention_layernorm"}  # what blocks.*.hook_attn_out is of a layer
 OTHER_SITE = "self_attn.o_proj"
-FIRST = ("saesub", "saesub-two", "sae-lens")  # of CONTENDERS, without --all
+FIRST = ("saesub", "saesub-two", "sae-lens", "sae-lens-two")  # of CONTENDERS, without --all
 CELLS = (  # model, d_sae, steps
     ("smollm2-135m", 36864, 98),
     ("smollm2-135m", 16384, 98),

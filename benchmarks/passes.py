@@ -3,11 +3,12 @@
     python benchmarks/passes.py            # writes results/passes.json, under six minutes
 
 The bare passes run the model on contexts that are already packed, up to the last hook point, and
-keep nothing: "bare" through the bridge, "plain" through the plain model within it. "products" are
-the same pass's matrix products in float32 and nothing else: those of all its linear layers, and
-those of attention for the half of all pairs of tokens that is causal. "harvest" and "spectra" are
-whole calls: text read and tokenised, statistics taken or a store written. Each round runs all five
-in turn; a ratio is the median over rounds of those within one.
+keep nothing: "bare" through the bridge, "plain" through the plain model within it, also with
+torch's own linear layers. "products" are the same pass's matrix products in float32 and nothing
+else: those of all its linear layers, and those of attention for the half of all pairs of tokens
+that is causal. "harvest" and "spectra" are whole calls: text read and tokenised, statistics taken
+or a store written. Each round runs all kinds in turn; a ratio is the median over rounds of those
+within one.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ from typing import Any
 import torch
 from environments import FOLDER
 from run import commit, machine
+from torch.nn import functional as F
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
 import saesub
 from saesub.activations.forward_pass import capture, hook_points
+from saesub.activations.linear import Linear, linear_layers
 from saesub.activations.plain_model import PlainModel
 from saesub.activations.tokens import kept_positions
 
@@ -73,12 +76,13 @@ def compare(model: TransformerBridge, corpus: Any, hooks: list[str]) -> dict[str
     shared = {"n_tokens": n_tokens, "context_size": CONTEXT_SIZE, "batch_size": BATCH_SIZE}
     kinds: dict[str, Callable[[], object]] = {
         "bare": partial(bare_pass, model, contexts, hooks),
-        "plain": partial(plain_pass, model, contexts, hooks),
+        "plain": partial(plain_pass, model, contexts, hooks, linear_layers()[0]),
+        "plain by MKL": partial(plain_pass, model, contexts, hooks, F.linear),
         "products": products(model, contexts, hooks),
         "harvest": partial(harvest_anew, model, corpus, hooks, shared),
         "spectra": partial(saesub.measure_spectra, model, corpus, hooks, progress=False, **shared),
     }
-    for kind in ("bare", "plain", "products"):
+    for kind in ("bare", "plain", "plain by MKL", "products"):
         kinds[kind]()  # warms up
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     for _ in range(ROUNDS):
@@ -114,11 +118,13 @@ def bare_pass(model: TransformerBridge, contexts: torch.Tensor, hooks: list[str]
     point.remove_hooks("fwd")
 
 
-def plain_pass(model: TransformerBridge, contexts: torch.Tensor, hooks: list[str]) -> None:
+def plain_pass(
+    model: TransformerBridge, contexts: torch.Tensor, hooks: list[str], linear: Linear
+) -> None:
     """The plain model's forward pass, made anew for each batch as in a harvest."""
     points = hook_points(model, hooks)
     for batch in contexts.split(BATCH_SIZE):
-        capture(PlainModel(model, points), batch, points, lambda *_: None)
+        capture(PlainModel(model, points, linear), batch, points, lambda *_: None)
 
 
 def products(

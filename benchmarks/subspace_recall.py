@@ -4,18 +4,15 @@
 
 For three sites, two initialisations and two architectures an SAE is trained by the compiled step.
 Its search then runs on tokens that it was not trained on, by the compiled functions and by torch
-operators, each in the subspace that it measures itself; where it would search all coordinates,
-since they cost less, in the subspace of least cost. A feature is lost if it is one of the float32
-top k and the search does not return it.
+operators, each in the subspace of least cost, also where all coordinates cost less and a run would
+search these. A feature is lost if it is one of the float32 top k and the search does not return it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from datetime import datetime, timezone
 from itertools import product
-from typing import Any
 
 import torch
 from environments import FOLDER
@@ -24,7 +21,6 @@ from sae_lens import TopKTrainingSAE
 from training import KINDS, K, trained
 
 import saesub
-from saesub.topk.active_subspace import ActiveSubspace
 from saesub.topk.ops import dense_search
 from saesub.topk.packed_encoder import search_all
 from saesub.topk.prices import TORCH_PRICES, native_prices
@@ -50,7 +46,7 @@ def main() -> None:
             rows.append(about | row)
             print(rows[-1], flush=True)
     record = {
-        "settings": {"d_sae": D_SAE, "k": K, "tokens": BATCH * STEPS},
+        "settings": {"d_sae": D_SAE, "k": K, "tokens": BATCH * STEPS, "entries": N_SEARCHED * K},
         "machine": machine(),
         "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -67,34 +63,25 @@ def recall(sae: TopKTrainingSAE, x: torch.Tensor) -> list[dict]:
     W_enc, b_enc = sae.W_enc.T.contiguous().T, sae.b_enc.detach().contiguous()
     scale = sae.W_dec.norm(dim=1)
     searches = {
-        "compiled": (search_all, native_prices(), D_SAE // 2),
-        "torch": (search_by_torch, TORCH_PRICES, D_SAE),
+        "compiled": (search_all, native_prices()),
+        "torch": (search_by_torch, TORCH_PRICES),
     }
     rows = []
-    for name, (search, prices, moved) in searches.items():
-        given = (x[:-N_SEARCHED].split(BATCH), W_enc, b_enc, K, scale)
-        own = subspace(SubspaceWatch(prices, moved), *given)
-        watch = SubspaceWatch(prices, moved)
+    for name, (search, prices) in searches.items():
+        watch = SubspaceWatch(prices, D_SAE)
+        # As if a search of all coordinates had infinite cost: some subspace is always found.
         watch.after_search(Found(*_NOTHING, ranked=float("inf"), by_the_whole=0.0), D_SAE)
-        used = own or subspace(watch, *given)  # as if a search of all coordinates took for ever
+        for part in x[:-N_SEARCHED].split(BATCH):
+            watch.before_search(part.contiguous(), W_enc, b_enc, K, scale)
+        assert watch.found is not None
         found = []
         for part in x[-N_SEARCHED:].split(512):
             best, _ = dense_search(part, W_enc, b_enc, K, scale)
-            result = search(part, W_enc, b_enc, K, scale, used)
+            result = search(part, W_enc, b_enc, K, scale, watch.found)
             found.append((best[:, :, None] == result.features[:, None, :]).any(2).float().mean())
         share = torch.stack(found).mean().item()
-        rank = used.rank if used else x.shape[1]
-        rows.append({"search": name, "rank": rank, "own_choice": own is not None, "recall": share})
+        rows.append({"search": name, "rank": watch.found.rank, "recall": share})
     return rows
-
-
-def subspace(
-    watch: SubspaceWatch, batches: Sequence[torch.Tensor], *encoder_k_and_scale: Any
-) -> ActiveSubspace | None:
-    """What a watch finds on batches."""
-    for x in batches:
-        watch.before_search(x.contiguous(), *encoder_k_and_scale)
-    return watch.found
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
 from saesub.activations.identity import DocumentsDigest, model_settings
+from saesub.activations.linear import Linear, linear_layers
 from saesub.activations.plain_model import PlainModel, may_run_plain
 from saesub.activations.store_file import ReadSoFar
 from saesub.activations.tokens import ContextStream, kept_positions
@@ -128,10 +129,11 @@ def _heard(name: str, hear: Receive, tensor: Tensor, hook: HookPoint) -> None:
 
 
 def same_without_bridge(
-    model: TransformerBridge, points: dict[str, HookPoint], context_size: int
+    model: TransformerBridge, points: dict[str, HookPoint], context_size: int, linear: Linear
 ) -> bool:
-    """Whether the plain model gives each point the activations of the bridge, to 1e-5 of each
-    token's norm: tried on one context of tokens drawn at random, always the same.
+    """Whether the plain model with such linear layers gives each point the activations of the
+    bridge, to 1e-5 of a token's norm (root mean square): tried on one context of tokens drawn at
+    random, always the same.
 
     So no list of architectures is trusted, and a result does not depend on the text.
     """
@@ -143,7 +145,7 @@ def same_without_bridge(
     tokens = tokens.to(model.cfg.device)
     found: list[dict[str, Tensor]] = [{}, {}]
     try:
-        for run, rows in zip((PlainModel(model, points), model), found, strict=True):
+        for run, rows in zip((PlainModel(model, points, linear), model), found, strict=True):
             if _listen(run, tokens, points, rows.__setitem__):
                 return False
         return all(
@@ -242,10 +244,16 @@ class ModelPass:
         return self.source | {"n_tokens": str(self.n_tokens)} | model_settings(self.model)
 
     @cached_property
+    def linear_layers(self) -> Linear | None:
+        """The fastest with which the plain model gives the bridge's activations, if any."""
+        given = (self.model, self._all_points, self.context_size)
+        return next((each for each in linear_layers() if same_without_bridge(*given, each)), None)
+
+    @property
     def runs_plain(self) -> bool:
         """Whether batches go through the plain model within the bridge; each one goes through the
         bridge all the same that finds hooks on it."""
-        return same_without_bridge(self.model, self._all_points, self.context_size)
+        return self.linear_layers is not None
 
     def whole_text(self) -> str:
         """A hash of all documents of the corpus."""
@@ -324,6 +332,6 @@ class ModelPass:
             except SaesubError as error:
                 raise SaesubError(f"{name}, batch {batch}: {error}") from error
 
-        plain = self.runs_plain and may_run_plain(self.model)
-        model = PlainModel(self.model, self.points) if plain else self.model
+        linear = self.linear_layers if self.runs_plain and may_run_plain(self.model) else None
+        model = self.model if linear is None else PlainModel(self.model, self.points, linear)
         capture(model, tokens, self.points, select)

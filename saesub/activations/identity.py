@@ -7,7 +7,7 @@ may hold numbers that are no weights, a scale or a switch: these are hashed too.
 
 Through the bridge or through the plain model within it, a pass gives the same activations to
 rounding, so finished stores and spectra do not say which it was. It follows from the model, the
-length of the contexts and the versions of the libraries.
+length of the contexts, the processor and the versions of the libraries.
 """
 
 from __future__ import annotations

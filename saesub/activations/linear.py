@@ -1,34 +1,50 @@
-"""Linear layers by the faster of the two libraries with which torch multiplies on a CPU."""
+"""Linear layers by the libraries with which torch multiplies on a CPU, the faster one first."""
 
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""Of tokens (*n, d_in), a weight (d_out, d_in) and a bias (d_out,) or None: (*n, d_out)."""
+_ORDINARY = (Tensor, nn.Parameter)  # other classes multiply in their own ways
 
-def linear(
+
+def linear_layers() -> list[Linear]:
+    """Those to try, the fastest first.
+
+    In float32 torch calls MKL, which is slower than oneDNN on AMD processors
+    (`benchmarks/passes.py`, measured on a Zen 4). oneDNN rounds more, and more so in rows of some
+    thousands of numbers: 2 to 10 times MKL's error was seen.
+    """
+    faster = bool(torch.backends.mkldnn.enabled) and _has_both() and _is_amd()
+    return [by_onednn, F.linear] if faster else [F.linear]
+
+
+def by_onednn(
     x: Float[Tensor, "*n d_in"],
     weight: Float[Tensor, "d_out d_in"],
     bias: Float[Tensor, " d_out"] | None,
 ) -> Float[Tensor, "*n d_out"]:
-    """`F.linear` to float32's rounding, without gradients. For float32 numbers torch calls MKL,
-    which takes about a fifth longer than oneDNN on an AMD processor: there oneDNN is called."""
+    """`F.linear`, by oneDNN where no gradients are kept and all numbers are float32."""
     given = [x, weight] if bias is None else [x, weight, bias]
-    fits = all(t.dtype == torch.float32 and t.device.type == "cpu" for t in given)
-    if fits and type(x) is Tensor and x.numel() and prefers_onednn():
+    # oneDNN would read a bias as if it were contiguous.
+    in_place = bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous())
+    if in_place and x.numel() and not torch.is_grad_enabled() and all(map(_is_ordinary, given)):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
 
-def prefers_onednn() -> bool:
-    """Whether oneDNN is here, not switched off, and the faster one."""
-    return bool(torch.backends.mkldnn.enabled) and _has_both() and _is_amd()
+def _is_ordinary(x: Tensor) -> bool:
+    stored = (x.dtype, x.layout, x.device.type) == (torch.float32, torch.strided, "cpu")
+    return stored and type(x) in _ORDINARY
 
 
 @cache

@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformers import PreTrainedConfig
 
 from saesub.activations.identity import hooked_modules, of_library
-from saesub.activations.linear import linear
+from saesub.activations.linear import Linear
 
 Hear = Callable[[str, Tensor], None]
 _ENDS = ("hook_in", "hook_out")  # what goes into a module, and what comes out
@@ -47,9 +48,18 @@ class PlainModel:
 
     An inner hook point, such as a norm's hook_normalized, is reached by leaving the bridge's
     module that fires it where it is. Making one takes some milliseconds.
+
+    Args:
+        linear: what its linear layers compute; see `saesub.activations.linear`.
     """
 
-    def __init__(self, model: TransformerBridge, points: Mapping[str, HookPoint]) -> None:
+    def __init__(
+        self,
+        model: TransformerBridge,
+        points: Mapping[str, HookPoint],
+        linear: Linear = F.linear,
+    ) -> None:
+        self._linear = linear
         owners = {
             id(point): (part, role)
             for part in model.modules()
@@ -89,8 +99,8 @@ class PlainModel:
             held["_forward_pre_hooks"].clear()
         if isinstance(held.get("config"), PreTrainedConfig):
             held["config"] = self._with_sdpa(held["config"])
-        if type(module) is nn.Linear and type(module.weight) is nn.Parameter:
-            held["forward"] = lambda x: linear(x, module.weight, module.bias)
+        if type(module) is nn.Linear and self._linear is not F.linear:
+            held["forward"] = lambda x: self._linear(x, module.weight, module.bias)
         children = held["_modules"]
         children |= {k: self._of(child) for k, child in children.items() if child is not None}
         return new
