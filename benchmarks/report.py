@@ -361,7 +361,8 @@ def _subspace_curves(results: str | Path) -> str:
     if not path.is_file():
         return ""
     record = json.loads(path.read_text())
-    s, ranks = record["settings"], record["ranks"]
+    s, least, most = record["settings"], min(record["ranks"]), max(record["ranks"])
+    ranks = f"rank {least}" if least == most else f"ranks {least} to {most}"
     losses = {name: np.array([mse for _, mse in rows]) for name, rows in record["curves"].items()}
     inside, every = (
         np.abs(losses[name] / losses["exact"] - 1).max()
@@ -369,9 +370,9 @@ def _subspace_curves(results: str | Path) -> str:
     )
     return (
         f"Over {s['steps']:,} steps of {s['batch']:,} tokens at d_sae {s['d_sae']:,} the training "
-        f"loss of the search in the active subspace (told to use it, ranks {min(ranks)} to "
-        f"{max(ranks)}) is never more than {inside:.2%} from that of the exact search, and that of "
-        f"the 8-bit search by all coordinates never more than {every:.2%}."
+        f"loss of the search in the active subspace (told to use it, {ranks}) is never more than "
+        f"{inside:.2%} from that of the exact search, and that of the 8-bit search by all "
+        f"coordinates never more than {every:.2%}."
     )
 
 

@@ -20,9 +20,9 @@ _ORDINARY = (Tensor, nn.Parameter)  # other classes multiply in their own ways
 def linear_layers() -> list[Linear]:
     """Those to try, the fastest first.
 
-    In float32 torch calls MKL, which is slower than oneDNN on AMD processors
-    (`benchmarks/passes.py`, measured on a Zen 4). oneDNN rounds more, and more so in rows of some
-    thousands of numbers: 2 to 10 times MKL's error was seen.
+    In float32 torch calls MKL, which was slower than oneDNN on the AMD processor that was tried (a
+    Zen 4). oneDNN rounds more, and more so in rows of some thousands of numbers: 2 to 10 times
+    MKL's error was seen.
     """
     faster = bool(torch.backends.mkldnn.enabled) and _has_both() and _is_amd()
     return [by_onednn, F.linear] if faster else [F.linear]
