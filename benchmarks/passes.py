@@ -1,6 +1,6 @@
 """What a pass costs: through the bridge, without it, its matrix products alone, and whole calls.
 
-    python benchmarks/passes.py            # writes results/passes.json, under six minutes
+    python benchmarks/passes.py            # writes results/passes.json, some seven minutes
 
 The bare passes run the model on contexts that are already packed, up to the last hook point, and
 keep nothing: "bare" through the bridge, "plain" through the plain model within it, also with
