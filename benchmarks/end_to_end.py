@@ -1,6 +1,6 @@
 """Time each library from text to a trained and judged SAE, each in a process of its own.
 
-    python benchmarks/end_to_end.py        # one cell: saesub, SAELens' runner once and twice
+    python benchmarks/end_to_end.py           # one cell: saesub, SAELens' runner once and twice
     python benchmarks/end_to_end.py --all     # every cell and contender, some hours
     python benchmarks/end_to_end.py --models smollm2-135m --widths 4608 --steps 24
 

@@ -74,9 +74,10 @@ def compare(model: TransformerBridge, corpus: Any, hooks: list[str]) -> dict[str
     # Exactly the rows of these contexts; separators are left out by what they are.
     n_tokens = int(kept_positions(model, contexts, skip_first=1).sum())
     shared = {"n_tokens": n_tokens, "context_size": CONTEXT_SIZE, "batch_size": BATCH_SIZE}
+    fastest = linear_layers(next(model.original_model.parameters()))[0]
     kinds: dict[str, Callable[[], object]] = {
         "bare": partial(bare_pass, model, contexts, hooks),
-        "plain": partial(plain_pass, model, contexts, hooks, linear_layers()[0]),
+        "plain": partial(plain_pass, model, contexts, hooks, fastest),
         "plain by MKL": partial(plain_pass, model, contexts, hooks, F.linear),
         "products": products(model, contexts, hooks),
         "harvest": partial(harvest_anew, model, corpus, hooks, shared),

@@ -350,7 +350,7 @@ def _subspace_recall(results: str | Path) -> str:
         f"after {settings['tokens']:,} tokens of training at d_sae {settings['d_sae']:,}, for "
         f"three sites of layer 12, two initialisations, TopK and BatchTopK: {'; '.join(each)}. It "
         "searched in the subspace of least cost, also where a run would search all coordinates. "
-        f"{1 / settings['entries']:.1g} is one entry."
+        f"One entry of the {settings['entries']:,} is {1 / settings['entries']:.1g}."
     )
 
 
@@ -370,7 +370,8 @@ def _subspace_curves(results: str | Path) -> str:
     )
     return (
         f"Over {s['steps']:,} steps of {s['batch']:,} tokens at d_sae {s['d_sae']:,} the training "
-        f"loss of the search in the active subspace (told to use it, {ranks}) is never more than "
+        f"loss at {s['site']}, from a {s['start']} start, of the search in the active subspace "
+        f"(told to use it, {ranks}) is never more than "
         f"{inside:.2%} from that of the exact search, and that of the 8-bit search by all "
         f"coordinates never more than {every:.2%}."
     )

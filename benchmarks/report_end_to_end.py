@@ -128,7 +128,7 @@ def in_a_line(results: str | Path) -> str:
     best = ours.sort_values(["d_sae", "tokens"]).iloc[-1]
     at = (runs[_CELL] == best[_CELL]).all(axis=1)
     two = runs[at & (runs["contender"] == "saesub-two")]["speedup"].dropna()
-    both = f", two SAEs {two.iloc[0]:.2g} ×" if len(two) else ""
+    both = f", {two.iloc[0]:.2g} × for two SAEs from one harvest" if len(two) else ""
     return (
         f"Text to a judged SAE ({best['d_sae']:,} features, {best['tokens']:,} tokens): "
         f"{best['speedup']:.2g} × as fast as SAELens' runner{both}."

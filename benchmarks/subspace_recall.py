@@ -63,12 +63,12 @@ def recall(sae: TopKTrainingSAE, x: torch.Tensor) -> list[dict]:
     W_enc, b_enc = sae.W_enc.T.contiguous().T, sae.b_enc.detach().contiguous()
     scale = sae.W_dec.norm(dim=1)
     searches = {
-        "compiled": (search_all, native_prices()),
-        "torch": (search_by_torch, TORCH_PRICES),
+        "compiled": (search_all, native_prices(), D_SAE // 2),  # as SparseAdam moves after ASI
+        "torch": (search_by_torch, TORCH_PRICES, D_SAE),
     }
     rows = []
-    for name, (search, prices) in searches.items():
-        watch = SubspaceWatch(prices, D_SAE)
+    for name, (search, prices, moved) in searches.items():
+        watch = SubspaceWatch(prices, moved)
         # As if a search of all coordinates had infinite cost: some subspace is always found.
         watch.after_search(Found(*_NOTHING, ranked=float("inf"), by_the_whole=0.0), D_SAE)
         for part in x[:-N_SEARCHED].split(BATCH):

@@ -97,7 +97,7 @@ def test_what_the_subspace_loses_is_told(tmp_path):
     (tmp_path / "subspace_recall.json").write_text(json.dumps(record))
     said = report["_subspace_recall"](tmp_path)
     assert "compiled 0.999980 to 1.000000 (ranks 192 to 256); torch 0.999900 to 0.999900" in said
-    assert said.endswith("8e-06 is one entry.")
+    assert said.endswith("One entry of the 131,072 is 8e-06.")
 
 
 def test_how_far_training_in_the_subspace_is_from_exact_is_told(tmp_path):
@@ -111,6 +111,7 @@ def test_how_far_training_in_the_subspace_is_from_exact_is_told(tmp_path):
     record = {"settings": settings, "ranks": [480, 544], "curves": curves}
     (tmp_path / "subspace_curves.json").write_text(json.dumps(record))
     said = report["_subspace_curves"](tmp_path)
+    assert "at mlp_out, from a random start, of" in said
     assert "ranks 480 to 544) is never more than 1.00% from" in said
     assert said.endswith("never more than 0.10%.")
 

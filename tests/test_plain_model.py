@@ -15,7 +15,6 @@ from transformer_lens.model_bridge import TransformerBridge
 import saesub
 from saesub import SaesubError, load_model, stream_activations
 from saesub.activations.forward_pass import ModelPass
-from saesub.activations.linear import linear_layers
 from saesub.activations.plain_model import PlainModel
 from saesub.loading.registry import packaged, packaged_names
 from saesub.paths import cache_dir
@@ -41,7 +40,7 @@ def _rows(model: Any, corpus: Any, hooks: list[str], **settings: Any) -> dict[st
 def by_bridge(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Tensor]]:
     def rows(*args: Any, **settings: Any) -> dict[str, Tensor]:
         with monkeypatch.context() as patch:
-            patch.setattr(ModelPass, "runs_plain", False)
+            patch.setattr(ModelPass, "linear", None)
             return _rows(*args, **settings)
 
     return rows
@@ -158,7 +157,7 @@ def test_what_is_the_users_runs_in_the_bridge(change, by_bridge, plain_runs: lis
 @pytest.mark.parametrize("hook", ["blocks.1.attn.hook_q", "unembed.hook_out"])
 def test_other_hook_points_are_the_bridges(hook: str, by_bridge) -> None:
     model, texts = _tiny(), tiny_texts()
-    assert not ModelPass(model, texts, hook, n_tokens=20, context_size=32).runs_plain
+    assert ModelPass(model, texts, hook, n_tokens=20, context_size=32).linear is None
     assert torch.equal(_rows(model, texts, [hook])[hook], by_bridge(model, texts, [hook])[hook])
 
 
@@ -166,8 +165,8 @@ def test_a_model_in_half_precision_is_the_bridges(plain_runs: list[int]) -> None
     half = load_model((tiny_gpt2().bfloat16(), tiny_tokenizer()))
     run = ModelPass(half, tiny_texts(), HOOK, n_tokens=20, context_size=32)
     assert run.model.cfg.dtype == torch.bfloat16
-    assert not run.runs_plain
-    assert plain_runs == [1] * len(linear_layers())  # tried, and found to differ
+    assert run.linear is None
+    assert plain_runs == [1]  # tried, and found to differ
 
 
 def test_a_plain_model_that_differs_is_not_run(monkeypatch, by_bridge) -> None:
@@ -217,7 +216,7 @@ def test_a_plain_pass_changes_nothing_of_the_model(fails: bool, plain_runs: list
     model.original_model.config._attn_implementation = "eager"
     model.train()
     run = ModelPass(model, texts, [HOOK], n_tokens=50, context_size=32, progress=False)
-    assert run.runs_plain  # the trial runs the bridge, which then hooks its own modules
+    assert run.linear is not None  # the trial runs the bridge, which then hooks its own modules
     before = _state(model)
     assert before[-1] == "eager"
 

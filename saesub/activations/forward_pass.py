@@ -244,16 +244,13 @@ class ModelPass:
         return self.source | {"n_tokens": str(self.n_tokens)} | model_settings(self.model)
 
     @cached_property
-    def linear_layers(self) -> Linear | None:
-        """The fastest with which the plain model gives the bridge's activations, if any."""
+    def linear(self) -> Linear | None:
+        """The fastest linear layers with which the plain model within the bridge gives the bridge's
+        activations. Without any, all batches go through the bridge; each one that finds hooks on
+        it does all the same."""
         given = (self.model, self._all_points, self.context_size)
-        return next((each for each in linear_layers() if same_without_bridge(*given, each)), None)
-
-    @property
-    def runs_plain(self) -> bool:
-        """Whether batches go through the plain model within the bridge; each one goes through the
-        bridge all the same that finds hooks on it."""
-        return self.linear_layers is not None
+        tried = linear_layers(next(self.model.original_model.parameters()))
+        return next((each for each in tried if same_without_bridge(*given, each)), None)
 
     def whole_text(self) -> str:
         """A hash of all documents of the corpus."""
@@ -332,6 +329,6 @@ class ModelPass:
             except SaesubError as error:
                 raise SaesubError(f"{name}, batch {batch}: {error}") from error
 
-        linear = self.linear_layers if self.runs_plain and may_run_plain(self.model) else None
+        linear = self.linear if may_run_plain(self.model) else None
         model = self.model if linear is None else PlainModel(self.model, self.points, linear)
         capture(model, tokens, self.points, select)

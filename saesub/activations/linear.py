@@ -17,15 +17,15 @@ Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 _ORDINARY = (Tensor, nn.Parameter)  # other classes multiply in their own ways
 
 
-def linear_layers() -> list[Linear]:
-    """Those to try, the fastest first.
+def linear_layers(weight: Tensor) -> list[Linear]:
+    """Those to try for weights such as this one, the fastest first.
 
     In float32 torch calls MKL, which was slower than oneDNN on the AMD processor that was tried (a
     Zen 4). oneDNN rounds more, and more so in rows of some thousands of numbers: 2 to 10 times
     MKL's error was seen.
     """
-    faster = bool(torch.backends.mkldnn.enabled) and _has_both() and _is_amd()
-    return [by_onednn, F.linear] if faster else [F.linear]
+    helps = bool(torch.backends.mkldnn.enabled) and _has_both() and _is_amd()
+    return [by_onednn, F.linear] if helps and _is_ordinary(weight) else [F.linear]
 
 
 def by_onednn(
@@ -36,8 +36,8 @@ def by_onednn(
     """`F.linear`, by oneDNN where no gradients are kept and all numbers are float32."""
     given = [x, weight] if bias is None else [x, weight, bias]
     # oneDNN would read a bias as if it were contiguous.
-    in_place = bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous())
-    if in_place and x.numel() and not torch.is_grad_enabled() and all(map(_is_ordinary, given)):
+    readable = bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous())
+    if readable and x.numel() and not torch.is_grad_enabled() and all(map(_is_ordinary, given)):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
