@@ -60,15 +60,24 @@ class TokenStream(TypedDict, total=False):
 
 
 def hook_points(model: TransformerBridge, names: Sequence[str]) -> dict[str, HookPoint]:
-    """The model's hook points of these names. Raises SaesubError, with near names, if it lacks
-    one."""
+    """The model's hook points of these names. Raises SaesubError, with what may be meant, if it
+    lacks one."""
     known = model.hook_dict
     for name in names:
         if name not in known:
             raise SaesubError(
-                f"{model_name(model)} has no hook point {name!r}: {near_names(name, known)}"
+                f"{model_name(model)} has no hook point {name!r}: {_meant(model, name)}"
             )
     return {name: known[name] for name in names}
+
+
+def _meant(model: TransformerBridge, name: str) -> str:
+    """Where `name` is a Hugging Face module's, the hook points of its output; else near names."""
+    for path, module in model.original_model.named_modules(remove_duplicate=False):
+        if path.replace("._original_component", "") == name and hasattr(module, "hook_out"):
+            same = [hook for hook, point in model.hook_dict.items() if point is module.hook_out]
+            return f"that module's output is {' or '.join(map(repr, same))}"
+    return near_names(name, model.hook_dict)
 
 
 def capture(
