@@ -130,8 +130,9 @@ def in_a_line(results: str | Path) -> str:
     two = runs[at & (runs["contender"] == "saesub-two")]["speedup"].dropna()
     both = f", {two.iloc[0]:.2g} × for two SAEs from one harvest" if len(two) else ""
     return (
-        f"Text to a judged SAE ({best['d_sae']:,} features, {best['tokens']:,} tokens): "
-        f"{best['speedup']:.2g} × as fast as SAELens' runner{both}."
+        f"Text to a judged SAE ({best['d_sae']:,} features, {best['tokens']:,} tokens; "
+        f"{best['machine']['processor']}): {best['speedup']:.2g} × as fast as SAELens' runner"
+        f"{both}."
     )
 
 

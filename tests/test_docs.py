@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,3 +69,13 @@ def test_every_name_of_the_package_exists(page):
 def test_its_python_is_python(page):
     for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
         compile(block, page.name, "exec")
+
+
+def test_the_readmes_example_runs():
+    first = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert first
+    names: dict[str, Any] = {}
+    exec(first[1].replace("200_000", "4_000"), names)
+    sae, spectrum = names["sae"], names["spectrum"]
+    active = spectrum.basis(sae.cfg.metadata.subspace_init["d_init"])
+    assert saesub.overlap(sae.W_dec.detach(), active).min() > 0.999
