@@ -144,16 +144,23 @@ def end_to_end_figure(results: str | Path) -> Figure | None:
         return None
     runs = runs[runs["model"] == runs["model"].mode()[0]].dropna(subset="seconds")
     panels = {"d_sae": _varied(runs, "d_sae", "tokens"), "tokens": _varied(runs, "tokens", "d_sae")}
-    panels = {size: (kept, seconds) for size, (kept, seconds) in panels.items() if len(seconds) > 1}
+    panels = {size: (kept, seconds) for size, (kept, seconds) in panels.items() if seconds.size}
     if not panels:
         return None
     made, axes = plt.subplots(
-        1, len(panels), figsize=(5.6 * len(panels), 4.6), squeeze=False, layout="constrained"
+        1,
+        len(panels),
+        figsize=(5.6 * len(panels), 4.6),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
     labels = {"d_sae": "features (d_sae)", "tokens": "training tokens"}
     for panel, (size, (kept, seconds)) in zip(axes[0], panels.items(), strict=True):
         _panel(panel, seconds, labels[size])
         panel.set_title(kept, loc="left", fontsize=10.5)
+    for panel, (_, seconds) in zip(axes[0], panels.values(), strict=True):
+        label_ends(panel, seconds)  # where all panels' sizes are known, since they share an axis
     axes[0][0].set_ylabel("seconds from text to a judged SAE")
     made.suptitle(_message(runs), fontsize=12)
     plt.close(made)
@@ -161,11 +168,13 @@ def end_to_end_figure(results: str | Path) -> Figure | None:
 
 
 def _varied(runs: pd.DataFrame, size: str, other: str) -> tuple[str, pd.DataFrame]:
-    """Seconds, `size` by contender, at the value of `other` that has most sizes."""
+    """Seconds, `size` by contender, at the value of `other` that has most sizes; a contender that
+    was run at one of them alone is left out."""
     kept = runs.groupby(other)[size].nunique().idxmax()
     name = {"d_sae": "features", "tokens": "training tokens"}[other]
     at = runs[runs[other] == kept]
-    return f"{kept:,} {name}", at.pivot(index=size, columns="contender", values="seconds")
+    seconds = at.pivot(index=size, columns="contender", values="seconds")
+    return f"{kept:,} {name}", seconds.dropna(axis=1, thresh=2)
 
 
 def _message(runs: pd.DataFrame) -> str:
@@ -193,9 +202,8 @@ def _panel(axes: Axes, seconds: pd.DataFrame, label: str) -> None:
     axes.set(xscale="log", yscale="log", xlabel=label)
     axes.set_xticks(seconds.index, [f"{size:,}" for size in seconds.index])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    label_ends(axes, seconds)

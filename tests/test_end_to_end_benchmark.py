@@ -151,6 +151,9 @@ def test_the_report_shows_parts_and_what_each_is_compared_with(tmp_path, report)
     ]
     (panel,) = report["end_to_end_figure"](tmp_path).axes  # the number of tokens does not vary
     assert panel.get_xlabel() == "features (d_sae)"
+    named = {text.get_text() for text in panel.texts}  # those that were run at both sizes
+    assert named == {"sae-lens", "saesub", "saesub-two"}
+    assert len(panel.lines) == len(named)
 
 
 def test_the_clock_gives_each_second_to_one_part(whole, monkeypatch):
