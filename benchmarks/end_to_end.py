@@ -55,11 +55,10 @@ OTHER_SITE = "self_attn.o_proj"
 FIRST = ("saesub", "saesub-two", "sae-lens", "sae-lens-two")  # of CONTENDERS, without --all
 CELLS = (  # model, d_sae, steps
     ("smollm2-135m", 36864, 98),
-    ("smollm2-135m", 16384, 98),
-    ("smollm2-135m", 4608, 98),
+    ("smollm2-135m", 36864, 24),
     ("smollm2-135m", 16384, 24),
-    ("gemma3-270m", 16384, 98),
-    ("gemma3-270m", 16384, 24),
+    ("smollm2-135m", 4608, 24),
+    ("gemma3-270m", 4608, 24),
 )
 
 

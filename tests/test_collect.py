@@ -425,7 +425,9 @@ def test_errors_say_what_to_do(model: TransformerBridge, corpus: Dataset) -> Non
 
     with pytest.raises(SaesubError, match=r"did you mean 'blocks\.0\.hook_attn_out'"):
         spectrum("blocks.0.hook_atn_out")
-    with pytest.raises(SaesubError, match=r"output is 'blocks\.0\.attn\.o\.hook_out'$"):
+    with pytest.raises(SaesubError, match=r"model\.hook_dict has all \d+\)$"):
+        spectrum("")
+    with pytest.raises(SaesubError, match=r"hook point 'blocks\.0\.attn\.o\.hook_out'$"):
         spectrum("model.layers.0.self_attn.o_proj")
     with pytest.raises(SaesubError, match=r"'blocks\.1\.hook_out' or 'blocks\.1\.hook_resid_post'"):
         spectrum("model.layers.1")

@@ -78,4 +78,5 @@ def test_the_readmes_example_runs():
     exec(first[1].replace("200_000", "4_000"), names)
     sae, spectrum = names["sae"], names["spectrum"]
     active = spectrum.basis(sae.cfg.metadata.subspace_init["d_init"])
+    assert active.shape[1] < spectrum.d
     assert saesub.overlap(sae.W_dec.detach(), active).min() > 0.999

@@ -129,14 +129,15 @@ def test_the_report_shows_parts_and_what_each_is_compared_with(tmp_path, report)
     assert report["end_to_end_figure"](tmp_path) is None
     _write(tmp_path, 64, 2, saesub=_timed(10), saesub_two=_timed(20, 2), sae_lens=_timed(30))
     assert report["in_a_line"](tmp_path) == (
-        "Text to a judged SAE (64 features, 4,096 tokens; EPYC): 3 × as fast as SAELens' runner."
+        "Text to a judged SAE (64 features, 4,096 tokens; EPYC; one run each): 3 × as fast as "
+        "SAELens' runner."
     )
     failed = {"error": "KeyError: 'x'"}
     two = {"saesub_two": _timed(20, 2), "sae_lens_two": _timed(50, 2)}
     _write(tmp_path, 128, 2, sae_lens=_timed(40), saesub=_timed(10), sparsify=failed, **two)
     assert report["in_a_line"](tmp_path) == (
-        "Text to a judged SAE (128 features, 4,096 tokens; EPYC): 4 × as fast as SAELens' runner, "
-        "2.5 × for two SAEs from one harvest."
+        "Text to a judged SAE (128 features, 4,096 tokens; EPYC; one run each): 4 × as fast as "
+        "SAELens' runner, 2.5 × for two SAEs from one harvest. In smaller runs at least 3 ×."
     )
     lines = report["end_to_end"](tmp_path).splitlines()
     assert "of 128 features on 4,096 tokens of tiny" in lines[8]

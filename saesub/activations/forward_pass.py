@@ -73,11 +73,17 @@ def hook_points(model: TransformerBridge, names: Sequence[str]) -> dict[str, Hoo
 
 def _meant(model: TransformerBridge, name: str) -> str:
     """Where `name` is a Hugging Face module's, the hook points of its output; else near names."""
-    for path, module in model.original_model.named_modules(remove_duplicate=False):
-        if path.replace("._original_component", "") == name and hasattr(module, "hook_out"):
-            same = [hook for hook, point in model.hook_dict.items() if point is module.hook_out]
-            return f"that module's output is {' or '.join(map(repr, same))}"
-    return near_names(name, model.hook_dict)
+    modules = model.original_model.named_modules(remove_duplicate=False)
+    named = {path.replace("._original_component", ""): module for path, module in modules}
+    outputs = {
+        id(getattr(component, "hook_out", None))
+        for component in model.modules()
+        if name in named and getattr(component, "original_component", None) is named[name]
+    }
+    same = [repr(hook) for hook, point in model.hook_dict.items() if id(point) in outputs]
+    if same:
+        return f"that is a module; its output has the hook point {' or '.join(same)}"
+    return f"{near_names(name, model.hook_dict)} (model.hook_dict has all {len(model.hook_dict)})"
 
 
 def capture(
