@@ -106,8 +106,9 @@ def _conditions(runs: pd.DataFrame) -> str:
     sentences = [
         f"{told}; one run each.",
         f"FVU and dead features are of the same {', '.join(sorted(n))}.",
-        "saesub starts with ASI and the others as they do by default, all at one learning rate: "
-        "times are compared here, not initialisations.",
+        "saesub starts with ASI and updates by SparseAdam, the others start as they do by default "
+        "and update by Adam, all at one learning rate: times are compared here, not "
+        "initialisations.",
     ]
     if "saesub-two" in names:
         sentences.append("saesub-two trains a random and an ASI SAE from one harvest.")
@@ -118,7 +119,7 @@ def _conditions(runs: pd.DataFrame) -> str:
     if unsteady := _unsteady(runs):
         sentences.append(
             f"The harvest of saesub and saesub-two is the same, and its times differ by up to "
-            f"{unsteady:.0%} in a cell: no smaller difference of times means anything."
+            f"{unsteady:.0%} in a cell: that much is noise."
         )
     return " ".join(sentences)
 
