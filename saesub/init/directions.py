@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -33,6 +33,7 @@ _CANDIDATES = 2  # tokens drawn for each whitened feature
 _COMPARED = 2**15  # candidates among which a token must differ: the cost grows with it
 _ROWS = 2048
 _LEAST_VARIANCE = 1e-6  # of the largest; what is below has no direction to speak of
+_LEAST_PART = 1e-5  # of a token's distance from the mean; a smaller part may be rounding alone
 
 
 def random_directions(
@@ -58,25 +59,39 @@ def draw_tokens(
     if directions == "data":
         return torch.randperm(len(activations), generator=generator)[:n]
     tokens = torch.randperm(len(activations), generator=generator)[: _CANDIDATES * n]
-    rows = _coordinates(spectrum, rank, directions, activations[tokens.to(activations.device)])
-    return tokens[_likeness(rows).argsort(stable=True)[:n]]
+    drawn = activations[tokens.to(activations.device)]
+    rows, lost = _coordinates(spectrum, rank, directions, drawn)
+    return tokens[_likeness(rows).masked_fill_(lost, torch.inf).argsort(stable=True)[:n]]
 
 
 def directions_at(
     spectrum: Spectrum, rank: int, directions: Directions, rows: Float[Tensor, "n d"]
 ) -> Float[Tensor, "n d"]:
-    """The unit directions of given tokens' activations by a rule that starts at data, float32."""
-    return _coordinates(spectrum, rank, directions, rows) @ spectrum.basis(rank).T
+    """The unit directions of given tokens' activations by a rule that starts at data, float32.
+
+    Raises SaesubError for tokens that have none within the subspace.
+    """
+    coordinates, lost = _coordinates(spectrum, rank, directions, rows)
+    if bool(lost.any()):
+        raise SaesubError(
+            f"{int(lost.sum()):,} of the {len(rows):,} tokens to start at lie at the mean of the "
+            f"activations, or outside the spectrum's top {rank} directions: pass other activations or a "
+            "larger d_init."
+        )
+    return coordinates @ spectrum.basis(rank).T
 
 
 def _coordinates(
     spectrum: Spectrum, rank: int, directions: Directions, rows: Float[Tensor, "n d"]
-) -> Float[Tensor, "n rank"]:
+) -> tuple[Float[Tensor, "n rank"], Bool[Tensor, " n"]]:
+    """Unit coordinates, and which tokens have no direction in the subspace, but for rounding."""
     basis, variance = spectrum.basis(rank), spectrum.eigenvalues[:rank].float()
-    coordinates = (rows.float().to(basis) - spectrum.mean.float()) @ basis
+    centred = rows.float().to(basis) - spectrum.mean.float()
+    coordinates = centred @ basis
+    lost = coordinates.norm(dim=-1) <= _LEAST_PART * centred.norm(dim=-1)
     if directions == "whitened_data":
         coordinates /= variance.clamp(min=_LEAST_VARIANCE * float(variance[0])).sqrt()
-    return normalize(coordinates, dim=-1)
+    return normalize(coordinates, dim=-1), lost
 
 
 def _likeness(rows: Float[Tensor, "n rank"]) -> Float[Tensor, " n"]:

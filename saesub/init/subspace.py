@@ -119,10 +119,10 @@ def initialize_in_subspace(
 
     Raises:
         SaesubError: the spectrum or the activations have another width, `d_init` is out of range,
-            directions or norm are unknown, activations are missing or not finite, the SAE whitens
-            its input, has no bias or hooks, was trained before or is made for inference, its
-            weights are not finite or coarser than float32, or a transcoder lacks its input
-            spectrum. The SAE is then left as it was.
+            directions or norm are unknown, activations are missing or not finite, a token to start
+            at has no direction in the subspace, the SAE whitens its input, has no bias or hooks,
+            was trained before or is made for inference, its weights are not finite or coarser than
+            float32, or a transcoder lacks its input spectrum. The SAE is then left as it was.
 
     Example:
         >>> spectrum = saesub.measure_spectrum(model, "wiki-en", hook_name, n_tokens=200_000)
