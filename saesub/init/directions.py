@@ -75,8 +75,8 @@ def directions_at(
     if bool(lost.any()):
         raise SaesubError(
             f"{int(lost.sum()):,} of the {len(rows):,} tokens to start at lie at the mean of the "
-            f"activations, or outside the spectrum's top {rank} directions: pass other activations or a "
-            "larger d_init."
+            f"activations, or outside the spectrum's top {rank} directions: pass other activations "
+            "or a larger d_init."
         )
     return coordinates @ spectrum.basis(rank).T
 
