@@ -129,8 +129,8 @@ def _unsteady(runs: pd.DataFrame) -> float:
     0 where none was done twice."""
     ours = runs[runs["contender"].isin(["saesub", "saesub-two"])]
     seconds = ours.assign(harvest=[parts.get("activations", np.nan) for parts in ours["parts"]])
-    extremes = seconds.groupby(_CELL)["harvest"].agg(["min", "max"])
-    return float((extremes["max"] / extremes["min"] - 1).max())
+    extremes = seconds.dropna(subset="harvest").groupby(_CELL)["harvest"].agg(["min", "max"])
+    return float((extremes["max"] / extremes["min"] - 1).max()) if len(extremes) else 0.0
 
 
 def in_a_line(results: str | Path) -> str:

@@ -551,7 +551,7 @@ def norm_sentence(study: dict) -> str:
         "random, kept": "random at SAELens' norm",
         "random, fitted": "random with the fitted norm",
         "subspace, kept": "ASI at SAELens' norm",
-        "subspace, fitted": "ASI with the fitted norm (the two saesub calls below)",
+        "subspace, fitted": "ASI with the fitted norm (the calls below)",
     }
     told = [
         f"{name} {100 * means.loc[condition, 'dead_share']:.1f} % "

@@ -30,9 +30,9 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time `_MODULES` says 
     from saesub.loading.corpora import load_corpus
     from saesub.loading.download import fetch
     from saesub.loading.models import load_model
-    from saesub.optim import SparseAdam, parameter_groups
     from saesub.paths import cache_dir, data_file
     from saesub.reproduce.model_card import model_card
+    from saesub.topk.optim import SparseAdam, parameter_groups
     from saesub.topk.sae import (
         SparseBatchTopKTrainingSAE,
         SparseTopKTrainingSAE,
@@ -70,9 +70,9 @@ _MODULES = {
     "loading.corpora": "load_corpus",
     "loading.download": "fetch",
     "loading.models": "load_model",
-    "optim": "SparseAdam parameter_groups",
     "paths": "cache_dir data_file",
     "reproduce.model_card": "model_card",
+    "topk.optim": "SparseAdam parameter_groups",
     "topk.sae": "SparseBatchTopKTrainingSAE SparseTopKTrainingSAE use_sparse_step",
     "training.comparison": "ComparisonTrainer joint_batches train_together",
     "training.mitigations": "GhostGradients KAnnealing Resampling",

@@ -20,11 +20,11 @@ from sae_lens import (
     TopKTrainingSAEConfig,
 )
 
-from saesub.optim import SparseAdam, parameter_groups
 from saesub.topk import cpu, cpu_library, triton_backend
 from saesub.topk.backend import AdamSettings, RowBackend, RowGradients
 from saesub.topk.eligibility import lay_out_by_feature
 from saesub.topk.ops import Selected, row_products, select_topk
+from saesub.topk.optim import SparseAdam, parameter_groups
 from saesub.topk.step import autograd_pass, row_step
 
 needs_native = pytest.mark.skipif(cpu_library.library() is None, reason="no C++ compiler here")

@@ -243,7 +243,7 @@ def test_a_changed_bound_changes_the_verdict_and_a_comment_runs_nothing(data, tm
         return rows[0]["verdict"], "already done" in done.stderr
 
     assert run() == ("holds", False)
-    with (root / "saesub" / "optim.py").open("a") as file:
+    with (root / "saesub" / "topk" / "optim.py").open("a") as file:
         file.write("\n# Words.\n")
     assert run() == ("holds", True)
     bounds = data / "paper_claims.csv"

@@ -41,6 +41,18 @@ def test_unit_rows_inside_the_subspace(rule, spectrum, activations):
     assert not torch.equal(rows, _draw(rule, spectrum, activations, rank=50, seed=1))
 
 
+def test_tokens_without_a_direction_in_the_subspace_are_no_start():
+    """Whitened data, which have a choice, take others; any tokens are refused."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 4, generator=generator) @ torch.eye(4, 12)
+    spectrum = Spectrum.from_activations(x)
+    x[::4] = spectrum.mean.float() + 3 * torch.eye(12)[10]
+    rows = _draw("whitened_data", spectrum, x, n=40, rank=4)
+    assert rows[:, :4].norm(dim=-1).min() > 0.999
+    with pytest.raises(SaesubError, match=r"of the 40 tokens .* top 4 directions: pass other"):
+        _draw("data", spectrum, x, n=40, rank=4)
+
+
 def test_data_directions_are_centred_tokens(spectrum, activations):
     rows = _draw("data", spectrum, activations)
     centred = torch.nn.functional.normalize(activations - spectrum.mean.float(), dim=-1)

@@ -118,9 +118,9 @@ def _write(folder: Path, d_sae: int, steps: int, **runs: dict) -> None:
     (folder / "end-to-end" / f"tiny-d{d_sae}-s{steps}.json").write_text(json.dumps(record))
 
 
-def _timed(seconds: float, n_saes: int = 1) -> dict:
+def _timed(seconds: float, n_saes: int = 1, **parts: float) -> dict:
     saes = [{"fvu": 0.25, "dead_share": 0.125}] * n_saes
-    parts = {"start": 1.0, "training": seconds - 1}
+    parts = {"start": 1.0, "training": seconds - 1} | parts
     return {"parts": parts, "seconds": seconds, "same_tokens": saes, "peak_bytes": 2e9}
 
 
@@ -150,6 +150,10 @@ def test_the_report_shows_parts_and_what_each_is_compared_with(tmp_path, report)
         "| saesub-two | 1.0 | – | – | – | 19.0 | – | 20 | 2.5× | 0.250, 0.250 | 12.5%, 12.5% |"
         " 2.0 GB |",
     ]
+    assert "noise" not in lines[-1]  # no harvest was timed
+    again = {"saesub": _timed(10, activations=4.0), "saesub_two": _timed(20, 2, activations=5.0)}
+    _write(tmp_path, 64, 2, sae_lens=_timed(30), **again)
+    assert "by up to 25% in a cell" in report["end_to_end"](tmp_path)
     (panel,) = report["end_to_end_figure"](tmp_path).axes  # the number of tokens does not vary
     assert panel.get_xlabel() == "features (d_sae)"
     named = {text.get_text() for text in panel.texts}  # those that were run at both sizes

@@ -15,8 +15,8 @@ from sae_lens import (
 from torch import nn
 from waiting import WaitingError, no_waiting
 
-from saesub import optim
-from saesub.optim import SparseAdam, parameter_groups
+from saesub.topk import optim
+from saesub.topk.optim import SparseAdam, parameter_groups
 
 LR, BETA1, BETA2, EPS = 1e-2, 0.9, 0.99, 1e-8
 

@@ -143,9 +143,9 @@ def fingerprint(package: Path, file: str, old: str = "", new: str = "") -> str:
 def test_kept_training_is_of_one_version_of_the_libraries(
     copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = fingerprint(copied, "optim.py")
+    before = fingerprint(copied, "topk/optim.py")
     monkeypatch.setattr(paths, "version", lambda name: "0.0")
-    assert fingerprint(copied, "optim.py") != before
+    assert fingerprint(copied, "topk/optim.py") != before
 
 
 @pytest.fixture
@@ -178,7 +178,7 @@ def test_kept_training_outlasts_words_and_code_that_does_not_train(
         ("extras/transcoders.py", "self", "this"),
         ("topk/cpu_search.h", "kMassive = 16", "kMassive = 32"),
         ("topk/cpu.cpp", "1 - s.beta1", "2 - s.beta1"),
-        ("optim.py", "weight_decay=0.0", "weight_decay=0.1"),
+        ("topk/optim.py", "weight_decay=0.0", "weight_decay=0.1"),
         ("activations/store.py", "default_rng([seed, epoch])", "default_rng([epoch, seed])"),
     ],
 )

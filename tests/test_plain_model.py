@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -152,6 +153,24 @@ def test_what_is_the_users_runs_in_the_bridge(change, by_bridge, plain_runs: lis
     assert not plain_runs
     assert torch.equal(rows, by_bridge(model, texts, [HOOK])[HOOK])
     assert _off(rows, untouched) > 1e-3 or change is _compatibility
+
+
+@pytest.mark.parametrize("path", ["h.1", "h.1.attn", "h.1.attn.c_proj", "h.0.mlp", "h.1.ln_2"])
+def test_a_modules_name_leads_to_hook_points_with_its_output(path: str) -> None:
+    texts, settings = tiny_texts(), {"n_tokens": 20, "context_size": 32, "progress": False}
+    with pytest.raises(SaesubError, match="that is a module") as told:
+        saesub.measure_spectrum(_tiny(), texts, f"transformer.{path}", **settings)
+    hooks = re.findall(r"'(blocks[^']+)'", str(told.value))
+    assert hooks
+    model, tokens = tiny_gpt2().eval(), torch.arange(1, 9)[None]
+    outputs: list[Any] = []
+    module = model.transformer.get_submodule(path)
+    module.register_forward_hook(lambda *given: outputs.append(given[2]))
+    model(tokens)
+    expected = outputs[0] if isinstance(outputs[0], Tensor) else outputs[0][0]
+    cache = _tiny().run_with_cache(tokens)[1]
+    for hook in hooks:
+        torch.testing.assert_close(cache[hook], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("hook", ["blocks.1.attn.hook_q", "unembed.hook_out"])

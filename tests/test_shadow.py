@@ -13,11 +13,11 @@ from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
 from waiting import no_waiting
 
-from saesub.optim import make_optimizer
 from saesub.topk import maxima, shadow, triton_backend
 from saesub.topk.eligibility import lay_out_by_feature
 from saesub.topk.maxima import MEMBERS, Tiles, group_maxima, maxima_by_torch
 from saesub.topk.ops import dense_search
+from saesub.topk.optim import make_optimizer
 from saesub.topk.shadow import EncoderShadow, few_bits
 from saesub.topk.step import WHOLE, _select, autograd_pass, row_step
 from saesub.training import native_step

@@ -36,10 +36,10 @@ from saesub.extras.gpu_rows import (
     check_search,
     check_shadow,
 )
-from saesub.optim import OptimizerName
 from saesub.topk import triton_backend
 from saesub.topk.backend import RowBackend
 from saesub.topk.gpu_record import triton_version
+from saesub.topk.optim import OptimizerName
 from saesub.training.native_step import Backend
 from saesub.training.trainer import SubspaceSAETrainer
 

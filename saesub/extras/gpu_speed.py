@@ -21,8 +21,8 @@ from torch import Tensor
 from saesub.errors import SaesubError
 from saesub.extras.gpu_check import OPTIMIZERS, Check, kernels_passed, run_checks, trainer_of
 from saesub.files import write_atomically
-from saesub.optim import OptimizerName
 from saesub.topk.gpu_record import conditions, note_failed, note_passed, triton_version
+from saesub.topk.optim import OptimizerName
 from saesub.training.native_step import Backend
 
 D_IN, K, BATCH = 576, 32, 4096

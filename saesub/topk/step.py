@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from saesub.errors import SaesubError
-from saesub.optim import SparseAdam, found_inf, moments
 from saesub.topk import cpu, cpu_library, int8_search, triton_backend
 from saesub.topk.backend import AdamSettings, Decoded, RowBackend, RowGradients
 from saesub.topk.gpu_record import has_passed
@@ -33,6 +32,7 @@ from saesub.topk.ops import (
     select_batch_topk,
     select_topk,
 )
+from saesub.topk.optim import SparseAdam, found_inf, moments
 
 if TYPE_CHECKING:
     from saesub.topk.backend import Shadow

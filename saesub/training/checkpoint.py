@@ -19,7 +19,7 @@ from torch import Tensor
 
 from saesub.errors import SaesubError
 from saesub.files import Form, damaged, file_sha256, read_checksummed, write_checksummed
-from saesub.optim import steps_taken
+from saesub.topk.optim import steps_taken
 from saesub.topk.subspace_watch import restore_search, state_of_search
 from saesub.training.schedule import follow_schedule
 

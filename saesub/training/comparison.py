@@ -40,8 +40,8 @@ _SAME_TOKENS = ("text", "documents", "tokenizer", "context_size", "skip_first", 
 # The code that decides the weights and the history, with the transcoders' and what reads batches.
 _DECIDING = (
     *("arguments.py", "activations/checks.py", "activations/store.py"),
-    *("activations/store_file.py", "extras/transcoders.py", "optim.py"),
-    *("precision.py", "topk/", "training/mitigations/"),
+    *("activations/store_file.py", "extras/transcoders.py", "precision.py"),
+    *("topk/", "training/mitigations/"),
     *(f"training/{name}.py" for name in ("checkpoint", "comparison", "firing", "history")),
     *(f"training/{name}.py" for name in ("native_step", "plan", "schedule", "trainer")),
 )

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 
 from saesub.errors import SaesubError, near_names
-from saesub.optim import SparseAdam, has_foreign_hooks
 from saesub.topk.backend import RowBackend
 from saesub.topk.eligibility import PARAMETERS, lay_out_by_feature, other_pass, why_dense
+from saesub.topk.optim import SparseAdam, has_foreign_hooks
 from saesub.topk.sae import SparseTopKTrainingSAE
 from saesub.topk.step import SparseStepOutput, row_backend, row_step
 

@@ -27,7 +27,6 @@ from torch.optim.lr_scheduler import LRScheduler
 from saesub.activations.checks import require_finite
 from saesub.arguments import batch_of
 from saesub.errors import SaesubError
-from saesub.optim import OptimizerName, align_moments, make_optimizer
 from saesub.precision import reading_waits
 from saesub.topk.eligibility import (
     check_sae,
@@ -37,6 +36,7 @@ from saesub.topk.eligibility import (
     other_pass,
     why_dense,
 )
+from saesub.topk.optim import OptimizerName, align_moments, make_optimizer
 from saesub.topk.sae import DENSE_STEP, SparseTopKTrainingSAE, use_sparse_step
 from saesub.topk.step import WHOLE, SparseStepOutput, WholeDictionary
 from saesub.training.checkpoint import (
@@ -82,7 +82,7 @@ class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CON
             `data_provider` is any iterator of float tensors (batch, d_in), also NumPy's or each in
             a list of its own, that lasts as long as the run. Weights are at least float32;
             `cfg.autocast` is for products in bfloat16.
-        optimizer: "sparse_adam" (`saesub.optim.SparseAdam`) or "adam" (torch's).
+        optimizer: "sparse_adam" (`saesub.topk.optim.SparseAdam`) or "adam" (torch's).
         backend: how a TopK step is computed. A sparse SAE keeps its own `search_name` under "auto".
             "auto": on the CPU the compiled step with its 8-bit candidate search, in the active
             subspace of the tokens where that costs less, if there is a C++ compiler; on a GPU the

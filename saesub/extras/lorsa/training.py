@@ -17,8 +17,8 @@ from saesub.errors import SaesubError
 from saesub.evaluation.reconstruction import unexplained
 from saesub.extras.lorsa.attention import AttentionSequences
 from saesub.extras.lorsa.model import Lorsa
-from saesub.optim import OptimizerName
 from saesub.progress import bar
+from saesub.topk.optim import OptimizerName
 from saesub.training.trainer import SubspaceSAETrainer
 
 _CALIBRATION_CONTEXTS = 16

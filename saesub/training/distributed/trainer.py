@@ -16,9 +16,9 @@ from sae_lens.saes.sae import TrainStepOutput
 from torch import Tensor, nn
 
 from saesub.errors import SaesubError
-from saesub.optim import FEATURE_AXIS, SparseAdam, moments, steps_taken
 from saesub.topk.eligibility import lay_out_by_feature, other_pass, why_dense
 from saesub.topk.encode import times_fired
+from saesub.topk.optim import FEATURE_AXIS, SparseAdam, moments, steps_taken
 from saesub.topk.sae import SparseTopKTrainingSAE
 from saesub.topk.sae_search import search_for
 from saesub.topk.step import autograd_pass

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from saesub.arguments import whole_number
 from saesub.errors import SaesubError
-from saesub.optim import FEATURE_AXIS
 from saesub.precision import where_float64
+from saesub.topk.optim import FEATURE_AXIS
 from saesub.training.mitigations.mitigation import Mitigation, need_parameters
 
 if TYPE_CHECKING:  # the trainer imports what a mitigation is
