@@ -1,0 +1,62 @@
+"""Why do features die? Two tests that decide.
+
+    python notebooks/studies/causes.py
+
+Writes data/results/studies/causes.json.
+
+- One SAE, half of its features initialised at random and half in the subspace ("mixed"), at three
+  attention outputs: `dead_by_half` says which half dies.
+- Spectra exchanged: the attention output of a layer is given the MLP output's eigenvalues by a
+  fixed linear map along its own principal directions, and the MLP output the attention output's.
+  Nothing else changes. If the spectrum kills, the deaths go with it.
+
+All are initialised at random but for the mixed ones, under Adam, with the rate chosen for each
+condition as in cure.py, at its best rate with three seeds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from protocol import Trial, judged, site_of, sweep, train, untrained
+
+import saesub
+
+LAYERS = (12, 21, 6)
+
+
+def attention(layer: int) -> str:
+    """The hook point of a layer's attention output."""
+    return f"blocks.{layer}.hook_attn_out"
+
+
+MLP = "blocks.12.hook_mlp_out"
+EXCHANGED = [
+    Trial(attention(12), "random", spectrum_of=MLP),
+    Trial(MLP, "random"),
+    Trial(MLP, "random", spectrum_of=attention(12)),
+]
+MIXED = [Trial(attention(layer), "mixed") for layer in LAYERS]
+
+
+def outcome(trial: Trial) -> dict[str, Any]:
+    """Train and judge one SAE; of a mixed one, how much of either half is dead."""
+    at = site_of(trial)
+    sae = untrained(trial, at)
+    norm = sae.W_dec.detach().norm(dim=1).mean().item()
+    train(trial, sae, at)
+    row = judged(trial, sae, at) | {"norm_at_start": norm, "rank": at.spectrum.rank_at(0.99)}
+    if trial.start == "mixed":
+        start = at.store.n_tokens - trial.n_judged
+        dead = saesub.dead_features(
+            sae, at.blocks(start, at.store.n_tokens), n_tokens=trial.n_judged, progress=False
+        )
+        halves = {"random": dead[: trial.d_sae // 2], "subspace": dead[trial.d_sae // 2 :]}
+        row["dead_by_half"] = {half: d.double().mean().item() for half, d in halves.items()}
+    return row
+
+
+if __name__ == "__main__":
+    sweep("causes", MIXED[:1], outcome=outcome)
+    sweep("causes", EXCHANGED, outcome=outcome)
+    sweep("causes", MIXED[1:], outcome=outcome)

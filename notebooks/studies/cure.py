@@ -1,0 +1,41 @@
+"""Does Active Subspace Initialization cure, at which rate, and what does SparseAdam add?
+
+    python notebooks/studies/cure.py
+
+Writes data/results/studies/cure.json. Random and subspace initialisation under Adam, SparseAdam and
+Adam without momentum (β₁ = 0), and rows at whitened data points, at an attention output in the
+middle of the model; the first four also at a late one. Each condition is trained at four learning
+rates a factor of two apart, and further where the best is at an edge; at its best rate with three
+seeds; and at the rate that is best for the random initialisation under Adam with three seeds too.
+"""
+
+from dataclasses import replace
+
+from protocol import Trial, run, sweep
+
+MIDDLE, LATE = "blocks.12.hook_attn_out", "blocks.21.hook_attn_out"
+
+
+def four(hook_name: str) -> list[Trial]:
+    """Two initialisations under two optimizers."""
+    return [
+        Trial(hook_name, start, optimizer)
+        for optimizer in ("adam", "sparse_adam")
+        for start in ("random", "subspace")
+    ]
+
+
+def study(conditions: list[Trial]) -> None:
+    """Sweep the conditions, and train all at the rate that is best for the first of them."""
+    best = sweep("cure", conditions)
+    common = best[replace(conditions[0], lr=0.0)]
+    run("cure", [replace(c, lr=common, seed=seed) for seed in range(3) for c in conditions])
+
+
+WITHOUT_MOMENTUM = [Trial(MIDDLE, start, beta1=0.0) for start in ("random", "subspace")]
+WHITENED = [Trial(MIDDLE, "whitened_data", optimizer) for optimizer in ("adam", "sparse_adam")]
+
+if __name__ == "__main__":
+    study(four(MIDDLE))
+    study([Trial(MIDDLE, "random"), *WITHOUT_MOMENTUM, *WHITENED])
+    study(four(LATE))

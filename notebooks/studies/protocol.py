@@ -1,0 +1,347 @@
+"""One SAE of a study by one protocol, and a record of many that can be continued.
+
+Every study here is a list of `Trial`s. All of them use the same activations (`TOKENS` tokens of a
+mixture of English texts, shuffled by document and stored once), of which the last are held out: a
+validation part, which only chooses learning rates, and a part for every number that is reported.
+All SAEs have their bias at the mean and, unless the trial says otherwise, the norm at which they
+reconstruct best before training (`saesub.fit_norm`), the random ones as well; the rate rises over
+the first twentieth of the steps and falls to zero over the last fifth.
+
+The record has one row per trial. `runs` has the command, the commit, the date and the machine of
+every call, and each row names its call. Run a study again and it continues where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens.config import SAETrainerConfig
+from torch import Tensor
+from tqdm.auto import tqdm
+
+import saesub
+from saesub.evaluation.protocol import Sweep, mean_firings
+from saesub.files import write_atomically
+from saesub.reproduce.report import run_facts
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "data" / "results" / "studies"
+BATCH = 1024
+N_VALIDATION = 32_768
+N_SPECTRUM = 200_000  # training tokens behind a spectrum
+N_FIRST = 16_384  # tokens on which untrained features are counted
+_BLOCK = 4096
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The settings of one SAE.
+
+    `start` is "random", "subspace" (flat directions), "mixed" (the first half of the features
+    random, the others in the subspace), or a rule of `saesub.init.directions` that starts from
+    data. `norm` is "fit", or a number for `decoder_init_norm`. `spectrum_of` names another hook
+    point, whose eigenvalues the activations are given by a fixed linear map; "" leaves them.
+    """
+
+    hook_name: str
+    start: str
+    optimizer: str = "adam"
+    lr: float = 1e-3
+    d_sae: int = 8192
+    seed: int = 0
+    n_train: int = 1_024_000
+    n_judged: int = 256_000
+    k: int = 32
+    d_init: int | str = "auto"
+    norm: float | str = "fit"
+    beta1: float = 0.9
+    spectrum_of: str = ""
+    model: str = "smollm2-135m"
+    corpus: str = "english-mix"
+
+    @property
+    def n_stored(self) -> int:
+        """Tokens that the trial needs in all."""
+        return self.n_train + N_VALIDATION + self.n_judged
+
+
+@dataclass(frozen=True)
+class Site:
+    """Activations of a trial: a store, what to do with each block, and the spectrum after that."""
+
+    store: saesub.ActivationStore
+    spectrum: saesub.Spectrum
+    map: tuple[Tensor, Tensor] | None  # mean (d,), matrix (d, d)
+
+    def seen(self, x: Tensor) -> Tensor:
+        """The activations (n, d) as the SAE sees them."""
+        if self.map is None:
+            return x
+        mean, matrix = self.map
+        return (x - mean) @ matrix + mean
+
+    def blocks(self, start: int, stop: int) -> Iterator[Tensor]:
+        """Rows start..stop as the SAE sees them."""
+        for first in range(start, stop, _BLOCK):
+            yield self.seen(self.store.rows(first, min(first + _BLOCK, stop)))
+
+
+def harvest(trials: Iterable[Trial]) -> None:
+    """Have the cache hold what the trials ask for, one pass for each model, corpus and length."""
+    wanted: dict[tuple[str, str, int], set[str]] = {}
+    for t in trials:
+        hooks = {t.hook_name} | ({t.spectrum_of} if t.spectrum_of else set())
+        wanted.setdefault((t.model, t.corpus, t.n_stored), set()).update(hooks)
+    for (model, corpus, n_tokens), hooks in sorted(wanted.items()):
+        saesub.harvest(model, corpus, sorted(hooks), n_tokens=n_tokens)
+
+
+@cache
+def site(model: str, corpus: str, hook_name: str, n_tokens: int, spectrum_of: str = "") -> Site:
+    """The activations that trials of a hook point share."""
+    store = saesub.harvest(model, corpus, [hook_name], n_tokens=n_tokens)[hook_name]
+    spectrum = saesub.Spectrum.from_activations(store.rows(0, N_SPECTRUM))
+    if not spectrum_of:
+        return Site(store, spectrum, None)
+    target = site(model, corpus, spectrum_of, n_tokens).spectrum.eigenvalues
+    target = target * (spectrum.eigenvalues.sum() / target.sum())
+    gains = (target / spectrum.eigenvalues.clamp(min=1e-7 * spectrum.eigenvalues[0])).sqrt()
+    matrix = (spectrum.eigenvectors * gains) @ spectrum.eigenvectors.T
+    changed = Site(store, spectrum, (spectrum.mean.float(), matrix.float()))
+    x = changed.seen(store.rows(0, N_SPECTRUM))
+    return Site(store, saesub.Spectrum.from_activations(x), changed.map)
+
+
+def site_of(trial: Trial) -> Site:
+    """The activations of a trial."""
+    return site(trial.model, trial.corpus, trial.hook_name, trial.n_stored, trial.spectrum_of)
+
+
+Start = Callable[[TopKTrainingSAE, Trial, Site], None]
+
+
+@torch.no_grad()
+def set_start(sae: TopKTrainingSAE, trial: Trial, at: Site) -> None:
+    """Directions, bias and norm of a trial."""
+    x = at.seen(at.store.rows(0, max(4096, trial.d_sae if "data" in trial.start else 0)))
+    saesub.center_biases(sae, at.spectrum)
+    if trial.start not in ("random", "mixed"):
+        saesub.initialize_in_subspace(
+            sae,
+            at.spectrum,
+            trial.d_init,
+            directions="flat" if trial.start == "subspace" else trial.start,  # pyright: ignore[reportArgumentType]
+            norm="fit" if trial.norm == "fit" else "keep",
+            activations=x,
+            seed=trial.seed,
+        )
+        return
+    if trial.start == "mixed":
+        random = sae.W_dec[: trial.d_sae // 2].clone()
+        saesub.initialize_in_subspace(sae, at.spectrum, norm="keep", seed=trial.seed)
+        sae.W_dec[: trial.d_sae // 2] = random
+        sae.W_enc.copy_(sae.W_dec.T)
+    if trial.norm == "fit":
+        saesub.fit_norm(sae, at.spectrum, activations=x)
+
+
+def untrained(trial: Trial, at: Site, start: Start = set_start, **config: Any) -> TopKTrainingSAE:
+    """The SAE of a trial at step 0, with SAELens settings `config` besides."""
+    torch.manual_seed(trial.seed)
+    settings: dict[str, Any] = {
+        "decoder_init_norm": 1.0 if trial.norm == "fit" else trial.norm,
+        "aux_loss_coefficient": 0.0,
+    }
+    sae = TopKTrainingSAE(
+        TopKTrainingSAEConfig(
+            d_in=at.spectrum.d,
+            d_sae=trial.d_sae,
+            k=trial.k,
+            normalize_activations="expected_average_only_in",
+            **settings | config,
+        )
+    )
+    start(sae, trial, at)
+    return sae
+
+
+def schedule(trial: Trial) -> SAETrainerConfig:
+    """Rate, batches and schedule of a trial."""
+    steps = trial.n_train // BATCH
+    return SAETrainerConfig(
+        total_training_samples=trial.n_train,
+        train_batch_size_samples=BATCH,
+        lr=trial.lr,
+        lr_end=trial.lr,
+        lr_warm_up_steps=steps // 20,
+        lr_decay_steps=steps // 5,
+        adam_beta1=trial.beta1,
+        n_batches_for_norm_estimate=20,
+        device="cpu",
+    )
+
+
+def train(
+    trial: Trial, sae: TopKTrainingSAE, at: Site, **trainer: Any
+) -> saesub.SubspaceSAETrainer:
+    """Train the SAE by the trial's schedule; returns the trainer at its end."""
+    made = saesub.SubspaceSAETrainer(
+        schedule(trial),
+        sae,
+        iter(()),
+        **{"optimizer": trial.optimizer, "dead_window_tokens": trial.n_train // 4} | trainer,
+    )
+    train_part, _ = at.store.split(at.store.n_tokens - trial.n_train)
+
+    def batches(step: int) -> Iterator[dict[str, Tensor]]:
+        stream = train_part.batches(BATCH, seed=trial.seed, start_step=step)
+        return ({trial.hook_name: at.seen(x)} for x in stream)
+
+    saesub.train_together({"trial": made}, batches)
+    return made
+
+
+def judged(trial: Trial, sae: TopKTrainingSAE, at: Site) -> dict[str, Any]:
+    """The trial's settings and its outcome on held-out tokens.
+
+    `dead_share` is over `n_judged` tokens, `silent` over all windows up to it. `firings` is how
+    often a feature fires in them on average. `density` counts features by the power of two of
+    their number of firings (0 for those that fire once, -1 for the dead).
+    """
+    start = at.store.n_tokens - trial.n_judged
+    chosen_on = saesub.reconstruction(sae, at.blocks(start - N_VALIDATION, start), progress=False)
+    found = saesub.judge(
+        sae, at.blocks(start, at.store.n_tokens), n_tokens=trial.n_judged, progress=False
+    )
+    powers = torch.where(found.counts > 0, found.counts.double().log2().floor(), -1).int()
+    values, features = powers.unique(return_counts=True)
+    return asdict(trial) | {
+        "epochs": at.store.epochs,
+        "validation_fvu": chosen_on.fvu,
+        "fvu": found.fvu,
+        "l0": found.l0,
+        "dead_share": found.silent[found.n_tokens],
+        "silent": found.silent,
+        "firings": mean_firings(found.n_tokens, d_sae=trial.d_sae, l0=found.l0),
+        "density": dict(zip(values.tolist(), features.tolist(), strict=True)),
+    }
+
+
+def outcome(trial: Trial) -> dict[str, Any]:
+    """Initialise, train and judge one SAE; `kept` is the share of all features whose decoder row is
+    still at a cosine of 0.9 or more to where it began."""
+    at = site_of(trial)
+    sae = untrained(trial, at)
+    before = sae.W_dec.detach().clone()
+    train(trial, sae, at)
+    cosines = torch.cosine_similarity(before, sae.W_dec.detach(), dim=1)
+    return judged(trial, sae, at) | {
+        "norm_at_start": before.norm(dim=1).mean().item(),
+        "kept": (cosines >= 0.9).double().mean().item(),
+        "cosine_to_start": cosines.quantile(torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95])).tolist(),
+    }
+
+
+def recorded(name: str) -> list[dict[str, Any]]:
+    """The rows of a record; none if there is none yet."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text())["rows"] if path.is_file() else []
+
+
+def trial_of(row: dict[str, Any], kind: type[Trial] = Trial) -> Trial:
+    """The settings that a row has; those that it lacks are the defaults."""
+    return kind(**{f.name: row[f.name] for f in fields(kind) if f.name in row})
+
+
+def run(
+    name: str,
+    trials: Iterable[Trial],
+    outcome: Callable[[Any], dict[str, Any]] = outcome,
+    n_threads: int = 1,
+) -> None:
+    """Add to the record `name` the outcomes of the trials that it lacks, on all cores by workers of
+    `n_threads` threads."""
+    path = RESULTS / f"{name}.json"
+    record = json.loads(path.read_text()) if path.is_file() else {"runs": [], "rows": []}
+    trials = list(dict.fromkeys(trials))
+    kinds = {type(t) for t in trials}
+    done = {trial_of(row, kind) for kind in kinds for row in record["rows"]}
+    if not (left := [t for t in trials if t not in done]):
+        return
+    harvest(left)
+    torch.set_num_threads(n_threads)  # as the workers do, for the record
+    this = {
+        "command": "python " + " ".join(sys.argv),
+        "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], text=True).strip(),
+        "run": run_facts(),
+    }
+    if not record["runs"] or record["runs"][-1]["commit"] != this["commit"]:
+        record["runs"].append(this)
+    os.environ["OMP_NUM_THREADS"] = str(n_threads)
+    n_workers = max(1, (os.cpu_count() or 1) // n_threads)
+    context = get_context("spawn")
+    with ProcessPoolExecutor(n_workers, context, _begin, (n_threads,)) as pool:
+        jobs = [pool.submit(outcome, trial) for trial in left]
+        for job in tqdm(as_completed(jobs), total=len(jobs), unit="SAE", desc=name):
+            record["rows"].append(job.result() | {"run": len(record["runs"]) - 1})
+            write_atomically(path, json.dumps(record, indent=1))
+
+
+def _begin(n_threads: int) -> None:
+    """A worker's first act."""
+    torch.set_num_threads(n_threads)
+    os.environ["TQDM_DISABLE"] = "1"
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+
+
+def sweep_of(rows: Iterable[dict[str, Any]]) -> Sweep:
+    """The rows of one condition and seed at several rates, as a sweep."""
+    rows = sorted(rows, key=lambda row: row["lr"])
+    columns = ("lr", "validation_fvu", "fvu", "dead_share")
+    return Sweep(*(tuple(row[c] for row in rows) for c in columns))
+
+
+def sweep(
+    name: str,
+    conditions: Iterable[Trial],
+    rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3, 4e-3),
+    *,
+    most: int = 7,
+    n_seeds: int = 3,
+    outcome: Callable[[Any], dict[str, Any]] = outcome,
+) -> dict[Trial, float]:
+    """Train each condition at all rates, beyond an edge that is best, and at its best rate with
+    more seeds; returns the best rates."""
+    conditions = [replace(c, lr=0.0) for c in conditions]
+    tried = {c: set(rates) for c in conditions}
+    while True:
+        run(name, [replace(c, lr=lr) for c in conditions for lr in sorted(tried[c])], outcome)
+        found = {trial_of(row, type(conditions[0])): row for row in recorded(name)}
+        sweeps = {
+            c: sweep_of(found[replace(c, lr=lr)] for lr in sorted(tried[c])) for c in conditions
+        }
+        more = {c: s.next_rate() for c, s in sweeps.items() if len(tried[c]) < most}
+        more = {c: lr for c, lr in more.items() if lr is not None}
+        if not more:
+            break
+        for c, lr in more.items():
+            tried[c].add(lr)
+    best = {c: s.rates[s.best] for c, s in sweeps.items()}
+    run(
+        name,
+        [replace(c, lr=lr, seed=c.seed + n) for n in range(1, n_seeds) for c, lr in best.items()],
+        outcome,
+    )
+    return best

@@ -1,0 +1,194 @@
+"""What a comparison of SAEs must survive: long windows, equal tuning, equal fit, paired seeds.
+
+Whether a feature is dead depends on how long one waits: in a window of T tokens a feature of a
+dictionary of `d_sae` features, of which k are active, fires T · k / d_sae times on average, so that
+a wider dictionary looks deader in the same window. And a lower learning rate leaves fewer features
+dead and fits worse, so that two conditions at one rate, or each at its best, compare two things at
+once. The functions here state both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+from scipy.stats import t as student_t
+
+from saesub.arguments import whole_number
+from saesub.errors import SaesubError
+
+FIRINGS_OF_A_WINDOW = 1000  # on average, of a feature, over the window that decides
+FIRINGS_FOR_A_VERDICT = 200
+FIRINGS_OF_TRAINING = 4000
+LONGEST_WINDOW = 10_000_000  # tokens, the field's
+_LEAST_BASELINE = 0.02  # share dead; a ratio to less says nothing
+
+
+def mean_firings(n_tokens: float, *, d_sae: int, l0: float) -> float:
+    """How often an average feature fires over `n_tokens` tokens, with `l0` active ones a token."""
+    return n_tokens * l0 / d_sae
+
+
+def window_for(d_sae: int, k: float) -> int:
+    """Tokens over which a feature fires 1,000 times on average, at most ten million.
+
+    >>> window_for(8192, 32)
+    256000
+    """
+    return min(math.ceil(FIRINGS_OF_A_WINDOW * d_sae / k), LONGEST_WINDOW)
+
+
+def dead_share_at(silent: Mapping[int, float], n_tokens: int) -> float:
+    """Share of features that have not fired after `n_tokens` tokens, as `saesub.judge` counted.
+
+    Args:
+        silent: tokens -> share, the `silent` of a `Judgement`.
+        n_tokens: one of its windows.
+
+    Raises SaesubError for a window longer than the data, or one at which nothing was counted.
+    """
+    n_tokens = whole_number(n_tokens, "n_tokens")
+    windows = {int(n): share for n, share in silent.items()}  # JSON has texts as keys
+    if not windows or n_tokens > max(windows):
+        raise SaesubError(
+            f"a window of {n_tokens:,} tokens is longer than the {max(windows, default=0):,} that "
+            "were judged: judge more tokens, or state the shorter window"
+        )
+    if n_tokens not in windows:
+        raise SaesubError(
+            f"silent features were counted after {', '.join(f'{n:,}' for n in sorted(windows))} "
+            f"tokens, not after {n_tokens:,}: take one of these windows"
+        )
+    return windows[n_tokens]
+
+
+def too_few_firings(n_tokens: float, *, d_sae: int, l0: float) -> str:
+    """Why a window carries no verdict on dead features; empty if it does."""
+    firings = mean_firings(n_tokens, d_sae=d_sae, l0=l0)
+    if firings >= FIRINGS_FOR_A_VERDICT:
+        return ""
+    return (
+        f"a feature fires {firings:.0f} times on average over {n_tokens:,.0f} tokens; a verdict "
+        f"needs {FIRINGS_FOR_A_VERDICT}"
+    )
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One condition trained at several learning rates.
+
+    Attributes:
+        rates: rising.
+        validation_fvu: at each rate, on tokens that no reported number uses; it chooses the rate.
+        fvu, dead: at each rate, on the tokens that are reported.
+
+    Raises SaesubError for rates that do not rise, or measures that are not one for each rate.
+    """
+
+    rates: tuple[float, ...]
+    validation_fvu: tuple[float, ...]
+    fvu: tuple[float, ...]
+    dead: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.rates), len(self.validation_fvu), len(self.fvu), len(self.dead)}
+        if lengths != {len(self.rates)} or not self.rates:
+            raise SaesubError(
+                "a sweep needs a validation FVU, an FVU and a share of dead features for each rate"
+            )
+        if list(self.rates) != sorted(set(self.rates)):
+            raise SaesubError(f"the rates of a sweep rise, which {self.rates} do not: sort them")
+
+    @property
+    def best(self) -> int:
+        """Index of the rate with the least FVU on the validation part."""
+        return int(np.argmin(self.validation_fvu))
+
+    @property
+    def interior(self) -> bool:
+        """Whether a lower and a higher rate than the best were tried."""
+        return 0 < self.best < len(self.rates) - 1
+
+    def next_rate(self) -> float | None:
+        """The rate to try next, beyond the edge that is best; None if the best is interior."""
+        if self.interior:
+            return None
+        return self.rates[-1] * 2 if self.best == len(self.rates) - 1 else self.rates[0] / 2
+
+    def dead_at(self, fvu: float) -> float:
+        """Share of dead features at the rate below the best at which the condition fits as well as
+        `fvu`, linear between tried rates.
+
+        Raises SaesubError if the FVU is below the best one, or above that of the lowest rate.
+        """
+        fits, dead = self.fvu[: self.best + 1][::-1], self.dead[: self.best + 1][::-1]
+        # From the best rate downwards FVU rises; where it does not, noise is levelled out.
+        rising = np.maximum.accumulate(fits)
+        if not rising[0] <= fvu <= rising[-1]:
+            raise SaesubError(
+                f"an FVU of {fvu:.4f} is not among the {rising[0]:.4f} to {rising[-1]:.4f} of the "
+                "rates tried: try lower rates, or compare at another FVU"
+            )
+        return float(np.interp(fvu, rising, dead))
+
+
+def dead_at_equal_fvu(a: Sweep, b: Sweep) -> tuple[float, float, float]:
+    """(dead of a, dead of b, FVU), both at the FVU that the worse of the two reaches at its best.
+
+    The better one is taken at the lower rate at which it fits as badly. Raises SaesubError if that
+    rate is below those tried.
+    """
+    fvu = max(a.fvu[a.best], b.fvu[b.best])
+    return a.dead_at(fvu), b.dead_at(fvu), fvu
+
+
+class Paired(NamedTuple):
+    """Mean of a paired comparison over seeds with its 95 % interval, and how many pairs it has."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+def paired(
+    condition: Mapping[int, float],
+    baseline: Mapping[int, float],
+    how: Literal["difference", "ratio"] = "difference",
+) -> Paired:
+    """Condition minus baseline, or divided by it, seed by seed, with Student's 95 % interval.
+
+    Args:
+        condition, baseline: seed -> measure. Seeds are pairs: the same batches in the same order.
+        how: "ratio" is NaN where less than 2 % of a baseline is dead: it says nothing then.
+
+    Raises SaesubError for a condition without its baseline, or fewer than three pairs.
+    """
+    if missing := sorted(set(condition) ^ set(baseline)):
+        raise SaesubError(
+            f"seeds {missing} have a condition without its baseline, or the reverse: train both"
+        )
+    if len(condition) < 3:
+        raise SaesubError(
+            f"{len(condition)} seeds give no interval: train at least three seeds of both"
+        )
+    pairs = [(condition[seed], baseline[seed]) for seed in sorted(condition)]
+    if how == "difference":
+        values = [a - b for a, b in pairs]
+    elif min(b for _, b in pairs) < _LEAST_BASELINE:
+        return Paired(math.nan, math.nan, math.nan, len(pairs))
+    else:
+        values = [a / b for a, b in pairs]
+    return interval(values)
+
+
+def interval(values: Sequence[float]) -> Paired:
+    """Mean and Student's 95 % interval of independent values. Raises SaesubError below three."""
+    if len(values) < 3:
+        raise SaesubError(f"{len(values)} values give no interval: measure at least three")
+    mean, n = float(np.mean(values)), len(values)
+    reach = float(np.std(values, ddof=1) / math.sqrt(n) * student_t.ppf(0.975, n - 1))
+    return Paired(mean, mean - reach, mean + reach, n)
