@@ -1,11 +1,17 @@
-"""The records of the studies: every row says which run made it, and no trial is there twice."""
+"""The studies: what they set up is what they say, and their records say which run made each row."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+
+import saesub
+from saesub.errors import SaesubError
+from saesub.reproduce import studies
 
 STUDIES = Path(__file__).resolve().parent.parent / "data" / "results" / "studies"
 OUTCOME = ("epochs", "dead_share", "fvu", "run", "window", "dead_in_training", "history")
@@ -21,3 +27,136 @@ def test_a_record_is_whole(name):
     assert len(set(trials)) == len(trials)
     # Above 1 is worse than the mean: a start that overshoots, hardly trained.
     assert all(0 <= row["dead_share"] < 1 and 0 < row["fvu"] < 2 for row in record["rows"])
+
+
+@pytest.fixture
+def protocol(monkeypatch, tmp_path):
+    """The studies' shared module on small stores in memory, of two made-up sites."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "notebooks" / "studies"))
+    import protocol
+
+    generator = torch.Generator().manual_seed(0)
+
+    def rows(decay: float) -> torch.Tensor:
+        turned = torch.linalg.qr(torch.randn(24, 24, generator=generator)).Q
+        lengths = decay ** torch.arange(24.0)
+        return torch.randn(12_288, 24, generator=generator) * lengths @ turned + 0.5
+
+    made = {"uneven": rows(0.75), "even": rows(0.95)}
+
+    def stores(model, corpus, hook_names, n_tokens):
+        return {h: saesub.ActivationStore.of(made[h][:n_tokens], h) for h in hook_names}
+
+    monkeypatch.setattr(protocol.saesub, "harvest", stores)
+    monkeypatch.setattr(protocol, "RESULTS", tmp_path)
+    monkeypatch.setattr(protocol, "N_VALIDATION", 1024)
+    monkeypatch.setattr(protocol, "N_SPECTRUM", 8192)
+    protocol.site.cache_clear()
+    yield protocol
+    protocol.site.cache_clear()
+
+
+def _trial(protocol, **settings):
+    usual = {"hook_name": "uneven", "start": "random", "d_sae": 64, "k": 4}
+    return protocol.Trial(**usual | {"n_train": 8192, "n_judged": 3072} | settings)
+
+
+def test_an_exchanged_spectrum_is_the_others_and_the_rest_stays(protocol):
+    own = protocol.site_of(_trial(protocol))
+    other = protocol.site_of(_trial(protocol, hook_name="even"))
+    changed = protocol.site_of(_trial(protocol, spectrum_of="even"))
+    shares = [s.spectrum.eigenvalues / s.spectrum.eigenvalues.sum() for s in (changed, other)]
+    assert torch.allclose(*shares, atol=1e-5)
+    # The total variance, the mean and the principal directions are its own.
+    variance = own.spectrum.eigenvalues.sum()
+    assert torch.isclose(changed.spectrum.eigenvalues.sum(), variance, rtol=1e-5)
+    assert torch.allclose(changed.spectrum.mean, own.spectrum.mean, atol=1e-4)
+    overlap = own.spectrum.basis(4).T @ changed.spectrum.basis(4)
+    assert torch.linalg.svdvals(overlap.double()).min() > 0.999
+
+
+def test_a_mixed_start_has_one_half_in_the_subspace(protocol):
+    trial = _trial(protocol, start="mixed")
+    at = protocol.site_of(trial)
+    sae = protocol.untrained(trial, at)
+    basis = at.spectrum.basis(saesub.choose_d_init(at.spectrum))
+    inside = saesub.overlap(sae.W_dec.detach(), basis)
+    assert inside[32:].min() > 0.999
+    assert inside[:32].max() < 0.99
+    assert torch.equal(sae.W_enc, sae.W_dec.T)
+    norms = sae.W_dec.norm(dim=1)
+    assert torch.allclose(norms, norms.mean().expand(64), rtol=1e-4)
+
+
+def test_all_starts_have_the_fitted_norm_and_the_bias_at_the_mean(protocol):
+    for start in ("random", "subspace", "whitened_data"):
+        trial = _trial(protocol, start=start)
+        at = protocol.site_of(trial)
+        sae = protocol.untrained(trial, at)
+        scale = at.spectrum.d**0.5 / at.spectrum.mean_norm
+        assert torch.allclose(sae.b_dec.double(), at.spectrum.mean * scale, atol=1e-3)
+        before = sae.W_dec.detach().norm(dim=1).mean()
+        saesub.fit_norm(sae, at.spectrum, activations=at.seen(at.store.rows(0, 4096)))
+        assert torch.isclose(sae.W_dec.norm(dim=1).mean(), before, rtol=1e-3)
+
+
+def test_parts_of_a_store_do_not_overlap_and_a_row_judges_the_last(protocol):
+    trial = _trial(protocol)
+    row = protocol.outcome(trial)
+    assert protocol.trial_of(json.loads(json.dumps(row))) == trial
+    at = protocol.site_of(trial)
+    sae = protocol.untrained(trial, at)
+    protocol.train(trial, sae, at)
+    last = at.store.rows(8192 + 1024, 8192 + 1024 + 3072)
+    assert row["fvu"] == pytest.approx(saesub.reconstruction(sae, last.split(512)).fvu, rel=1e-5)
+    dead = saesub.dead_features(sae, last, n_tokens=3072)
+    assert row["dead_share"] == dead.double().mean().item()
+    assert sum(row["density"].values()) == 64
+    assert row["density"].get(-1, 0) == int(dead.sum())
+    assert row["firings"] == pytest.approx(3072 * 4 / 64)
+
+
+def test_a_study_continues_and_a_sweep_ends_at_an_interior_rate(protocol, monkeypatch):
+    trained = []
+
+    def outcome(trial):
+        """FVU is best at 0.004 on the validation part, which chooses."""
+        trained.append(trial)
+        fvu = abs(torch.tensor(trial.lr / 0.004).log2().item())
+        return protocol.asdict(trial) | {
+            "validation_fvu": fvu, "fvu": 1 / (1 + fvu), "dead_share": trial.lr
+        }  # fmt: skip
+
+    class Here:
+        def __init__(self, *_):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def submit(self, function, trial):
+            done = protocol.Future()
+            done.set_result(function(trial))
+            return done
+
+    monkeypatch.setattr(protocol, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(protocol, "harvest", lambda trials: None)
+    condition = _trial(protocol)
+    best = protocol.sweep("tiny", [condition], (5e-4, 1e-3), outcome=outcome)
+    assert best == {replace(condition, lr=0.0): 0.004}
+    assert sorted(t.lr for t in trained if t.seed == 0) == [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
+    assert [(t.seed, t.lr) for t in trained if t.seed] == [(1, 0.004), (2, 0.004)]
+    n = len(trained)
+    assert protocol.sweep("tiny", [condition], (5e-4, 1e-3), outcome=outcome) == best
+    assert len(trained) == n  # nothing is trained twice
+    record = json.loads((protocol.RESULTS / "tiny.json").read_text())
+    assert len(record["rows"]) == n
+    assert {row["run"] for row in record["rows"]} <= set(range(len(record["runs"])))
+
+
+def test_a_record_that_is_not_there_says_how_to_make_it():
+    with pytest.raises(SaesubError, match=r"run python notebooks/studies/nothing\.py"):
+        studies.recorded("nothing")

@@ -5,8 +5,8 @@
 Writes data/results/studies/cure.json. Random and subspace initialisation under Adam, SparseAdam and
 Adam without momentum (β₁ = 0), and rows at whitened data points, at an attention output in the
 middle of the model; the first four also at a late one. Each condition is trained at four learning
-rates a factor of two apart, and further where the best is at an edge; at its best rate with three
-seeds; and at the rate that is best for the random initialisation under Adam with three seeds too.
+rates a factor of two apart, and further where the best is at an edge, and at its best rate with
+three seeds; the first four also at the rate that is best for the random initialisation under Adam.
 """
 
 from dataclasses import replace
@@ -37,5 +37,5 @@ WHITENED = [Trial(MIDDLE, "whitened_data", optimizer) for optimizer in ("adam", 
 
 if __name__ == "__main__":
     study(four(MIDDLE))
-    study([Trial(MIDDLE, "random"), *WITHOUT_MOMENTUM, *WHITENED])
+    sweep("cure", [*WITHOUT_MOMENTUM, *WHITENED])
     study(four(LATE))

@@ -18,7 +18,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from multiprocessing import get_context
@@ -293,7 +293,7 @@ def run(
     n_workers = max(1, (os.cpu_count() or 1) // n_threads)
     context = get_context("spawn")
     with ProcessPoolExecutor(n_workers, context, _begin, (n_threads,)) as pool:
-        jobs = [pool.submit(outcome, trial) for trial in left]
+        jobs: list[Future] = [pool.submit(outcome, trial) for trial in left]
         for job in tqdm(as_completed(jobs), total=len(jobs), unit="SAE", desc=name):
             record["rows"].append(job.result() | {"run": len(record["runs"]) - 1})
             write_atomically(path, json.dumps(record, indent=1))

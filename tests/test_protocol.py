@@ -1,0 +1,167 @@
+"""The protocol's functions against known answers, brute force and bad input."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from sae_lens import TopKSAE, TopKSAEConfig
+from scipy import stats
+
+import saesub
+from saesub.errors import SaesubError
+from saesub.evaluation import protocol
+
+
+def test_windows_are_a_thousand_firings_up_to_ten_million_tokens():
+    assert protocol.window_for(8192, 32) == 256_000
+    assert protocol.window_for(32_768, 32) == 1_024_000
+    assert protocol.window_for(2**20, 32) == 10_000_000
+    assert protocol.mean_firings(256_000, d_sae=8192, l0=32) == 1000
+
+
+def test_a_feature_that_fires_once_in_a_thousand_tokens_is_dead_only_in_short_windows():
+    """Feature i of 8 fires on every 4**i-th token, and the last one never."""
+    n = 40_000
+    x = torch.full((n, 8), -1.0)
+    for feature in range(7):
+        x[4**feature - 1 :: 4**feature, feature] = 1.0
+    sae = TopKSAE(TopKSAEConfig(d_in=8, d_sae=8, k=8))
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.eye(8))
+        sae.W_dec.copy_(torch.eye(8))
+    found = saesub.judge(sae, x, n_tokens=n, progress=False)
+    assert found.counts.tolist() == [n // 4**i for i in range(7)] + [0]
+    assert protocol.dead_share_at(found.silent, 8192) == 1 / 8  # 4**6 tokens have passed
+    assert protocol.dead_share_at(found.silent, n) == 1 / 8
+    short = saesub.judge(sae, x[:1000], n_tokens=1000, progress=False)
+    # Those of 4**5 and 4**6 tokens have not fired yet.
+    assert protocol.dead_share_at(short.silent, 1000) == 3 / 8
+    # A record in JSON has texts as keys.
+    kept = {str(tokens): share for tokens, share in found.silent.items()}
+    assert protocol.dead_share_at(kept, n) == 1 / 8
+
+
+def test_a_window_longer_than_the_data_gives_no_number():
+    with pytest.raises(SaesubError, match="longer than the 16,384 that were judged"):
+        protocol.dead_share_at({8192: 0.5, 16_384: 0.4}, 20_000)
+    with pytest.raises(SaesubError, match="take one of these windows"):
+        protocol.dead_share_at({8192: 0.5, 16_384: 0.4}, 10_000)
+    with pytest.raises(SaesubError, match="longer than the 0"):
+        protocol.dead_share_at({}, 1)
+
+
+def test_too_few_firings_are_said():
+    assert not protocol.too_few_firings(51_200, d_sae=8192, l0=32)
+    assert "199 times" in protocol.too_few_firings(51_000, d_sae=8192, l0=32)
+
+
+def _sweep(fvu, dead, validation=None, rates=(1.0, 2.0, 4.0, 8.0)):
+    return protocol.Sweep(rates, tuple(validation or fvu), tuple(fvu), tuple(dead))
+
+
+def test_the_validation_part_chooses_the_rate():
+    sweep = _sweep((0.4, 0.3, 0.2, 0.3), (0, 0, 0.1, 0.5), validation=(0.4, 0.1, 0.2, 0.3))
+    assert sweep.best == 1
+    assert sweep.interior
+    assert sweep.next_rate() is None
+    assert _sweep((0.4, 0.3, 0.25, 0.2), (0, 0, 0.1, 0.5)).next_rate() == 16
+    assert _sweep((0.1, 0.3, 0.25, 0.2), (0, 0, 0.1, 0.5)).next_rate() == 0.5
+    assert not _sweep((0.1, 0.3, 0.25, 0.2), (0, 0, 0.1, 0.5)).interior
+
+
+def test_equal_fit_is_read_below_the_best_rate():
+    """The baseline at its best has FVU 0.30 and 40 % dead; the condition fits as badly midway
+    between its first two rates."""
+    baseline = _sweep((0.40, 0.35, 0.30, 0.33), (0.1, 0.2, 0.4, 0.8))
+    condition = _sweep((0.32, 0.28, 0.25, 0.40), (0.00, 0.02, 0.10, 0.90))
+    dead, dead_baseline, fvu = protocol.dead_at_equal_fvu(condition, baseline)
+    assert (dead_baseline, fvu) == (0.4, 0.30)
+    assert dead == pytest.approx(0.01)
+    assert protocol.dead_at_equal_fvu(baseline, condition)[0] == 0.4  # which is which is free
+    assert condition.dead_at(0.25) == 0.10  # at its best itself
+
+
+def test_equal_fit_beyond_the_rates_tried_is_refused():
+    worse = _sweep((0.9, 0.8, 0.7, 0.75), (0.1, 0.2, 0.4, 0.8))
+    better = _sweep((0.32, 0.28, 0.25, 0.40), (0.00, 0.02, 0.10, 0.90))
+    with pytest.raises(SaesubError, match="try lower rates"):
+        protocol.dead_at_equal_fvu(better, worse)
+    with pytest.raises(SaesubError, match=r"not among the 0\.2500 to 0\.3200"):
+        better.dead_at(0.2)
+
+
+def test_noise_in_fvu_does_not_turn_the_curve_around():
+    noisy = _sweep((0.34, 0.35, 0.30, 0.40), (0.00, 0.10, 0.30, 0.90))
+    values = [noisy.dead_at(fvu) for fvu in np.linspace(0.30, 0.35, 9)]
+    assert values == sorted(values, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (((1.0, 2.0), (0.1,), (0.1, 0.2), (0.1, 0.2)), "for each rate"),
+        (((), (), (), ()), "for each rate"),
+        (((2.0, 1.0), (0.1, 0.2), (0.1, 0.2), (0.1, 0.2)), "sort them"),
+        (((1.0, 1.0), (0.1, 0.2), (0.1, 0.2), (0.1, 0.2)), "sort them"),
+    ],
+)
+def test_sweeps_of_nothing_are_refused(arguments, says):
+    with pytest.raises(SaesubError, match=says):
+        protocol.Sweep(*arguments)
+
+
+def test_paired_intervals_are_those_of_a_paired_t_test():
+    a, b = {0: 0.10, 1: 0.13, 2: 0.12}, {0: 0.30, 1: 0.32, 2: 0.33}
+    found = protocol.paired(a, b)
+    expected = stats.ttest_rel([*a.values()], [*b.values()]).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+    assert found.mean == pytest.approx(-0.2)
+    assert found.n == 3
+    ratio = protocol.paired(a, b, "ratio")
+    assert ratio.mean == pytest.approx(np.mean([0.1 / 0.3, 0.13 / 0.32, 0.12 / 0.33]))
+    shuffled = {2: 0.12, 0: 0.10, 1: 0.13}
+    assert protocol.paired(shuffled, b) == found  # by seed, not by order
+
+
+def test_a_ratio_to_a_baseline_that_lost_nothing_says_nothing():
+    found = protocol.paired({0: 0.0, 1: 0.0, 2: 0.0}, {0: 0.3, 1: 0.01, 2: 0.3}, "ratio")
+    assert math.isnan(found.mean)
+    assert math.isnan(found.low)
+    assert found.n == 3
+
+
+def test_a_condition_without_its_baseline_and_too_few_seeds_are_refused():
+    with pytest.raises(SaesubError, match=r"seeds \[2\] have a condition without its baseline"):
+        protocol.paired({0: 1.0, 1: 1.0, 2: 1.0}, {0: 1.0, 1: 1.0})
+    with pytest.raises(SaesubError, match="train at least three seeds"):
+        protocol.paired({0: 1.0, 1: 1.0}, {0: 1.0, 1: 1.0})
+    with pytest.raises(SaesubError, match="measure at least three"):
+        protocol.interval([1.0, 2.0])
+
+
+def test_intervals_of_three_seeds_cover_the_truth_as_often_as_they_say():
+    draws = np.random.default_rng(0).normal(1.0, 0.5, (4000, 3))
+    covered = [low <= 1.0 <= high for _, low, high, _ in map(protocol.interval, draws.tolist())]
+    assert np.mean(covered) == pytest.approx(0.95, abs=0.015)
+
+
+def test_planted_deaths_are_found_and_told_by_the_planted_subspace():
+    """Data of rank 8 in 32 dimensions; features outside of it read nothing but a negative bias."""
+    torch.manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(32, 32)).Q
+    x = torch.randn(20_000, 8) @ basis[:, :8].T
+    inside = torch.nn.functional.normalize(torch.randn(64, 8), dim=1) @ basis[:, :8].T
+    outside = torch.nn.functional.normalize(torch.randn(64, 24), dim=1) @ basis[:, 8:].T
+    sae = TopKSAE(TopKSAEConfig(d_in=32, d_sae=128, k=4))
+    with torch.no_grad():
+        sae.W_dec.copy_(torch.cat([inside, outside]))
+        sae.W_enc.copy_(sae.W_dec.T)
+        sae.b_enc.fill_(-1e-3)
+    found = saesub.judge(sae, x, n_tokens=20_000, progress=False)
+    assert torch.equal(found.counts == 0, torch.arange(128) >= 64)
+    spectrum = saesub.Spectrum.from_activations(x)
+    told = saesub.diagnose(sae.W_dec.detach(), found.counts == 0, spectrum.basis(8))
+    assert told.auc == 1.0
