@@ -148,6 +148,24 @@ def test_intervals_of_three_seeds_cover_the_truth_as_often_as_they_say():
     assert np.mean(covered) == pytest.approx(0.95, abs=0.015)
 
 
+def test_the_bootstrap_of_a_mean_is_that_of_theory_and_keeps_groups_whole():
+    values = np.random.default_rng(1).normal(2.0, 1.0, 200)
+    found = protocol.bootstrap(lambda groups: float(np.mean(groups)), values.tolist())
+    reach = 1.96 * values.std() / math.sqrt(200)
+    assert found.mean == values.mean()
+    assert (found.low, found.high) == pytest.approx(
+        (values.mean() - reach, values.mean() + reach), abs=0.02
+    )
+    # Twenty groups of ten equal values are twenty values, not two hundred.
+    groups = [[v] * 10 for v in values[:20]]
+    whole = protocol.bootstrap(lambda gs: float(np.mean(np.concatenate(gs))), groups)
+    assert whole.high - whole.low == pytest.approx(
+        3.92 * values[:20].std() / math.sqrt(20), rel=0.1
+    )
+    with pytest.raises(SaesubError, match="2 groups give no interval"):
+        protocol.bootstrap(len, [1, 2])
+
+
 def test_planted_deaths_are_found_and_told_by_the_planted_subspace():
     """Data of rank 8 in 32 dimensions; features outside of it read nothing but a negative bias."""
     torch.manual_seed(0)

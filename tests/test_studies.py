@@ -66,10 +66,10 @@ def test_an_exchanged_spectrum_is_the_others_and_the_rest_stays(protocol):
     other = protocol.site_of(_trial(protocol, hook_name="even"))
     changed = protocol.site_of(_trial(protocol, spectrum_of="even"))
     shares = [s.spectrum.eigenvalues / s.spectrum.eigenvalues.sum() for s in (changed, other)]
-    assert torch.allclose(*shares, atol=1e-5)
+    assert torch.allclose(*shares, atol=2e-4)
     # The total variance, the mean and the principal directions are its own.
     variance = own.spectrum.eigenvalues.sum()
-    assert torch.isclose(changed.spectrum.eigenvalues.sum(), variance, rtol=1e-5)
+    assert torch.isclose(changed.spectrum.eigenvalues.sum(), variance, rtol=1e-4)
     assert torch.allclose(changed.spectrum.mean, own.spectrum.mean, atol=1e-4)
     overlap = own.spectrum.basis(4).T @ changed.spectrum.basis(4)
     assert torch.linalg.svdvals(overlap.double()).min() > 0.999

@@ -10,9 +10,9 @@ once. The functions here state both.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from scipy.stats import t as student_t
@@ -145,8 +145,8 @@ def dead_at_equal_fvu(a: Sweep, b: Sweep) -> tuple[float, float, float]:
     return a.dead_at(fvu), b.dead_at(fvu), fvu
 
 
-class Paired(NamedTuple):
-    """Mean of a paired comparison over seeds with its 95 % interval, and how many pairs it has."""
+class Interval(NamedTuple):
+    """A mean or another statistic with its 95 % interval, and how many values it is of."""
 
     mean: float
     low: float
@@ -158,7 +158,7 @@ def paired(
     condition: Mapping[int, float],
     baseline: Mapping[int, float],
     how: Literal["difference", "ratio"] = "difference",
-) -> Paired:
+) -> Interval:
     """Condition minus baseline, or divided by it, seed by seed, with Student's 95 % interval.
 
     Args:
@@ -179,16 +179,37 @@ def paired(
     if how == "difference":
         values = [a - b for a, b in pairs]
     elif min(b for _, b in pairs) < _LEAST_BASELINE:
-        return Paired(math.nan, math.nan, math.nan, len(pairs))
+        return Interval(math.nan, math.nan, math.nan, len(pairs))
     else:
         values = [a / b for a, b in pairs]
     return interval(values)
 
 
-def interval(values: Sequence[float]) -> Paired:
+def interval(values: Sequence[float]) -> Interval:
     """Mean and Student's 95 % interval of independent values. Raises SaesubError below three."""
     if len(values) < 3:
         raise SaesubError(f"{len(values)} values give no interval: measure at least three")
     mean, n = float(np.mean(values)), len(values)
     reach = float(np.std(values, ddof=1) / math.sqrt(n) * student_t.ppf(0.975, n - 1))
-    return Paired(mean, mean - reach, mean + reach, n)
+    return Interval(mean, mean - reach, mean + reach, n)
+
+
+def bootstrap(
+    statistic: Callable[[list[Any]], float], groups: Sequence[Any], *, n: int = 2000, seed: int = 0
+) -> Interval:
+    """A statistic of groups with the 95 % interval over resampled groups, each drawn whole.
+
+    Args:
+        statistic: of a list of groups; NaN counts as no value.
+        groups: what is independent, such as documents; or layers, with all their sites.
+        n: resamples.
+        seed: of the draws.
+
+    Raises SaesubError below three groups.
+    """
+    if len(groups) < 3:
+        raise SaesubError(f"{len(groups)} groups give no interval: measure at least three")
+    draws = np.random.default_rng(seed).integers(len(groups), size=(n, len(groups)))
+    values = [statistic([groups[i] for i in draw]) for draw in draws]
+    low, high = np.nanquantile(values, [0.025, 0.975])
+    return Interval(statistic(list(groups)), float(low), float(high), len(groups))

@@ -1,0 +1,82 @@
+"""Figures of the protocol: dead features by window, against FVU, and how often features fire.
+
+Each takes a tidy DataFrame and returns a closed Figure, as all of `saesub.reproduce.plots` do.
+"""
+
+from __future__ import annotations
+
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from saesub.reproduce.plots import drawing as draw
+from saesub.reproduce.plots.training import OUTCOMES
+
+_LEAST_SHARE = 1e-3  # of the features: there axes of shares pass from linear to logarithmic
+
+
+def dead_by_window(frame: pd.DataFrame, decides: float | None = None) -> Figure:
+    """Share of features that have not fired after so many held-out tokens, a line per condition.
+
+    The seeds' mean is the line, least to most the band. Where a curve still falls, features are
+    rare, not dead. `frame`: tokens, silent, condition. `decides`: the window that is marked.
+    """
+    draw.checked(frame, "tokens", "silent", "condition")
+    with draw.closed_figure() as (figure, (axes,)):
+        for rows, look in draw.series(frame, "condition"):
+            seeds = draw.over_seeds(rows, "tokens", "silent")
+            axes.plot(seeds.index, seeds["mean"], **look)
+            band = {"color": look["color"], "alpha": 0.18, "lw": 0}
+            axes.fill_between(seeds.index, seeds["min"], seeds["max"], **band)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+        if decides is not None:
+            axes.axvline(decides, color=draw.NOTE, lw=1, ls=(0, (5, 3)))
+        axes.set(xlabel="held-out tokens watched (dashed line: a feature fires 1,000 times)")
+        axes.set_ylabel("features that have not fired")
+        draw.percent_from_zero(axes.yaxis)
+    return figure
+
+
+def dead_against_fvu(frame: pd.DataFrame) -> Figure:
+    """Dead features against FVU along the learning rates tried, a line per condition.
+
+    Left and low is better. The large mark is the condition's own best rate. `frame`: condition,
+    lr, dead_share, fvu, best (bool).
+    """
+    draw.checked(frame, "condition", "lr", "dead_share", "fvu", "best")
+    with draw.closed_figure(size=(draw.WIDE, 4.4)) as (figure, (axes,)):
+        for rows, look in draw.series(frame, "condition"):
+            means = rows.groupby("lr")[["fvu", "dead_share", "best"]].mean()
+            axes.plot(means["fvu"], means["dead_share"], **look)
+            best = means[means["best"] > 0]
+            axes.plot(best["fvu"], best["dead_share"], look["marker"], ms=11, color=look["color"])
+            for lr, point in means.iterrows():
+                place = {"xytext": (5, 4), "textcoords": "offset points", "fontsize": 8}
+                axes.annotate(f"{lr:g}", (point["fvu"], point["dead_share"]), color="#666", **place)
+        axes.set_yscale("symlog", linthresh=_LEAST_SHARE)
+        axes.set_ylim(bottom=-0.2 * _LEAST_SHARE)
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.set(xlabel=OUTCOMES["fvu"], ylabel=OUTCOMES["dead_share"])
+        draw.percent(axes.yaxis)
+    return figure
+
+
+def firing_counts(frame: pd.DataFrame) -> Figure:
+    """How often features fire over the held-out tokens, by powers of two, one step per condition.
+
+    `frame`: condition, power (-1 for features that never fire), share.
+    """
+    draw.checked(frame, "condition", "power", "share")
+    with draw.closed_figure(size=(draw.WIDE, 3.6)) as (figure, (axes,)):
+        highest = int(frame["power"].max())
+        for rows, look in draw.series(frame, "condition"):
+            shares = rows.groupby("power")["share"].mean().reindex(range(-1, highest + 1))
+            line = {k: v for k, v in look.items() if k != "marker"}
+            axes.stairs(shares.fillna(0), range(-1, highest + 2), lw=1.8, baseline=None, **line)
+        ticks = [-1, *range(0, highest + 2, 3)]
+        names = ["never", *(f"{2**tick:,}" for tick in ticks[1:])]
+        axes.set_xticks(ticks, names, ha="left")
+        axes.set(xlabel="firings over the held-out tokens, from", ylabel="share of features")
+        draw.percent_from_zero(axes.yaxis)
+    return figure
