@@ -10,15 +10,15 @@ Writes data/results/studies/causes.json.
   fixed linear map along its own principal directions, and the MLP output the attention output's.
   Nothing else changes. If the spectrum kills, the deaths go with it.
 
-All are initialised at random but for the mixed ones, under Adam, with the rate chosen for each
-condition as in cure.py, at its best rate with three seeds.
+All have 4,096 features and are initialised at random but for the mixed ones, under Adam, each at
+four learning rates or more and at its best rate with three seeds, as in cure.py.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from protocol import Trial, judged, site_of, sweep, train, untrained
+from protocol import SMALL, Trial, judged, site_of, sweep, train, untrained
 
 import saesub
 
@@ -32,11 +32,12 @@ def attention(layer: int) -> str:
 
 MLP = "blocks.12.hook_mlp_out"
 EXCHANGED = [
-    Trial(attention(12), "random", spectrum_of=MLP),
-    Trial(MLP, "random"),
-    Trial(MLP, "random", spectrum_of=attention(12)),
+    Trial(attention(12), "random", **SMALL),
+    Trial(attention(12), "random", spectrum_of=MLP, **SMALL),
+    Trial(MLP, "random", **SMALL),
+    Trial(MLP, "random", spectrum_of=attention(12), **SMALL),
 ]
-MIXED = [Trial(attention(layer), "mixed") for layer in LAYERS]
+MIXED = [Trial(attention(layer), "mixed", **SMALL) for layer in LAYERS]
 
 
 def outcome(trial: Trial) -> dict[str, Any]:
@@ -57,6 +58,4 @@ def outcome(trial: Trial) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sweep("causes", MIXED[:1], outcome=outcome)
-    sweep("causes", EXCHANGED, outcome=outcome)
-    sweep("causes", MIXED[1:], outcome=outcome)
+    sweep("causes", [*MIXED[:1], *EXCHANGED, *MIXED[1:]], outcome=outcome)

@@ -3,23 +3,25 @@
     python notebooks/studies/cure.py
 
 Writes data/results/studies/cure.json. Random and subspace initialisation under Adam, SparseAdam and
-Adam without momentum (β₁ = 0), and rows at whitened data points, at an attention output in the
-middle of the model; the first four also at a late one. Each condition is trained at four learning
-rates a factor of two apart, and further where the best is at an edge, and at its best rate with
-three seeds; the first four also at the rate that is best for the random initialisation under Adam.
+Adam without momentum (β₁ = 0) at an attention output in the middle of the model, with 8,192
+features; and with 4,096 features in half as many tokens, the first four also at a late attention
+output, and rows at whitened data points. Each condition is trained at four learning rates a factor
+of two apart, and further where the best is at an edge, and at its best rate with three seeds; the
+first four also at the rate that is best for the random initialisation under Adam.
 """
 
 from dataclasses import replace
+from typing import Any
 
-from protocol import Trial, run, sweep
+from protocol import SMALL, Trial, run, sweep
 
 MIDDLE, LATE = "blocks.12.hook_attn_out", "blocks.21.hook_attn_out"
 
 
-def four(hook_name: str) -> list[Trial]:
+def four(hook_name: str, **size: Any) -> list[Trial]:
     """Two initialisations under two optimizers."""
     return [
-        Trial(hook_name, start, optimizer)
+        Trial(hook_name, start, optimizer, **size)
         for optimizer in ("adam", "sparse_adam")
         for start in ("random", "subspace")
     ]
@@ -33,9 +35,12 @@ def study(conditions: list[Trial]) -> None:
 
 
 WITHOUT_MOMENTUM = [Trial(MIDDLE, start, beta1=0.0) for start in ("random", "subspace")]
-WHITENED = [Trial(MIDDLE, "whitened_data", optimizer) for optimizer in ("adam", "sparse_adam")]
+WHITENED = [
+    Trial(MIDDLE, "whitened_data", optimizer, **SMALL) for optimizer in ("adam", "sparse_adam")
+]
 
 if __name__ == "__main__":
     study(four(MIDDLE))
+    study(four(MIDDLE, **SMALL))
+    study(four(LATE, **SMALL))
     sweep("cure", [*WITHOUT_MOMENTUM, *WHITENED])
-    study(four(LATE))

@@ -32,7 +32,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import saesub
+from saesub.evaluation.held_out import Judgement
 from saesub.evaluation.protocol import Sweep, mean_firings
+from saesub.evaluation.reconstruction import Reconstruction
 from saesub.files import write_atomically
 from saesub.reproduce.report import run_facts
 
@@ -42,6 +44,9 @@ BATCH = 1024
 N_VALIDATION = 32_768
 N_SPECTRUM = 200_000  # training tokens behind a spectrum
 N_FIRST = 16_384  # tokens on which untrained features are counted
+# 4,096 features in proportion: as often as the 8,192 of a trial's defaults do they fire in training
+# and in the window.
+SMALL: dict[str, Any] = {"d_sae": 4096, "n_train": 512_000, "n_judged": 128_000}
 _BLOCK = 4096
 
 
@@ -70,6 +75,12 @@ class Trial:
     spectrum_of: str = ""
     model: str = "smollm2-135m"
     corpus: str = "english-mix"
+    batch_size: int = BATCH
+
+    @property
+    def hooks(self) -> set[str]:
+        """Hook points whose activations the trial needs."""
+        return {self.hook_name} | ({self.spectrum_of} if self.spectrum_of else set())
 
     @property
     def n_stored(self) -> int:
@@ -102,10 +113,10 @@ def harvest(trials: Iterable[Trial]) -> None:
     """Have the cache hold what the trials ask for, one pass for each model, corpus and length."""
     wanted: dict[tuple[str, str, int], set[str]] = {}
     for t in trials:
-        hooks = {t.hook_name} | ({t.spectrum_of} if t.spectrum_of else set())
-        wanted.setdefault((t.model, t.corpus, t.n_stored), set()).update(hooks)
+        wanted.setdefault((t.model, t.corpus, t.n_stored), set()).update(t.hooks)
     for (model, corpus, n_tokens), hooks in sorted(wanted.items()):
-        saesub.harvest(model, corpus, sorted(hooks), n_tokens=n_tokens)
+        if hooks:
+            saesub.harvest(model, corpus, sorted(hooks), n_tokens=n_tokens)
 
 
 @cache
@@ -179,10 +190,10 @@ def untrained(trial: Trial, at: Site, start: Start = set_start, **config: Any) -
 
 def schedule(trial: Trial) -> SAETrainerConfig:
     """Rate, batches and schedule of a trial."""
-    steps = trial.n_train // BATCH
+    steps = trial.n_train // trial.batch_size
     return SAETrainerConfig(
         total_training_samples=trial.n_train,
-        train_batch_size_samples=BATCH,
+        train_batch_size_samples=trial.batch_size,
         lr=trial.lr,
         lr_end=trial.lr,
         lr_warm_up_steps=steps // 20,
@@ -206,7 +217,7 @@ def train(
     train_part, _ = at.store.split(at.store.n_tokens - trial.n_train)
 
     def batches(step: int) -> Iterator[dict[str, Tensor]]:
-        stream = train_part.batches(BATCH, seed=trial.seed, start_step=step)
+        stream = train_part.batches(trial.batch_size, seed=trial.seed, start_step=step)
         return ({trial.hook_name: at.seen(x)} for x in stream)
 
     saesub.train_together({"trial": made}, batches)
@@ -214,24 +225,33 @@ def train(
 
 
 def judged(trial: Trial, sae: TopKTrainingSAE, at: Site) -> dict[str, Any]:
-    """The trial's settings and its outcome on held-out tokens.
-
-    `dead_share` is over `n_judged` tokens, `silent` over all windows up to it. `firings` is how
-    often a feature fires in them on average. `density` counts features by the power of two of
-    their number of firings (0 for those that fire once, -1 for the dead).
-    """
+    """The trial's settings and its outcome on held-out tokens."""
     start = at.store.n_tokens - trial.n_judged
     chosen_on = saesub.reconstruction(sae, at.blocks(start - N_VALIDATION, start), progress=False)
     found = saesub.judge(
         sae, at.blocks(start, at.store.n_tokens), n_tokens=trial.n_judged, progress=False
     )
+    return row_of(trial, at.store.epochs, chosen_on, found)
+
+
+def row_of(
+    trial: Trial, epochs: float, chosen_on: Reconstruction, found: Judgement
+) -> dict[str, Any]:
+    """The trial's settings, how it fits the validation part, and its outcome on held-out tokens.
+
+    `dead_share` is over `window` tokens, `silent` over all windows up to it. `firings` is how
+    often a feature fires in them on average. `density` counts features by the power of two of
+    their number of firings (0 for those that fire once, -1 for the dead).
+    """
     powers = torch.where(found.counts > 0, found.counts.double().log2().floor(), -1).int()
     values, features = powers.unique(return_counts=True)
     return asdict(trial) | {
-        "epochs": at.store.epochs,
+        "epochs": epochs,
         "validation_fvu": chosen_on.fvu,
+        "validation_l0": chosen_on.l0,
         "fvu": found.fvu,
         "l0": found.l0,
+        "window": found.n_tokens,
         "dead_share": found.silent[found.n_tokens],
         "silent": found.silent,
         "firings": mean_firings(found.n_tokens, d_sae=trial.d_sae, l0=found.l0),

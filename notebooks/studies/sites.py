@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from protocol import N_FIRST, Trial, judged, run, site_of, train, untrained
+from protocol import N_FIRST, SMALL, Trial, judged, run, site_of, train, untrained
 from scipy.stats import rankdata
 from torch import Tensor
 
@@ -24,14 +24,13 @@ from saesub.evaluation.features import feature_density
 
 SITES = ("attn_out", "mlp_out", "resid_post")
 LAYERS = range(0, 30, 3)
-SIZE: dict[str, Any] = {"d_sae": 4096, "n_train": 512_000, "n_judged": 128_000}
 RATE, HIGHER = 1e-3, 2e-3
 
 
 def trials(lr: float, seed: int) -> list[Trial]:
     """One SAE at every site."""
     return [
-        Trial(f"blocks.{layer}.hook_{kind}", "random", lr=lr, seed=seed, **SIZE)
+        Trial(f"blocks.{layer}.hook_{kind}", "random", lr=lr, seed=seed, **SMALL)
         for layer in LAYERS
         for kind in SITES
     ]

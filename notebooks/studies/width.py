@@ -3,28 +3,16 @@
     python notebooks/studies/width.py
 
 Writes data/results/studies/width.json. 2,048 and 32,768 features at the attention output in the
-middle of the model (8,192 are in cure.json), four conditions, each at learning rates of its own at
-its width. A feature fires 4,000 times on average in training and 1,000 times in the window that
-decides: 256,000 and 64,000 tokens at 2,048 features, 4,096,000 and 1,024,000 at 32,768. The widest
-has one seed, and takes hours on two cores.
+middle of the model (4,096 and 8,192 are in cure.json), four conditions, each at learning rates of
+its own at its width. A feature fires 4,000 times on average in training and 1,000 times in the
+window that decides: 256,000 and 64,000 tokens at 2,048 features, 4,096,000 and 1,024,000 at 32,768.
+The widest has one seed, and takes hours on two cores.
 """
 
-from typing import Any
-
-from cure import MIDDLE
-from protocol import Trial, sweep
-
-
-def four(**size: Any) -> list[Trial]:
-    """Two initialisations under two optimizers."""
-    return [
-        Trial(MIDDLE, start, optimizer, **size)
-        for optimizer in ("adam", "sparse_adam")
-        for start in ("random", "subspace")
-    ]
-
+from cure import MIDDLE, four
+from protocol import sweep
 
 if __name__ == "__main__":
-    sweep("width", four(d_sae=2048, n_train=256_000, n_judged=64_000))
-    wide = four(d_sae=32_768, n_train=4_096_000, n_judged=1_024_000)
+    sweep("width", four(MIDDLE, d_sae=2048, n_train=256_000, n_judged=64_000))
+    wide = four(MIDDLE, d_sae=32_768, n_train=4_096_000, n_judged=1_024_000)
     sweep("width", wide, (2.5e-4, 5e-4, 1e-3), n_seeds=1)
