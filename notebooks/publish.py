@@ -38,7 +38,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from saesub.errors import SaesubError
 from saesub.files import write_atomically
-from saesub.reproduce import claims, paper_claims
+from saesub.reproduce import claims, claims_table, paper_claims
 from saesub.reproduce.plots import SITES, dead_by_hook_point
 from saesub.reproduce.report import is_progress, memory_text
 
@@ -56,8 +56,10 @@ FIGURE_FILE = RESULTS / "dead_by_hook_point.png"
 WIDE = ("long", "million", "scaled")  # the studies of the table of wide dictionaries
 FAULTS_FILE = RESULTS / "faults.json"
 ARCHITECTURES_FILE = RESULTS / "architectures.json"
+BOUNDS_FILE = RESULTS / "bounds.json"
 REGISTRY = ROOT / "data" / "registry.toml"
 ERROR_INDEX = runpy.run_path(str(ROOT / "notebooks" / "error_index.py"))
+BOUNDS = runpy.run_path(str(ROOT / "notebooks" / "bounds.py"))
 # The packaged files that the notebooks ask for at `full`, by kind, and those of them that `quick`
 # leaves out.
 FETCHED = {
@@ -126,7 +128,9 @@ def pages() -> list[Path]:
 
 
 def write_pages(records: dict) -> None:
-    """Writes the README, the pages in docs/ and the README's figure again from the records."""
+    """Writes the README, the pages in docs/ and the README's figure again from the records, and
+    the commits of the claims' bounds again from git."""
+    BOUNDS["write_bounds"](ROOT)
     study = (STUDIES / "d_init.json").read_bytes()
     save_figure(readme_figure(json.loads(study)), study)
     for page in pages():
@@ -235,7 +239,8 @@ def with_tables(page: str, records: dict) -> str:
         "figure": figure_caption(d_init),
         "cost": cost_table(records, tomllib.loads(REGISTRY.read_text(encoding="utf-8"))),
         "titles": _titles(records),
-        "findings": claims.scorecard(rows).markdown(),
+        "verdicts": findings_table(rows),
+        "findings": claims_page(records, json.loads(BOUNDS_FILE.read_text())),
         "notebooks": _notebook_table(records),
         "sweep": sweep_table(d_init),
         "starts": starts_table(d_init),
@@ -305,52 +310,90 @@ SUMMARY = (
         ("F11", "F12"),
     ),
 )
-MIXED = "mixed"
 
 
 def summary_table(rows: Iterable[dict]) -> str:
-    """A line for each finding of the paper: its figure, ours, where it holds and where not."""
-    verdicts: Counter[str] = Counter()
+    """A line for each finding of the README: the paper's figure, ours, what speaks against it and
+    its verdicts. Above them, how many of the paper's findings have which verdict."""
+    scored = claims.scorecard(rows).rows
+    judged = {found.finding: found for found in claims.findings(scored)}
+    totals = Counter(found.verdict for found in judged.values())
+    told = ", ".join(f"{name} {totals[name]}" for name in claims_table.VERDICTS if totals[name])
     lines = [
-        "| Finding | Paper | Here | Where it holds ✔ and where not | Verdict |",
+        f"Of the paper's {len(judged)} findings: {told}.",
+        "",
+        "| Finding | Paper | Here | Claims that are mixed or fail | Verdict |",
         "|---" * 5 + "|",
     ]
-    scored = claims.scorecard(rows).rows
     for finding in SUMMARY:
-        # What goes beyond the paper is no verdict on the paper's finding.
         own = [
             row
             for row in scored
-            if row["finding"] in finding.findings
-            and not row["claim"].startswith("Beyond the paper")
+            if row["finding"] in finding.findings and not paper_claims.find(row["id"]).beyond_paper
         ]
         shown = [row for row in own if row["id"] in finding.shown]
-        verdict, counts = _verdict(own)
-        verdicts[verdict] += 1
         paper = dict.fromkeys(row["paper"] or "–" for row in shown)
         cells = (
             f"**{finding.title}**: {finding.quantity}",
             finding.joined_by.join(paper),
             _values(shown, finding.joined_by),
-            _where(own, shown),
-            f"**{verdict}**<br>{counts}",
+            "<br>".join(_against(own)),
+            "<br>".join(_verdict(judged[name]) for name in finding.findings),
         )
         lines.append(f"| {' | '.join(cells)} |")
-    told = (
-        f"Findings that hold in full: {verdicts[paper_claims.HOLDS]}. Mixed: {verdicts[MIXED]}. "
-        f"Do not hold: {verdicts[paper_claims.FAILS]}."
-    )
-    return "\n".join([told, "", *lines])
+    return "\n".join(lines)
+
+
+def _verdict(found: claims.FindingVerdict) -> str:
+    return f"{found.finding} {found.verdict}: {found.tally}"
+
+
+def findings_table(rows: Iterable[dict]) -> str:
+    """A line for each of the paper's findings: its verdict and its rows by verdict."""
+    lines = ["| Finding | Verdict | Rows |", "|---" * 3 + "|"]
+    for found in claims.findings(claims.scorecard(rows).rows):
+        symbol = claims_table.SYMBOLS[found.verdict]
+        lines.append(f"| {found.finding} | {symbol} {found.verdict} | {found.tally} |")
+    return "\n".join(lines)
+
+
+def claims_page(records: dict, bounds: dict) -> str:
+    """Every claim in every regime, with the commits of its bounds and of its record.
+
+    `bounds` is what `bounds.py` found. A row without a commit has that of its notebook's run.
+    """
+    rows = [
+        row | {"record": row.get("record") or bounds["runs"].get(name, "")}
+        for name, recorded in records[SHOWN].items()
+        for row in recorded["claims"]
+    ]
+    scored = claims.scorecard(rows).rows
+    return claims_table.ClaimsTable([_with_bound(row, bounds) for row in scored]).markdown()
+
+
+def _with_bound(row: dict, bounds: dict) -> dict:
+    """The row with the commit of its bounds, and whether that is younger than its record."""
+    if row["id"] not in bounds["claims"]:
+        return row | {"bound": "not committed", "bound_is_younger": bool(row["record"])}
+    commit = bounds["claims"][row["id"]]["commit"]
+    younger = row["record"][: claims_table.SHORT] in bounds["older_records"][commit]
+    return row | {"bound": commit, "bound_is_younger": younger}
 
 
 def _values(rows: Sequence[dict], joined_by: str) -> str:
-    """The values of each notebook; a semicolon between notebooks."""
-    by_notebook: dict[str, list[str]] = {}
+    """The values of each regime, a semicolon between them; with its name if there is one regime,
+    else with their number. A notebook of an older record, which names none, counts as one."""
+    by_regime: dict[str, list[dict]] = {}
     for row in rows:
         if row["value"] is not None:
-            by_notebook.setdefault(row["notebook"], []).append(_value(row))
-    texts = dict.fromkeys(joined_by.join(values) for values in by_notebook.values())
-    return "; ".join(texts) or "not measured"
+            by_regime.setdefault(row["regime"] or row["notebook"], []).append(row)
+    if not by_regime:
+        return "not measured"
+    values = "; ".join(joined_by.join(map(_value, of)) for of in by_regime.values())
+    if len(by_regime) > 1:
+        return f"{values} ({len(by_regime)} regimes)"
+    regimes = dict.fromkeys(row["regime"] or row["n"] for of in by_regime.values() for row in of)
+    return f"{values} ({claims_table.markdown_text('; '.join(regimes))})"
 
 
 def _value(row: dict) -> str:
@@ -359,52 +402,20 @@ def _value(row: dict) -> str:
     return f"{row['value']:.3g}"
 
 
-def _where(rows: Sequence[dict], shown: Sequence[dict]) -> str:
-    """Where the shown claims hold and none of them fails; then every claim that fails or was
-    not measured; where there is none, those that hold in direction."""
-    failing = {row["n"] for row in shown if row["verdict"] == paper_claims.FAILS}
-    held = [r["n"] for r in shown if r["verdict"] == paper_claims.HOLDS and r["n"] not in failing]
-    lines = [f"✔ {'; '.join(dict.fromkeys(held))}"] if held else []
-    against = _named(rows, "✘", paper_claims.FAILS) + _named(rows, "–", paper_claims.UNTESTED)
-    return "<br>".join(lines + (against or _named(rows, "↗", paper_claims.DIRECTION)))
-
-
-def _named(rows: Sequence[dict], symbol: str, verdict: str) -> list[str]:
-    """The claims of a verdict, each with its regime and, where it fails, the notebook's note."""
+def _against(rows: Sequence[dict]) -> list[str]:
+    """The claims with a row that is mixed or fails, and in how many of their regimes."""
+    by_claim: dict[str, list[dict]] = {}
+    for row in rows:
+        by_claim.setdefault(row["id"], []).append(row)
     lines = []
-    for row in rows:
-        if row["verdict"] == verdict:
-            note = row["note"].split("; interval")[0] if symbol == "✘" else ""
-            regime = "; ".join(filter(None, [row["n"], note])) or "not measured"
-            lines.append(f"{symbol} *{row['claim'].split(':')[0]}* ({regime})")
+    for of in by_claim.values():
+        verdicts = [row["verdict"] for row in of]
+        for verdict in (paper_claims.MIXED, paper_claims.FAILS):
+            if n := verdicts.count(verdict):
+                where = f" ({n} of {len(of)} regimes)" * (len(of) > 1)
+                name = of[0]["claim"].split(":")[0]
+                lines.append(f"{claims_table.SYMBOLS[verdict]} *{name}*{where}")
     return lines
-
-
-def _verdict(rows: Sequence[dict]) -> tuple[str, str]:
-    """Whether a finding holds, is mixed or does not hold, and its claims counted by verdict.
-
-    A claim counts once, however many notebooks measured it: as mixed where they differ.
-    """
-    by_claim: dict[str, set[str]] = {}
-    for row in rows:
-        by_claim.setdefault(row["id"], set()).add(row["verdict"])
-    each = [v.copy().pop() if len(v) == 1 else MIXED for v in by_claim.values()]
-    tested = [v for v in each if v != paper_claims.UNTESTED]
-    if tested and set(tested) == {paper_claims.HOLDS}:
-        whole = paper_claims.HOLDS
-    elif set(tested) <= {paper_claims.FAILS}:
-        whole = paper_claims.FAILS if tested else paper_claims.UNTESTED
-    else:
-        whole = MIXED
-    symbols = {
-        paper_claims.HOLDS: "✔",
-        paper_claims.DIRECTION: "↗",
-        paper_claims.FAILS: "✘",
-        MIXED: "mixed",
-        paper_claims.UNTESTED: "–",
-    }
-    counts = [f"{n} {symbol}" for name, symbol in symbols.items() if (n := each.count(name))]
-    return whole, ", ".join(counts)
 
 
 def by_hook_point(study: dict) -> pd.DataFrame:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
+import subprocess
 from pathlib import Path
 
 import nbformat
@@ -34,7 +36,10 @@ def test_every_page_shows_the_committed_records(page):
     ("page", "name"),
     [
         *[("README.md", name) for name in ("figure", "summary", "cost", "titles")],
-        *[("docs/findings.md", n) for n in ("findings", "wide", "sweep", "starts", "notebooks")],
+        *[
+            ("docs/findings.md", n)
+            for n in ("verdicts", "findings", "wide", "sweep", "starts", "notebooks")
+        ],
         ("docs/faults.md", "faults"),
         ("docs/architectures.md", "architectures"),
     ],
@@ -107,13 +112,10 @@ def test_cleaning_drops_what_papermill_added_and_progress_bars():
     assert "papermill" not in cleaned.metadata
 
 
-def _row(claim, verdict, value=0.5, notebook="05", n="here"):
-    found = paper_claims.find(claim)
-    texts = {"finding": found.finding, "claim": found.claim, "unit": found.unit}
-    figures = {"paper": found.paper, "paper_value": found.paper_value, "value": value}
-    return {"id": claim, "verdict": verdict, "interval": None, "n": n, "note": ""} | (
-        texts | figures | {"notebook": notebook}
-    )
+def _measured(*given, notebook="05", regime="", n="here"):
+    """Rows of claims with these values."""
+    measured = [claims.Measurement(claim, value, n=n, regime=regime) for claim, value in given]
+    return claims.compare(measured, notebook).rows
 
 
 def _line(rows, finding):
@@ -124,55 +126,189 @@ def _line(rows, finding):
 
 
 @pytest.mark.parametrize(
-    ("verdicts", "whole", "counts"),
+    ("values", "told"),
     [
-        ([paper_claims.HOLDS], "holds", "1 ✔, 3 –"),
-        ([paper_claims.HOLDS, paper_claims.HOLDS], "holds", "2 ✔, 2 –"),
-        ([paper_claims.HOLDS, paper_claims.DIRECTION], "mixed", "1 ✔, 1 ↗, 2 –"),
-        ([paper_claims.HOLDS, paper_claims.FAILS], "mixed", "1 ✔, 1 ✘, 2 –"),
-        ([paper_claims.DIRECTION], "mixed", "1 ↗, 3 –"),
-        ([paper_claims.FAILS, paper_claims.FAILS], "does not hold", "2 ✘, 2 –"),
-        ([], "not testable here", "4 –"),
+        ([0.2], "holds: 1 ✔"),
+        ([0.2, 0.001], "holds: 2 ✔"),
+        ([0.2, 0.05], "holds in direction: 1 ✔, 1 ↗"),
+        ([0.2, 0.5], "mixed: 1 ✔, 1 ✘"),
+        ([0.1], "holds in direction: 1 ↗"),
+        ([-0.1, 0.5], "does not hold: 2 ✘"),
+        ([], "not testable here: "),
     ],
 )
-def test_a_findings_verdict_is_that_of_its_recorded_claims(verdicts, whole, counts):
-    names = ["F4.z_rank_gap", "F4.identity"][: len(verdicts)]
-    rows = [_row(name, verdict) for name, verdict in zip(names, verdicts, strict=True)]
+def test_a_findings_verdict_is_that_of_its_recorded_claims(values, told):
+    rows = _measured(*zip(["F4.z_rank_gap", "F4.identity"], values, strict=False))
+    of_finding = [c for c in paper_claims.load_claims().values() if c.finding == "F4"]
+    unmeasured = f"{len(of_finding) - len(values)} –"
     *_, verdict = _line(rows, "The output projection W_O lowers the rank")
-    assert verdict == f"**{whole}**<br>{counts}"
+    assert verdict == "F4 " + (f"{told}, " if values else told) + unmeasured
 
 
-def test_a_claim_that_holds_in_one_regime_and_fails_in_another_is_mixed_and_both_are_named():
-    rows = [
-        _row("F6.baseline_dead", paper_claims.DIRECTION, 0.1, n="narrow"),
-        _row("F6.asi_dead", paper_claims.HOLDS, 0.005, n="narrow"),
-        _row("F6.baseline_dead", paper_claims.HOLDS, 0.5, "06", n="wide"),
-        _row("F6.asi_dead", paper_claims.FAILS, 0.25, "06", n="wide"),
-    ]
-    paper, here, where, verdict = _line(rows, "ASI saves features")
+def test_a_claim_that_holds_in_one_regime_and_fails_in_another_is_named_and_both_have_a_row():
+    dead = ("F6.baseline_dead", "F6.asi_dead")
+    rows = _measured(*zip(dead, (0.1, 0.005), strict=True), regime="narrow")
+    rows += _measured(*zip(dead, (0.5, 0.25), strict=True), regime="wide")
+    paper, here, against, verdict = _line(rows, "ASI saves features")
     assert paper == "87 % → < 1 %"
-    assert here == "10 % → 0.5 %; 50 % → 25 %"
-    holds, fails, *_ = where.split("<br>")
-    assert holds == "✔ narrow"
-    assert fails == "✘ *Initialised in the active subspace, hardly any feature dies* (wide)"
-    assert verdict.startswith("**mixed**<br>2 mixed, ")
+    assert here == "10 % → 0.5 %; 50 % → 25 % (2 regimes)"
+    name = "Initialised in the active subspace, hardly any feature dies"
+    assert against == f"✘ *{name}* (1 of 2 regimes)"
+    assert verdict.startswith("F6 mixed: 2 ✔, 1 ↗, 1 ✘, ")
+    page = publish["claims_page"]({"full": {"05_x": {"claims": rows}}}, BOUNDS)
+    assert "| ✘ does not hold<br>" in page
+    assert "<small>narrow</small>" in page
+    assert "<small>wide</small>" in page
+
+
+def test_where_one_regime_was_measured_the_summary_names_it():
+    rows = _measured(("F9.best", 0.001), n="3 seeds", regime="layers <12|>")
+    assert _line(rows, "ASI with SparseAdam leaves hardly a dead feature, and width pays")[1] == (
+        "0.1 % (layers &lt;12\\|&gt;)"
+    )
+    rows = _measured(("F9.best", 0.001), n="3 seeds")
+    assert _line(rows, "ASI with SparseAdam leaves hardly a dead feature, and width pays")[1] == (
+        "0.1 % (3 seeds)"
+    )
+
+
+def test_unmeasured_claims_do_not_lengthen_the_summary():
+    *_, against, verdict = _line(
+        [], "ASI works for other dictionaries, and its features are as good"
+    )
+    assert against == ""
+    assert verdict.startswith("F11 not testable here: 9 –<br>F12 not testable here: ")
 
 
 def test_what_goes_beyond_the_paper_is_no_verdict_on_the_papers_finding():
-    rows = [_row("F5.correlation", paper_claims.HOLDS), _row("F5.forecast", paper_claims.FAILS)]
-    *_, where, verdict = _line(rows, "Features die where the rank is low")
-    assert "✘" not in where + verdict
+    rows = _measured(("F5.correlation", -0.9), ("F5.forecast", 0.5))
+    *_, against, verdict = _line(rows, "Features die where the rank is low")
+    assert "✘" not in against + verdict
 
 
 def test_findings_are_counted_by_verdict_above_their_table():
-    rows = [
-        _row(claim, paper_claims.HOLDS)
-        for claim in paper_claims.load_claims()
-        if claim.startswith("F4.")
-    ]
-    rows += [_row("F9.best", paper_claims.FAILS), _row("F12.twins", paper_claims.DIRECTION)]
+    rows = _measured(("F4.z_rank_gap", 0.2), ("F9.best", 0.5), ("F12.twins", 0.01))
     told = publish["summary_table"](rows).splitlines()[0]
-    assert told == "Findings that hold in full: 1. Mixed: 1. Do not hold: 1."
+    assert told == (
+        "Of the paper's 12 findings: holds 1, holds in direction 1, does not hold 1, "
+        "not testable here 9."
+    )
+    lines = publish["findings_table"](rows).splitlines()
+    assert len(lines) == 2 + 12
+    assert lines[2 + 8].startswith("| F9 | ✘ does not hold | 1 ✘, ")
+
+
+BOUNDS = json.loads(publish["BOUNDS_FILE"].read_text())
+
+
+def test_the_page_of_claims_shows_the_commits_of_bounds_and_records():
+    rows = _measured(("F6.fvu", -0.1)) + [
+        row | {"record": "b" * 40} for row in _measured(("F9.best", 0.001))
+    ]
+    bounds = {
+        "claims": {"F6.fvu": {"commit": "c" * 9, "date": ""}},
+        "older_records": {"c" * 9: ["a" * 9]},
+        "runs": {"05_x": "a" * 9},
+    }
+    page = publish["claims_page"]({"full": {"05_x": {"claims": rows}}}, bounds)
+    told = {
+        row.split("**")[1]: row.split("<small>")[-1].split("</small>")[0]
+        for row in page.splitlines()[2:]
+    }
+    assert told["F6.fvu"] == "bound ccccccccc, record aaaaaaaaa; bound set after the record"
+    assert told["F9.best"] == ("bound not committed, record bbbbbbbbb; bound set after the record")
+    assert told["F1.attn_rank"] == "bound not committed"
+    bounds["older_records"]["c" * 9] = []
+    page = publish["claims_page"]({"full": {"05_x": {"claims": rows}}}, bounds)
+    assert "<small>bound ccccccccc, record aaaaaaaaa</small>" in page
+
+
+def test_the_committed_bounds_are_of_known_claims_and_of_every_recorded_run():
+    assert set(BOUNDS["claims"]) <= set(paper_claims.load_claims())
+    assert set(BOUNDS["older_records"]) == {of["commit"] for of in BOUNDS["claims"].values()}
+    assert set(BOUNDS["runs"]) == set(FULL)
+
+
+def test_the_committed_bounds_are_those_of_the_history():
+    try:
+        found = publish["BOUNDS"]["bounds"](ROOT)["claims"]
+    except SaesubError as error:
+        pytest.skip(str(error))
+    given = {claim: BOUNDS["claims"].get(claim) for claim in found}
+    assert given == found, "run `python notebooks/publish.py --pages`"
+
+
+HEADER = "id,claim,unit,holds_low,holds_high,direction_low,direction_high\n"
+
+
+def _git(root, *arguments, date="2026-01-01T00:00:00+00:00"):
+    given = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull}
+    for role in ("AUTHOR", "COMMITTER"):
+        given |= {f"GIT_{role}_{part}": "a@b.c" for part in ("NAME", "EMAIL")}
+        given[f"GIT_{role}_DATE"] = date
+    command = ["git", "-C", str(root), *arguments]
+    return subprocess.check_output(command, text=True, env=os.environ | given).strip()
+
+
+def _commit(root, rows, date):
+    (root / "data" / "paper_claims.csv").write_text(HEADER + rows)
+    _git(root, "add", "data/paper_claims.csv")
+    _git(root, "commit", "-q", "-m", "bounds", date=date)
+    return _git(root, "rev-parse", "HEAD")
+
+
+def test_bounds_are_dated_by_the_commit_that_set_them(tmp_path):
+    studies = tmp_path / "data" / "results" / "studies"
+    studies.mkdir(parents=True)
+    _git(tmp_path, "init", "-q")
+    dates = ["2026-01-01T10:00:00+00:00", "2026-01-02T10:00:00+00:00"]
+    first = _commit(tmp_path, "kept,Same,share,0.60,,,1\nmoved,Same,share,0,,,1\n", dates[0])
+    # Other quotes, digits and order are no change; a bound is.
+    second = _commit(tmp_path, 'moved,Same,share,0,,,2\nkept,"Same",share,0.6,,,1.0\n', dates[1])
+    (studies / "s.json").write_text(json.dumps({"runs": [{"commit": first}], "rows": []}))
+    full = tmp_path / "data" / "results" / "full"
+    full.mkdir()
+    run = {
+        "01_before": {"run": ["2026-01-02 10:30 UTC"], "seconds": 3600, "claims": []},
+        "02_after": {
+            "run": ["2026-01-02 10:30 UTC"],
+            "seconds": 60,
+            "claims": [{"record": second}],
+        },
+        "03_first": {"run": ["2026-01-01 10:30 UTC"], "seconds": 3600, "claims": [{"record": ""}]},
+    }
+    (full / "run.json").write_text(json.dumps(run))
+    bounds = publish["BOUNDS"]["bounds"]
+    found = bounds(tmp_path)
+    first, second = first[:9], second[:9]
+    assert found == {
+        "claims": {
+            "moved": {"commit": second, "date": dates[1]},
+            "kept": {"commit": first, "date": dates[0]},
+        },
+        "older_records": {second: [first], first: []},
+        "runs": {"01_before": first, "02_after": second},
+    }
+    publish["BOUNDS"]["write_bounds"](tmp_path)
+    assert json.loads((tmp_path / "data" / "results" / "bounds.json").read_text()) == found
+
+    (studies / "s.json").write_text(json.dumps({"commit": "0" * 40}))
+    assert bounds(tmp_path)["older_records"][first] == ["0" * 9], "no history shows it later"
+    with (tmp_path / "data" / "paper_claims.csv").open("a") as file:
+        file.write("new,Not committed,share,,,,\n")
+    assert set(bounds(tmp_path)["claims"]) == {"moved", "kept"}
+
+
+def test_a_shortened_or_missing_history_is_refused(tmp_path):
+    (tmp_path / "whole" / "data").mkdir(parents=True)
+    _git(tmp_path, "init", "-q", "whole")
+    for unit in ("a", "b"):
+        _commit(tmp_path / "whole", f"F1.x,Text,{unit},,,,\n", "2026-01-01T00:00:00+00:00")
+    _git(tmp_path, "clone", "-q", "--depth", "1", f"file://{tmp_path}/whole", "cut")
+    with pytest.raises(SaesubError, match="unshallow"):
+        publish["BOUNDS"]["bounds"](tmp_path / "cut")
+    with pytest.raises(SaesubError, match="in a checkout"):
+        publish["BOUNDS"]["bounds"](tmp_path / "none")
 
 
 def test_the_figure_counts_the_hook_points_at_which_fewer_features_die():

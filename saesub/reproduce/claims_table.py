@@ -7,22 +7,28 @@ import textwrap
 from collections.abc import Sequence
 
 from saesub.errors import SaesubError, near_names
-from saesub.reproduce.paper_claims import DIRECTION, FAILS, HOLDS, UNTESTED, doubt, find
+from saesub.reproduce.paper_claims import DIRECTION, FAILS, HOLDS, MIXED, UNTESTED
 
 # Okabe-Ito colours darkened for text, each with its own symbol.
 _LOOK = {
     HOLDS: ("✔", "#005f8f"),
     DIRECTION: ("↗", "#8a5a00"),
+    MIXED: ("≈", "#8a3d6b"),
     FAILS: ("✘", "#b33c00"),
     UNTESTED: ("–", "#666666"),
 }
 VERDICTS = tuple(_LOOK)
+SYMBOLS = {verdict: symbol for verdict, (symbol, _) in _LOOK.items()}
+SHORT = 9  # digits of a commit that a table shows
 _HEAD = ("Claim", "Paper", "Here", "Verdict")
 _STYLE = "text-align:left;vertical-align:top;white-space:normal"
 
 
 class ClaimsTable:
     """Rows of claim, paper's figure, value here and verdict; shows itself as HTML or text.
+
+    A row may also have `bound`, the commit that set its claim's bounds, and `bound_is_younger`,
+    whether the record's commit lacks it.
 
     Raises `SaesubError` for a verdict that does not exist.
     """
@@ -50,16 +56,18 @@ class ClaimsTable:
         )
 
     def markdown(self) -> str:
-        """A Markdown table, one line per claim, with the notebook and without the notes.
-
-        Raises `SaesubError` for a claim that is not in the paper's list.
-        """
+        """A Markdown table, one line per row, with the notebook and without `n` and the notes."""
         lines = ["| " + " | ".join((*_HEAD, "Notebook")) + " |", "|---" * 5 + "|"]
         for row in self.rows:
-            unsure = doubt(find(row["id"]), row["value"], row["interval"])
-            t = {key: text.replace("|", "\\|") for key, text in _texts(row).items()}
-            judged = f"{t['symbol']} {t['verdict']}" + f" ({unsure})" * bool(unsure)
-            cells = (f"**{t['id']}** {t['claim']}", t["paper"], t["here"], judged, t["notebook"])
+            t = {key: markdown_text(text) for key, text in _texts(row).items()}
+            judged = f"{t['symbol']} {t['verdict']}" + f" ({t['doubt']})" * bool(t["doubt"])
+            cells = (
+                f"**{t['id']}** {t['claim']}",
+                t["paper"],
+                _lines(t["here"], _small(t["regime"])),
+                _lines(judged, _small(t["commits"])),
+                t["notebook"],
+            )
             lines.append("| " + " | ".join(cells) + " |")
         return "\n".join(lines)
 
@@ -67,15 +75,32 @@ class ClaimsTable:
 def _texts(row: dict) -> dict[str, str]:
     """What every form of the table shows of a row."""
     symbol, colour = _LOOK[row["verdict"]]
-    texts = {key: row[key] for key in ("id", "claim", "verdict", "n", "note", "notebook")}
-    paper = row["paper"] or "none given"
-    return texts | {"symbol": symbol, "colour": colour, "paper": paper, "here": _here(row)}
+    texts = {key: row[key] for key in ("id", "claim", "verdict", "n", "notebook")}
+    texts |= {key: row.get(key, "") for key in ("regime", "doubt")}  # not in older records
+    notes = dict.fromkeys(filter(None, [row["note"], texts["doubt"]]))
+    return texts | {
+        "symbol": symbol,
+        "colour": colour,
+        "paper": row["paper"] or "none given",
+        "here": _here(row),
+        "note": "; ".join(notes),
+        "commits": _commits(row),
+    }
+
+
+def _commits(row: dict) -> str:
+    """The commits of the bounds and of the record, as far as the row has them."""
+    bound, record = row.get("bound", ""), row.get("record", "")[:SHORT]
+    commits = [f"bound {bound}" * bool(bound), f"record {record}" * bool(record)]
+    told = ", ".join(filter(None, commits))
+    return told + "; bound set after the record" * row.get("bound_is_younger", False)
 
 
 def _text(t: dict[str, str]) -> str:
     figures = f"paper {t['paper']} · here {t['here']}"
     lines = [f"\n{t['symbol']} {t['id']}: {t['verdict']}"]
-    for text in (t["claim"], " · ".join(filter(None, [figures, t["n"], t["note"]]))):
+    about = [figures, t["regime"], t["n"], t["note"], t["commits"]]
+    for text in (t["claim"], " · ".join(filter(None, about))):
         lines += textwrap.wrap(text, 96, initial_indent="    ", subsequent_indent="    ")
     return "\n".join(lines)
 
@@ -83,14 +108,28 @@ def _text(t: dict[str, str]) -> str:
 def html_row(row: dict) -> str:
     """A row of the HTML table, every text escaped."""
     t = {key: html.escape(text) for key, text in _texts(row).items()}
-    n, note = (f"<small>{t[key]}</small>" if t[key] else "" for key in ("n", "note"))
+    regime, n, note, commits = (_small(t[key]) for key in ("regime", "n", "note", "commits"))
     cells = (
         f"<b>{t['id']}</b><br>{t['claim']}",
         t["paper"],
-        "<br>".join(filter(None, [t["here"], n])),
-        f"<b style='color:{t['colour']}'>{t['symbol']} {t['verdict']}</b><br>{note}",
+        _lines(t["here"], regime, n),
+        f"<b style='color:{t['colour']}'>{t['symbol']} {t['verdict']}</b><br>"
+        + _lines(note, commits),
     )
     return "<tr>" + "".join(f"<td style='{_STYLE}'>{cell}</td>" for cell in cells) + "</tr>"
+
+
+def markdown_text(text: str) -> str:
+    """The text as a cell of a Markdown table shows it: markup and bars escaped."""
+    return html.escape(text, quote=False).replace("|", "\\|")
+
+
+def _small(text: str) -> str:
+    return f"<small>{text}</small>" if text else ""
+
+
+def _lines(*texts: str) -> str:
+    return "<br>".join(filter(None, texts))
 
 
 def _here(row: dict) -> str:

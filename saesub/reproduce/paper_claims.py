@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -12,6 +13,7 @@ from saesub.paths import data_file
 
 HOLDS = "holds"
 DIRECTION = "holds in direction"
+MIXED = "mixed"
 FAILS = "does not hold"
 UNTESTED = "not testable here"
 
@@ -45,6 +47,19 @@ class Claim:
     holds: Bounds
     direction: Bounds
 
+    @property
+    def beyond_paper(self) -> bool:
+        """Whether it is ours, so that it says nothing about the paper's finding."""
+        return self.claim.startswith("Beyond the paper")
+
+    @property
+    def side(self) -> Bounds:
+        """The values on the claim's side: `direction` with `holds`; `holds` without `direction`."""
+        holds, direction = self.holds, self.direction
+        if not direction.edges:
+            return holds
+        return Bounds(min(holds.low, direction.low), max(holds.high, direction.high))
+
 
 @cache
 def load_claims() -> dict[str, Claim]:
@@ -72,21 +87,51 @@ def find(claim_id: str) -> Claim:
     return known[claim_id]
 
 
-def verdict(claim: Claim, value: float | None) -> str:
-    """HOLDS, DIRECTION or FAILS; UNTESTED without a value, for NaN, or without bounds."""
+def verdict(claim: Claim, value: float | None, interval: tuple[float, float] | None = None) -> str:
+    """HOLDS, DIRECTION, MIXED or FAILS; UNTESTED without a value, for NaN, or without bounds.
+
+    FAILS where the value is not on the claim's side; MIXED where it is but the (low, high) interval
+    is not. An interval with a NaN end counts as none.
+    """
     testable = claim.holds.edges or claim.direction.edges
     if value is None or math.isnan(value) or not testable:
         return UNTESTED
-    if value in claim.holds:
-        return HOLDS
-    return DIRECTION if value in claim.direction else FAILS
+    if value not in claim.side:
+        return FAILS
+    interval = known(interval)
+    if interval and not _is_on_side(claim, interval):
+        return MIXED
+    return HOLDS if value in claim.holds else DIRECTION
+
+
+def known(interval: Sequence[float] | None) -> tuple[float, float] | None:
+    """The interval's (low, high); None without one, and where an end is NaN."""
+    if interval is None or any(map(math.isnan, interval)):
+        return None
+    low, high = interval
+    return low, high
+
+
+def _is_on_side(claim: Claim, interval: tuple[float, float]) -> bool:
+    """Whether the interval supports the claim from end to end.
+
+    An edge of `direction` is no effect, and an interval that touches it does not exclude that.
+    """
+    low, high = interval
+    touched = claim.direction.edges and any(low <= edge <= high for edge in claim.side.edges)
+    return low in claim.side and high in claim.side and not touched
 
 
 def doubt(claim: Claim, value: float | None, interval: tuple[float, float] | None) -> str:
-    """A phrase that names the other verdicts within the interval; empty if there are none."""
-    judged = verdict(claim, value)
+    """A phrase that says what else the interval allows; empty if that is nothing.
+
+    It names the verdicts of the interval's values, where these are not all the value's own.
+    """
+    judged, interval = verdict(claim, value, interval), known(interval)
     if interval is None or judged == UNTESTED:
         return ""
+    if judged == MIXED:
+        return "the interval does not lie wholly on the claim's side"
     low, high = interval
     inside = [e for e in claim.holds.edges + claim.direction.edges if low <= e <= high]
     reached = dict.fromkeys(verdict(claim, probe) for probe in (low, *inside, high))
