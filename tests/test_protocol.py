@@ -104,8 +104,8 @@ def test_noise_in_fvu_does_not_turn_the_curve_around():
     [
         (((1.0, 2.0), (0.1,), (0.1, 0.2), (0.1, 0.2)), "for each rate"),
         (((), (), (), ()), "for each rate"),
-        (((2.0, 1.0), (0.1, 0.2), (0.1, 0.2), (0.1, 0.2)), "sort them"),
-        (((1.0, 1.0), (0.1, 0.2), (0.1, 0.2), (0.1, 0.2)), "sort them"),
+        (((2.0, 1.0), (0.1, 0.2), (0.1, 0.2), (0.1, 0.2)), "from the lowest to the highest"),
+        (((1.0, 1.0), (0.1, 0.2), (0.1, 0.2), (0.1, 0.2)), "from the lowest to the highest"),
     ],
 )
 def test_sweeps_of_nothing_are_refused(arguments, says):

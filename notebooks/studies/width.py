@@ -12,7 +12,9 @@ The widest has one seed, and takes hours on two cores.
 from cure import MIDDLE, four
 from protocol import sweep
 
+NARROW = four(MIDDLE, d_sae=2048, n_train=256_000, n_judged=64_000)
+WIDE = four(MIDDLE, d_sae=32_768, n_train=4_096_000, n_judged=1_024_000)
+
 if __name__ == "__main__":
-    sweep("width", four(MIDDLE, d_sae=2048, n_train=256_000, n_judged=64_000))
-    wide = four(MIDDLE, d_sae=32_768, n_train=4_096_000, n_judged=1_024_000)
-    sweep("width", wide, (2.5e-4, 5e-4, 1e-3), n_seeds=1)
+    sweep("width", NARROW)
+    sweep("width", WIDE, (2.5e-4, 5e-4, 1e-3), n_seeds=1)

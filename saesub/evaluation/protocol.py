@@ -10,7 +10,7 @@ once. The functions here state both.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -100,7 +100,7 @@ class Sweep:
                 "a sweep needs a validation FVU, an FVU and a share of dead features for each rate"
             )
         if list(self.rates) != sorted(set(self.rates)):
-            raise SaesubError(f"the rates of a sweep rise, which {self.rates} do not: sort them")
+            raise SaesubError(f"the rates of a sweep rise, which {self.rates} do not: give them from the lowest to the highest")
 
     @property
     def best(self) -> int:
@@ -143,6 +143,33 @@ def dead_at_equal_fvu(a: Sweep, b: Sweep) -> tuple[float, float, float]:
     """
     fvu = max(a.fvu[a.best], b.fvu[b.best])
     return a.dead_at(fvu), b.dead_at(fvu), fvu
+
+
+def sweep_at_l0(rows: Iterable[Mapping[str, Any]], l0: float) -> Sweep:
+    """One condition at several rates, each at the same number of active features.
+
+    Args:
+        rows: lr, validation_l0, validation_fvu, fvu and dead_share of one SAE each, with any number
+            of coefficients of a penalty at each rate. Between them all is linear in the logarithm
+            of L0; where all lie on one side of `l0`, the nearest counts.
+        l0: active features a token.
+
+    Raises SaesubError without rows.
+    """
+    by_rate: dict[float, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        by_rate.setdefault(row["lr"], []).append(row)
+
+    def at(rate: float, column: str) -> float:
+        tried = sorted(by_rate[rate], key=lambda row: row["validation_l0"])
+        active = np.log([max(row["validation_l0"], 1e-9) for row in tried])
+        return float(np.interp(math.log(l0), active, [row[column] for row in tried]))
+
+    def column(name: str) -> tuple[float, ...]:
+        return tuple(at(rate, name) for rate in rates)
+
+    rates = tuple(sorted(by_rate))
+    return Sweep(rates, column("validation_fvu"), column("fvu"), column("dead_share"))
 
 
 class Interval(NamedTuple):
