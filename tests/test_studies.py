@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -160,3 +161,23 @@ def test_a_study_continues_and_a_sweep_ends_at_an_interior_rate(protocol, monkey
 def test_a_record_that_is_not_there_says_how_to_make_it():
     with pytest.raises(SaesubError, match=r"run python notebooks/studies/nothing\.py"):
         studies.recorded("nothing")
+
+
+def test_the_best_rate_is_chosen_by_the_validation_part_of_the_first_seed():
+    columns = ["condition", "seed", "lr", "validation_fvu", "fvu", "dead_share"]
+    rows = pd.DataFrame(
+        [
+            ("random", 0, 1e-3, 0.20, 0.30, 0.1),
+            ("random", 0, 2e-3, 0.21, 0.10, 0.2),  # fits best where it is not chosen by
+            ("random", 1, 1e-3, 0.90, 0.30, 0.1),
+            ("random", 1, 2e-3, 0.10, 0.30, 0.1),
+            ("ASI", 0, 1e-3, 0.30, 0.30, 0.0),
+            ("ASI", 0, 2e-3, 0.20, 0.30, 0.0),
+        ],
+        columns=columns,
+    )
+    found = studies.with_best(rows, ["condition"])
+    assert found["best"].tolist() == [True, False, True, False, False, True]
+    sweep = studies.sweep_of(rows[(rows["condition"] == "random") & (rows["seed"] == 0)])
+    assert sweep.rates == (1e-3, 2e-3)
+    assert sweep.best == 0

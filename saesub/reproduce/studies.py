@@ -1,7 +1,8 @@
 """Records of studies: runs of hours, made once and committed, from which notebooks draw figures.
 
 A study is a script in `notebooks/studies/`; its record in `data/results/studies/` has one row for
-each SAE, and the command, the commit, the date and the machine of every run that added rows.
+each trial, mostly an SAE, and the command, the commit, the date and the machine of every run that
+added rows.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from saesub.errors import SaesubError, needs_extra
+from saesub.evaluation.protocol import Sweep
 from saesub.paths import data_file
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ class Study:
     """The rows of a record, and where they come from; prints its source.
 
     Attributes:
-        rows: one SAE each; `condition` names the initialisation and the optimizer.
+        rows: one trial each; `condition` names the initialisation and the optimizer of an SAE.
         runs: command, commit and machine of each run.
     """
 
@@ -38,7 +40,7 @@ class Study:
         return self.runs[min(self.rows["run"])]["commit"][:9]
 
     def __str__(self) -> str:
-        lines = [f"data/results/studies/{self.name}.json: {len(self.rows)} SAEs"]
+        lines = [f"data/results/studies/{self.name}.json: {len(self.rows)} rows"]
         for number, run in enumerate(self.runs):
             date, _, processor = run["run"][:3]
             n = int((self.rows["run"] == number).sum())
@@ -63,6 +65,28 @@ def recorded(name: str) -> Study:
             f"there is no whole record of the study {name!r} ({error}): run "
             f"python notebooks/studies/{name}.py"
         ) from error
+
+
+def sweep_of(rows: pd.DataFrame) -> Sweep:
+    """The rows of one condition and one seed at several rates, as a sweep."""
+    rows = rows.sort_values("lr")
+    columns = ("lr", "validation_fvu", "fvu", "dead_share")
+    return Sweep(*(tuple(rows[column]) for column in columns))
+
+
+def with_best(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """The rows with a column `best`: whether the learning rate is the best of its group's.
+
+    The rate is chosen by the FVU of the validation part, in the lowest seed.
+
+    Args:
+        rows: of a study.
+        by: the columns that make a group, such as condition and d_sae.
+    """
+    first = rows[rows["seed"] == rows["seed"].min()]
+    best = {group: of.loc[of["validation_fvu"].idxmin(), "lr"] for group, of in first.groupby(by)}
+    chosen = [best.get(group) for group in rows[by].itertuples(index=False, name=None)]
+    return rows.assign(best=rows["lr"] == chosen)
 
 
 def _condition(row: dict[str, Any]) -> str:
