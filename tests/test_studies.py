@@ -98,7 +98,7 @@ def test_all_starts_have_the_fitted_norm_and_the_bias_at_the_mean(protocol):
         assert torch.allclose(sae.b_dec.double(), at.spectrum.mean * scale, atol=1e-3)
         before = sae.W_dec.detach().norm(dim=1).mean()
         saesub.fit_norm(sae, at.spectrum, activations=at.seen(at.store.rows(0, 4096)))
-        assert torch.isclose(sae.W_dec.norm(dim=1).mean(), before, rtol=1e-3)
+        assert torch.isclose(sae.W_dec.norm(dim=1).mean(), before, rtol=1e-2)
 
 
 def test_parts_of_a_store_do_not_overlap_and_a_row_judges_the_last(protocol):

@@ -146,7 +146,8 @@ Start = Callable[[TopKTrainingSAE, Trial, Site], None]
 @torch.no_grad()
 def set_start(sae: TopKTrainingSAE, trial: Trial, at: Site) -> None:
     """Directions, bias and norm of a trial."""
-    x = at.seen(at.store.rows(0, max(4096, trial.d_sae if "data" in trial.start else 0)))
+    # Of data points those least alike are taken, so there must be more than features.
+    x = at.seen(at.store.rows(0, 8 * trial.d_sae if "data" in trial.start else 4096))
     saesub.center_biases(sae, at.spectrum)
     if trial.start not in ("random", "mixed"):
         saesub.initialize_in_subspace(
