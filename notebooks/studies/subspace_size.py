@@ -2,10 +2,10 @@
 
     python notebooks/studies/subspace_size.py
 
-Writes data/results/studies/subspace_size.json. 4,096 features; at each hook point the learning rate is the
-one that fits best with a random initialisation, of four or more. Eight dimensions, from 0.02 to 1
-of the width, and "auto"; one seed, three at the attention output in the middle of the first model.
-`d_init_share` is the dimension as a share of the width.
+Writes data/results/studies/subspace_size.json. 4,096 features; at each hook point the learning rate
+is the one that fits best with a random initialisation, of four or more. Eight dimensions, from 0.02
+to 1 of the width, and "auto"; one seed, three at the attention output in the middle of the first
+model. `d_init_share` is the dimension as a share of the width.
 """
 
 from __future__ import annotations
