@@ -7,7 +7,7 @@ Adam without momentum (β₁ = 0) at an attention output in the middle of the mo
 features; and with 4,096 features in half as many tokens, the first four also at a late attention
 output, and rows at whitened data points. Each condition is trained at four learning rates a factor
 of two apart, and further where the best is at an edge, and at its best rate with three seeds; the
-first four also at the rate that is best for the random initialisation under Adam.
+first four also at the two rates that are best for the two initialisations under Adam.
 """
 
 from dataclasses import replace
@@ -28,10 +28,11 @@ def four(hook_name: str, **size: Any) -> list[Trial]:
 
 
 def study(conditions: list[Trial]) -> None:
-    """Sweep the conditions, and train all at the rate that is best for the first of them."""
+    """Sweep the conditions, and train all at the rates that are best for the first two of them."""
     best = sweep("cure", conditions)
-    common = best[replace(conditions[0], lr=0.0)]
-    run("cure", [replace(c, lr=common, seed=seed) for seed in range(3) for c in conditions])
+    rates = dict.fromkeys(best[replace(c, lr=0.0)] for c in conditions[:2])
+    trials = [replace(c, lr=lr, seed=s) for lr in rates for s in range(3) for c in conditions]
+    run("cure", trials)
 
 
 WITHOUT_MOMENTUM = [Trial(MIDDLE, start, beta1=0.0) for start in ("random", "subspace")]

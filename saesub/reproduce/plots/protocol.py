@@ -29,7 +29,7 @@ def dead_by_window(frame: pd.DataFrame, decides: float | None = None) -> Figure:
             band = {"color": look["color"], "alpha": 0.18, "lw": 0}
             axes.fill_between(seeds.index, seeds["min"], seeds["max"], **band)
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+        axes.xaxis.set_major_formatter(EngFormatter(places=0))
         if decides is not None:
             axes.axvline(decides, color=draw.NOTE, lw=1, ls=(0, (5, 3)))
         axes.set(xlabel="held-out tokens watched (dashed line: a feature fires 1,000 times)")
