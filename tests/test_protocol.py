@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from sae_lens import TopKSAE, TopKSAEConfig
@@ -136,6 +137,8 @@ def test_a_ratio_to_a_baseline_that_lost_nothing_says_nothing():
 def test_a_condition_without_its_baseline_and_too_few_seeds_are_refused():
     with pytest.raises(SaesubError, match=r"seeds \[2\] have a condition without its baseline"):
         protocol.paired({0: 1.0, 1: 1.0, 2: 1.0}, {0: 1.0, 1: 1.0})
+    with pytest.raises(SaesubError, match=r"to_dict\(\)"):
+        protocol.paired(pd.Series([1.0, 1.0, 1.0]), pd.Series([1.0, 1.0, 1.0]))
     with pytest.raises(SaesubError, match="train at least three seeds"):
         protocol.paired({0: 1.0, 1: 1.0}, {0: 1.0, 1: 1.0})
     with pytest.raises(SaesubError, match="measure at least three"):

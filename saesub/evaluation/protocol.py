@@ -192,8 +192,14 @@ def paired(
         condition, baseline: seed -> measure. Seeds are pairs: the same batches in the same order.
         how: "ratio" is NaN where less than 2 % of a baseline is dead: it says nothing then.
 
-    Raises SaesubError for a condition without its baseline, or fewer than three pairs.
+    Raises SaesubError for anything but mappings, a condition without its baseline, or fewer than
+    three pairs.
     """
+    if not (isinstance(condition, Mapping) and isinstance(baseline, Mapping)):
+        raise SaesubError(
+            "seeds are paired by number: give two mappings of seed to measure, such as a pandas "
+            "Series' to_dict()"
+        )
     if missing := sorted(set(condition) ^ set(baseline)):
         raise SaesubError(
             f"seeds {missing} have a condition without its baseline, or the reverse: train both"
