@@ -3,11 +3,12 @@
     python notebooks/studies/sites.py
 
 Writes data/results/studies/sites.json. 4,096 features, random initialisation, Adam, two learning
-rates: the one that fits best at layer 12's attention output with three seeds, half of it with one. `at_start` says, for each of four measures of
-an untrained feature, how well it tells the features that live from those that die (area under the
-ROC curve; 0.5 is chance): its direction's share inside the subspace that holds 99 % of the variance
-(`inside`) and inside the one that ASI would take (`inside_init`), the variance along it
-(`variance`, uᵀCu), and how often it fires before the first step (`firing`).
+rates: the one that fits best at layer 12's attention output with three seeds, half of it with one.
+`at_start` says, for each of four measures of an untrained feature, how well it tells the features
+that live from those that die (area under the ROC curve; 0.5 is chance): its direction's share
+inside the subspace that holds 99 % of the variance (`inside`) and inside the one that ASI would
+take (`inside_init`), the variance along it (`variance`, uᵀCu), and how often it fires before the
+first step (`firing`).
 """
 
 from __future__ import annotations
