@@ -38,8 +38,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from saesub.errors import SaesubError
 from saesub.files import write_atomically
-from saesub.reproduce import claims, claims_table, paper_claims
-from saesub.reproduce.plots import SITES, dead_by_hook_point
+from saesub.reproduce import claims, claims_table, paper_claims, studies
+from saesub.reproduce.plots import dead_and_fvu
 from saesub.reproduce.report import is_progress, memory_text
 
 if sys.version_info >= (3, 11):
@@ -52,8 +52,9 @@ RESULTS = ROOT / "data" / "results"
 SHOWN = "full"  # the profile whose outputs the notebooks show
 COMMANDS = {"quick": "make reproduce", SHOWN: f"PROFILE={SHOWN} make reproduce"}
 STUDIES = RESULTS / "studies"
-FIGURE_FILE = RESULTS / "dead_by_hook_point.png"
-WIDE = ("long", "million", "scaled")  # the studies of the table of wide dictionaries
+FIGURE_FILE = RESULTS / "dead_and_fvu.png"
+SHOWN_HOOK = "blocks.12.hook_attn_out"
+SHOWN_CONDITIONS = ("random", "random + SparseAdam", "ASI", "ASI + SparseAdam")
 FAULTS_FILE = RESULTS / "faults.json"
 ARCHITECTURES_FILE = RESULTS / "architectures.json"
 BOUNDS_FILE = RESULTS / "bounds.json"
@@ -69,8 +70,6 @@ FETCHED = {
     "recordings": ("speech-en",),
 }
 NOT_AT_QUICK = ("qwen2.5-coder-0.5b", "all-mpnet-base-v2")
-MODEL_NAMES = {"smollm2-135m": "SmolLM2-135M", "gemma3-270m": "Gemma-3-270M"}
-WIDTHS = {"smollm2-135m": 576, "gemma3-270m": 640}
 _RUN_TIME = re.compile(
     r"(?:Run time at `quick`: [^.]*\. )?"
     rf"(?P<head>Run time at `{SHOWN}`, whose outputs are shown: )[^.;,]*"
@@ -131,8 +130,7 @@ def write_pages(records: dict) -> None:
     """Writes the README, the pages in docs/ and the README's figure again from the records, and
     the commits of the claims' bounds again from git."""
     BOUNDS["write_bounds"](ROOT)
-    study = (STUDIES / "d_init.json").read_bytes()
-    save_figure(readme_figure(json.loads(study)), study)
+    save_figure(dead_and_fvu(readme_rows()), (STUDIES / "cure.json").read_bytes())
     for page in pages():
         write_atomically(page, with_tables(page.read_text(), records))
 
@@ -233,20 +231,17 @@ def with_tables(page: str, records: dict) -> str:
     Links lead from README.md in the tables that it shows, and from docs/ in all others.
     """
     rows = [row for recorded in records[SHOWN].values() for row in recorded["claims"]]
-    d_init = json.loads((STUDIES / "d_init.json").read_text())
     tables = {
         "summary": summary_table(rows),
-        "figure": figure_caption(d_init),
+        "figure": figure_caption(readme_rows()),
         "cost": cost_table(records, tomllib.loads(REGISTRY.read_text(encoding="utf-8"))),
         "titles": _titles(records),
         "verdicts": findings_table(rows),
         "findings": claims_page(records, json.loads(BOUNDS_FILE.read_text())),
         "notebooks": _notebook_table(records),
-        "sweep": sweep_table(d_init),
-        "starts": starts_table(d_init),
         "norm": norm_sentence(json.loads((STUDIES / "defaults.json").read_text())),
         "defaults": defaults_table(json.loads((STUDIES / "defaults.json").read_text())),
-        "wide": wide_table(*(json.loads((STUDIES / f"{n}.json").read_text()) for n in WIDE)),
+        "cure": cure_table(cure_rows()),
         "faults": faults_table(json.loads(FAULTS_FILE.read_text())),
         "architectures": architectures_table(
             json.loads(ARCHITECTURES_FILE.read_text(encoding="utf-8"))
@@ -418,58 +413,45 @@ def _against(rows: Sequence[dict]) -> list[str]:
     return lines
 
 
-def by_hook_point(study: dict) -> pd.DataFrame:
-    """Dead share and FVU of a random and a subspace initialisation, means over seeds, one row for
-    each model and hook point: place, random, asi, random_fvu, asi_fvu."""
-    rows = pd.DataFrame(study["rows"])
-    rows = rows[(rows["d_init"] == "auto") & rows["start"].isin(["random", "flat"])]
-    means = rows.groupby(["model", "hook_name", "start"])[["dead_share", "fvu"]].mean().unstack()
-    frame = pd.DataFrame(
-        {
-            "random": means["dead_share", "random"],
-            "asi": means["dead_share", "flat"],
-            "random_fvu": means["fvu", "random"],
-            "asi_fvu": means["fvu", "flat"],
-        }
-    ).reset_index()
-    parts = frame["hook_name"].str.extract(r"blocks\.(?P<layer>\d+)\.hook_(?P<site>\w+)")
-    frame = frame.assign(layer=parts["layer"].astype(int), site=parts["site"])
-    frame["place"] = [
-        f"{SITES[row.site][0]}, {MODEL_NAMES[row.model]} layer {row.layer}"
-        for row in frame.itertuples()
-    ]
-    order = {site: place for place, site in enumerate(SITES)}
-    return frame.sort_values(
-        ["site", "model", "layer"],
-        key=lambda column: column.map(order) if column.name == "site" else column,
-        ascending=[True, False, True],
-    ).reset_index(drop=True)
+def cure_rows() -> pd.DataFrame:
+    """The rows of the study of the cure at each condition's own best rate, by hook point and
+    width."""
+    rows = studies.recorded("cure").rows
+    rows = studies.with_best(rows, ["model", "hook_name", "d_sae", "condition"])
+    return rows[rows["best"]]
 
 
-def readme_figure(study: dict) -> Figure:
-    """Dead features at every hook point of the d_init study."""
-    return dead_by_hook_point(by_hook_point(study))
+def readme_rows() -> pd.DataFrame:
+    """What the README's figure shows: two initialisations under two optimizers, at the widest of
+    the hook point's dictionaries with three seeds."""
+    rows = cure_rows()
+    rows = rows[rows["condition"].isin(SHOWN_CONDITIONS) & (rows["hook_name"] == SHOWN_HOOK)]
+    rows = rows[rows["d_sae"] == rows["d_sae"].max()]
+    place = {condition: place for place, condition in enumerate(SHOWN_CONDITIONS)}
+    return rows.sort_values(["condition", "seed"], key=lambda column: column.replace(place))
 
 
-def figure_caption(study: dict) -> str:
+def figure_caption(rows: pd.DataFrame) -> str:
     """What the README's figure is drawn from, and what it does not show."""
-    rows, places = pd.DataFrame(study["rows"]), by_hook_point(study)
-    (d_sae,), (n_train,), (lr,), (k,) = (
-        rows[name].unique() for name in ("d_sae", "n_train", "lr", "k")
+    (d_sae,), (n_train,), (k,), (window,) = (
+        rows[name].unique() for name in ("d_sae", "n_train", "k", "n_judged")
     )
-    window = runpy.run_path(str(ROOT / "notebooks" / "studies" / "trials.py"))["WINDOW"]
-    models = " and ".join(MODEL_NAMES[name] for name in rows["model"].unique())
-    more = places[places["asi"] >= places["random"]]["place"]
-    against = f" ASI leaves more dead at: {'; '.join(more)}." if len(more) else ""
-    better = int((places["asi_fvu"] < places["random_fvu"]).sum())
+    by_condition = rows.groupby("condition", sort=False)
+    dead = by_condition["dead_share"].mean()
+    told = ", ".join(
+        f"{condition} {100 * dead[condition]:.2g} % (rate {lr:g})"
+        for condition, lr in by_condition["lr"].first().items()
+    )
     return (
-        f"*Share of features that never fire on {window:,} held-out tokens, in TopK SAEs of "
-        f"{d_sae:,} features (k {k}) trained on {n_train:,} tokens of {models} with Adam at one "
-        f"rate ({lr:g}); the same data, biases and unit norms for both initialisations, "
-        f'`d_init="auto"`; means over one or two seeds.{against} An average feature fires '
-        f"{window * k / d_sae:.0f} times in this window, so some features counted as dead may be "
-        f"rare. ASI has the lower reconstruction error at {better} of {len(places)}. "
-        "From `data/results/studies/d_init.json`; [all figures](docs/findings.md).*"
+        f"*TopK SAEs of {d_sae:,} features (k {k}) at the attention output of SmolLM2-135M's layer "
+        f"{SHOWN_HOOK.split('.')[1]}, trained on {n_train:,} tokens. ASI is Active Subspace "
+        "Initialization; both initialisations have the bias at the mean and the norm that suits "
+        "them. Each condition is at its own best of four or more learning rates, chosen by the "
+        f"FVU of a validation part; {rows['seed'].nunique()} seeds. Left: share of features that "
+        f"never fire on {window:,} held-out tokens, in which a feature fires "
+        f"{window * k / d_sae:,.0f} times on average: {told}. Right: fraction of variance "
+        "unexplained. From `data/results/studies/cure.json`; at one rate for all the gap is "
+        "smaller ([all rates](notebooks/05_active_subspace_init.ipynb)).*"
     )
 
 
@@ -516,39 +498,23 @@ def _fetched(profile: str, registry: dict) -> int:
     )
 
 
-def sweep_table(study: dict) -> str:
-    """Dead features of ASI by d_init at each hook point, means over seeds; 1 is a random start."""
-    rows = pd.DataFrame(study["rows"])
-    flat = rows["start"] == "flat"
-    columns = {"1 (random)": rows["start"] == "random", '"auto"': flat & (rows["d_init"] == "auto")}
-    swept = flat & (rows["d_init"] != "auto")
-    shares = [round(d / WIDTHS[m], 2) for d, m in rows[swept][["d_init", "model"]].to_numpy()]
-    rows = rows.assign(share=pd.Series(shares, index=rows.index[swept]))
-    columns = {f"{share:g}": rows["share"] == share for share in sorted(set(shares))} | columns
-    by_place = ["model", "hook_name"]
-    means = {
-        name: rows[which].groupby(by_place)["dead_share"].mean() for name, which in columns.items()
-    }
-    lines = [f"| Model | Hook point | {' | '.join(columns)} |"]
-    lines.append("|---|---|" + "---:|" * len(columns))
-    for (model, hook_name), dead in pd.DataFrame(means).iterrows():
-        cells = " | ".join(f"{100 * share:.2f} %" for share in dead)
-        lines.append(f"| {model} | `{hook_name}` | {cells} |")
-    return "\n".join(lines)
-
-
-def starts_table(study: dict) -> str:
-    """Dead features and FVU of each start at each hook point, means over seeds."""
-    rows = pd.DataFrame(study["rows"])
-    rows = rows[rows["d_init"] == "auto"]
-    lines = ["| Model | Hook point | Random | ASI | Whitened start | Seeds |", "|---|" + "---|" * 5]
-    for (model, hook_name), of_place in rows.groupby(["model", "hook_name"]):
-        cells, seeds = [], 0
-        for start in ("random", "flat", "whitened_data"):
-            runs = of_place[of_place["start"] == start]
-            seeds = len(runs)
-            cells.append(_dead_and_fvu(runs))
-        lines.append(f"| {model} | `{hook_name}` | {' | '.join(cells)} | {seeds} |")
+def cure_table(rows: pd.DataFrame) -> str:
+    """Each condition at its own best rate, at every hook point and width: dead features and FVU,
+    means over seeds, and from least to most."""
+    columns = ("Hook point", "Features", "Condition", "Rate", "Dead", "FVU", "Seeds")
+    lines = [f"| {' | '.join(columns)} |", "|---|---:|---|---:|---|---|---:|"]
+    for (hook_name, d_sae, condition), of in rows.groupby(["hook_name", "d_sae", "condition"]):
+        dead, fvu = of["dead_share"], of["fvu"]
+        cells = (
+            f"`{hook_name}`",
+            f"{d_sae:,}",
+            condition,
+            f"{of['lr'].iloc[0]:g}",
+            f"{100 * dead.mean():.2f} % [{100 * dead.min():.2f}, {100 * dead.max():.2f}]",
+            f"{fvu.mean():.4f} [{fvu.min():.4f}, {fvu.max():.4f}]",
+            f"{of['seed'].nunique()}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -591,28 +557,6 @@ def defaults_table(study: dict) -> str:
         cells = " | ".join(_dead_and_fvu(of_condition) for of_condition in runs)
         seeds = of_both["seed"].nunique()
         lines.append(f"| {architecture} | {lr:g} | {cells} | {seeds} |")
-    return "\n".join(lines)
-
-
-def wide_table(*studies: dict) -> str:
-    """Dead features and FVU of either start, as it is and with its encoder scaled, by width,
-    tokens, optimizer and learning rate."""
-    rows = pd.DataFrame([row for study in studies for row in study["rows"]])
-    starts = {
-        "random": "Random",
-        "flat": "ASI",
-        "random scaled": "Random, scaled",
-        "flat scaled": "ASI, scaled",
-    }
-    rows = rows[rows["start"].isin(starts)]
-    columns = ["Features", "Training tokens", "Optimizer", "Learning rate", *starts.values()]
-    lines = [f"| {' | '.join(columns)} |", "|---:|---:|---|---:|---|---|---|---|"]
-    for (d_sae, tokens, optimizer, lr), conditions in rows.groupby(
-        ["d_sae", "n_train", "optimizer", "lr"]
-    ):
-        cells = [_dead_and_fvu(conditions[conditions["start"] == start]) for start in starts]
-        name = {"adam": "Adam", "sparse_adam": "SparseAdam"}[optimizer]
-        lines.append(f"| {d_sae:,} | {tokens:,} | {name} | {lr:g} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

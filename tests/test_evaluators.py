@@ -48,6 +48,7 @@ from saesub.extras.transcoders import (
 from saesub.loading.models import context_tokens, in_eval_mode, load_model
 
 D, D_SAE, D_OUT, HOOK, HEADS = 32, 48, 20, "blocks.1.hook_attn_out", "blocks.1.attn.hook_z"
+MLP = "blocks.1.mlp.hook_post"  # four times as wide
 WORDS = [a + b for a in "bcdfghjklmnp" for b in "aeiou"]
 OF_SAESUB = {
     "transcoder": (TrainingTranscoder, TrainingTranscoderConfig),
@@ -384,6 +385,61 @@ def test_a_subspaces_loss_in_any_dtype(of_model, tokens, corpus) -> None:
         expected = losses_by_hand(model, tokens, kept, put_in, kept)[0]
         assert found.ce(condition) == pytest.approx(expected, rel=1e-5)
     assert found.ce(D) == found.ce("clean")
+
+
+def test_the_loss_with_several_sites_cut_down_at_once(bridge, tokens, corpus) -> None:
+    hooks = [f"blocks.{layer}.hook_{kind}" for layer in (1, 2) for kind in ("attn_out", "mlp_out")]
+    settings = {"n_tokens": 600, "context_size": 16, "progress": False}
+    spectra = saesub.measure_spectra(bridge, corpus, hooks, **settings)
+    with everything_unchanged(bridge.original_model):
+        found = subspace_loss_recovered(bridge, tokens, hooks, spectra, [5], progress=False)
+    kept = kept_at(bridge, tokens, 2)
+
+    def put_in(name: str, condition: Any) -> Callable:
+        def hook(x: Tensor, hook: Any) -> Tensor:
+            mean, basis = spectra[name].mean, spectra[name].eigenvectors
+            out, basis = x.clone(), basis[:, : 0 if condition == "zero" else condition]
+            centred = out[kept].double() - mean
+            out[kept] = (mean * (condition != "zero") + centred @ basis @ basis.T).to(x)
+            return out
+
+        return hook
+
+    for condition in ("zero", 0, 5):
+        with torch.no_grad(), in_eval_mode(bridge):
+            points = [(name, put_in(name, condition)) for name in hooks]
+            logits = bridge.run_with_hooks(tokens, fwd_hooks=points).double()
+        predicts = kept[:, :-1]
+        expected = cross_entropy(logits[:, :-1][predicts], tokens[:, 1:][predicts]).item()
+        assert found.ce(condition) == pytest.approx(expected, rel=1e-5)
+    alone = subspace_loss_recovered(bridge, tokens, HOOK, spectra[HOOK], [5], progress=False)
+    one = subspace_loss_recovered(bridge, tokens, [HOOK], spectra, [5], progress=False)
+    assert {c: v.tolist() for c, v in one.loss_sums.items()} == {
+        c: v.tolist() for c, v in alone.loss_sums.items()
+    }
+    assert found.ce("clean") == alone.ce("clean")
+
+
+@pytest.mark.parametrize(
+    ("hooks", "spectra", "message"),
+    [
+        ([HOOK], lambda s: s[HOOK], "give them by name"),
+        ([HOOK, HEADS], lambda s: {HOOK: s[HOOK]}, f"no spectrum of {HEADS}"),
+        (None, lambda s: s, "no spectrum of None"),
+        ([], lambda s: s, "no hook point was named"),
+        ([HOOK], lambda s: {HOOK: "file"}, f"the spectrum of {HOOK} must be a Spectrum"),
+        ([HOOK, HEADS], lambda s: {HOOK: s[HEADS], HEADS: s[HEADS]}, f"not of {HOOK}"),
+        ([HOOK, MLP], lambda s: s, "different widths"),
+        (HOOK, lambda s: s, r"take one, spectra\[hook_name\]"),
+    ],
+)
+def test_sites_and_spectra_that_do_not_go_together(
+    hooks, spectra, message, bridge, tokens, corpus
+) -> None:
+    settings = {"n_tokens": 600, "context_size": 16, "progress": False}
+    measured = saesub.measure_spectra(bridge, corpus, [HOOK, HEADS, MLP], **settings)
+    with pytest.raises(SaesubError, match=message):
+        subspace_loss_recovered(bridge, tokens, hooks, spectra(measured), [3], progress=False)
 
 
 def test_one_context_has_no_interval() -> None:

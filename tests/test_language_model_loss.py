@@ -29,6 +29,7 @@ from saesub.evaluation.language_model_loss import (
     SaeLoss,
     SubspaceLoss,
     sae_loss,
+    sae_losses,
     subspace_loss_recovered,
 )
 from saesub.loading.models import context_tokens
@@ -131,6 +132,27 @@ def test_interpolation_and_interval() -> None:
         flat.ce(7)
 
 
+def test_the_difference_of_two_sites_is_paired() -> None:
+    """Contexts that need more at one site need more at the other, so that the interval of the
+    difference is narrower than what the two intervals allow."""
+    rng = np.random.default_rng(0)
+    n, hard = np.full(30, 10), rng.uniform(0, 1, 30)
+
+    def measured(half: np.ndarray) -> SubspaceLoss:
+        sums = {"clean": 0 * hard + 10, "zero": 0 * hard + 20, 0: 0 * hard + 20, 50: half}
+        return SubspaceLoss(100, sums, n)
+
+    few, many = measured(10 + 4 * hard), measured(12 + 4 * hard)
+    value, low, high = many.components_beyond(few, 0.95)
+    ends = [loss.components_for(0.95) for loss in (many, few)]
+    assert value == pytest.approx(ends[0].value - ends[1].value)
+    assert low <= value <= high
+    assert high - low < 0.7 * ((ends[0].high - ends[1].low) - (ends[0].low - ends[1].high))
+    assert few.components_beyond(few) == (0, 0, 0)
+    with pytest.raises(SaesubError, match="different contexts"):
+        many.components_beyond(SubspaceLoss(100, few.loss_sums, n + 1))
+
+
 FREE = {"clean": [20, 60], "zero": [20, 60], 0: [20, 60], 50: [20, 60]}
 GAINFUL = FREE | {"zero": [19, 50], 0: [19, 50], 50: [18, 70]}
 UNLIKE_RUNS = FREE | {"zero": [20 + 1e-6, 60 - 1e-6], 0: [20 + 1e-6, 60 + 1e-6]}
@@ -200,6 +222,21 @@ def test_a_perfect_sae_recovers_the_whole_loss_and_zero_none(
     assert loss.clean < half.with_sae < half.zero_ablated
     assert half.clean == pytest.approx(loss.clean)
     assert 0 < half.kl_recovered < 1
+
+
+@pytest.mark.model
+def test_several_saes_have_the_losses_that_each_has_alone(
+    model: TransformerBridge, tokens: torch.Tensor
+) -> None:
+    saes = [perfect_sae(0.5), perfect_sae(), perfect_sae(0.2)]
+    together = sae_losses(model, saes, tokens, batch_size=1)
+    for loss, sae in zip(together, saes, strict=True):
+        assert loss == pytest.approx(sae_loss(model, sae, tokens, batch_size=1), rel=1e-6, abs=1e-6)
+    elsewhere = perfect_sae()
+    elsewhere.cfg.metadata.hook_name = "blocks.5.hook_attn_out"
+    for given in ([], [perfect_sae(), elsewhere]):
+        with pytest.raises(SaesubError, match=f"the SAEs are of {len(given)} hook points"):
+            sae_losses(model, given, tokens)
 
 
 @pytest.mark.model

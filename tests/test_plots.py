@@ -69,6 +69,25 @@ def _kept() -> pd.DataFrame:
     return frame.assign(low=frame["recovered"] - 0.03, high=frame["recovered"] + 0.03)
 
 
+def _kept_by_layer() -> pd.DataFrame:
+    r = 2 ** np.arange(10)
+    parts = [
+        pd.DataFrame({"layer": f"layer {i}", "site": site, "components": r})
+        for i in (1, 4, 8, 12, 16, 20, 24)
+        for site in ("attn_out", "mlp_out")
+    ]
+    frame = pd.concat(parts, ignore_index=True)
+    fill = frame["components"] / np.where(frame["site"] == "attn_out", 200, 512)
+    frame["recovered"] = fill.clip(upper=1) ** 0.5
+    return frame.assign(low=frame["recovered"] - 0.05, high=frame["recovered"] + 0.05)
+
+
+def _overlaps() -> pd.DataFrame:
+    kinds = {"heads of one group": 0.3, "heads of two groups": 0.2, "random": 0.11}
+    rows = [(i, pairs, share) for pairs, share in kinds.items() for i in range(30)]
+    return pd.DataFrame(rows, columns=["layer", "pairs", "overlap"])
+
+
 def _points() -> pd.DataFrame:
     rng = np.random.default_rng(0)
     sites = np.repeat(["attn_out", "mlp_out", "resid_post"], 10)
@@ -87,6 +106,19 @@ def _grid() -> pd.DataFrame:
         for s, r in {"attn_out": 0.52, "mlp_out": 0.82, "resid_post": 0.8}.items()
     ]
     return pd.DataFrame(rows, columns=["model", "corpus", "site", "rank_share"])
+
+
+def _grid_by_layer() -> pd.DataFrame:
+    depths = {"smollm2-135m": 30, "gemma3-270m": 18, "qwen2.5-coder-0.5b": 24}
+    sites = {"attn_out": 0.52, "mlp_out": 0.82, "attention output, after its norm": 0.3}
+    rows = [
+        (model, site, layer, rank + layer / 100)
+        for model, n in depths.items()
+        for site, rank in sites.items()
+        if "norm" not in site or model == "gemma3-270m"
+        for layer in range(n)
+    ]
+    return pd.DataFrame(rows, columns=["model", "site", "layer", "rank_share"])
 
 
 def _fates() -> pd.DataFrame:
@@ -129,6 +161,9 @@ FIGURES = {
         _kept(), paper={"attn_out": 0.747, "mlp_out": 0.961}
     ),
     "rank_heatmap": lambda: plots.rank_heatmap(_grid()),
+    "loss_by_layer": lambda: plots.loss_by_layer(_kept_by_layer()),
+    "overlap_by_layer": lambda: plots.overlap_by_layer(_overlaps()),
+    "rank_heatmap_by_layer": lambda: plots.rank_heatmap_by_layer(_grid_by_layer()),
     "predicted_variance": lambda: plots.predicted_variance(_variances()),
     "singular_values": lambda: plots.singular_values({"W_O, layer 12": np.geomspace(9, 0.1, 576)}),
     "dead_over_tokens": lambda: plots.dead_over_tokens(_tokens()),
@@ -265,6 +300,33 @@ def test_heatmap_holds_each_value_in_its_cell():
     values = np.asarray(mesh.get_array()).reshape(3, 4)
     assert values[0, 0] == 0.31
     np.testing.assert_allclose(values.ravel()[1:], 0.52)
+
+
+def test_heatmap_by_layer_has_a_row_for_each_site_and_leaves_out_what_is_missing():
+    frame = _grid_by_layer()
+    panels = plots.rank_heatmap_by_layer(frame).axes[:3]
+    shapes = [p.collections[0].get_array().shape for p in panels]
+    assert shapes == [(3, 30), (3, 18), (3, 24)]
+    of_gemma = np.asarray(panels[1].collections[0].get_array())
+    np.testing.assert_allclose(of_gemma[2], 0.3 + np.arange(18) / 100)
+    assert np.ma.getmaskarray(panels[0].collections[0].get_array())[2].all()
+
+
+def test_loss_by_layer_has_a_panel_for_each_layer_with_all_sites():
+    frame = _kept_by_layer()
+    figure = plots.loss_by_layer(frame)
+    assert [axes.get_title() for axes in figure.axes] == list(dict.fromkeys(frame["layer"]))
+    for axes in figure.axes:
+        for line, site in zip(axes.get_lines(), ("attn_out", "mlp_out"), strict=False):
+            rows = frame[(frame["layer"] == axes.get_title()) & (frame["site"] == site)]
+            np.testing.assert_allclose(line.get_xydata(), rows[["components", "recovered"]])
+
+
+def test_overlap_by_layer_has_a_line_for_each_kind_of_pairs():
+    frame = _overlaps()
+    figure = plots.overlap_by_layer(frame)
+    for pairs, rows in frame.groupby("pairs"):
+        np.testing.assert_allclose(_line(figure, pairs).get_xydata(), rows[["layer", "overlap"]])
 
 
 def test_seeds_are_points_and_the_bar_their_mean():

@@ -34,6 +34,18 @@ def test_seeds_means_and_lines():
     assert low < 0, "a mark at zero must not be cut"
 
 
+def test_the_fit_and_the_active_features_stand_beside():
+    frame = _frame().assign(fvu=[0.3, 0.32, 0.25, 0.4, 0.38, 0.36], l0=[32, 34, 31, 32, 32, 30])
+    figure = dead_by_dictionary(frame)
+    dead, fvu = figure.axes
+    lines = {tuple(line.get_ydata()): tuple(line.get_xdata()) for line in fvu.lines}
+    assert lines[0, 0] == pytest.approx((0.25, 0.31))
+    assert [text.get_text() for text in fvu.texts] == ["33.0 · 31.0", "32.0 · 32.0 · 30.0"]
+    assert dead.get_ylim() == fvu.get_ylim()
+    with pytest.raises(SaesubError, match="NaN"):
+        dead_by_dictionary(frame.assign(fvu=float("nan")))
+
+
 def test_incomplete_data_is_refused():
     with pytest.raises(SaesubError, match="lacks"):
         dead_by_dictionary(_frame().drop(columns="condition"))

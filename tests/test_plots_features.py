@@ -37,6 +37,18 @@ def test_cosines_are_shares_of_each_condition() -> None:
     assert axes.get_legend_handles_labels()[1] == ["random", "asi"]
 
 
+def test_coherence_is_a_line_of_seeds_for_each_condition_and_chance_a_line() -> None:
+    values = {"random": (0.0, 0.1, 0.2), "asi": (0.3, 0.3, 0.3)}
+    rows = [(c, d, value) for c, of in values.items() for d in (0.001, 0.01) for value in of]
+    frame = pd.DataFrame(rows, columns=["condition", "density", "coherence"])
+    axes = plots.coherence_by_density(frame, chance=0.05).axes[0]
+    random, asi, chance = axes.lines
+    assert random.get_ydata() == pytest.approx([0.1, 0.1])
+    assert asi.get_ydata() == pytest.approx([0.3, 0.3])
+    assert chance.get_ydata()[0] == 0.05
+    assert axes.get_ylim()[0] == 0
+
+
 def test_a_shared_curve_falls_from_all_to_none() -> None:
     frame = pd.DataFrame({"condition": "asi", "pair": [0] * 4, "cosine": [0.2, 0.6, 0.71, 0.99]})
     axes = plots.shared_features(frame, 0.7).axes[0]
@@ -57,7 +69,13 @@ def test_probes_have_a_panel_for_each_k_and_the_ceiling() -> None:
 
 
 @pytest.mark.parametrize(
-    "draw", [plots.density_histogram, plots.cosine_histogram, plots.shared_features]
+    "draw",
+    [
+        plots.density_histogram,
+        plots.cosine_histogram,
+        plots.coherence_by_density,
+        plots.shared_features,
+    ],
 )
 def test_missing_columns_are_named(draw) -> None:
     with pytest.raises(SaesubError, match="lacks"):

@@ -15,14 +15,13 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from PIL import Image
 
 from saesub.errors import SaesubError
-from saesub.reproduce import claims, claims_table, paper_claims
-from saesub.reproduce.plots import dead_by_hook_point
+from saesub.reproduce import claims, claims_table, paper_claims, studies
 
 ROOT = Path(__file__).resolve().parent.parent
 publish = runpy.run_path(str(ROOT / "notebooks" / "publish.py"))
 RECORDS = publish["read_records"]()
 FULL = RECORDS["full"]
-D_INIT = ROOT / "data" / "results" / "studies" / "d_init.json"
+CURE_FILE = ROOT / "data" / "results" / "studies" / "cure.json"
 
 
 @pytest.mark.parametrize("page", publish["pages"](), ids=lambda page: page.name)
@@ -36,10 +35,7 @@ def test_every_page_shows_the_committed_records(page):
     ("page", "name"),
     [
         *[("README.md", name) for name in ("figure", "summary", "cost", "titles")],
-        *[
-            ("docs/findings.md", n)
-            for n in ("verdicts", "findings", "wide", "sweep", "starts", "notebooks")
-        ],
+        *[("docs/findings.md", n) for n in ("verdicts", "findings", "cure", "notebooks")],
         ("docs/faults.md", "faults"),
         ("docs/architectures.md", "architectures"),
     ],
@@ -52,7 +48,7 @@ def test_every_table_stands_on_its_page(page, name):
 
 def test_the_readmes_figure_is_drawn_from_the_committed_record():
     with Image.open(publish["FIGURE_FILE"]) as figure:
-        assert figure.info["Description"] == publish["digest"](D_INIT.read_bytes())
+        assert figure.info["Description"] == publish["digest"](CURE_FILE.read_bytes())
 
 
 ROWS = [row for recorded in FULL.values() for row in recorded["claims"]]
@@ -311,45 +307,61 @@ def test_a_shortened_or_missing_history_is_refused(tmp_path):
         publish["BOUNDS"]["bounds"](tmp_path / "none")
 
 
-def test_the_figure_counts_the_hook_points_at_which_fewer_features_die():
-    frame = pd.DataFrame(
-        {"place": ["a", "b", "c"], "random": [0.5, 0.1, 0.2], "asi": [0.1, 0.3, 0.2]}
-    )
-    (axes,) = dead_by_hook_point(frame).axes
-    assert axes.get_title() == "ASI leaves fewer features dead at 1 of 3 hook points"
-    joins = [line for line in axes.lines if len(set(line.get_ydata())) == 1]
-    assert [line.get_linestyle() for line in joins] == ["-", ":", ":"]
-    random, asi = axes.lines[3:]
-    assert random.get_xdata().tolist() == [0.5, 0.1, 0.2]
-    assert asi.get_xdata().tolist() == [0.1, 0.3, 0.2]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b", "c"]
-    assert "10.00 % → 30.00 %" in [text.get_text() for text in axes.texts]
-    with pytest.raises(SaesubError, match="asi"):
-        dead_by_hook_point(frame.drop(columns="asi"))
+def _trained(condition, lr, seed, validation, dead, fvu, d_sae=8192):
+    """A row of a study."""
+    return {
+        **{"model": "smollm2-135m", "hook_name": "blocks.12.hook_attn_out", "d_sae": d_sae},
+        **{"condition": condition, "lr": lr, "seed": seed, "validation_fvu": validation},
+        **{"dead_share": dead, "fvu": fvu, "k": 32, "n_train": 1_024_000, "n_judged": 256_000},
+    }
 
 
-def test_a_hook_point_where_more_features_die_is_named_below_the_figure():
-    settings = {"d_sae": 8192, "n_train": 9, "lr": 1e-3, "k": 32, "d_init": "auto", "seed": 0}
-    rows = [
-        {"model": "smollm2-135m", "hook_name": f"blocks.{layer}.hook_{site}", "start": start}
-        | {"dead_share": dead, "fvu": fvu}
-        | settings
-        for layer, site, start, dead, fvu in [
-            (4, "resid_post", "random", 0.1, 0.2),
-            (4, "resid_post", "flat", 0.2, 0.1),
-            (12, "attn_out", "random", 0.2, 0.1),
-            (12, "attn_out", "flat", 0.1, 0.2),
-        ]
+CURE = pd.DataFrame(
+    [
+        _trained("ASI", 1e-3, 0, 0.18, 0.01, 0.170),
+        _trained("ASI", 1e-3, 1, 0.19, 0.02, 0.172),
+        _trained("ASI", 2e-3, 0, 0.19, 0.30, 0.160),  # fits best where it is not chosen by
+        _trained("random", 2e-3, 0, 0.18, 0.40, 0.180),
+        _trained("random", 2e-3, 1, 0.17, 0.50, 0.182),
+        _trained("random", 1e-3, 0, 0.20, 0.10, 0.184),
+        _trained("whitened start", 1e-3, 0, 0.10, 0.00, 0.150),
+        _trained("random", 1e-3, 0, 0.20, 0.05, 0.190, d_sae=4096),
     ]
-    frame = publish["by_hook_point"]({"rows": rows})
-    assert frame["place"].tolist() == [
-        "attention output, SmolLM2-135M layer 12",
-        "residual stream, SmolLM2-135M layer 4",
+)
+
+
+@pytest.fixture
+def cure(monkeypatch):
+    """The study of the cure, made up."""
+    study = studies.Study("cure", CURE, [])
+    monkeypatch.setattr(studies, "recorded", lambda name: study)
+
+
+def test_the_readmes_figure_shows_each_condition_at_its_own_best_rate(cure):
+    rows = publish["readme_rows"]()
+    assert rows[["condition", "lr", "seed", "dead_share"]].to_numpy().tolist() == [
+        ["random", 2e-3, 0, 0.40],
+        ["random", 2e-3, 1, 0.50],
+        ["ASI", 1e-3, 0, 0.01],
+        ["ASI", 1e-3, 1, 0.02],
     ]
-    assert frame["random"].tolist() == [0.2, 0.1]
-    caption = publish["figure_caption"]({"rows": rows})
-    assert "ASI leaves more dead at: residual stream, SmolLM2-135M layer 4." in caption
-    assert "lower reconstruction error at 1 of 2" in caption
+    caption = publish["figure_caption"](rows)
+    assert "TopK SAEs of 8,192 features (k 32)" in caption
+    assert "random 45 % (rate 0.002), ASI 1.5 % (rate 0.001)." in caption
+    assert "256,000 held-out tokens, in which a feature fires 1,000 times" in caption
+
+
+def test_a_page_shows_every_condition_at_its_own_best_rate_by_width(cure):
+    assert publish["cure_table"](publish["cure_rows"]()).splitlines()[2:] == [
+        "| `blocks.12.hook_attn_out` | 4,096 | random | 0.001 | 5.00 % [5.00, 5.00] | 0.1900 "
+        "[0.1900, 0.1900] | 1 |",
+        "| `blocks.12.hook_attn_out` | 8,192 | ASI | 0.001 | 1.50 % [1.00, 2.00] | 0.1710 "
+        "[0.1700, 0.1720] | 2 |",
+        "| `blocks.12.hook_attn_out` | 8,192 | random | 0.002 | 45.00 % [40.00, 50.00] | 0.1810 "
+        "[0.1800, 0.1820] | 2 |",
+        "| `blocks.12.hook_attn_out` | 8,192 | whitened start | 0.001 | 0.00 % [0.00, 0.00] | "
+        "0.1500 [0.1500, 0.1500] | 1 |",
+    ]
 
 
 def test_the_cost_is_summed_over_the_recorded_runs():
@@ -389,26 +401,6 @@ def test_the_download_counts_every_packaged_file_that_a_notebook_names():
     assert named - counted == {("corpora", "legal")}  # at `paper` only
     assert counted <= named
     assert {name for _, name in counted} >= set(publish["NOT_AT_QUICK"])
-
-
-def test_a_sweep_has_a_column_for_each_share_of_the_width():
-    rows = [
-        {"model": "smollm2-135m", "hook_name": "h", "start": start, "d_init": d_init}
-        | {"dead_share": dead, "seed": seed}
-        for start, d_init, dead, seed in [
-            ("random", "auto", 0.5, 0),
-            ("flat", "auto", 0.1, 0),
-            ("flat", 58, 0.2, 0),
-            ("flat", 58, 0.4, 1),
-            ("flat", 317, 0.25, 0),
-            ("whitened_data", "auto", 0.9, 0),
-        ]
-    ]
-    assert publish["sweep_table"]({"rows": rows}).splitlines() == [
-        '| Model | Hook point | 0.1 | 0.55 | 1 (random) | "auto" |',
-        "|---|---|---:|---:|---:|---:|",
-        "| smollm2-135m | `h` | 30.00 % | 25.00 % | 50.00 % | 10.00 % |",
-    ]
 
 
 RECORDED = {"run": ["a processor, 8 cores, 2 threads"], "seconds": 720}
@@ -486,24 +478,6 @@ def test_a_run_with_another_install_cell_is_taken_and_one_with_other_code_is_not
     kept = written("kept.ipynb", *code("%pip install new", "1 + 2"))
     with pytest.raises(SaesubError, match="other code"):
         publish["_executed"](ran, kept, "full")
-
-
-def test_a_wide_runs_conditions_stand_under_their_start_and_beside_their_rate():
-    conditions = [("random", 2e-3, 8), ("flat", 2e-3, 8), ("flat", 5e-4, 8), ("random", 5e-4, 8)]
-    conditions += [("flat", 5e-4, 4096), ("flat scaled", 5e-4, 4096), ("whitened_data", 5e-4, 64)]
-    rows = [
-        {"start": start, "optimizer": "adam", "lr": lr, "d_sae": d_sae, "n_train": 1000}
-        | {"dead_share": 0.1 * place, "fvu": 0.01 * place}
-        for place, (start, lr, d_sae) in enumerate(conditions)
-    ]
-    none = " | not run | not run |"
-    table = publish["wide_table"]({"rows": rows[4:]}, {"rows": rows[:4]})
-    assert table.splitlines()[2:] == [
-        "| 8 | 1,000 | Adam | 0.0005 | 30.00 % dead, FVU 0.0300 | 20.00 % dead, FVU 0.0200" + none,
-        "| 8 | 1,000 | Adam | 0.002 | 0.00 % dead, FVU 0.0000 | 10.00 % dead, FVU 0.0100" + none,
-        "| 4,096 | 1,000 | Adam | 0.0005 | not run | 40.00 % dead, FVU 0.0400 | not run "
-        "| 50.00 % dead, FVU 0.0500 |",
-    ]
 
 
 def test_a_quick_run_leaves_its_record_and_the_outputs_as_they_are(tmp_path, monkeypatch):

@@ -181,3 +181,44 @@ def test_the_best_rate_is_chosen_by_the_validation_part_of_the_first_seed():
     sweep = studies.sweep_of(rows[(rows["condition"] == "random") & (rows["seed"] == 0)])
     assert sweep.rates == (1e-3, 2e-3)
     assert sweep.best == 0
+
+
+@pytest.fixture
+def quality(protocol):
+    """The study of feature quality, on the same small stores."""
+    import quality
+
+    quality._second_half.cache_clear()
+    yield quality
+    quality._second_half.cache_clear()
+
+
+def test_the_halves_of_the_documents_share_no_training_tokens(quality, protocol, monkeypatch):
+    monkeypatch.setattr(protocol, "N_SPECTRUM", 4096)
+    sizes = {"d_sae": 64, "k": 4, "n_train": 4096, "n_judged": 1024}
+    first = quality.Part("uneven", "random", part="half", half=1, **sizes)
+    second = replace(first, half=2)
+    assert first.n_stored == second.n_stored == 2 * 4096 + 1024 + 2 * 1024
+    whole, rest = quality.seen_by(first).store, quality.seen_by(second).store
+    assert torch.equal(rest.rows(0, 4096), whole.rows(4096, 8192))
+    last = [store.rows(store.n_tokens - 1024, store.n_tokens) for store in (whole, rest)]
+    assert torch.equal(*last)
+    own = saesub.Spectrum.from_activations(rest.rows(0, 4096))
+    assert torch.allclose(quality.seen_by(second).spectrum.mean, own.mean)
+    assert not torch.allclose(quality.seen_by(first).spectrum.mean, own.mean)
+
+
+def test_quality_takes_each_conditions_own_rate(quality, protocol):
+    condition = quality.Part("uneven", "subspace", "sparse_adam", d_sae=64, k=4, half=1)
+    assert quality.best_rate(condition) == 1e-3  # there is no record yet
+    best = {"random": 5e-4, "subspace": 2e-3}
+    rows = [
+        protocol.asdict(protocol.Trial("uneven", start, "sparse_adam", lr, d_sae=64, k=4))
+        | {"validation_fvu": abs(lr - best[start]), "fvu": 0.5, "dead_share": 0.1}
+        for start in best
+        for lr in (5e-4, 1e-3, 2e-3, 4e-3)
+    ]
+    (protocol.RESULTS / "cure.json").write_text(json.dumps({"rows": rows}))
+    assert quality.best_rate(condition) == 2e-3
+    assert quality.best_rate(replace(condition, start="random", seed=2)) == 5e-4
+    assert quality.best_rate(replace(condition, d_sae=128)) == 1e-3

@@ -71,7 +71,7 @@ def test_the_committed_records_know_every_notebook():
 @pytest.fixture
 def ran(tmp_path, monkeypatch):
     """Three empty notebooks, recorded at 5, 10 and 20 minutes; the names of those that were run."""
-    for name in ("00_one", "10_scorecard", "12_two"):
+    for name in ("00_one", "11_two", "12_scorecard"):
         parameters = new_code_cell('PROFILE = "quick"', metadata={"tags": ["parameters"]})
         nbformat.write(new_notebook(cells=[parameters]), tmp_path / f"{name}.ipynb")
     monkeypatch.setattr(runner, "notebooks_dir", lambda: tmp_path)
@@ -82,7 +82,7 @@ def ran(tmp_path, monkeypatch):
     def execute(path, profile, folder, quiet):
         names.append(path.stem)
         (folder / "runs").mkdir(exist_ok=True)
-        for stale in folder.glob("runs/10_*.json"):
+        for stale in folder.glob("runs/12_*.json"):
             stale.unlink()
         return Outcome(path.stem, "", RECORDED[path.stem])
 
@@ -90,7 +90,7 @@ def ran(tmp_path, monkeypatch):
     return names
 
 
-RECORDED = {"00_one": 300.0, "10_scorecard": 600.0, "12_two": 1200.0}
+RECORDED = {"00_one": 300.0, "11_two": 1200.0, "12_scorecard": 600.0}
 
 
 def _told(capsys, *arguments: str) -> list[str]:
@@ -103,28 +103,28 @@ def test_the_command_tells_the_time_left_of_the_whole_run(ran, capsys, quiet):
     assert _told(capsys, *quiet) == [
         "00_one: running (0 of 3 done, about 35 min left)",
         "00_one: done (300 s; 1 of 3 done, about 30 min left)",
-        "12_two: running (1 of 3 done, about 30 min left)",
-        "12_two: done (1200 s; 2 of 3 done, about 10 min left)",
-        "10_scorecard: running (2 of 3 done, about 10 min left)",
-        "10_scorecard: done (600 s; 3 of 3 done)",
+        "11_two: running (1 of 3 done, about 30 min left)",
+        "11_two: done (1200 s; 2 of 3 done, about 10 min left)",
+        "12_scorecard: running (2 of 3 done, about 10 min left)",
+        "12_scorecard: done (600 s; 3 of 3 done)",
     ]
     assert all("already done" in line for line in _told(capsys))
     assert _told(capsys, "--again")[0] == "00_one: running (0 of 3 done, about 35 min left)"
-    assert ran == ["00_one", "12_two", "10_scorecard"] * 2
+    assert ran == ["00_one", "11_two", "12_scorecard"] * 2
 
 
 def test_what_is_already_done_takes_no_more_time_but_the_scorecard_runs_again(ran, capsys):
-    _told(capsys, "--notebook", "00", "10")
+    _told(capsys, "--notebook", "00", "12")
     assert _told(capsys)[:2] == [
         "00_one: already done (300 s); --again runs it again",
-        "12_two: running (1 of 3 done, about 30 min left)",
+        "11_two: running (1 of 3 done, about 30 min left)",
     ]
-    assert ran == ["00_one", "10_scorecard", "12_two", "10_scorecard"]
+    assert ran == ["00_one", "12_scorecard", "11_two", "12_scorecard"]
 
 
 def test_of_some_notebooks_only_these_are_counted(ran, capsys):
     assert (
-        _told(capsys, "--notebook", "12")[0] == "12_two: running (0 of 1 done, about 20 min left)"
+        _told(capsys, "--notebook", "12")[0] == "11_two: running (0 of 1 done, about 20 min left)"
     )
 
 

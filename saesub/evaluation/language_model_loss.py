@@ -1,8 +1,8 @@
 """The language model's loss with a site cut down to a subspace, or with an SAE spliced in.
 
-`subspace_loss_recovered` keeps the top principal directions of a site. `sae_loss` replaces a site
-by an SAE's reconstruction. Losses come from logits in float32 or wider and are summed in float64,
-whatever the model's dtype.
+`subspace_loss_recovered` keeps the top principal directions of a site, or of several at once.
+`sae_loss` replaces a site by an SAE's reconstruction. Losses come from logits in float32 or wider
+and are summed in float64, whatever the model's dtype.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -62,7 +62,7 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class SubspaceLoss:
-    """Cross-entropy (nats a token) with a site cut down to its top principal directions.
+    """Cross-entropy (nats a token) with sites cut down to their top principal directions.
 
     `loss_sums` holds, for each condition, the summed loss of every context over its `n_predicted`
     predictions. A condition is a number of directions kept (0 is mean ablation), "clean" or "zero"
@@ -89,14 +89,24 @@ class SubspaceLoss:
 
     def components_for(self, share: float = 0.9, ablation: Ablation = "mean") -> Estimate:
         """The smallest share of the d directions that recovers `share` of the loss, by linear
-        interpolation between the numbers measured; NaN, with a warning, if ablation adds no loss.
-        Raises SaesubError for a share outside (0, 1].
+        interpolation between the numbers measured, mean ablation among them as 0: measure numbers
+        on both sides of the crossing. NaN, with a warning, if ablation adds no loss. Raises
+        SaesubError for a share outside (0, 1].
         """
-        if not 0 < share <= 1:
-            raise SaesubError(f"share of the loss must lie in (0, 1], not {share}")
-        curve = self._resampled(ablation)
-        grid, curves = np.array([*curve]) / self.d, np.stack([*curve.values()], axis=1)
-        return _estimate(np.array([_crossing(grid, values, share) for values in curves]))
+        return _estimate(_crossings(self._resampled(ablation), share) / self.d)
+
+    def components_beyond(
+        self, other: SubspaceLoss, share: float = 0.9, ablation: Ablation = "mean"
+    ) -> Estimate:
+        """`components_for` less that of another site on the same contexts; the interval is of the
+        difference. Raises SaesubError for a loss of other contexts, and as `components_for`."""
+        if not np.array_equal(self.n_predicted, other.n_predicted):
+            raise SaesubError(
+                "the two losses are of different contexts: measure both on the same tokens"
+            )
+        of_self, of_other = self._resampled(ablation), other._resampled(ablation)
+        needed = _crossings(of_self, share) / self.d
+        return _estimate(needed - _crossings(of_other, share) / other.d)
 
     @cached_property
     def _resamples(self) -> np.ndarray:
@@ -137,6 +147,14 @@ def _estimate(values: Float[np.ndarray, " resamples"]) -> Estimate:
     return Estimate(float(values[0]), float(low), float(high))
 
 
+def _crossings(curve: Mapping[int, np.ndarray], share: float) -> Float[np.ndarray, " resamples"]:
+    """The number of directions that recovers `share` of the loss, in every resample."""
+    if not 0 < share <= 1:
+        raise SaesubError(f"share of the loss must lie in (0, 1], not {share}")
+    grid, curves = np.array([*curve]), np.stack([*curve.values()], axis=1)
+    return np.array([_crossing(grid, values, share) for values in curves])
+
+
 def _crossing(grid: np.ndarray, curve: np.ndarray, share: float) -> float:
     """Where the curve first reaches `share`, if it has values; its last point is 1."""
     if np.isnan(curve[-1]):
@@ -152,8 +170,8 @@ def _crossing(grid: np.ndarray, curve: np.ndarray, share: float) -> float:
 def subspace_loss_recovered(
     model: Model,
     tokens: Int[Tensor, "contexts pos"],
-    hook_name: str,
-    spectrum: Spectrum,
+    hook_name: str | Sequence[str],
+    spectrum: Spectrum | Mapping[str, Spectrum],
     n_components: Sequence[int],
     *,
     batch_size: int = 8,
@@ -163,32 +181,39 @@ def subspace_loss_recovered(
     """The loss with x at `hook_name` replaced by mean + U_r U_rᵀ (x - mean), for each r.
 
     The mean and the directions are the spectrum's; `tokens` should be contexts that it has not
-    seen. Special tokens and the first `skip_first` positions, which the spectrum leaves out, stay
-    as they are in every condition, and predictions made at them are not counted. Each r takes one
-    full forward pass, and three more are needed: choose few r.
+    seen. Several hook points, such as those of all layers, are replaced at once, each by its own
+    spectrum: `spectrum` then holds them by name, as `measure_spectra` gives them. Special tokens
+    and the first `skip_first` positions, which the spectrum leaves out, stay as they are in every
+    condition, and predictions made at them are not counted. Each r takes one full forward pass,
+    and three more are needed: choose few r.
 
     Warns of a spectrum of a model of another name.
 
     Raises:
         SaesubError: tokens that are no contexts of this model, or in which nothing is predicted at
-            ordinary text; an unknown hook point, a spectrum of another hook point or width, no r,
-            or an r beyond the spectrum.
+            ordinary text; an unknown hook point, or none; a spectrum that is missing, or of another
+            hook point or width; hook points of different widths; no r, or an r beyond a spectrum.
     """
     bridge = load_model(model)
     tokens, batch_size = contexts_of(bridge, tokens), whole_number(batch_size, "batch_size")
-    require_spectrum(spectrum)
-    kept_numbers = _directions_kept(n_components, spectrum)
-    _check_width(bridge, tokens, hook_name, "the spectrum", spectrum.d)
-    check_site("the spectrum", spectrum.metadata.get("hook_name"), hook_name, bridge)
-    check_model("the spectrum", spectrum.metadata.get("model"), model_name(bridge))
+    spectra = _spectrum_of_each(hook_name, spectrum)
+    d = next(iter(spectra.values())).d
+    kept_numbers = _directions_kept(n_components, spectra.values())
+    for name, of_site in spectra.items():
+        _check_width(bridge, tokens, name, "the spectrum", of_site.d)
+        check_site("the spectrum", of_site.metadata.get("hook_name"), name, bridge)
+        check_model("the spectrum", of_site.metadata.get("model"), model_name(bridge))
     kept = kept_positions(bridge, tokens, skip_first)
     predicts = _predicting(kept)
-    wide = torch.promote_types(bridge.cfg.dtype, torch.float32)
-    of_spectrum = (spectrum.eigenvectors.to(wide), spectrum.mean.to(wide))
-    directions, mean = (t.to(bridge.cfg.device) for t in of_spectrum)
-    conditions: list[Condition] = ["clean", "zero", 0, *kept_numbers]
-    replacements = {c: _cut_down(c, mean, directions) for c in conditions[1:]}
-    sums: dict[Condition, list[Tensor]] = {c: [] for c in conditions}
+    wide, device = torch.promote_types(bridge.cfg.dtype, torch.float32), bridge.cfg.device
+    axes = {
+        name: (s.mean.to(wide).to(device), s.eigenvectors.to(wide).to(device))
+        for name, s in spectra.items()
+    }
+    replacements: dict[Condition, dict[str, Replace]] = {"clean": {}}
+    for c in ("zero", 0, *kept_numbers):
+        replacements[c] = {name: _cut_down(c, *of_site) for name, of_site in axes.items()}
+    sums: dict[Condition, list[Tensor]] = {c: [] for c in replacements}
     parts = [t.split(batch_size) for t in (tokens, kept, predicts)]
     shown = bar(total=len(tokens) * len(sums), unit="ctx", progress=progress)
     with shown, in_eval_mode(bridge):
@@ -196,27 +221,55 @@ def subspace_loss_recovered(
             following = batch.roll(-1, 1)[predicting]
             context = predicting.nonzero()[:, 0].cpu()
             for condition, of_batches in sums.items():
-                hook = (hook_name, replacements.get(condition), at)
-                nats = _nats(_logits(bridge, batch, predicting, *hook), following)
+                logits = _logits(bridge, batch, predicting, replacements[condition], at)
+                nats = _nats(logits, following)
                 sum_of = torch.zeros(len(batch), dtype=torch.float64, device="cpu")
                 of_batches.append(sum_of.index_add_(0, context, nats))
                 shown.update(len(batch))
     measured: dict[Condition, np.ndarray] = {
         c: torch.cat(of_batches).numpy() for c, of_batches in sums.items()
     }
-    return SubspaceLoss(spectrum.d, measured, predicts.sum(1).cpu().numpy())
+    return SubspaceLoss(d, measured, predicts.sum(1).cpu().numpy())
 
 
-def _directions_kept(n_components: Sequence[int], spectrum: Spectrum) -> list[int]:
+def _spectrum_of_each(
+    hook_name: str | Sequence[str], spectrum: Spectrum | Mapping[str, Spectrum]
+) -> dict[str, Spectrum]:
+    """The spectra by hook point. Raises SaesubError if there is none, one is missing, or they are
+    of different widths."""
+    if isinstance(hook_name, str):
+        require_spectrum(spectrum)
+        return {hook_name: cast(Spectrum, spectrum)}
+    if not isinstance(spectrum, Mapping):
+        raise SaesubError(
+            "several hook points have a spectrum each: give them by name, as measure_spectra does"
+        )
+    names = hook_name if isinstance(hook_name, Iterable) else [hook_name]
+    if missing := [name for name in names if name not in spectrum]:
+        raise SaesubError(f"there is no spectrum of {missing[0]}: measure one for each hook point")
+    spectra = {name: spectrum[name] for name in names}
+    for name, given in spectra.items():
+        require_spectrum(given, f"the spectrum of {name}")
+    if not spectra:
+        raise SaesubError("no hook point was named: name at least one")
+    if len({s.d for s in spectra.values()}) > 1:
+        raise SaesubError(
+            "the hook points are of different widths, and r directions of them are different "
+            "shares: measure each width by itself"
+        )
+    return spectra
+
+
+def _directions_kept(n_components: Sequence[int], spectra: Iterable[Spectrum]) -> list[int]:
     """The numbers of directions, ascending. Raises SaesubError if there are none, or one is beyond
-    the spectrum."""
+    a spectrum."""
     if not isinstance(n_components, Iterable):
         raise SaesubError(f"n_components is a list of numbers of directions, not {n_components!r}.")
     numbers = sorted({whole_number(r, "a number of directions") for r in n_components})
     if not numbers:
         raise SaesubError("n_components is empty: name at least one number of directions")
-    for r in numbers:
-        spectrum.basis(r)  # refuses an r beyond the spectrum
+    for spectrum in spectra:
+        spectrum.basis(numbers[-1])  # refuses an r beyond the spectrum
     return numbers
 
 
@@ -246,20 +299,19 @@ def _logits(
     bridge: TransformerBridge,
     tokens: Int[Tensor, "batch pos"],
     read_at: Bool[Tensor, "batch pos"],
-    hook_name: str,
-    replace: Replace | None,
+    replacements: Mapping[str, Replace],
     kept: Bool[Tensor, "batch pos"],
 ) -> Float[Tensor, "n d_vocab"]:
     """The model's logits at some positions, in float32 or wider, with the vectors at the `kept`
-    positions of the hook point replaced."""
+    positions of some hook points replaced."""
 
-    def spliced(tensor: Tensor, hook: HookPoint) -> Tensor:
+    def spliced(hook_name: str, replace: Replace, tensor: Tensor, hook: HookPoint) -> Tensor:
         x, at = vectors(tensor, tokens, hook_name).clone(), kept.to(tensor.device)
-        if replace is not None and at.any():
+        if at.any():
             x[at] = replace(x[at]).to(x)
         return x.view(tensor.shape)
 
-    hooks: list[Any] = [] if replace is None else [(hook_name, spliced)]
+    hooks: list[Any] = [(name, partial(spliced, name, r)) for name, r in replacements.items()]
     logits = bridge.run_with_hooks(tokens, fwd_hooks=hooks)[read_at]
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
@@ -268,11 +320,14 @@ def _cut_down(condition: Condition, mean: Tensor, directions: Tensor) -> Replace
     """What leaves of x (n, d) the mean and the first directions, or nothing for "zero"."""
     if condition == "zero":
         return torch.zeros_like
-    away = directions[:, condition:]
+    kept, away = directions[:, :condition], directions[:, condition:]
 
     def cut(x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
         wide = x.to(mean)
-        return wide - (wide - mean) @ away @ away.T  # x itself, to the bit, if none is away
+        centred = wide - mean
+        if kept.shape[1] < away.shape[1]:
+            return mean + centred @ kept @ kept.T
+        return wide - centred @ away @ away.T  # x itself, to the bit, if none is away
 
     return cut
 
@@ -345,33 +400,70 @@ def sae_loss(
             one that `saesub.topk.encode.encoder_of` refuses; metadata without a hook point, or one
             that is unknown or of another width.
     """
-    if isinstance(sae, Transcoder):
+    return sae_losses(model, [sae], tokens, batch_size=batch_size)[0]
+
+
+@torch.no_grad()
+def sae_losses(
+    model: Model,
+    saes: Sequence[SAE[Any]],
+    tokens: Int[Tensor, "contexts pos"],
+    *,
+    batch_size: int = 8,
+) -> list[SaeLoss]:
+    """`sae_loss` of several SAEs of one hook point, in their order.
+
+    The clean and the ablated model run once for all of them. Raises SaesubError as `sae_loss`, and
+    for no SAE, or SAEs of several hook points.
+    """
+    if any(isinstance(sae, Transcoder) for sae in saes):
         raise SaesubError(
             "a transcoder does not reconstruct what it reads, so sae_loss cannot put its output "
             "there: give an autoencoder"
         )
-    bridge, hook_name, reconstruct = load_model(model), hook_of(sae), autoencoder_of(sae)
+    bridge, hook_names = load_model(model), {hook_of(sae) for sae in saes}
+    readers = [autoencoder_of(sae) for sae in saes]
+    if len(hook_names) != 1:
+        raise SaesubError(
+            f"the SAEs are of {len(hook_names)} hook points: give at least one SAE, and those of "
+            "one hook point at a time"
+        )
+    (hook_name,) = hook_names
     tokens, batch_size = contexts_of(bridge, tokens), whole_number(batch_size, "batch_size")
-    check_reads(sae, bridge, hook_name)
-    _check_width(bridge, tokens, hook_name, "the SAE", sae.cfg.d_in)
+    for sae in saes:
+        check_reads(sae, bridge, hook_name)
+        _check_width(bridge, tokens, hook_name, "the SAE", sae.cfg.d_in)
     tokens, counted = _counted(bridge, tokens)
     predicts = _predicting(counted)
+    replacements = [partial(_rebuilt, reader) for reader in readers]
     ce: list[Tensor] = []
     kl: list[Tensor] = []
     parts = [t.split(batch_size) for t in (tokens, counted, predicts)]
     with in_eval_mode(bridge):
         for batch, at, predicting in zip(*parts, strict=True):
-            logits = partial(_logits, bridge, batch, at, hook_name)
-            clean = logits(None, at)
-            changed = [
-                logits(lambda x: reconstruct(x)[1], at),
-                logits(torch.zeros_like, torch.ones_like(at)),
-            ]
             following, has_next = batch.roll(-1, 1)[predicting], predicting[at]
-            ce.append(torch.stack([_nats(of[has_next], following) for of in (clean, *changed)]))
-            kl.append(torch.stack([_divergence(clean, of) for of in changed]))
-    means = (torch.cat(of_batches, 1).mean(1).tolist() for of_batches in (ce, kl))
-    return SaeLoss(*(value for values in means for value in values))
+            clean = _logits(bridge, batch, at, {}, at)
+            ce_of, kl_of = [_nats(clean[has_next], following)], []
+            for replace, where in [(torch.zeros_like, torch.ones_like(at))] + [
+                (replacement, at) for replacement in replacements
+            ]:
+                logits = _logits(bridge, batch, at, {hook_name: replace}, where)
+                ce_of.append(_nats(logits[has_next], following))
+                kl_of.append(_divergence(clean, logits))
+            ce.append(torch.stack(ce_of))
+            kl.append(torch.stack(kl_of))
+    clean, ablated, *rebuilt = torch.cat(ce, 1).mean(1).tolist()
+    kl_ablated, *kl_rebuilt = torch.cat(kl, 1).mean(1).tolist()
+    return [
+        SaeLoss(clean, own, ablated, kl_own, kl_ablated)
+        for own, kl_own in zip(rebuilt, kl_rebuilt, strict=True)
+    ]
+
+
+def _rebuilt(
+    reader: Callable[[Tensor], tuple[Tensor, Tensor]], x: Float[Tensor, "n d"]
+) -> Float[Tensor, "n d"]:
+    return reader(x)[1]
 
 
 def _counted(

@@ -113,7 +113,7 @@ def top_activations(
     tokens, batch_size = contexts_of(bridge, tokens).cpu(), whole_number(batch_size, "batch_size")
     n_snippets = whole_number(n_snippets, "n_snippets")
     n_around = whole_number(n_around, "n_around", 0)
-    features = _indices(features, sae.cfg.d_sae)
+    features = feature_indices(features, sae.cfg.d_sae)
     check_reads(sae, bridge, hook_name)
     acts = torch.zeros(*tokens.shape, len(features), dtype=torch.float32)
     kept = kept_positions(bridge, tokens, skip_first)
@@ -136,7 +136,7 @@ def top_activations(
     return TopActivations(shown)
 
 
-def _indices(features: Sequence[int], d_sae: int) -> list[int]:
+def feature_indices(features: Sequence[int], d_sae: int) -> list[int]:
     """The features as ints. Raises SaesubError for what is no list of features of the SAE."""
     given = features.tolist() if isinstance(features, (Tensor, np.ndarray)) else features
     if not isinstance(given, Sequence) or isinstance(given, str):

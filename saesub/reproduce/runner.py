@@ -29,13 +29,13 @@ with needs_extra("saesub reproduce"):
     from papermill.exceptions import PapermillExecutionError
 
 PROFILES = ("smoke", "quick", "full", "paper")
-_SCORECARD = "10"
+_SCORECARD = "12"
 
 
 def find_notebooks(wanted: Sequence[str] = ()) -> list[Path]:
     """The notebooks in the order in which they run, or those whose number or name is `wanted`.
 
-    The scorecard is the last, since it reads what the others write.
+    The scorecard has the last number, since it reads what the others write.
 
     Raises `SaesubError` for a name that no notebook has, and when there are none at all.
     """
@@ -49,8 +49,7 @@ def find_notebooks(wanted: Sequence[str] = ()) -> list[Path]:
         if not matches:
             raise SaesubError(f"no notebook {name!r}; {near_names(stem, known)}")
         chosen.update(matches)
-    paths = [path for stem, path in known.items() if stem in chosen or not wanted]
-    return sorted(paths, key=_is_scorecard)
+    return [path for stem, path in known.items() if stem in chosen or not wanted]
 
 
 def _is_scorecard(path: Path) -> bool:

@@ -11,26 +11,31 @@ from saesub.errors import needs_extra
 with needs_extra("saesub.reproduce.plots"):
     from saesub.reproduce.plots.drawing import CONDITIONS, SITES, style
     from saesub.reproduce.plots.features import (
+        coherence_by_density,
         cosine_histogram,
         density_histogram,
         probe_accuracy,
         shared_features,
     )
+    from saesub.reproduce.plots.mitigations import mitigation_panels
     from saesub.reproduce.plots.outcomes import (
         dead_against_rank,
         dead_and_fvu,
         dead_by_dictionary,
-        dead_by_hook_point,
         forecast_and_outcome,
         overlap_by_fate,
         pareto,
     )
+    from saesub.reproduce.plots.protocol import dead_against_fvu, dead_by_window, firing_counts
     from saesub.reproduce.plots.spectra import (
         cumulative_variance,
+        loss_by_layer,
         loss_recovered,
+        overlap_by_layer,
         predicted_variance,
         rank_by_layer,
         rank_heatmap,
+        rank_heatmap_by_layer,
         singular_values,
     )
     from saesub.reproduce.plots.training import (
@@ -44,25 +49,32 @@ with needs_extra("saesub.reproduce.plots"):
 __all__ = [
     "CONDITIONS",
     "SITES",
+    "coherence_by_density",
     "cosine_histogram",
     "cumulative_variance",
     "d_init_by_place",
     "d_init_sweep",
+    "dead_against_fvu",
     "dead_against_rank",
     "dead_and_fvu",
     "dead_by_dictionary",
-    "dead_by_hook_point",
+    "dead_by_window",
     "dead_over_tokens",
     "density_histogram",
+    "firing_counts",
     "forecast_and_outcome",
     "learning_rate",
+    "loss_by_layer",
     "loss_recovered",
+    "mitigation_panels",
     "overlap_by_fate",
+    "overlap_by_layer",
     "pareto",
     "predicted_variance",
     "probe_accuracy",
     "rank_by_layer",
     "rank_heatmap",
+    "rank_heatmap_by_layer",
     "shared_features",
     "singular_values",
     "style",

@@ -1,4 +1,4 @@
-"""Figures on features: density, cosines, agreement of seeds, accuracy of sparse probes.
+"""Figures on features: density, cosines, coherence, agreement of seeds, accuracy of probes.
 
 Each takes a tidy DataFrame with a column `condition` and returns a closed Figure.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from saesub.reproduce.plots import drawing as draw
 
@@ -47,6 +47,29 @@ def cosine_histogram(frame: pd.DataFrame) -> Figure:
             draw.outlined(axes, rows["cosine"].to_numpy(dtype=float), bins, len(rows), look)
         axes.set(xlabel="largest cosine to another feature", ylabel="share of features")
         draw.percent(axes.yaxis)
+    return figure
+
+
+def coherence_by_density(frame: pd.DataFrame, chance: float | None = None) -> Figure:
+    """How alike the contexts of features are, by how often they fire, a line per condition.
+
+    The seeds' mean is the line, least to most the band. `frame`: condition, density (share of
+    tokens), coherence (mean cosine of a feature's contexts). `chance`: that of any contexts.
+    """
+    draw.checked(frame, "condition", "density", "coherence")
+    with draw.closed_figure() as (figure, (axes,)):
+        for rows, look in draw.series(frame, "condition"):
+            seeds = draw.over_seeds(rows, "density", "coherence")
+            axes.plot(seeds.index, seeds["mean"], **look)
+            band = {"color": look["color"], "alpha": 0.18, "lw": 0}
+            axes.fill_between(seeds.index, seeds["min"], seeds["max"], **band)
+        if chance is not None:
+            draw.beside(axes, chance, "any contexts")
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        draw.percent(axes.xaxis)
+        axes.set(xlabel="share of tokens on which a feature fires", ylim=(0, None))
+        axes.set_ylabel("mean cosine of its contexts")
     return figure
 
 

@@ -24,8 +24,10 @@ _LINEAR_BELOW = 1e-3  # of the features: there the axis of shares passes from li
 _LEAST = 1e-4  # of the features: the forecast draws smaller shares there
 
 
-def dead_against_rank(frame: pd.DataFrame) -> Figure:
-    """Share of dead features against the rank of the site, one point per SAE.
+def dead_against_rank(
+    frame: pd.DataFrame, rank: str = "rank at 99 % of variance (share of width)"
+) -> Figure:
+    """Share of dead features against the `rank` of the site, one point per SAE.
 
     `frame`: rank_share, dead_share, site, label. A label is drawn where there is room for it.
     """
@@ -33,7 +35,7 @@ def dead_against_rank(frame: pd.DataFrame) -> Figure:
     with draw.closed_figure(size=(draw.WIDE, 4.4)) as (figure, (axes,)):
         for rows, look in draw.series(frame, "site"):
             axes.scatter(rows["rank_share"], rows["dead_share"], s=34, **look)
-        axes.set(xlabel="rank at 99 % of variance (share of width)", ylabel="dead features")
+        axes.set(xlabel=rank, ylabel="dead features")
         axes.margins(0.08)
         draw.percent(axes.xaxis, axes.yaxis)
         draw.legend_above(figure)
@@ -114,62 +116,48 @@ def dead_by_dictionary(frame: pd.DataFrame) -> Figure:
     """Dead features of each kind of dictionary, a line from its least to its most condition.
 
     Large marks are means over seeds, small ones the seeds. `frame`: dictionary, condition,
-    dead_share; one row per seed. Dictionaries stand in the order of the frame.
+    dead_share; one row per seed. Where it has fvu and l0 too, a second panel shows FVU in the same
+    way, and the numbers of active features stand beside it. Dictionaries stand in the order of the
+    frame.
     """
     draw.checked(frame, "dictionary", "condition", "dead_share")
+    with_fit = {"fvu", "l0"} <= set(frame.columns)
+    columns = ("dead_share", "fvu") if with_fit else ("dead_share",)
+    draw.checked(frame, *columns)
     names = list(dict.fromkeys(frame["dictionary"]))
-    with draw.closed_figure(size=(draw.WIDE, 1.5 + 0.36 * len(names))) as (figure, (axes,)):
-        for place, (_, rows) in enumerate(frame.groupby("dictionary", sort=False)):
-            means = draw.over_seeds(rows, "condition", "dead_share")["mean"]
-            ends = means.min(), means.max()
-            axes.plot(ends, [place] * 2, color="#bbbbbb", lw=2.5, zorder=1)
-        for rows, look in draw.series(frame, "condition"):
-            mark = {"color": look["color"], "marker": look["marker"], "zorder": 2}
-            means = draw.over_seeds(rows, "dictionary", "dead_share")["mean"]
-            for shares, sizes in (
-                (rows.set_index("dictionary")["dead_share"], {"s": 12, "lw": 0}),
-                (means, {"s": 62, "label": look["label"]}),
-            ):
-                places = [names.index(name) for name in shares.index]
-                axes.scatter(shares, places, **sizes, **mark)
-        axes.set_yticks(range(len(names)), names)
-        axes.set_ylim(len(names) - 0.5, -0.5)
-        axes.set_xlabel("dead features (heads, for Lorsa)")
-        axes.grid(axis="y", visible=False)
-        draw.percent_from_zero(axes.xaxis)
+    size = draw.WIDE + 2 * with_fit, 1.5 + 0.36 * len(names)
+    with draw.closed_figure(len(columns), size=size) as (figure, panels):
+        for axes, column in zip(panels, columns, strict=True):
+            _by_dictionary(axes, frame, column, names)
+            axes.set_yticks(range(len(names)), names if axes is panels[0] else [])
+            axes.set_ylim(len(names) - 0.5, -0.5)
+            axes.grid(axis="y", visible=False)
+        panels[0].set_xlabel("dead features (heads, for Lorsa)")
+        draw.percent_from_zero(panels[0].xaxis)
+        if with_fit:
+            panels[1].set_xlabel("FVU (on the right: L0, in the legend's order)")
+            panels[1].margins(x=0.08)
+            for place, name in enumerate(names):
+                rows = frame[frame["dictionary"] == name]
+                means = rows.groupby("condition", sort=False)["l0"].mean()
+                draw.in_margin(panels[1], place, " · ".join(f"{l0:.1f}" for l0 in means))
     return figure
 
 
-def dead_by_hook_point(frame: pd.DataFrame) -> Figure:
-    """Dead features with a random and with a subspace initialisation, one line for each place.
-
-    The title counts the places at which the subspace initialisation leaves fewer features dead. The
-    marks are joined by a solid line there and by a dotted line elsewhere. `frame`: place, random,
-    asi (shares of features that are dead); one row for each place, from the top.
-    """
-    draw.checked(frame, "place", "random", "asi")
-    fewer, heights = (frame["asi"] < frame["random"]).sum(), range(len(frame))
-    size = draw.WIDE + 1.2, 1.5 + 0.28 * len(frame)
-    with draw.closed_figure(size=size) as (figure, (axes,)):
-        for height, row in enumerate(frame.to_dict("records")):
-            line = "-" if row["asi"] < row["random"] else ":"
-            axes.plot([row["random"], row["asi"]], [height] * 2, line, color="#9a9a9a", zorder=1)
-            draw.in_margin(axes, height, f"{100 * row['random']:.2f} % → {100 * row['asi']:.2f} %")
-        names = {"random": "random initialisation", "asi": "active subspace initialisation (ASI)"}
-        for (column, label), mark in zip(names.items(), "oD", strict=True):
-            look = {"ms": 7, "color": draw.CONDITIONS[column], "label": label}
-            axes.plot(frame[column], heights, mark, **look)
-        axes.set_yticks(heights, frame["place"].tolist())
-        axes.invert_yaxis()
-        axes.grid(axis="y", visible=False)
-        draw.percent_from_zero(axes.xaxis)
-        axes.set_xlabel(
-            "dead features: share of the SAE's features that never fire on held-out text"
-        )
-        title = f"ASI leaves fewer features dead at {fewer} of {len(frame)} hook points"
-        axes.set_title(title)
-        figure.legend(loc="outside lower center", ncols=2)
-    return figure
+def _by_dictionary(axes: Axes, frame: pd.DataFrame, column: str, names: list[str]) -> None:
+    """Seeds, means and the line between conditions of each dictionary, at its place in `names`."""
+    for place, (_, rows) in enumerate(frame.groupby("dictionary", sort=False)):
+        means = draw.over_seeds(rows, "condition", column)["mean"]
+        axes.plot((means.min(), means.max()), [place] * 2, color="#bbbbbb", lw=2.5, zorder=1)
+    for rows, look in draw.series(frame, "condition"):
+        mark = {"color": look["color"], "marker": look["marker"], "zorder": 2}
+        means = draw.over_seeds(rows, "dictionary", column)["mean"]
+        for values, sizes in (
+            (rows.set_index("dictionary")[column], {"s": 12, "lw": 0}),
+            (means, {"s": 62, "label": look["label"]}),
+        ):
+            places = [names.index(name) for name in values.index]
+            axes.scatter(values, places, **sizes, **mark)
 
 
 def pareto(frame: pd.DataFrame) -> Figure:

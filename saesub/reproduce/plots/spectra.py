@@ -1,4 +1,4 @@
-"""Figures on spectra: ranks, variance held, loss recovered, W_O and the variance it predicts.
+"""Figures on spectra: ranks, variance held, loss recovered, W_O, its heads and what it predicts.
 
 Each takes data and returns a closed Figure, as all of `saesub.reproduce.plots` do.
 """
@@ -10,8 +10,9 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from saesub.activations.spectrum import Spectrum
 from saesub.errors import SaesubError
@@ -25,16 +26,33 @@ def rank_by_layer(frame: pd.DataFrame, paper: Mapping[str, float] | None = None)
     """
     draw.checked(frame, "layer", "site", "rank_share")
     with draw.closed_figure() as (figure, (axes,)):
-        for rows, look in draw.series(frame, "site"):
-            rows = rows.sort_values("layer")
-            axes.plot(rows["layer"], rows["rank_share"], **look)
+        _by_layer(axes, frame, "site", "rank_share")
         for value, color in draw.paper_lines(paper).items():
             draw.beside(axes, value, f"paper\n{100 * value:.3g} %", color)
-        axes.set(xlabel="layer", ylim=(0, 1.03))
+        axes.set_ylim(0, 1.03)
         axes.set_ylabel("rank at 99 % of variance\n(share of width)")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        draw.percent(axes.yaxis)
     return figure
+
+
+def overlap_by_layer(frame: pd.DataFrame) -> Figure:
+    """How far the subspaces of pairs of heads overlap by layer, one line per kind of pairs.
+
+    `frame`: layer, pairs, overlap (a share: 0 if orthogonal, 1 if one holds the other).
+    """
+    draw.checked(frame, "layer", "pairs", "overlap")
+    with draw.closed_figure() as (figure, (axes,)):
+        _by_layer(axes, frame, "pairs", "overlap")
+        axes.set(ylim=(0, None), ylabel="overlap of two heads' output subspaces")
+    return figure
+
+
+def _by_layer(axes: Axes, frame: pd.DataFrame, series: str, y: str) -> None:
+    for rows, look in draw.series(frame, series):
+        rows = rows.sort_values("layer")
+        axes.plot(rows["layer"], rows[y], **look)
+    axes.set_xlabel("layer")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    draw.percent(axes.yaxis)
 
 
 def _cumulative(name: str, curve: np.ndarray | Spectrum) -> np.ndarray:
@@ -74,13 +92,7 @@ def loss_recovered(
     draw.checked(frame, "site", "components_share", "recovered")
     floor = min(0.0, float(frame["recovered"].min()))
     with draw.closed_figure() as (figure, (axes,)):
-        for rows, look in draw.series(frame, "site"):
-            rows = rows.sort_values("components_share")
-            kept = rows["components_share"]
-            axes.plot(kept, rows["recovered"], **look)
-            if {"low", "high"} <= set(rows.columns):
-                band = {"color": look["color"], "alpha": 0.18, "lw": 0}
-                axes.fill_between(kept, rows["low"], rows["high"], **band)
+        _with_bands(axes, frame, "components_share")
         axes.set(xlabel="principal components kept (share of width)", ylabel="loss recovered")
         axes.set(xlim=(0, 1.02), ylim=(floor - 0.02, 1.05))
         for value, color in draw.paper_lines(paper).items():
@@ -89,6 +101,44 @@ def loss_recovered(
             axes.text(value - 0.004, floor, f"paper {100 * value:.3g} %", color=color, **side)
         draw.beside(axes, target, f"{100 * target:.3g} %")
         draw.percent(axes.xaxis, axes.yaxis)
+    return figure
+
+
+def _with_bands(axes: Axes, frame: pd.DataFrame, x: str) -> None:
+    for rows, look in draw.series(frame, "site"):
+        rows = rows.sort_values(x)
+        axes.plot(rows[x], rows["recovered"], **look)
+        if {"low", "high"} <= set(rows.columns):
+            band = {"color": look["color"], "alpha": 0.18, "lw": 0}
+            axes.fill_between(rows[x], rows["low"], rows["high"], **band)
+
+
+def loss_by_layer(frame: pd.DataFrame, target: float = 0.9) -> Figure:
+    """Loss recovered against the number of directions kept, a panel for each layer.
+
+    `frame`: layer (the panel's title), site, components, recovered, and perhaps low, high for a
+    band. Recoveries below -0.5 lie outside of the panels.
+    """
+    draw.checked(frame, "layer", "site", "components", "recovered")
+    layers = list(dict.fromkeys(frame["layer"]))
+    columns = min(3, len(layers))
+    n_rows = -(-len(layers) // columns)
+    floor = max(-0.5, min(0.0, float(frame["recovered"].min()) - 0.05))
+    size = (draw.WIDE, 1.2 + 1.8 * n_rows)
+    with draw.closed_figure(columns, n_rows, size=size) as (figure, panels):
+        for axes in panels[len(layers) :]:
+            figure.delaxes(axes)
+        for axes, layer in zip(panels, layers, strict=False):
+            _with_bands(axes, pd.DataFrame(frame[frame["layer"] == layer]), "components")
+            axes.axhline(target, color=draw.NOTE, linestyle=(0, (5, 3)), linewidth=1.2, zorder=1)
+            axes.set_xscale("log", base=2)
+            axes.set(title=layer, ylim=(floor, 1.1), xticks=[1, 8, 64, 512])
+            axes.xaxis.set_major_formatter(ScalarFormatter())
+            axes.minorticks_off()
+            draw.percent(axes.yaxis)
+            axes.tick_params(labelbottom=True)
+        figure.supxlabel("principal components kept", fontsize=10)
+        figure.supylabel("loss recovered", fontsize=10)
     return figure
 
 
@@ -114,6 +164,37 @@ def rank_heatmap(frame: pd.DataFrame) -> Figure:
             axes.set_xticklabels(corpora, rotation=40, ha="right", rotation_mode="anchor")
             axes.tick_params(axis="y", rotation=0)
         figure.supxlabel("rank at 99 % of variance, % of width (mean over layers)", fontsize=10)
+    return figure
+
+
+def rank_heatmap_by_layer(frame: pd.DataFrame) -> Figure:
+    """Rank by site and layer, one panel per model; a cell is empty where a model lacks the site.
+
+    `frame`: model, site, layer, rank_share; of several rows for a cell the mean is shown.
+    """
+    draw.checked(frame, "model", "site", "layer", "rank_share")
+    models, sites = (list(dict.fromkeys(frame[c])) for c in ("model", "site"))
+    names = [look["label"] for look in draw.looks(sites).values()]
+    size = draw.WIDE + 1.5, 2.1 + 0.34 * len(sites)
+    with draw.closed_figure(len(models), size=size) as (figure, panels):
+        for axes, model in zip(panels, models, strict=True):
+            rows = frame[frame["model"] == model]
+            table = rows.pivot_table("rank_share", "site", "layer").reindex(index=sites)
+            cells = {"cmap": "cividis", "vmin": 0, "vmax": 1, "linewidths": 0.4, "cbar": False}
+            sns.heatmap(table, ax=axes, yticklabels=names if axes is panels[0] else False, **cells)
+            axes.grid(visible=False)  # seen in empty cells
+            axes.set(title=model, xlabel="layer", ylabel="")
+            every = -(-len(table.columns) // 6)
+            at = range(0, len(table.columns), every)
+            axes.set_xticks([i + 0.5 for i in at], [str(table.columns[i]) for i in at])
+            axes.tick_params(length=0, rotation=0, labelsize=9)
+        bar = figure.colorbar(
+            panels[0].collections[0], ax=panels, location="bottom", shrink=0.5, aspect=30
+        )
+        bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
+        bar.ax.set_title("rank at 99 % of variance", fontsize=10)
+        bar.ax.set_xlabel("share of width", fontsize=10)
+        draw.percent(bar.ax.xaxis)
     return figure
 
 

@@ -1,0 +1,139 @@
+"""Small multiples: one panel for each mitigation, and in every panel the conditions it is held
+against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullFormatter
+
+from saesub.errors import SaesubError
+from saesub.reproduce.plots import drawing as draw
+
+_COLUMNS = 4  # panels side by side
+_LINEAR_BELOW = 1e-3  # of the features: there the axis of shares passes from linear to logarithmic
+_EVERYWHERE = {"random": "random initialisation, no mitigation", "ASI": "ASI alone"}
+_ALONE: dict[str, Any] = {
+    "color": "#117733",
+    "marker": "s",
+    "linestyle": "-",
+    "label": "this mitigation",
+}
+_WITH_ASI: dict[str, Any] = {
+    "color": "#1E9BD0",
+    "marker": "^",
+    "linestyle": "--",
+    "label": "this mitigation + ASI",
+}
+_LABELS = {
+    "fvu": ("fraction of variance unexplained (FVU; left is better)", "dead features"),
+    "tokens": ("training tokens", "silent features"),
+}
+
+
+def mitigation_panels(
+    frame: pd.DataFrame, panels: Mapping[str, Sequence[str]], x: str = "fvu"
+) -> Figure:
+    """Dead features of each mitigation against FVU along its learning rates, or over training.
+
+    Every panel has the conditions "random" (grey) and "ASI" (blue), and those of its mitigation.
+
+    Args:
+        frame: condition, dead_share, and for `x="fvu"` fvu, lr and best (bool: whether the rate is
+            the condition's best, which has a large mark), for `x="tokens"` tokens. One row for each
+            point.
+        panels: title -> the mitigation's condition and, if there is one, that with ASI.
+        x: "fvu" or "tokens".
+
+    Raises SaesubError for another `x`, or a condition that is not in the frame.
+    """
+    if x not in _LABELS:
+        raise SaesubError(f"mitigation_panels draws over {' or '.join(_LABELS)}, not {x!r}")
+    along = "lr" if x == "fvu" else "tokens"
+    draw.checked(frame, "condition", "dead_share", x, along, *(["best"] if x == "fvu" else []))
+    wanted = [*_EVERYWHERE, *(name for names in panels.values() for name in names)]
+    if missing := sorted(set(wanted) - set(frame["condition"])):
+        raise SaesubError(
+            f"the frame has no rows of {missing}; add these conditions, or drop their panels"
+        )
+    frame = pd.DataFrame(frame[frame["condition"].isin(wanted)])
+    columns = min(_COLUMNS, len(panels))
+    rows = -(-len(panels) // columns)
+    size = (0.9 + 2.15 * columns, 1.3 + 2.1 * rows)
+    everywhere = {
+        name: {**look, "label": _EVERYWHERE[name]} for name, look in draw.looks(_EVERYWHERE).items()
+    }
+    with draw.closed_figure(columns, rows, size=size) as (figure, grid):
+        for place, (axes, (title, names)) in enumerate(zip(grid, panels.items(), strict=False)):
+            looks = everywhere | dict(zip(names, (_ALONE, _WITH_ASI), strict=False))
+            for name, look in looks.items():
+                of = pd.DataFrame(frame[frame["condition"] == name])
+                _line(axes, of.sort_values(by=along), x, look)
+            axes.set_title(title)
+            _set_axes(axes, frame, x)
+            axes.tick_params(labelleft=place % columns == 0)
+            axes.tick_params(labelbottom=place + columns >= len(panels))
+        for axes in grid[len(panels) :]:
+            axes.set_visible(False)
+        figure.supxlabel(_LABELS[x][0], fontsize=10.5)
+        figure.supylabel(f"{_LABELS[x][1]} (low is better)", fontsize=10.5)
+        _legend(figure, [*everywhere.values(), _ALONE, _WITH_ASI], panels, marks=x == "fvu")
+    return figure
+
+
+def _line(axes: Axes, rows: pd.DataFrame, x: str, look: dict[str, Any]) -> None:
+    """A condition's line, and a large mark at its best rate."""
+    own: dict[str, Any] = look if x == "fvu" else {**look, "marker": ""}
+    axes.plot(rows[x], rows["dead_share"], **own)
+    if x == "fvu":
+        best = pd.DataFrame(rows[rows["best"].astype(bool)])
+        mark: dict[str, Any] = {"color": look["color"], "marker": look["marker"], "mec": "white"}
+        axes.plot(best[x], best["dead_share"], linestyle="", ms=9, zorder=3, **mark)
+
+
+def _set_axes(axes: Axes, frame: pd.DataFrame, x: str) -> None:
+    """The same limits in every panel. Over FVU, shares pass to a logarithmic scale that shows 0."""
+    highest = max(frame["dead_share"].max(), _LINEAR_BELOW)
+    if x == "fvu":
+        axes.set_yscale("symlog", linthresh=_LINEAR_BELOW)
+        axes.set_ylim(-0.15 * _LINEAR_BELOW, 1.6 * highest)
+        axes.set_yticks([tick for tick in (0, 1e-3, 1e-2, 1e-1, 1) if tick <= 1.6 * highest])
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.set_ylim(-0.03 * highest, 1.05 * highest)
+    draw.percent(axes.yaxis)
+    low, high = frame[x].min(), frame[x].max()
+    room = 0.06 * (high - low) or 0.06 * high
+    axes.set_xlim(low - room, high + room)
+    axes.xaxis.set_major_locator(MaxNLocator(3))
+    plain = FuncFormatter(lambda fvu, _: f"{fvu:.4g}")
+    axes.xaxis.set_major_formatter(plain if x == "fvu" else EngFormatter(sep=" "))
+
+
+def _legend(
+    figure: Figure,
+    looks: Sequence[dict[str, Any]],
+    panels: Mapping[str, Sequence[str]],
+    *,
+    marks: bool,
+) -> None:
+    """What each line is, once for all panels, and what the large marks are."""
+    shown = looks if any(len(names) > 1 for names in panels.values()) else looks[:-1]
+    plain: dict[str, Any] = {} if marks else {"marker": ""}
+    drawn: list[dict[str, Any]] = [{**look, **plain} for look in shown]
+    handles = [Line2D([], [], **look) for look in drawn]
+    if marks:
+        large: dict[str, Any] = {
+            "color": draw.NOTE,
+            "marker": "o",
+            "ms": 9,
+            "linestyle": "",
+            "mec": "white",
+        }
+        handles.append(Line2D([], [], label="each mark: a rate; large: the best", **large))
+    figure.legend(handles=handles, loc="outside upper center", ncols=3, fontsize=9)
