@@ -100,7 +100,9 @@ class Sweep:
                 "a sweep needs a validation FVU, an FVU and a share of dead features for each rate"
             )
         if list(self.rates) != sorted(set(self.rates)):
-            raise SaesubError(f"the rates of a sweep rise, which {self.rates} do not: give them from the lowest to the highest")
+            raise SaesubError(
+                f"the rates of a sweep rise, which {self.rates} do not: give them from the lowest to the highest"
+            )
 
     @property
     def best(self) -> int:
