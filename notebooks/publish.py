@@ -444,13 +444,11 @@ def figure_caption(rows: pd.DataFrame) -> str:
     )
     return (
         f"*TopK SAEs of {d_sae:,} features (k {k}) at the attention output of SmolLM2-135M's layer "
-        f"{SHOWN_HOOK.split('.')[1]}, trained on {n_train:,} tokens. ASI is Active Subspace "
-        "Initialization; both initialisations have the bias at the mean and the norm that suits "
-        "them. Each condition is at its own best of four or more learning rates, chosen by the "
-        f"FVU of a validation part; {rows['seed'].nunique()} seeds. Left: share of features that "
-        f"never fire on {window:,} held-out tokens, in which a feature fires "
-        f"{window * k / d_sae:,.0f} times on average: {told}. Right: fraction of variance "
-        "unexplained. From `data/results/studies/cure.json`; at one rate for all the gap is "
+        f"{SHOWN_HOOK.split('.')[1]}, trained on {n_train:,} tokens; centred bias and fitted norm "
+        "in all. Each condition is at its own best learning rate, chosen on a validation part; "
+        f"{rows['seed'].nunique()} seeds. Left: share of features that never fire on {window:,} "
+        f"held-out tokens, in which a feature fires {window * k / d_sae:,.0f} times on average: "
+        f"{told}. Right: fraction of variance unexplained (FVU). At one rate for all the gap is "
         "smaller ([all rates](notebooks/05_active_subspace_init.ipynb)).*"
     )
 
@@ -537,7 +535,7 @@ def norm_sentence(study: dict) -> str:
     ]
     return (
         "**At SAELens' own defaults the norm matters more than the directions.** SAELens gives "
-        "decoder rows norm 0.1; the figure has norm 1 on both sides. Dead features of a TopK SAE "
+        "decoder rows norm 0.1; the figure's is fitted. Dead features of a TopK SAE "
         f"(k 32, {settings['d_sae']:,} features, {settings['batch'] * settings['steps']:,} tokens, "
         f"Adam at {lr:g}, `{settings['hook_name']}`, {settings['held_out_tokens']:,} held-out "
         f"tokens, {rows['seed'].nunique()} seed): {'; '.join(told)}. "

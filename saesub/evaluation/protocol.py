@@ -101,7 +101,8 @@ class Sweep:
             )
         if list(self.rates) != sorted(set(self.rates)):
             raise SaesubError(
-                f"the rates of a sweep rise, which {self.rates} do not: give them from the lowest to the highest"
+                f"the rates of a sweep rise, which {self.rates} do not: give them from the lowest "
+                "to the highest"
             )
 
     @property
