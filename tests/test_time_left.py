@@ -124,7 +124,7 @@ def test_what_is_already_done_takes_no_more_time_but_the_scorecard_runs_again(ra
 
 def test_of_some_notebooks_only_these_are_counted(ran, capsys):
     assert (
-        _told(capsys, "--notebook", "12")[0] == "11_two: running (0 of 1 done, about 20 min left)"
+        _told(capsys, "--notebook", "11")[0] == "11_two: running (0 of 1 done, about 20 min left)"
     )
 
 

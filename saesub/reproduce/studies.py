@@ -83,9 +83,11 @@ def with_best(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:
         rows: of a study.
         by: the columns that make a group, such as condition and d_sae.
     """
-    first = rows[rows["seed"] == rows["seed"].min()]
-    best = {group: of.loc[of["validation_fvu"].idxmin(), "lr"] for group, of in first.groupby(by)}
-    chosen = [best.get(group) for group in rows[by].itertuples(index=False, name=None)]
+    first: Any = rows[rows["seed"] == rows["seed"].min()]
+    best: dict[tuple, float] = {}
+    for row in first.sort_values("validation_fvu").to_dict("records"):
+        best.setdefault(tuple(row[column] for column in by), row["lr"])
+    chosen = [best.get(group) for group in zip(*(rows[column] for column in by), strict=True)]
     return rows.assign(best=rows["lr"] == chosen)
 
 
@@ -96,7 +98,7 @@ def _condition(row: dict[str, Any]) -> str:
     """
     if "condition" in row:
         return row["condition"]
-    parts = [_STARTS.get(row["start"], row["start"])]
+    parts: list[str] = [_STARTS.get(row["start"]) or row["start"]]
     if row["optimizer"] == "sparse_adam":
         parts.append("SparseAdam")
     if row.get("beta1", 0.9) == 0:

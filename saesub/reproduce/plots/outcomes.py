@@ -156,7 +156,7 @@ def _by_dictionary(axes: Axes, frame: pd.DataFrame, column: str, names: list[str
             (rows.set_index("dictionary")[column], {"s": 12, "lw": 0}),
             (means, {"s": 62, "label": look["label"]}),
         ):
-            places = [names.index(name) for name in values.index]
+            places = [names.index(str(name)) for name in values.index]
             axes.scatter(values, places, **sizes, **mark)
 
 

@@ -47,9 +47,9 @@ def dead_against_fvu(frame: pd.DataFrame) -> Figure:
     draw.checked(frame, "condition", "lr", "dead_share", "fvu", "best")
     with draw.closed_figure(size=(draw.WIDE, 4.4)) as (figure, (axes,)):
         for rows, look in draw.series(frame, "condition"):
-            means = rows.groupby("lr")[["fvu", "dead_share", "best"]].mean()
+            means = pd.DataFrame(rows.groupby("lr")[["fvu", "dead_share", "best"]].mean())
             axes.plot(means["fvu"], means["dead_share"], **look)
-            best = means[means["best"] > 0]
+            best = pd.DataFrame(means[means["best"] > 0])
             axes.plot(best["fvu"], best["dead_share"], look["marker"], ms=11, color=look["color"])
             for lr, point in means.iterrows():
                 place = {"xytext": (5, 4), "textcoords": "offset points", "fontsize": 8}
@@ -71,7 +71,8 @@ def firing_counts(frame: pd.DataFrame) -> Figure:
     with draw.closed_figure(size=(draw.WIDE, 3.6)) as (figure, (axes,)):
         highest = int(frame["power"].max())
         for rows, look in draw.series(frame, "condition"):
-            shares = rows.groupby("power")["share"].mean().reindex(range(-1, highest + 1))
+            shares = pd.Series(rows.groupby("power")["share"].mean())
+            shares = shares.reindex(range(-1, highest + 1))
             line = {k: v for k, v in look.items() if k != "marker"}
             axes.stairs(shares.fillna(0), range(-1, highest + 2), lw=1.8, baseline=None, **line)
         ticks = [-1, *range(0, highest + 2, 3)]
