@@ -601,7 +601,7 @@ def test_the_first_position_is_left_out_of_contexts_without_bos(bridge, tokens) 
         sae_loss(bridge, sae, inner, batch_size=len(inner))
     finally:
         bridge.reset_hooks()
-    clean, with_sae, _ = seen[-3:]
+    clean, _, with_sae = seen[-3:]
     assert torch.equal(clean, with_sae)
 
 
