@@ -178,6 +178,13 @@ def test_the_best_rate_is_chosen_by_the_validation_part_of_the_first_seed():
     )
     found = studies.with_best(rows, ["condition"])
     assert found["best"].tolist() == [True, False, True, False, False, True]
+    with pytest.raises(SaesubError, match="ASI was not trained with the lowest seed"):
+        studies.with_best(
+            rows[(rows["condition"] == "random") | (rows["lr"] == 0)].assign(
+                condition=["random", "random", "ASI", "ASI"]
+            ),
+            ["condition"],
+        )
     sweep = studies.sweep_of(rows[(rows["condition"] == "random") & (rows["seed"] == 0)])
     assert sweep.rates == (1e-3, 2e-3)
     assert sweep.best == 0

@@ -22,7 +22,6 @@ from saesub.errors import SaesubError
 
 FIRINGS_OF_A_WINDOW = 1000  # on average, of a feature, over the window that decides
 FIRINGS_FOR_A_VERDICT = 200
-FIRINGS_OF_TRAINING = 4000
 LONGEST_WINDOW = 10_000_000  # tokens, the field's
 _LEAST_BASELINE = 0.02  # share dead; a ratio to less says nothing
 

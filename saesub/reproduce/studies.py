@@ -82,12 +82,20 @@ def with_best(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     Args:
         rows: of a study.
         by: the columns that make a group, such as condition and d_sae.
+
+    Raises SaesubError for a group that the lowest seed lacks.
     """
     first: Any = rows[rows["seed"] == rows["seed"].min()]
     best: dict[tuple, float] = {}
     for row in first.sort_values("validation_fvu").to_dict("records"):
         best.setdefault(tuple(row[column] for column in by), row["lr"])
-    chosen = [best.get(group) for group in zip(*(rows[column] for column in by), strict=True)]
+    groups = list(zip(*(rows[column] for column in by), strict=True))
+    if lacking := sorted(set(groups) - set(best), key=str):
+        raise SaesubError(
+            f"{', '.join(map(str, lacking[0]))} was not trained with the lowest seed, which "
+            "chooses the rate: train that seed too"
+        )
+    chosen = [best[group] for group in groups]
     return rows.assign(best=rows["lr"] == chosen)
 
 

@@ -141,6 +141,15 @@ def over_seeds(frame: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
     return pd.DataFrame(frame.groupby(x)[y].agg(["mean", "min", "max"]))
 
 
+def condition_lines(axes: Axes, frame: pd.DataFrame, x: str, y: str) -> None:
+    """Per condition the mean over seeds as a line, least to most as a band."""
+    for rows, look in series(frame, "condition"):
+        seeds = over_seeds(rows, x, y)
+        axes.plot(seeds.index, seeds["mean"], **look)
+        band = {"color": look["color"], "alpha": 0.18, "lw": 0}
+        axes.fill_between(seeds.index, seeds["min"], seeds["max"], **band)
+
+
 def percent(*axes: Axis) -> None:
     """Shows axes of shares in per cent."""
     for axis in axes:

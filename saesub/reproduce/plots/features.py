@@ -58,11 +58,7 @@ def coherence_by_density(frame: pd.DataFrame, chance: float | None = None) -> Fi
     """
     draw.checked(frame, "condition", "density", "coherence")
     with draw.closed_figure() as (figure, (axes,)):
-        for rows, look in draw.series(frame, "condition"):
-            seeds = draw.over_seeds(rows, "density", "coherence")
-            axes.plot(seeds.index, seeds["mean"], **look)
-            band = {"color": look["color"], "alpha": 0.18, "lw": 0}
-            axes.fill_between(seeds.index, seeds["min"], seeds["max"], **band)
+        draw.condition_lines(axes, frame, "density", "coherence")
         if chance is not None:
             draw.beside(axes, chance, "any contexts")
         axes.set_xscale("log")

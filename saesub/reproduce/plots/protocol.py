@@ -23,11 +23,7 @@ def dead_by_window(frame: pd.DataFrame, decides: float | None = None) -> Figure:
     """
     draw.checked(frame, "tokens", "silent", "condition")
     with draw.closed_figure() as (figure, (axes,)):
-        for rows, look in draw.series(frame, "condition"):
-            seeds = draw.over_seeds(rows, "tokens", "silent")
-            axes.plot(seeds.index, seeds["mean"], **look)
-            band = {"color": look["color"], "alpha": 0.18, "lw": 0}
-            axes.fill_between(seeds.index, seeds["min"], seeds["max"], **band)
+        draw.condition_lines(axes, frame, "tokens", "silent")
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(EngFormatter(places=0))
         if decides is not None:
@@ -75,9 +71,12 @@ def firing_counts(frame: pd.DataFrame) -> Figure:
             shares = shares.reindex(range(-1, highest + 1))
             line = {k: v for k, v in look.items() if k != "marker"}
             axes.stairs(shares.fillna(0), range(-1, highest + 2), lw=1.8, baseline=None, **line)
-        ticks = [-1, *range(0, highest + 2, 3)]
-        names = ["never", *(f"{2**tick:,}" for tick in ticks[1:])]
-        axes.set_xticks(ticks, names, ha="left")
-        axes.set(xlabel="firings over the held-out tokens, from", ylabel="share of features")
+        powers = range(0, highest + 1, 3)
+        names = ["never", *(f"{2**power:,}" for power in powers)]
+        axes.set_xticks([-0.5, *(power + 0.5 for power in powers)], names)
+        axes.set_xlabel(
+            "firings over the held-out tokens (a step goes from this number to its double)"
+        )
+        axes.set_ylabel("share of features")
         draw.percent_from_zero(axes.yaxis)
     return figure

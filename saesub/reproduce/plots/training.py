@@ -6,7 +6,6 @@ Each takes a tidy DataFrame and returns a closed Figure, as all of `saesub.repro
 from __future__ import annotations
 
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullLocator
 
@@ -16,15 +15,6 @@ from saesub.reproduce.plots import drawing as draw
 OUTCOMES = {"dead_share": "dead features", "fvu": "fraction of variance unexplained"}
 
 
-def _condition_lines(axes: Axes, frame: pd.DataFrame, x: str, y: str) -> None:
-    """Per condition the mean over seeds as a line, least to most as a band."""
-    for rows, look in draw.series(frame, "condition"):
-        seeds = draw.over_seeds(rows, x, y)
-        axes.plot(seeds.index, seeds["mean"], **look)
-        band = {"color": look["color"], "alpha": 0.18, "lw": 0}
-        axes.fill_between(seeds.index, seeds["min"], seeds["max"], **band)
-
-
 def dead_over_tokens(frame: pd.DataFrame) -> Figure:
     """Share of dead features in training, one line per condition: seeds' mean, band least to most.
 
@@ -32,7 +22,7 @@ def dead_over_tokens(frame: pd.DataFrame) -> Figure:
     """
     draw.checked(frame, "tokens", "dead_share", "condition", "seed")
     with draw.closed_figure() as (figure, (axes,)):
-        _condition_lines(axes, frame, "tokens", "dead_share")
+        draw.condition_lines(axes, frame, "tokens", "dead_share")
         axes.set(xlabel="training tokens", ylabel="dead features")
         axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
         draw.percent_from_zero(axes.yaxis)
@@ -50,7 +40,7 @@ def width(frame: pd.DataFrame, measure: str = "dead_share") -> Figure:
     draw.checked(frame, "d_sae", "condition", measure)
     widths = sorted(frame["d_sae"].unique())
     with draw.closed_figure() as (figure, (axes,)):
-        _condition_lines(axes, frame, "d_sae", measure)
+        draw.condition_lines(axes, frame, "d_sae", measure)
         axes.set_xscale("log", base=2)
         axes.set_xticks(widths[:: -(-len(widths) // 6)])
         axes.xaxis.set_minor_locator(NullLocator())
@@ -70,7 +60,7 @@ def learning_rate(frame: pd.DataFrame) -> Figure:
     rates = sorted(frame["lr"].unique())
     with draw.closed_figure(2, size=(draw.WIDE, 3.7)) as (figure, panels):
         for axes, (column, label) in zip(panels, OUTCOMES.items(), strict=True):
-            _condition_lines(axes, frame, "lr", column)
+            draw.condition_lines(axes, frame, "lr", column)
             axes.set_xscale("log")
             axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
             axes.xaxis.set_minor_locator(NullLocator())
