@@ -449,7 +449,7 @@ def figure_caption(rows: pd.DataFrame) -> str:
     (lower,) = lower[lower["lr"] == by_condition["lr"].first()["random"] / 2].to_dict("records")
     return (
         f"*TopK SAEs of {d_sae:,} features (k {k}) at the attention output of SmolLM2-135M's layer "
-        f"{SHOWN_HOOK.split('.')[1]}, trained on {n_train:,} tokens; centred bias and fitted norm "
+        f"{SHOWN_HOOK.split('.')[1]}, {n_train:,} tokens; centred bias and fitted norm "
         "in all. Each condition is at its own best learning rate, chosen on a validation part; "
         f"{rows['seed'].nunique()} seeds. Left: share of features that never fire on {window:,} "
         f"held-out tokens, in which a feature fires {window * k / d_sae:,.0f} times on average: "
