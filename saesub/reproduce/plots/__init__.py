@@ -22,9 +22,6 @@ with needs_extra("saesub.reproduce.plots"):
         dead_against_rank,
         dead_and_fvu,
         dead_by_dictionary,
-        forecast_and_outcome,
-        overlap_by_fate,
-        pareto,
     )
     from saesub.reproduce.plots.protocol import dead_against_fvu, dead_by_window, firing_counts
     from saesub.reproduce.plots.spectra import (
@@ -40,9 +37,6 @@ with needs_extra("saesub.reproduce.plots"):
     )
     from saesub.reproduce.plots.training import (
         d_init_by_place,
-        d_init_sweep,
-        dead_over_tokens,
-        learning_rate,
         width,
     )
 
@@ -53,23 +47,17 @@ __all__ = [
     "cosine_histogram",
     "cumulative_variance",
     "d_init_by_place",
-    "d_init_sweep",
     "dead_against_fvu",
     "dead_against_rank",
     "dead_and_fvu",
     "dead_by_dictionary",
     "dead_by_window",
-    "dead_over_tokens",
     "density_histogram",
     "firing_counts",
-    "forecast_and_outcome",
-    "learning_rate",
     "loss_by_layer",
     "loss_recovered",
     "mitigation_panels",
-    "overlap_by_fate",
     "overlap_by_layer",
-    "pareto",
     "predicted_variance",
     "probe_accuracy",
     "rank_by_layer",
