@@ -280,7 +280,7 @@ def test_a_finding_has_one_verdict(verdicts, expected, tally):
 def test_what_goes_beyond_the_paper_does_not_count_in_a_finding():
     rows = _rows("holds", claim="F7.half") + _rows("does not hold", claim="F7.auto")
     assert claims.findings(rows)[6] == ("F7", "holds", {"holds": 1})
-    assert not paper_claims.find("F3.encoders").beyond_paper
+    assert not paper_claims.find("F3.families").beyond_paper
 
 
 def test_the_last_notebook_of_a_regime_is_shown_and_every_regime_has_a_row():

@@ -30,6 +30,7 @@ from saesub.reproduce.paper_claims import (
 _FROM_CLAIM = ("finding", "claim", "unit", "paper", "paper_value")
 _TEXTS = ("id", "finding", "claim", "unit", "paper", "n", "note", "notebook")
 _ADDED = {"regime": "", "record": "", "untested": "", "doubt": ""}  # older records lack these
+_TOUR = "00"  # the notebook that shows a little of everything
 _COMMIT = re.compile(rf"[0-9a-f]{{{SHORT},40}}")
 
 
@@ -162,11 +163,13 @@ def scorecard(rows: Iterable[dict], *, whole: bool = True) -> ClaimsTable:
     """All the paper's claims in order; those that nobody measured are `not testable here`.
 
     If not `whole`, as when some notebooks have not run yet, the unmeasured are left out. A claim
-    has a row for each regime, from the last notebook that measured it there. Verdicts follow from
-    today's bounds. Raises `SaesubError` for an unknown id.
+    has a row for each regime, from the last notebook that measured it there; those of the tour are
+    left out, since later notebooks measure the same on more data. Verdicts follow from today's
+    bounds. Raises `SaesubError` for an unknown id.
     """
     last: dict[tuple[str, str], dict] = {}
-    for row in sorted(rows, key=lambda row: row["notebook"]):
+    counted = (row for row in rows if row["notebook"] != _TOUR)
+    for row in sorted(counted, key=lambda row: row["notebook"]):
         row = _judged(_ADDED | row)
         last[row["id"], row["regime"]] = row
     by_id: dict[str, list[dict]] = {claim: [] for claim in load_claims()}
