@@ -73,7 +73,7 @@ def d_init_by_place(frame: pd.DataFrame) -> Figure:
     """Dead features by d_init, a panel for each place, with "auto" marked.
 
     `frame`: place, d_init_share, dead_share, auto (bool); one row per run. d_init_share 1 is the
-    random initialisation.
+    whole space.
     """
     draw.checked(frame, "place", "d_init_share", "dead_share", "auto")
     places = dict.fromkeys(frame["place"])
@@ -84,7 +84,7 @@ def d_init_by_place(frame: pd.DataFrame) -> Figure:
             swept = draw.over_seeds(runs, "d_init_share", "dead_share")["mean"]
             auto = runs[runs["auto"]]
             axes.plot(swept, "o-", color=draw.CONDITIONS["asi"], label="swept")
-            look = {"ms": 6, "color": draw.CONDITIONS["random"], "label": "random initialisation"}
+            look = {"ms": 6, "color": draw.CONDITIONS["random"], "label": "d_init = d"}
             axes.plot(swept[swept.index == 1.0], "s", **look)
             look = {"ms": 13, "color": "#D55E00", "label": "auto"}
             axes.plot(auto["d_init_share"], auto["dead_share"], "*", **look)
