@@ -30,7 +30,6 @@ from saesub.loading.corpora import load_corpus
 from saesub.loading.registry import read_registry, tomllib
 from saesub.paths import data_file
 from saesub.reproduce import claims, claims_table
-from saesub.reproduce.dead_forecast import forecast_dead
 from saesub.training.checkpoint import STATE_FILENAME, read_checkpoint_state
 from saesub.training.trainer import SubspaceSAETrainer
 
@@ -263,8 +262,6 @@ def test_degenerate_activations_start_finite_features(kind: str, rule: Any, faul
             initialize_in_subspace(sae, spectrum, d_init, directions=rule, activations=given)
         assert all(torch.equal(v, before[k]) for k, v in sae.state_dict().items())
         faults.survived("tokens without a direction in the subspace: refused, weights as they were")
-    forecast = forecast_dead(spectrum, topk(D, 31).cfg, lr=1e-3, d_init=D)
-    assert 0 <= forecast.low <= forecast.dead_share <= forecast.high <= 1
     assert bool(geometric_median(x).isfinite().all())
 
 
@@ -283,10 +280,8 @@ def test_constant_activations_are_refused_before_any_weight_moves(
         assert all(torch.equal(v, before[k]) for k, v in sae.state_dict().items())
     with pytest.raises(SaesubError, match="constant"):
         choose_d_init(spectrum)
-    with pytest.raises(SaesubError, match="constant"):
-        forecast_dead(spectrum, topk(D, 31).cfg, lr=1e-3, d_init=D)
     assert torch.allclose(geometric_median(x), x[0])
-    faults.survived("constant activations: refused, weights as they were", 6)
+    faults.survived("constant activations: refused, weights as they were", 5)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

@@ -278,8 +278,8 @@ def test_a_finding_has_one_verdict(verdicts, expected, tally):
 
 
 def test_what_goes_beyond_the_paper_does_not_count_in_a_finding():
-    rows = _rows("holds", claim="F5.site") + _rows("does not hold", claim="F5.forecast")
-    assert claims.findings(rows)[4] == ("F5", "holds", {"holds": 1})
+    rows = _rows("holds", claim="F7.half") + _rows("does not hold", claim="F7.auto")
+    assert claims.findings(rows)[6] == ("F7", "holds", {"holds": 1})
     assert not paper_claims.find("F3.families").beyond_paper
 
 

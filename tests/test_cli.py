@@ -198,7 +198,7 @@ def data(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "changed", ["registry.toml", "paper_claims.csv", "results/studies/d_init.json"]
+    "changed", ["registry.toml", "paper_claims.csv", "results/studies/cure.json"]
 )
 def test_a_notebook_runs_again_when_data_that_it_may_read_changed(
     notebooks, data, monkeypatch, capsys, changed

@@ -48,11 +48,11 @@ def test_every_name_is_what_a_type_checker_takes_it_for():
 
 def test_names_are_listed_and_an_unknown_one_is_an_error():
     assert {*saesub.__all__, "pack_contexts", "__version__"} <= set(dir(saesub))
-    assert "forecast_dead" not in dir(saesub)
+    assert "RevivalCount" not in dir(saesub)
     with pytest.raises(AttributeError, match="no attribute 'mesure_spectrum'"):
         _ = saesub.mesure_spectrum
-    with pytest.raises(ImportError, match="cannot import name 'forecast_dead'"):
-        from saesub import forecast_dead  # noqa: F401  # pyright: ignore
+    with pytest.raises(ImportError, match="cannot import name 'RevivalCount'"):
+        from saesub import RevivalCount  # noqa: F401  # pyright: ignore
 
 
 @pytest.mark.parametrize(

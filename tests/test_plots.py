@@ -121,21 +121,9 @@ def _grid_by_layer() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["model", "site", "layer", "rank_share"])
 
 
-def _fates() -> pd.DataFrame:
-    rng = np.random.default_rng(1)
-    overlap = np.concatenate([rng.beta(20, 20, 900), rng.beta(16, 22, 300)])
-    return pd.DataFrame({"overlap": overlap, "alive": np.arange(1200) < 900})
-
-
 def _variances() -> pd.DataFrame:
     predicted = np.geomspace(1e-6, 1, 200)
     return pd.DataFrame({"predicted": predicted, "measured": predicted * 1.001})
-
-
-def _sweep() -> pd.DataFrame:
-    share = np.array([0.1, 0.25, 0.5, 0.75, 1.0])
-    columns = {"dead_share": share**2 * 0.26, "fvu": 0.27 + 0.05 * (share - 0.5) ** 2}
-    return pd.DataFrame({"d_init_share": share} | columns)
 
 
 def _widths() -> pd.DataFrame:
@@ -168,9 +156,7 @@ FIGURES = {
     "singular_values": lambda: plots.singular_values({"W_O, layer 12": np.geomspace(9, 0.1, 576)}),
     "dead_over_tokens": lambda: plots.dead_over_tokens(_tokens()),
     "dead_against_rank": lambda: plots.dead_against_rank(_points()),
-    "overlap_by_fate": lambda: plots.overlap_by_fate(_fates()),
     "dead_and_fvu": lambda: plots.dead_and_fvu(_conditions()),
-    "d_init_sweep": lambda: plots.d_init_sweep(_sweep()),
     "learning_rate": lambda: plots.learning_rate(_rates()),
     "width": lambda: plots.width(_widths()),
 }
@@ -286,13 +272,6 @@ def test_dead_against_rank_has_every_point():
     np.testing.assert_allclose(drawn, frame[["rank_share", "dead_share"]])
 
 
-def test_histograms_sum_to_one_for_each_fate():
-    figure = plots.overlap_by_fate(_fates())
-    outlines = [step for step in figure.axes[0].patches if not step.get_fill()]
-    heights = [step.get_data().values.sum() for step in outlines]
-    np.testing.assert_allclose(heights, [1, 1])
-
-
 def test_heatmap_holds_each_value_in_its_cell():
     frame = _grid()
     frame.loc[0, "rank_share"] = 0.31
@@ -337,10 +316,8 @@ def test_seeds_are_points_and_the_bar_their_mean():
     np.testing.assert_allclose(lines[1].get_xdata(), rows.mean())
 
 
-def test_sweep_width_and_spectra_hold_their_data():
-    sweep, widths, values = _sweep(), _widths(), np.geomspace(9, 0.1, 20)
-    points = plots.d_init_sweep(sweep).axes[0].get_lines()[0]
-    np.testing.assert_array_equal(points.get_xydata(), sweep[["d_init_share", "dead_share"]])
+def test_width_and_spectra_hold_their_data():
+    widths, values = _widths(), np.geomspace(9, 0.1, 20)
     line = _line(plots.width(widths), "asi")
     np.testing.assert_allclose(line.get_ydata(), widths[widths["condition"] == "asi"]["dead_share"])
     np.testing.assert_array_equal(

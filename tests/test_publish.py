@@ -177,13 +177,13 @@ def test_unmeasured_claims_do_not_lengthen_the_summary():
 
 
 def test_what_goes_beyond_the_paper_is_no_verdict_on_the_papers_finding():
-    rows = _measured(("F5.correlation", -0.9), ("F5.forecast", 0.5))
-    *_, against, verdict = _line(rows, "Features die where the rank is low")
+    rows = _measured(("F6.baseline_dead", 0.9), ("F6.asi_dead", 0.001), ("F7.auto", 0.5))
+    *_, against, verdict = _line(rows, "ASI saves features")
     assert "✘" not in against + verdict
 
 
 def test_findings_are_counted_by_verdict_above_their_table():
-    rows = _measured(("F4.z_rank_gap", 0.2), ("F9.best", 0.5), ("F12.twins", 0.01))
+    rows = _measured(("F4.z_rank_gap", 0.2), ("F9.best", 0.5), ("F12.moved", 0.01))
     told = publish["summary_table"](rows).splitlines()[0]
     assert told == (
         "Of the paper's 12 findings: holds 1, holds in direction 1, does not hold 1, "

@@ -22,8 +22,6 @@ with needs_extra("saesub.reproduce.plots"):
         dead_against_rank,
         dead_and_fvu,
         dead_by_dictionary,
-        forecast_and_outcome,
-        overlap_by_fate,
         pareto,
     )
     from saesub.reproduce.plots.protocol import dead_against_fvu, dead_by_window, firing_counts
@@ -40,7 +38,6 @@ with needs_extra("saesub.reproduce.plots"):
     )
     from saesub.reproduce.plots.training import (
         d_init_by_place,
-        d_init_sweep,
         dead_over_tokens,
         learning_rate,
         width,
@@ -53,7 +50,6 @@ __all__ = [
     "cosine_histogram",
     "cumulative_variance",
     "d_init_by_place",
-    "d_init_sweep",
     "dead_against_fvu",
     "dead_against_rank",
     "dead_and_fvu",
@@ -62,12 +58,10 @@ __all__ = [
     "dead_over_tokens",
     "density_histogram",
     "firing_counts",
-    "forecast_and_outcome",
     "learning_rate",
     "loss_by_layer",
     "loss_recovered",
     "mitigation_panels",
-    "overlap_by_fate",
     "overlap_by_layer",
     "pareto",
     "predicted_variance",

@@ -6,9 +6,7 @@ Each takes a tidy DataFrame and returns a closed Figure, as all of `saesub.repro
 from __future__ import annotations
 
 from itertools import cycle, product
-from typing import cast
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -21,7 +19,6 @@ from saesub.reproduce.plots.training import OUTCOMES
 # Okabe and Ito's colours, and after one round of them the next marker.
 _MITIGATIONS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"]
 _LINEAR_BELOW = 1e-3  # of the features: there the axis of shares passes from linear to logarithmic
-_LEAST = 1e-4  # of the features: the forecast draws smaller shares there
 
 
 def dead_against_rank(
@@ -58,29 +55,6 @@ def _label_points(figure: Figure, axes: Axes, frame: pd.DataFrame) -> None:
                 taken.append(box)
                 break
             note.remove()
-
-
-def overlap_by_fate(frame: pd.DataFrame) -> Figure:
-    """How far features lay in the active subspace at initialisation, by whether they lived.
-
-    `frame`: overlap (share of the initial direction's squared norm), alive (bool).
-    """
-    draw.checked(frame, "overlap", "alive")
-    alive = frame["alive"].astype(bool)
-    bins = np.histogram_bin_edges(frame["overlap"], bins=40)
-    with draw.closed_figure(size=(draw.WIDE, 3.6)) as (figure, (axes,)):
-        for rows, name, color in ((alive, "alive", "#0072B2"), (~alive, "dead", "#D55E00")):
-            values = frame.loc[rows, "overlap"].to_numpy(dtype=float)
-            if len(values):
-                look = {"color": color, "label": f"{name} at the end ({len(values):,})"}
-                draw.outlined(axes, values, bins, len(values), look)
-                axes.axvline(float(np.median(values)), color=color, lw=1.4, ls="--")
-        axes.set_xlabel(
-            "share of the initial direction inside the active subspace (dashed: median)"
-        )
-        axes.set_ylabel("share of features of that fate")
-        draw.percent(axes.xaxis, axes.yaxis)
-    return figure
 
 
 def dead_and_fvu(frame: pd.DataFrame) -> Figure:
@@ -187,28 +161,5 @@ def pareto(frame: pd.DataFrame) -> Figure:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda fvu, _: f"{fvu:.4g}"))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.set(xlabel=OUTCOMES["dead_share"], ylabel=OUTCOMES["fvu"])
-        figure.legend(loc="outside right upper", fontsize=8.5)
-    return figure
-
-
-def forecast_and_outcome(frame: pd.DataFrame) -> Figure:
-    """Forecast dead features against measured ones; a filled mark had no part in the fit.
-
-    `frame`: hook_name, model, test (bool), forecast, dead_share.
-    """
-    draw.checked(frame, "hook_name", "model", "test", "forecast", "dead_share")
-    markers = dict(zip(dict.fromkeys(frame["model"]), cycle(draw.MARKERS), strict=False))
-    site = frame["hook_name"].str.split("hook_").str[-1]
-    looks = draw.looks(site)
-    with draw.closed_figure(size=(6.4, 4.8)) as (figure, (axes,)):
-        axes.plot([_LEAST, 1], [_LEAST, 1], color="#888888", lw=1.2, zorder=1)
-        for kind, rows in frame.groupby([site, "model", "test"], sort=False):
-            name, model, test = cast(tuple[str, str, bool], kind)
-            drawn = rows[["forecast", "dead_share"]].clip(lower=_LEAST)
-            label = f"{looks[name]['label']}, {model}, {'test' if test else 'fitted'}"
-            look = {"color": looks[name]["color"], "fillstyle": "full" if test else "none"}
-            axes.plot(*drawn.to_numpy().T, markers[model], ms=6, alpha=0.8, label=label, **look)
-        axes.set(xscale="log", yscale="log", xlabel="forecast dead share", ylabel="dead share")
-        draw.percent(axes.xaxis, axes.yaxis)
         figure.legend(loc="outside right upper", fontsize=8.5)
     return figure

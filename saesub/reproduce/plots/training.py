@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import EngFormatter, FuncFormatter, NullLocator
 
 from saesub.errors import SaesubError, near_names
 from saesub.reproduce.plots import drawing as draw
@@ -69,29 +69,11 @@ def learning_rate(frame: pd.DataFrame) -> Figure:
     return figure
 
 
-def d_init_sweep(frame: pd.DataFrame) -> Figure:
-    """Dead features and FVU by d_init; points are runs, lines means.
-
-    `frame`: d_init_share, dead_share, fvu.
-    """
-    draw.checked(frame, "d_init_share", *OUTCOMES)
-    color = draw.CONDITIONS["asi"]
-    with draw.closed_figure(2, size=(draw.WIDE, 3.5)) as (figure, panels):
-        for axes, (column, label) in zip(panels, OUTCOMES.items(), strict=True):
-            axes.plot(frame["d_init_share"], frame[column], "o", ms=5, alpha=0.6, color=color)
-            axes.plot(draw.over_seeds(frame, "d_init_share", column)["mean"], color=color)
-            axes.set(xlabel="d_init (share of width)", title=label)
-            axes.xaxis.set_major_locator(MaxNLocator(5))
-            draw.percent(axes.xaxis)
-        draw.percent_from_zero(panels[0].yaxis)
-    return figure
-
-
 def d_init_by_place(frame: pd.DataFrame) -> Figure:
     """Dead features by d_init, a panel for each place, with "auto" marked.
 
     `frame`: place, d_init_share, dead_share, auto (bool); one row per run. d_init_share 1 is the
-    random initialisation.
+    whole space.
     """
     draw.checked(frame, "place", "d_init_share", "dead_share", "auto")
     places = dict.fromkeys(frame["place"])
@@ -102,7 +84,7 @@ def d_init_by_place(frame: pd.DataFrame) -> Figure:
             swept = draw.over_seeds(runs, "d_init_share", "dead_share")["mean"]
             auto = runs[runs["auto"]]
             axes.plot(swept, "o-", color=draw.CONDITIONS["asi"], label="swept")
-            look = {"ms": 6, "color": draw.CONDITIONS["random"], "label": "random initialisation"}
+            look = {"ms": 6, "color": draw.CONDITIONS["random"], "label": "d_init = d"}
             axes.plot(swept[swept.index == 1.0], "s", **look)
             look = {"ms": 13, "color": "#D55E00", "label": "auto"}
             axes.plot(auto["d_init_share"], auto["dead_share"], "*", **look)

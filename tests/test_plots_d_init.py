@@ -1,4 +1,4 @@
-"""The figures on d_init and the forecast: every run drawn where it lies."""
+"""The figure on d_init: every run drawn where it lies."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from saesub.errors import SaesubError
-from saesub.reproduce.plots import d_init_by_place, forecast_and_outcome
+from saesub.reproduce.plots import d_init_by_place
 
 SWEEP = pd.DataFrame(
     {
@@ -14,15 +14,6 @@ SWEEP = pd.DataFrame(
         "d_init_share": [0.1, 0.3, 0.6, 1.0] * 2,
         "dead_share": [0.2, 0.1, 0.3, 0.4, 0.5, 0.3, 0.2, 0.1],
         "auto": [False, True, False, False] * 2,
-    }
-)
-FORECASTS = pd.DataFrame(
-    {
-        "hook_name": ["blocks.1.hook_attn_out", "blocks.1.hook_mlp_out"],
-        "model": ["x", "y"],
-        "test": [False, True],
-        "forecast": [0.1, 0.0],
-        "dead_share": [0.2, 0.01],
     }
 )
 
@@ -36,16 +27,6 @@ def test_a_panel_for_each_place_with_auto_and_the_random_start_marked():
     assert auto.get_xydata().tolist() == [[0.3, 0.1]]
 
 
-def test_forecasts_stand_against_outcomes_and_tests_are_filled():
-    figure = forecast_and_outcome(FORECASTS)
-    _, fitted, tested = figure.axes[0].lines
-    assert fitted.get_xydata().tolist() == [[0.1, 0.2]]
-    assert tested.get_xydata().tolist() == [[1e-4, 0.01]]  # none is drawn at the axis' edge
-    assert [fitted.get_fillstyle(), tested.get_fillstyle()] == ["none", "full"]
-
-
 def test_a_missing_column_is_named():
     with pytest.raises(SaesubError, match="auto"):
         d_init_by_place(SWEEP.drop(columns="auto"))
-    with pytest.raises(SaesubError, match="forecast"):
-        forecast_and_outcome(FORECASTS.drop(columns="forecast"))
