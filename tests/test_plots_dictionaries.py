@@ -42,6 +42,10 @@ def test_the_fit_and_the_active_features_stand_beside():
     assert lines[0, 0] == pytest.approx((0.25, 0.31))
     assert [text.get_text() for text in fvu.texts] == ["33.0 · 31.0", "32.0 · 32.0 · 30.0"]
     assert dead.get_ylim() == fvu.get_ylim()
+    assert dead.get_xlabel() == "dead features (heads, for Lorsa)"
+    alike = frame[frame["dictionary"] == "TopK"].assign(l0=32.0)
+    dead, fvu = dead_by_dictionary(alike).axes
+    assert [dead.get_xlabel(), fvu.get_xlabel(), len(fvu.texts)] == ["dead features", "FVU", 0]
     with pytest.raises(SaesubError, match="NaN"):
         dead_by_dictionary(frame.assign(fvu=float("nan")))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from itertools import cycle, product
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -18,6 +19,7 @@ from saesub.reproduce.plots.training import OUTCOMES
 
 # Okabe and Ito's colours, and after one round of them the next marker.
 _MITIGATIONS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"]
+_SAME_L0 = 0.05  # active features
 _LINEAR_BELOW = 1e-3  # of the features: there the axis of shares passes from linear to logarithmic
 
 
@@ -91,8 +93,8 @@ def dead_by_dictionary(frame: pd.DataFrame) -> Figure:
 
     Large marks are means over seeds, small ones the seeds. `frame`: dictionary, condition,
     dead_share; one row per seed. Where it has fvu and l0 too, a second panel shows FVU in the same
-    way, and the numbers of active features stand beside it. Dictionaries stand in the order of the
-    frame.
+    way, and the numbers of active features stand beside it if they differ. Dictionaries stand in
+    the order of the frame.
     """
     draw.checked(frame, "dictionary", "condition", "dead_share")
     with_fit = {"fvu", "l0"} <= set(frame.columns)
@@ -106,12 +108,14 @@ def dead_by_dictionary(frame: pd.DataFrame) -> Figure:
             axes.set_yticks(range(len(names)), names if axes is panels[0] else [])
             axes.set_ylim(len(names) - 0.5, -0.5)
             axes.grid(axis="y", visible=False)
-        panels[0].set_xlabel("dead features (heads, for Lorsa)")
+        heads = any(str(name).startswith("Lorsa") for name in names)
+        panels[0].set_xlabel("dead features" + " (heads, for Lorsa)" * heads)
         draw.percent_from_zero(panels[0].xaxis)
         if with_fit:
-            panels[1].set_xlabel("FVU (on the right: L0, in the legend's order)")
+            differ = float(np.ptp(frame["l0"])) > _SAME_L0
+            panels[1].set_xlabel("FVU" + " (on the right: L0, in the legend's order)" * differ)
             panels[1].margins(x=0.08)
-            for place, name in enumerate(names):
+            for place, name in enumerate(names if differ else []):
                 rows = frame[frame["dictionary"] == name]
                 means = rows.groupby("condition", sort=False)["l0"].mean()
                 draw.in_margin(panels[1], place, " · ".join(f"{l0:.1f}" for l0 in means))
