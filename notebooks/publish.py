@@ -242,6 +242,7 @@ def with_tables(page: str, records: dict) -> str:
         "norm": norm_sentence(json.loads((STUDIES / "defaults.json").read_text())),
         "defaults": defaults_table(json.loads((STUDIES / "defaults.json").read_text())),
         "cure": cure_table(cure_rows()),
+        "sizes": sizes_table(studies.recorded("subspace_size").rows),
         "faults": faults_table(json.loads(FAULTS_FILE.read_text())),
         "architectures": architectures_table(
             json.loads(ARCHITECTURES_FILE.read_text(encoding="utf-8"))
@@ -465,6 +466,22 @@ def save_figure(figure: Figure, study: bytes) -> None:
     notes.add_text("Description", digest(study))
     figure.savefig(drawn, dpi=130)
     Image.open(drawn).convert("RGB").quantize(64).save(FIGURE_FILE, optimize=True, pnginfo=notes)
+
+
+def sizes_table(rows: pd.DataFrame) -> str:
+    """Dead features of ASI by d_init at each hook point, means over seeds; 1 is the whole space."""
+    rows = rows[rows["start"] == "subspace"]
+    auto, by_place = rows["d_init"] == "auto", ["model", "hook_name"]
+    swept = rows[~auto].assign(share=rows["d_init_share"].round(2))
+    means = swept.groupby([*by_place, "share"])["dead_share"].mean().unstack()
+    means.columns = [f"{share:g}" for share in means.columns]
+    means['"auto"'] = rows[auto].groupby(by_place)["dead_share"].mean()
+    lines = [f"| Model | Hook point | {' | '.join(means.columns)} |"]
+    lines.append("|---|---|" + "---:|" * len(means.columns))
+    for (model, hook_name), dead in means.iterrows():
+        cells = " | ".join(f"{100 * share:.2f} %" for share in dead)
+        lines.append(f"| {model} | `{hook_name}` | {cells} |")
+    return "\n".join(lines)
 
 
 def digest(study: bytes) -> str:
