@@ -240,11 +240,10 @@ def _pairs(sae: SAE[Any], written: _Space, read: _Space | None, seed: int) -> Pa
 def choose_d_init(spectrum: Spectrum, d_init: int | float | str = "auto") -> int:
     """The dimension that `d_init` means for this spectrum.
 
-    "auto" is half the effective rank of the singular values. In a sweep it left the fewest or
-    nearly the fewest dead features at attention outputs, MLP outputs and most residual streams, but
-    not at an early residual stream, where a random initialisation was better
-    (`notebooks/studies/d_init.py`). In a larger subspace features point to where little happens; in
-    a smaller one they crowd. It takes singular values, not variances, because one or two massive
+    "auto" is half the effective rank of the singular values. In a sweep over sizes at attention
+    outputs it left the fewest or nearly the fewest dead features
+    (`notebooks/studies/subspace_size.py`). In a larger subspace features point to where little
+    happens; in a smaller one they crowd. It takes singular values, not variances, because one or two massive
     directions of a residual stream hold nearly all of its variance.
 
     Raises:
