@@ -243,8 +243,8 @@ def choose_d_init(spectrum: Spectrum, d_init: int | float | str = "auto") -> int
     "auto" is half the effective rank of the singular values. In a sweep over sizes at attention
     outputs it left the fewest or nearly the fewest dead features
     (`notebooks/studies/subspace_size.py`). In a larger subspace features point to where little
-    happens; in a smaller one they crowd. It takes singular values, not variances, because one or two massive
-    directions of a residual stream hold nearly all of its variance.
+    happens; in a smaller one they crowd. It takes singular values, not variances, because one or
+    two massive directions of a residual stream hold nearly all of its variance.
 
     Raises:
         SaesubError: `d_init` is not a whole number in 1…d, a share in (0, 1) or "auto".
