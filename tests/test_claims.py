@@ -296,6 +296,14 @@ def test_the_last_notebook_of_a_regime_is_shown_and_every_regime_has_a_row():
     ]
 
 
+def test_the_tour_does_not_count_in_the_scorecard():
+    tour = claims.compare([Measurement("F6.fvu", 0.1, regime="few layers")], "00").rows
+    later = claims.compare([Measurement("F6.fvu", -0.1, regime="all layers")], "05").rows
+    shown = claims.scorecard([*tour, *later], whole=False).rows
+    assert [row["notebook"] for row in shown] == ["05"]
+    assert not claims.scorecard(tour, whole=False).rows
+
+
 def test_the_scorecard_judges_by_todays_bounds_and_texts():
     (row,) = claims.compare([Measurement("F6.fvu", 0.1)], "05").rows
     old = row | {"verdict": "holds", "claim": "an older text", "doubt": "an older doubt"}

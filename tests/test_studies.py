@@ -17,6 +17,8 @@ from saesub.reproduce import studies
 STUDIES = Path(__file__).resolve().parent.parent / "data" / "results" / "studies"
 OUTCOME = ("epochs", "dead_share", "fvu", "run", "window", "dead_in_training", "history")
 OUTCOME += ("factor", "fvu_at_start", "fvu_scaled")
+SETTINGS = ("model", "hook_name", "spectrum_of", "d_sae", "d_init", "beta1", "lr", "seed")
+WINDOWS = [2**power for power in range(13, 18)]  # of a record, besides the longest
 
 
 @pytest.mark.parametrize("name", ["starts", "d_init", "tried", "wide", "long", "million", "scaled"])
@@ -28,6 +30,33 @@ def test_a_record_is_whole(name):
     assert len(set(trials)) == len(trials)
     # Above 1 is worse than the mean: a start that overshoots, hardly trained.
     assert all(0 <= row["dead_share"] < 1 and 0 < row["fvu"] < 2 for row in record["rows"])
+
+
+@pytest.mark.parametrize("name", ["cure", "causes", "sites", "subspace_size", "width"])
+def test_a_record_by_the_protocol_is_whole(name):
+    record = json.loads((STUDIES / f"{name}.json").read_text())
+    rows = record["rows"]
+    assert {row["run"] for row in rows} <= set(range(len(record["runs"])))
+    assert all(len(run["commit"]) == 40 for run in record["runs"])
+    trials = [(*(row[key] for key in SETTINGS), row["start"], row["optimizer"]) for row in rows]
+    assert len(set(trials)) == len(rows)
+    assert all(row["dead_share"] == row["silent"][str(row["n_judged"])] for row in rows)
+    # Features of each power of two of their firings, the dead among them, are all features.
+    assert all(sum(row["density"].values()) == row["d_sae"] for row in rows)
+    assert all(row["density"].get("-1", 0) == row["dead_share"] * row["d_sae"] for row in rows)
+
+
+def test_all_widths_are_judged_on_the_tokens_of_the_widest(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "notebooks" / "studies"))
+    import cure
+    import width
+
+    widest = cure.four(cure.MIDDLE)[0]
+    for trial in width.CONDITIONS:
+        assert (trial.n_stored, trial.n_judged) == (widest.n_stored, widest.n_judged)
+        assert trial.n_train / trial.d_sae == widest.n_train / widest.d_sae
+        firings = [n * trial.k / trial.d_sae for n in WINDOWS]
+        assert min(abs(n - 1000) for n in firings) < 50
 
 
 @pytest.fixture
