@@ -6,9 +6,9 @@ Writes data/results/studies/cure.json. Random and subspace initialisation under 
 at an attention output in the middle of the model, with 8,192 features, and with 4,096 features in
 half as many tokens, there also at a late attention output. With 4,096 features and in the middle,
 also both initialisations under Adam without momentum (β₁ = 0), and rows at whitened data points.
-Each condition is trained at four learning rates a factor
-of two apart, and further where the best is at an edge, and at its best rate with three seeds; the
-first four also at the two rates that are best for the two initialisations under Adam.
+Each condition is trained at four learning rates a factor of two apart, and further where the best
+is at an edge, and at its best rate with three seeds; the first four also at the two rates that are
+best for the two initialisations under Adam.
 """
 
 from dataclasses import replace

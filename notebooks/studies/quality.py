@@ -10,14 +10,14 @@ Writes data/results/studies/quality.json, whose rows are of several kinds (`part
   fires least. `coherence`: how alike the eight held-out contexts are in which a feature peaks.
 - "untrained": the coherence of both initialisations before training, the least that can be.
 - "probing": what one, five and twenty features of these SAEs say about a text.
-- "half", "pair": an SAE of 4,096 features for each half of the training documents, with seeds and
-  spectra of their own, and how many features of one SAE the other has as well.
+- "half", "pair": an SAE for each half of the training documents, with seeds and spectra of their
+  own, and how many features of one SAE the other has as well.
 - "ablation": what it costs the language model to lose the attention output of every third layer.
-- "costly": 4,096 features at the two layers where it costs most, at rates of their own.
+- "costly": SAEs at the two layers where it costs most, besides the middle, at rates of their own.
 - "loss": cross-entropy and divergence of the language model with the reconstructions in place.
 
-Held-out text is that of the last stored tokens, which no SAE was trained on. Trained SAEs are kept
-in the folder `studies` of saesub's cache.
+All SAEs have 4,096 features. Held-out text is that of the last stored tokens, which no SAE was
+trained on. Trained SAEs are kept in the folder `studies` of saesub's cache.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ from saesub.extras.coherence import Peaks, coherence, embed, snippet_spans, snip
 from saesub.paths import library_versions, made_once, source_digest
 from saesub.topk.encode import encoder_of
 
-MIDDLE = "blocks.12.hook_attn_out"
+MIDDLE_LAYER = 12
+MIDDLE = f"blocks.{MIDDLE_LAYER}.hook_attn_out"
 LAYERS = range(0, 30, 3)
-SIZE: dict[str, Any] = {}  # a trial's defaults: 8,192 features
 N_COSTLY = 2
 N_SNIPPETS, N_AROUND = 8, 16
 STRIDE = 8  # positions of a document that share a snippet
@@ -136,7 +136,7 @@ class Text(NamedTuple):
 @cache
 def held_out_text() -> Text:
     """The contexts behind the last `n_judged` rows, and a vector for each of their snippets."""
-    trial = Part(MIDDLE, "random", **SIZE)
+    trial = Part(MIDDLE, "random", **SMALL)
     sizes = [trial.n_stored, trial.n_judged, CONTEXT_SIZE, N_AROUND, STRIDE]
     code = source_digest("activations/", "loading/models.py", "extras/coherence.py")
     key = [trial.model, trial.corpus, sizes, code, library_versions()]
@@ -325,7 +325,7 @@ def probes(trial: Part) -> dict[str, Any]:
     for t in chosen(trial.hook_name, trial.d_sae):
         saes[f"{named(t)}, {t.seed}"] = trained(t)
     for start, name in NAMES.items():
-        saes[f"{name}, untrained, 0"] = untrained(Part(MIDDLE, start, **SIZE))
+        saes[f"{name}, untrained, 0"] = untrained(Part(MIDDLE, start, **SMALL))
     model = saesub.load_model(trial.model)
     features: dict[str, dict[str, Tensor]] = {}
     for label, texts in classes().items():
@@ -410,9 +410,10 @@ def best_rate(condition: Trial) -> float:
 
 
 def costly_layers() -> list[int]:
-    """The layers at which zero ablation adds most to the cross-entropy."""
+    """The layers besides the middle at which zero ablation adds most to the cross-entropy."""
     (row,) = (r for r in protocol.recorded("quality") if r["part"] == "ablation")
     added = {int(layer): cost["zero"] for layer, cost in row["costs"].items()}
+    added.pop(MIDDLE_LAYER)
     return sorted(added, key=lambda layer: -added[layer])[:N_COSTLY]
 
 
@@ -442,15 +443,12 @@ def at_best_rates(conditions: Iterable[Part]) -> list[Part]:
 def study() -> None:
     """All parts; those that need others after them."""
     starts, optimizers = ("random", "subspace"), ("adam", "sparse_adam")
-    protocol.harvest(
-        [Part(f"blocks.{layer}.hook_attn_out", "random", **SMALL) for layer in LAYERS]
-        + [Part(MIDDLE, "random", **SIZE)]
-    )
+    protocol.harvest(Part(f"blocks.{layer}.hook_attn_out", "random", **SMALL) for layer in LAYERS)
     held_out_text()  # here, with all cores
     conditions = [
-        Part(MIDDLE, start, optimizer, **SIZE) for optimizer in optimizers for start in starts
+        Part(MIDDLE, start, optimizer, **SMALL) for optimizer in optimizers for start in starts
     ]
-    one = Part(MIDDLE, "none", lr=0.0, **SIZE)
+    one = Part(MIDDLE, "none", lr=0.0, **SMALL)
     begun = [replace(one, start=start, part="untrained") for start in starts]
     run("quality", [replace(one, part="ablation"), *at_best_rates(conditions), *begun], outcome)
     hooks = [f"blocks.{layer}.hook_attn_out" for layer in costly_layers()]
@@ -466,8 +464,7 @@ def study() -> None:
     run(
         "quality",
         [
-            *(Part(hook, "all", part="loss", lr=0.0, **SMALL) for hook in hooks),
-            Part(MIDDLE, "all", part="loss", lr=0.0, **SIZE),
+            *(Part(hook, "all", part="loss", lr=0.0, **SMALL) for hook in (MIDDLE, *hooks)),
             replace(one, part="probing"),
             *(replace(t, part="pair") for t in first),
         ],
