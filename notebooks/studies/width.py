@@ -3,19 +3,21 @@
     python notebooks/studies/width.py
 
 Writes data/results/studies/width.json. 2,048 and 4,096 features at the attention output in the
-middle of the model, four conditions, each at learning rates of its own at its width; cure.json has
-8,192. At every width a feature fires 4,000 times on average in training. All widths are judged on
-the same held-out tokens, those of cure.json, so that FVUs of different widths can be compared. Of
-a row's windows, `silent`, the one of about 1,000 firings decides what is dead: 65,536 tokens at
-2,048 features, 131,072 at 4,096.
+middle of the model, four conditions, each at learning rates of its own at its width, and all at one
+rate with three seeds; cure.json has 8,192. At every width a feature fires 4,000 times on average in
+training. All widths are judged on the same held-out tokens, those of cure.json, so that FVUs of
+different widths can be compared. Of a row's windows, `silent`, the one of about 1,000 firings
+decides what is dead: 65,536 tokens at 2,048 features, 131,072 at 4,096.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cure import MIDDLE
-from protocol import Trial, sweep
+from protocol import Trial, run, sweep
+
+ONE_RATE = 2e-3  # the best for random initialisation under Adam with 4,096 and with 8,192 features
 
 
 @dataclass(frozen=True)
@@ -37,3 +39,4 @@ CONDITIONS = [
 
 if __name__ == "__main__":
     sweep("width", CONDITIONS)
+    run("width", [replace(c, lr=ONE_RATE, seed=seed) for c in CONDITIONS for seed in range(3)])
