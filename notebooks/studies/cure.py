@@ -7,8 +7,8 @@ at an attention output in the middle of the model, with 8,192 features, and with
 half as many tokens, there also at a late attention output. With 4,096 features and in the middle,
 also both initialisations under Adam without momentum (β₁ = 0), and rows at whitened data points.
 Each condition is trained at four learning rates a factor of two apart, and further where the best
-is at an edge, and at its best rate with three seeds; the first four also at the two rates that are
-best for the two initialisations under Adam.
+is at an edge, and at its best rate with three seeds; those that start at random or in the subspace
+also at the two rates that are best for these two initialisations under Adam.
 """
 
 from dataclasses import replace
@@ -43,6 +43,6 @@ WHITENED = [
 
 if __name__ == "__main__":
     study(four(MIDDLE))
-    study(four(MIDDLE, **SMALL))
+    study([*four(MIDDLE, **SMALL), *WITHOUT_MOMENTUM])
     study(four(LATE, **SMALL))
-    sweep("cure", [*WITHOUT_MOMENTUM, *WHITENED])
+    sweep("cure", WHITENED)
