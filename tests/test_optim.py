@@ -87,6 +87,18 @@ def test_differs_from_plain_adam_and_leaves_a_silent_row_exactly_alone():
     torch.testing.assert_close(sparse[:3], plain[:3])
 
 
+def test_without_momentum_it_is_plain_adam():
+    start = torch.randn(20, 6, generator=torch.Generator().manual_seed(1))
+    sparse, plain = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    betas = (0.0, BETA2)
+    sparse_adam = SparseAdam([{"params": [sparse], "feature_axis": 0}], lr=LR, betas=betas)
+    adam = torch.optim.Adam([plain], lr=LR, betas=betas)
+    for gradient in _gradients((20, 6), 0, steps=60):
+        sparse.grad, plain.grad = gradient.clone(), gradient.clone()
+        sparse_adam.step(), adam.step()
+    torch.testing.assert_close(sparse, plain, rtol=1e-5, atol=1e-6)
+
+
 def test_state_resumes_exactly():
     gradients = _gradients((30, 5), 0, steps=20)
     parameter = nn.Parameter(torch.randn(30, 5, generator=torch.Generator().manual_seed(2)))

@@ -109,6 +109,6 @@ def _condition(row: dict[str, Any]) -> str:
     parts: list[str] = [_STARTS.get(row["start"]) or row["start"]]
     if row["optimizer"] == "sparse_adam":
         parts.append("SparseAdam")
-    if row.get("beta1", 0.9) == 0:
-        parts.append("no momentum")
+    if (beta1 := row.get("beta1", 0.9)) != 0.9:
+        parts.append(f"β₁ = {beta1:g}" if beta1 else "no momentum")
     return " + ".join(parts)
