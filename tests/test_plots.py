@@ -29,34 +29,11 @@ def _layers() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["layer", "site", "rank_share"])
 
 
-def _tokens() -> pd.DataFrame:
-    ends = {"random": 0.26, "asi": 0.02, "asi + SparseAdam": 0.004, "random + SparseAdam": 0.17}
-    rows = [
-        (t, end * t / 5e5 * (1 + 0.1 * seed), condition, seed)
-        for condition, end in ends.items()
-        for seed in SEEDS
-        for t in range(0, 600_000, 100_000)
-    ]
-    return pd.DataFrame(rows, columns=["tokens", "dead_share", "condition", "seed"])
-
-
 def _conditions() -> pd.DataFrame:
     rows = [("random", 9216, 0.26 + 0.01 * s, 0.272 + 0.001 * s, s) for s in SEEDS] + [
         ("asi", 9216, 0.018 + 0.001 * s, 0.278 + 0.001 * s, s) for s in SEEDS
     ]
     return pd.DataFrame(rows, columns=["condition", "d_sae", "dead_share", "fvu", "seed"])
-
-
-def _rates() -> pd.DataFrame:
-    rates = (2e-4, 5e-4, 1e-3, 2e-3)
-    dead = {"random": (0.01, 0.05, 0.4, 0.8), "asi": (0, 0, 0.2, 0.7)}
-    rows = [
-        (lr, condition, share, 0.18 - share / 100)
-        for condition, shares in dead.items()
-        for lr, share in zip(rates, shares, strict=True)
-    ]
-    rows.append((2e-3, "asi + SparseAdam", 0.04, 0.179))
-    return pd.DataFrame(rows, columns=["lr", "condition", "dead_share", "fvu"])
 
 
 def _kept() -> pd.DataFrame:
@@ -154,10 +131,8 @@ FIGURES = {
     "rank_heatmap_by_layer": lambda: plots.rank_heatmap_by_layer(_grid_by_layer()),
     "predicted_variance": lambda: plots.predicted_variance(_variances()),
     "singular_values": lambda: plots.singular_values({"W_O, layer 12": np.geomspace(9, 0.1, 576)}),
-    "dead_over_tokens": lambda: plots.dead_over_tokens(_tokens()),
     "dead_against_rank": lambda: plots.dead_against_rank(_points()),
     "dead_and_fvu": lambda: plots.dead_and_fvu(_conditions()),
-    "learning_rate": lambda: plots.learning_rate(_rates()),
     "width": lambda: plots.width(_widths()),
 }
 
@@ -253,17 +228,6 @@ def test_loss_recovered_draws_line_band_and_paper():
     assert any(list(ln.get_xdata()) == [0.961, 0.961] for ln in figure.axes[0].get_lines())
 
 
-def test_dead_over_tokens_is_the_mean_and_the_band_its_range():
-    frame = _tokens()
-    figure = plots.dead_over_tokens(frame)
-    rows = frame[frame["condition"] == "random"].groupby("tokens")["dead_share"]
-    line = _line(figure, "random")
-    np.testing.assert_array_equal(line.get_xdata(), list(rows.groups))
-    np.testing.assert_allclose(line.get_ydata(), rows.mean())
-    corners = figure.axes[0].collections[0].get_paths()[0].vertices
-    assert np.isclose(corners[:, 1].max(), rows.max().max())
-
-
 def test_dead_against_rank_has_every_point():
     frame = _points()
     drawn = np.concatenate(
@@ -327,17 +291,6 @@ def test_width_and_spectra_hold_their_data():
     np.testing.assert_allclose(cloud.get_offsets(), _variances())
 
 
-def test_rates_rise_to_the_right_and_each_panel_holds_its_measure():
-    frame = _rates().sample(frac=1, random_state=0)
-    figure = plots.learning_rate(frame)
-    for axes, column in zip(figure.axes, ("dead_share", "fvu"), strict=True):
-        lines = {line.get_label(): line.get_xydata() for line in axes.get_lines()}
-        assert lines.keys() == set(frame["condition"])
-        for condition, at_rate in lines.items():
-            rows = frame[frame["condition"] == condition].sort_values("lr")
-            np.testing.assert_allclose(at_rate, rows[["lr", column]])
-
-
 @pytest.mark.parametrize(
     ("frame", "message"),
     [
@@ -378,7 +331,7 @@ def test_sites_and_conditions_are_told_apart_by_every_eye(colors, eye):
     assert min(pairs) > 15
 
 
-@pytest.mark.parametrize("figure", ["width", "dead_over_tokens", "rank_by_layer", "loss_recovered"])
+@pytest.mark.parametrize("figure", ["width", "rank_by_layer", "loss_recovered"])
 def test_lines_differ_without_colour_too(figure):
     lines = [ln for ln in FIGURES[figure]().axes[0].get_lines() if ln.get_label()[0] != "_"]
     assert len({(ln.get_marker(), ln.get_linestyle()) for ln in lines}) == len(lines) > 1

@@ -19,6 +19,7 @@ import numpy as np
 import stage
 
 RECORDS = stage.ROOT / "data" / "results" / "gpu"
+# On two cores, before the studies had their present protocol; it names its commit.
 _BRIDGED = stage.ROOT / "data" / "results" / "studies" / "million.json"
 PARTS = ("check", "harvest", "headline", "speed")
 _FIRES = ("fires", "fires_rates")

@@ -26,11 +26,11 @@ import warnings
 from itertools import product
 
 import torch
+from protocol import RESULTS
 from sae_lens import SAETrainer
 from sae_lens.config import SAETrainerConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from tqdm.auto import tqdm
-from trials import RESULTS
 
 import saesub
 from saesub.files import write_atomically

@@ -22,7 +22,6 @@ with needs_extra("saesub.reproduce.plots"):
         dead_against_rank,
         dead_and_fvu,
         dead_by_dictionary,
-        pareto,
     )
     from saesub.reproduce.plots.protocol import dead_against_fvu, dead_by_window, firing_counts
     from saesub.reproduce.plots.spectra import (
@@ -38,8 +37,6 @@ with needs_extra("saesub.reproduce.plots"):
     )
     from saesub.reproduce.plots.training import (
         d_init_by_place,
-        dead_over_tokens,
-        learning_rate,
         width,
     )
 
@@ -55,15 +52,12 @@ __all__ = [
     "dead_and_fvu",
     "dead_by_dictionary",
     "dead_by_window",
-    "dead_over_tokens",
     "density_histogram",
     "firing_counts",
-    "learning_rate",
     "loss_by_layer",
     "loss_recovered",
     "mitigation_panels",
     "overlap_by_layer",
-    "pareto",
     "predicted_variance",
     "probe_accuracy",
     "rank_by_layer",

@@ -5,22 +5,19 @@ Each takes a tidy DataFrame and returns a closed Figure, as all of `saesub.repro
 
 from __future__ import annotations
 
-from itertools import cycle, product
+from itertools import cycle
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
 from saesub.reproduce.plots import drawing as draw
 from saesub.reproduce.plots.training import OUTCOMES
 
-# Okabe and Ito's colours, and after one round of them the next marker.
-_MITIGATIONS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"]
 _SAME_L0 = 0.05  # active features
-_LINEAR_BELOW = 1e-3  # of the features: there the axis of shares passes from linear to logarithmic
 
 
 def dead_against_rank(
@@ -136,34 +133,3 @@ def _by_dictionary(axes: Axes, frame: pd.DataFrame, column: str, names: list[str
         ):
             places = [names.index(str(name)) for name in values.index]
             axes.scatter(values, places, **sizes, **mark)
-
-
-def pareto(frame: pd.DataFrame) -> Figure:
-    """Dead features against FVU, a mark for each mitigation at its mean over seeds.
-
-    Mitigations that no other beats in both are joined by a line and named first, the others follow
-    by FVU. `frame`: condition, dead_share, fvu.
-    """
-    draw.checked(frame, "condition", "dead_share", "fvu")
-    means = pd.DataFrame(frame.groupby("condition", sort=False)[["dead_share", "fvu"]].mean())
-    means = means.sort_values(by=["dead_share", "fvu"])
-    best = means[means["fvu"] < means["fvu"].cummin().shift(fill_value=float("inf"))]
-    others = means.drop(index=best.index).sort_values(by="fvu")
-    marks = cycle(product(draw.MARKERS, _MITIGATIONS))
-    with draw.closed_figure(size=(9.0, 4.8)) as (figure, (axes,)):
-        axes.step(best["dead_share"], best["fvu"], where="post", color="#999999", zorder=1)
-        for (condition, point), (mark, color) in zip(
-            pd.concat([best, others]).iterrows(), marks, strict=False
-        ):
-            axes.plot(*point, mark, ms=8, color=color, mec="white", label=str(condition))
-        axes.set_xscale("symlog", linthresh=_LINEAR_BELOW)
-        axes.set_xlim(left=-0.1 * _LINEAR_BELOW)
-        axes.set_yscale("log")
-        draw.percent(axes.xaxis)
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.yaxis.set_major_locator(MaxNLocator(7))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda fvu, _: f"{fvu:.4g}"))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.set(xlabel=OUTCOMES["dead_share"], ylabel=OUTCOMES["fvu"])
-        figure.legend(loc="outside right upper", fontsize=8.5)
-    return figure

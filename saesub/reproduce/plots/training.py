@@ -1,4 +1,4 @@
-"""Figures on training: dead features and FVU by tokens, width, learning rate and d_init.
+"""Figures on training: dead features and FVU by width and d_init.
 
 Each takes a tidy DataFrame and returns a closed Figure, as all of `saesub.reproduce.plots` do.
 """
@@ -7,26 +7,12 @@ from __future__ import annotations
 
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, NullLocator
 
 from saesub.errors import SaesubError, near_names
 from saesub.reproduce.plots import drawing as draw
 
 OUTCOMES = {"dead_share": "dead features", "fvu": "fraction of variance unexplained"}
-
-
-def dead_over_tokens(frame: pd.DataFrame) -> Figure:
-    """Share of dead features in training, one line per condition: seeds' mean, band least to most.
-
-    `frame`: tokens, dead_share, condition, seed.
-    """
-    draw.checked(frame, "tokens", "dead_share", "condition", "seed")
-    with draw.closed_figure() as (figure, (axes,)):
-        draw.condition_lines(axes, frame, "tokens", "dead_share")
-        axes.set(xlabel="training tokens", ylabel="dead features")
-        axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
-        draw.percent_from_zero(axes.yaxis)
-    return figure
 
 
 def width(frame: pd.DataFrame, measure: str = "dead_share") -> Figure:
@@ -48,24 +34,6 @@ def width(frame: pd.DataFrame, measure: str = "dead_share") -> Figure:
         axes.set(xlabel="width of the dictionary (features)", ylabel=OUTCOMES[measure])
         if measure == "dead_share":
             draw.percent_from_zero(axes.yaxis)
-    return figure
-
-
-def learning_rate(frame: pd.DataFrame) -> Figure:
-    """Dead features and FVU by learning rate, one line per condition: mean and range over seeds.
-
-    `frame`: lr, condition, dead_share, fvu.
-    """
-    draw.checked(frame, "lr", "condition", *OUTCOMES)
-    rates = sorted(frame["lr"].unique())
-    with draw.closed_figure(2, size=(draw.WIDE, 3.7)) as (figure, panels):
-        for axes, (column, label) in zip(panels, OUTCOMES.items(), strict=True):
-            draw.condition_lines(axes, frame, "lr", column)
-            axes.set_xscale("log")
-            axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
-            axes.xaxis.set_minor_locator(NullLocator())
-            axes.set(xlabel="learning rate", title=label)
-        draw.percent_from_zero(panels[0].yaxis)
     return figure
 
 
