@@ -294,7 +294,7 @@ SUMMARY = (
         joined_by=" → ",
     ),
     Finding(
-        "ASI with SparseAdam leaves hardly a dead feature, and width pays",
+        "Hardly a feature dies with ASI and SparseAdam; with a random start, more die in wider dictionaries",
         "share dead",
         ("F9.best",),
         ("F8", "F9"),
