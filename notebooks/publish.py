@@ -294,7 +294,7 @@ SUMMARY = (
         joined_by=" → ",
     ),
     Finding(
-        "Hardly a feature dies with ASI and SparseAdam; with a random start, more die in wider dictionaries",
+        "Wider dictionaries lose more features; ASI with SparseAdam loses hardly one",
         "share dead",
         ("F9.best",),
         ("F8", "F9"),
