@@ -19,13 +19,17 @@ SETTINGS = ("model", "hook_name", "spectrum_of", "d_sae", "d_init", "beta1", "lr
 WINDOWS = [2**power for power in range(13, 18)]  # of a record, besides the longest
 
 
-@pytest.mark.parametrize("name", ["cure", "causes", "sites", "subspace_size", "width"])
+STUDIES_OF_SAES = ["cure", "causes", "sites", "subspace_size", "width", "mitigations"]
+
+
+@pytest.mark.parametrize("name", STUDIES_OF_SAES)
 def test_a_record_is_whole(name):
     record = json.loads((STUDIES / f"{name}.json").read_text())
     rows = record["rows"]
     assert {row["run"] for row in rows} <= set(range(len(record["runs"])))
     assert all(len(run["commit"]) == 40 for run in record["runs"])
-    trials = [(*(row[key] for key in SETTINGS), row["start"], row["optimizer"]) for row in rows]
+    named = [(row["start"], row["optimizer"], row.get("condition")) for row in rows]
+    trials = [(*(row[k] for k in SETTINGS), *name) for row, name in zip(rows, named, strict=True)]
     assert len(set(trials)) == len(rows)
     assert all(row["dead_share"] == row["silent"][str(row["n_judged"])] for row in rows)
     # Features of each power of two of their firings, the dead among them, are all features.

@@ -103,6 +103,8 @@ def _condition(row: dict[str, Any]) -> str:
     """
     >>> _condition({"start": "subspace", "optimizer": "sparse_adam"})
     'ASI + SparseAdam'
+    >>> _condition({"start": "random", "optimizer": "adam", "beta1": 0.5})
+    'random + β₁ = 0.5'
     """
     if "condition" in row:
         return row["condition"]
