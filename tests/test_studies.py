@@ -15,7 +15,17 @@ from saesub.errors import SaesubError
 from saesub.reproduce import studies
 
 STUDIES = Path(__file__).resolve().parent.parent / "data" / "results" / "studies"
-SETTINGS = ("model", "hook_name", "spectrum_of", "d_sae", "d_init", "beta1", "lr", "seed")
+SETTINGS = (
+    "model",
+    "hook_name",
+    "spectrum_of",
+    "d_sae",
+    "n_train",
+    "d_init",
+    "beta1",
+    "lr",
+    "seed",
+)
 WINDOWS = [2**power for power in range(13, 18)]  # of a record, besides the longest
 
 
@@ -43,8 +53,10 @@ def test_all_widths_are_judged_on_the_tokens_of_the_widest(monkeypatch):
     import width
 
     widest = cure.four(cure.MIDDLE)[0]
-    for trial in width.CONDITIONS:
+    for trial in (*width.CONDITIONS, *width.LONG, width.STILL):
         assert (trial.n_stored, trial.n_judged) == (widest.n_stored, widest.n_judged)
+    assert {trial.n_train for trial in width.LONG} == {widest.n_train}
+    for trial in (*width.CONDITIONS, width.STILL):
         assert trial.n_train / trial.d_sae == widest.n_train / widest.d_sae
         firings = [n * trial.k / trial.d_sae for n in WINDOWS]
         assert min(abs(n - 1000) for n in firings) < 50

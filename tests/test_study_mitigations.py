@@ -45,7 +45,7 @@ def _small(trial):
 def _of(study, condition: str):
     every = [study.PLAIN, *study.RIVALS, *study.OTHERS, *study.CENTRES]
     (found,) = (trial for trial in every if trial.condition == condition)
-    return _small(found)
+    return replace(_small(found), dead_window=N_TRAIN // 8)
 
 
 def _start(study, condition: str):
@@ -147,3 +147,23 @@ def test_auxk_has_its_authors_coefficient(study, monkeypatch):
     for condition in ("AuxK", "random"):
         study.outcome(_of(study, condition))
     assert seen == {"AuxK": (1 / 32, N_TRAIN // 8), "random": (0.0, N_TRAIN // 8)}
+
+
+def test_other_settings_of_auxk_differ_in_window_and_coefficient_alone(study, monkeypatch):
+    seen = []
+
+    def train(trial, sae, at, **settings):
+        seen.append((settings["dead_window_tokens"], sae.cfg.aux_loss_coefficient))
+        raise InterruptedError
+
+    monkeypatch.setattr(study, "train", train)
+    (own,) = (trial for trial in study.RIVALS if trial.condition == "AuxK")
+    for trial in (own, *study.AUXK_SETTINGS):
+        settings = {
+            name: getattr(own, name) for name in ("condition", "dead_window", "coefficient")
+        }
+        assert replace(trial, **settings) == own
+        with pytest.raises(InterruptedError):
+            study.outcome(_small(trial))
+    assert sorted(seen) == [(n, c) for n in (16_000, 32_000, 64_000) for c in (1 / 32, 1.0)]
+    assert len({trial.condition for trial in study.AUXK_SETTINGS}) == 5

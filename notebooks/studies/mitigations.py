@@ -4,7 +4,8 @@
 
 Writes data/results/studies/mitigations.json. At an attention output in the middle of the model:
 
-- AuxK, ghost gradients and resampling, each with random and with subspace initialisation;
+- AuxK, ghost gradients and resampling, each with random and with subspace initialisation; AuxK
+  from a random start also with shorter dead windows and with SAELens' coefficient;
 - k-annealing, and an initialisation at data points;
 - a decoder bias at zero (SAELens' default) with random and with subspace initialisation, which with
   cure.json's conditions, whose bias is at the mean, makes a 2 × 2; and one at the geometric median.
@@ -34,7 +35,7 @@ from saesub.reproduce.revival import RevivalCount
 from saesub.training.mitigations import Mitigation
 
 HOOK = "blocks.12.hook_attn_out"
-AUXK = 1 / 32  # of the loss; Gao et al. 2024
+AUXK = 1 / 32  # of the loss; Gao et al. 2024. SAELens' default is 1.
 SHARE_OF_DATA = 0.8  # of a row; Anthropic, October 2025
 N_POOL = 32_768  # training tokens that data points are drawn from, and the median is taken of
 
@@ -45,16 +46,15 @@ class Mitigated(Trial):
 
     `mitigation` is "AuxK", "ghost gradients", "resampling", "k-annealing" or ""; `centre` is
     "mean", "zero" or "geometric median". The start "data" is a mixture of a data point and noise.
+    After `dead_window` training tokens a silent feature is dead to a mitigation. `coefficient` is
+    that of AuxK.
     """
 
     condition: str = "random"
     mitigation: str = ""
     centre: str = "mean"
-
-    @property
-    def dead_window(self) -> int:
-        """Training tokens after which a silent feature is dead to the mitigations."""
-        return self.n_train // 8
+    dead_window: int = SMALL["n_train"] // 8
+    coefficient: float = AUXK
 
 
 def _trial(start: str, **settings: Any) -> Mitigated:
@@ -71,6 +71,11 @@ def _with(mitigation: str) -> list[Mitigated]:
 
 PLAIN = _trial("random")
 RIVALS = [t for name in ("AuxK", "ghost gradients", "resampling") for t in _with(name)]
+AUXK_SETTINGS = [
+    replace(RIVALS[0], condition=f"AuxK, {n:,} tokens, {c:g}", dead_window=n, coefficient=c)
+    for c in (AUXK, 1.0)
+    for n in (64_000, 32_000, 16_000)
+][1:]  # the first is the rival itself
 OTHERS = [
     _trial("random", condition="k-annealing", mitigation="k-annealing"),
     _trial("data", condition="data start"),
@@ -123,7 +128,10 @@ def outcome(trial: Mitigated) -> dict[str, Any]:
     """Train and judge one SAE; how many features were silent and then revived."""
     at, count = site_of(trial), RevivalCount()
     sae = untrained(
-        trial, at, set_start, aux_loss_coefficient=AUXK if trial.mitigation == "AuxK" else 0.0
+        trial,
+        at,
+        set_start,
+        aux_loss_coefficient=trial.coefficient if trial.mitigation == "AuxK" else 0.0,
     )
     norm = sae.W_dec.detach().norm(dim=1).mean().item()
     mitigations = [count, *acting(trial)]
@@ -132,7 +140,6 @@ def outcome(trial: Mitigated) -> dict[str, Any]:
     return judged(trial, sae, at) | {
         "norm_at_start": norm,
         "offset": offset.item(),
-        "dead_window": trial.dead_window,
         **count.found(trainer),
     }
 
@@ -144,3 +151,4 @@ if __name__ == "__main__":
     run("mitigations", controls, outcome)
     sweep("mitigations", CENTRES, outcome=outcome)
     sweep("mitigations", OTHERS, outcome=outcome)
+    sweep("mitigations", AUXK_SETTINGS, outcome=outcome)

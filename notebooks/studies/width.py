@@ -8,6 +8,9 @@ rate with three seeds; cure.json has 8,192. At every width a feature fires 4,000
 training. All widths are judged on the same held-out tokens, those of cure.json, so that FVUs of
 different widths can be compared. Of a row's windows, `silent`, the one of about 1,000 firings
 decides what is dead: 65,536 tokens at 2,048 features, 131,072 at 4,096.
+
+Two controls: 2,048 features trained on as many tokens as 8,192 are, to tell the width from the
+length; and 4,096 without Adam's momentum, judged on these tokens, twice those of cure.json.
 """
 
 from __future__ import annotations
@@ -37,6 +40,10 @@ CONDITIONS = [
     for start in ("random", "subspace")
 ]
 
+LONG = [Narrow(MIDDLE, start, d_sae=2048) for start in ("random", "subspace")]
+STILL = Narrow(MIDDLE, "random", d_sae=4096, n_train=125 * 4096, beta1=0.0)
+
 if __name__ == "__main__":
-    sweep("width", CONDITIONS)
-    run("width", [replace(c, lr=ONE_RATE, seed=seed) for c in CONDITIONS for seed in range(3)])
+    sweep("width", [*CONDITIONS, *LONG])
+    at_one_rate = [*CONDITIONS, *LONG, STILL]
+    run("width", [replace(c, lr=ONE_RATE, seed=seed) for c in at_one_rate for seed in range(3)])
