@@ -33,7 +33,7 @@ import saesub
 from saesub.errors import SaesubError
 from saesub.evaluation import language_model_loss
 from saesub.evaluation.dead_features import diagnose, overlap
-from saesub.evaluation.features import feature_density, match_features, nearest_cosine
+from saesub.evaluation.features import feature_density, match_features
 from saesub.evaluation.language_model_loss import SubspaceLoss, sae_loss, subspace_loss_recovered
 from saesub.evaluation.probing import RAW, mean_features, probe_tasks, sparse_probe
 from saesub.evaluation.reconstruction import reconstruction
@@ -792,13 +792,6 @@ def test_a_rare_feature_is_not_dead_whatever_the_default_dtype() -> None:
 def test_zero_directions_have_no_cosine_and_are_no_neighbours() -> None:
     rows = torch.tensor([[1.0, 0], [-1, 0.1], [0, 0], [0, -1e-30], [0, -1]])
     with pytest.warns(UserWarning, match="1 of 5 directions are zero"):
-        nearest = nearest_cosine(rows)
-    assert nearest[2].isnan()
-    torch.testing.assert_close(nearest[[3, 4]], torch.ones(2))
-    assert nearest[1].item() == pytest.approx(-0.1 / 1.01**0.5)  # not 0, that of the zero row
-    with pytest.warns(UserWarning, match="directions are zero"):
-        assert nearest_cosine(rows[1:3]).isnan().all()
-    with pytest.warns(UserWarning, match="directions are zero"):
         matching = match_features(rows, rows[[4, 2, 0]])
     assert matching.cosine[matching.of_b == 1].isnan().all()
     assert matching.cosine[matching.of_b != 1].tolist() == pytest.approx([1, 1])
@@ -813,9 +806,7 @@ def test_cosines_and_overlaps_of_any_dtype(dtype) -> None:
     rows = activations(40).to(getattr(torch, dtype))
     basis = torch.linalg.qr(activations(D).double()).Q[:, :5].float()
     unit = rows.double() / rows.double().norm(dim=1, keepdim=True)
-    cosines = unit @ unit.T - 2 * torch.eye(40)
     close = {"atol": 1e-5, "rtol": 0, "check_dtype": False}
-    torch.testing.assert_close(nearest_cosine(rows), cosines.amax(1), **close)
     torch.testing.assert_close(match_features(rows, rows).cosine, torch.ones(40), **close)
     expected = (unit @ basis.double()).square().sum(1)
     torch.testing.assert_close(overlap(rows, basis), expected, **close)
@@ -827,7 +818,6 @@ def test_cosines_and_overlaps_of_any_dtype(dtype) -> None:
 def test_directions_that_are_none_are_refused(wrong) -> None:
     right, basis, dead = torch.ones(3, 4), torch.eye(4)[:, :2], torch.tensor([True, False, True])
     for call in (
-        lambda: nearest_cosine(wrong),
         lambda: match_features(wrong, right),
         lambda: match_features(right, wrong),
         lambda: overlap(wrong, basis),

@@ -11,7 +11,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from saesub.activations.tokens import pack_contexts
 from saesub.errors import SaesubError
 from saesub.evaluation.dead_features import dead_features
-from saesub.evaluation.features import feature_density, match_features, nearest_cosine
+from saesub.evaluation.features import feature_density, match_features
 from saesub.evaluation.passes import site_activations
 
 HOOK = "blocks.4.hook_attn_out"
@@ -53,20 +53,6 @@ def test_density_takes_saelens_sparse_activations(activations: torch.Tensor) -> 
     got = feature_density(sae, activations[:600], n_tokens=600)
     expected = (sae.encode(activations[:600]).to_dense() != 0).float().mean(0)
     torch.testing.assert_close(got, expected)
-
-
-def test_nearest_cosine_finds_the_twin_and_never_the_row_itself() -> None:
-    rows = torch.randn(2500, 24, generator=torch.Generator().manual_seed(0))
-    rows[2400] = 3 * rows[7]  # a twin in another block, of another length
-    rows[11] = -rows[10]  # opposite directions are not alike
-    unit = rows / rows.norm(dim=1, keepdim=True)
-    cosines = unit @ unit.T - 2 * torch.eye(2500)
-    got = nearest_cosine(rows)
-    torch.testing.assert_close(got, cosines.amax(1))
-    assert got[7] == pytest.approx(1) == got[2400].item()
-    assert got[10] < 0.95
-    with pytest.raises(SaesubError, match="at least 2 directions"):
-        nearest_cosine(rows[:1])
 
 
 def test_matching_recovers_a_shuffled_dictionary_and_leaves_the_surplus_single() -> None:

@@ -13,30 +13,6 @@ from saesub.reproduce.plots import features as plots
 matplotlib.use("Agg")
 
 
-def test_density_shows_dead_features_apart_and_loses_none() -> None:
-    density = np.array([0.0, 0.0, 1e-4, 1e-3, 1e-2, 1.0])
-    frame = pd.DataFrame({"condition": "asi", "density": density})
-    axes = plots.density_histogram(frame).axes[0]
-    assert [bar.get_height() for bar in axes.patches if hasattr(bar, "get_height")] == [2 / 6]
-    drawn = axes.patches[0].get_data().values.sum() if hasattr(axes.patches[0], "get_data") else 0
-    assert drawn == pytest.approx(4 / 6)
-    assert axes.get_xticklabels()[0].get_text() == "never"
-
-
-def test_all_dead_is_drawn_too() -> None:
-    frame = pd.DataFrame({"condition": ["asi"] * 3, "density": [0.0] * 3})
-    plots.density_histogram(frame)
-
-
-def test_cosines_are_shares_of_each_condition() -> None:
-    cosines = [0.1, 0.2, 0.9, 1.0, -0.1, 0.5]
-    frame = pd.DataFrame({"condition": ["random"] * 4 + ["asi"] * 2, "cosine": cosines})
-    axes = plots.cosine_histogram(frame).axes[0]
-    for outline in axes.patches:
-        assert outline.get_data().values.sum() == pytest.approx(1)
-    assert axes.get_legend_handles_labels()[1] == ["random", "asi"]
-
-
 def test_coherence_is_a_line_of_seeds_for_each_condition_and_chance_a_line() -> None:
     values = {"random": (0.0, 0.1, 0.2), "asi": (0.3, 0.3, 0.3)}
     rows = [(c, d, value) for c, of in values.items() for d in (0.001, 0.01) for value in of]
@@ -71,8 +47,6 @@ def test_probes_have_a_panel_for_each_k_and_the_ceiling() -> None:
 @pytest.mark.parametrize(
     "draw",
     [
-        plots.density_histogram,
-        plots.cosine_histogram,
         plots.coherence_by_density,
         plots.shared_features,
     ],

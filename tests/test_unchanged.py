@@ -31,7 +31,7 @@ from torch import nn
 
 import saesub
 from saesub.activations.tokens import pack_contexts
-from saesub.evaluation.features import feature_density, match_features, nearest_cosine
+from saesub.evaluation.features import feature_density, match_features
 from saesub.evaluation.probing import mean_features
 from saesub.evaluation.top_activations import top_activations
 from saesub.extras.transcoders import transcoder_reconstruction
@@ -103,7 +103,6 @@ ALONE = {
     "encoder": lambda sae: encoder_of(sae)(x()),
     "autoencoder": lambda sae: autoencoder_of(sae)(x()),
     "diagnose": diagnose,
-    "cosine": lambda sae: nearest_cosine(sae.W_dec),
     "matching": lambda sae: match_features(sae.W_dec[:9], sae.W_dec[9:20]),
     "card": lambda sae: saesub.model_card(sae, spectrum(sae.cfg.metadata.hook_name)),
 }

@@ -18,8 +18,6 @@ from saesub.errors import SaesubError
 from saesub.evaluation.passes import encoded
 from saesub.topk.encode import encoder_of, times_fired
 
-_FEATURES_PER_BLOCK = 1024  # bounds the (features, d_sae) block of cosines
-
 
 def feature_density(
     sae: SAE[Any],
@@ -88,30 +86,6 @@ def _first_rows(features: Float[Tensor, "n d_sae"], n: int) -> Float[Tensor, "m 
     return torch.sparse_coo_tensor(
         where, values, features.shape, is_coalesced=True, check_invariants=False
     )
-
-
-@torch.no_grad()
-def nearest_cosine(directions: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
-    """The largest cosine of each direction to any other; near 1 means a feature learned twice.
-
-    SAEBench reports it in its core evaluation. A zero direction has no cosine: its own is NaN, with
-    a warning, and it is no other's neighbour. Raises SaesubError for fewer than two directions, or
-    NaN or infinite ones.
-    """
-    directions = batch_of(directions, "directions")
-    if directions.ndim != 2 or len(directions) < 2:
-        raise SaesubError(
-            "a nearest neighbour needs at least 2 directions (n, d), not "
-            f"{tuple(directions.shape)}: give the decoder rows of at least two features"
-        )
-    unit, nearest = unit_rows(directions), []
-    for first in range(0, len(unit), _FEATURES_PER_BLOCK):
-        cosines = unit[first : first + _FEATURES_PER_BLOCK] @ unit.T
-        cosines.diagonal(first).fill_(-torch.inf)  # a direction is not its own neighbour
-        nearest.append(cosines.nan_to_num(-torch.inf, neginf=-torch.inf).amax(1))
-    found = torch.cat(nearest)
-    found[unit.isnan().any(1) | found.isinf()] = torch.nan
-    return found
 
 
 def unit_rows(directions: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:

@@ -12,8 +12,6 @@ with needs_extra("saesub.reproduce.plots"):
     from saesub.reproduce.plots.drawing import CONDITIONS, SITES, style
     from saesub.reproduce.plots.features import (
         coherence_by_density,
-        cosine_histogram,
-        density_histogram,
         probe_accuracy,
         shared_features,
     )
@@ -44,7 +42,6 @@ __all__ = [
     "CONDITIONS",
     "SITES",
     "coherence_by_density",
-    "cosine_histogram",
     "cumulative_variance",
     "d_init_by_place",
     "dead_against_fvu",
@@ -52,7 +49,6 @@ __all__ = [
     "dead_and_fvu",
     "dead_by_dictionary",
     "dead_by_window",
-    "density_histogram",
     "firing_counts",
     "loss_by_layer",
     "loss_recovered",

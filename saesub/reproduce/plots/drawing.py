@@ -164,13 +164,6 @@ def percent_from_zero(axis: Axis) -> None:
     (axis.axes.set_ylim if vertical else axis.axes.set_xlim)(min(low, 0) - 0.02 * max(high, 1e-3))
 
 
-def outlined(axes: Axes, values: np.ndarray, bins: np.ndarray, n: int, look: dict) -> None:
-    """An outlined histogram in shares of `n`, so that one does not hide another."""
-    shares = np.histogram(values.clip(bins[0], bins[-1]), bins)[0] / n
-    axes.stairs(shares, bins, lw=1.8, **{k: v for k, v in look.items() if k != "marker"})
-    axes.stairs(shares, bins, fill=True, alpha=0.12, color=look["color"])
-
-
 def beside(axes: Axes, y: float, text: str, color: str = NOTE) -> None:
     """A dashed line across the panel, labelled in the right margin where no data can lie."""
     axes.axhline(y, color=color, linestyle=(0, (5, 3)), linewidth=1.2, zorder=1)

@@ -1,4 +1,4 @@
-"""Figures on features: density, cosines, coherence, agreement of seeds, accuracy of probes.
+"""Figures on features: coherence, agreement of seeds, accuracy of probes.
 
 Each takes a tidy DataFrame with a column `condition` and returns a closed Figure.
 """
@@ -11,43 +11,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from saesub.reproduce.plots import drawing as draw
-
-
-def density_histogram(frame: pd.DataFrame) -> Figure:
-    """How often features fire, by condition, on a logarithmic axis; a bar at the left for dead.
-
-    `frame`: condition, density (share of tokens on which the feature fires; 0 is dead).
-    """
-    draw.checked(frame, "condition", "density")
-    positive = frame.loc[frame["density"] > 0, "density"]
-    floor = np.log10(positive.min()) if len(positive) else -1.0
-    step = -floor / 36
-    bins = np.linspace(floor, 0, 37)
-    with draw.closed_figure() as (figure, (axes,)):
-        conditions = draw.series(frame, "condition")
-        for place, (rows, look) in enumerate(conditions):
-            density = rows["density"].to_numpy(dtype=float)
-            draw.outlined(axes, np.log10(density[density > 0]), bins, len(density), look)
-            at = floor + step * (place - (len(conditions) - 1) / 2 - 4)
-            axes.bar(at, (density == 0).mean(), 0.9 * step, color=look["color"])
-        ticks = range(int(np.ceil(floor)), 1)
-        names = ["never", *(f"{100 * 10.0**tick:.4g} %" for tick in ticks)]
-        axes.set_xticks([floor - 4 * step, *ticks], names)
-        axes.set(xlabel="share of tokens on which a feature fires", ylabel="share of features")
-        draw.percent(axes.yaxis)
-    return figure
-
-
-def cosine_histogram(frame: pd.DataFrame) -> Figure:
-    """The cosines of features, by condition. `frame`: condition, cosine."""
-    draw.checked(frame, "condition", "cosine")
-    bins = np.linspace(min(0.0, float(frame["cosine"].min())), 1, 51)
-    with draw.closed_figure() as (figure, (axes,)):
-        for rows, look in draw.series(frame, "condition"):
-            draw.outlined(axes, rows["cosine"].to_numpy(dtype=float), bins, len(rows), look)
-        axes.set(xlabel="largest cosine to another feature", ylabel="share of features")
-        draw.percent(axes.yaxis)
-    return figure
 
 
 def coherence_by_density(frame: pd.DataFrame, chance: float | None = None) -> Figure:
