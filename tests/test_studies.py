@@ -47,6 +47,28 @@ def test_a_record_is_whole(name):
     assert all(row["density"].get("-1", 0) == row["dead_share"] * row["d_sae"] for row in rows)
 
 
+def test_the_record_of_the_features_quality_is_whole_and_agrees_with_itself():
+    """Its rows are of several kinds; a pair has the living features of the SAEs that it matches."""
+    rows = json.loads((STUDIES / "quality.json").read_text())["rows"]
+    parts = {
+        part: [row for row in rows if row["part"] == part] for part in {r["part"] for r in rows}
+    }
+    sizes = {"quality": 12, "untrained": 2, "costly": 24, "half": 12, "pair": 6, "loss": 3}
+    assert {part: len(of) for part, of in parts.items()} == sizes | {"ablation": 1, "probing": 1}
+    for row in (*parts["quality"], *parts["costly"], *parts["half"]):
+        assert sum(row["density"].values()) == row["d_sae"]
+        assert row["density"].get("-1", 0) == row["dead_share"] * row["d_sae"]
+    living = {
+        (row["start"], row["half"], row["seed"]): row["d_sae"] - row["density"].get("-1", 0)
+        for row in parts["half"]
+    }
+    for row in parts["pair"]:
+        seeds = ((1, row["seed"]), (2, row["seed"] + 3))
+        assert row["living"] == [living[(row["start"], *half)] for half in seeds]
+        assert row["matched"] == min(row["living"])
+        assert sum(n for n, _ in row["shared_by_density"].values()) == row["matched"]
+
+
 def test_all_widths_are_judged_on_the_tokens_of_the_widest(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "notebooks" / "studies"))
     import cure
