@@ -300,7 +300,7 @@ SUMMARY = (
         ("F8", "F9"),
     ),
     Finding(
-        "ASI works for other dictionaries, and its features are as good",
+        "ASI works for other dictionaries; its features serve as well, but are less stable",
         "share dead with ASI divided by that with random, transcoder and Lorsa",
         ("F11.transcoder", "F11.lorsa"),
         ("F11", "F12"),
