@@ -65,7 +65,7 @@ BOUNDS = runpy.run_path(str(ROOT / "notebooks" / "bounds.py"))
 # leaves out.
 FETCHED = {
     "models": ("smollm2-135m", "gemma3-270m", "qwen2.5-coder-0.5b"),
-    "corpora": ("wiki-en", "wiki-fr", "wiki-es", "recipes-en", "science-docs"),
+    "corpora": ("wiki-en", "wiki-fr", "science-docs"),
     "encoders": ("all-minilm-l6-v2", "all-mpnet-base-v2", "whisper-base"),
     "recordings": ("speech-en",),
 }
@@ -408,7 +408,7 @@ def _against(rows: Sequence[dict]) -> list[str]:
         verdicts = [row["verdict"] for row in of]
         for verdict in (paper_claims.MIXED, paper_claims.FAILS):
             if n := verdicts.count(verdict):
-                where = f" ({n} of {len(of)} regimes)" * (len(of) > 1)
+                where = f" ({n} of {len(of)} regimes)" * (n < len(of))
                 name = of[0]["claim"].split(":")[0]
                 lines.append(f"{claims_table.SYMBOLS[verdict]} *{name}*{where}")
     return lines

@@ -188,7 +188,7 @@ def test_what_goes_beyond_the_paper_is_no_verdict_on_the_papers_finding():
 
 
 def test_findings_are_counted_by_verdict_above_their_table():
-    rows = _measured(("F4.z_rank_gap", 0.2), ("F9.best", 0.5), ("F12.moved", -0.1))
+    rows = _measured(("F4.z_rank_gap", 0.2), ("F9.best", 0.5), ("F5.correlation", -0.2))
     told = publish["summary_table"](rows).splitlines()[0]
     assert told == (
         "Of the paper's 12 findings: holds 1, holds in direction 1, does not hold 1, "
