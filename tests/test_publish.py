@@ -181,6 +181,15 @@ def test_unmeasured_claims_do_not_lengthen_the_summary():
     assert verdict.startswith("F11 not testable here: 9 –<br>F12 not testable here: ")
 
 
+def test_the_summary_counts_regimes_only_where_a_claim_does_not_fail_in_all():
+    rows = _measured(("F6.asi_dead", 0.5)) + [
+        row | {"regime": "another"} for row in _measured(("F6.asi_dead", 0.6))
+    ]
+    *_, against, _ = _line(rows, "ASI saves features")
+    assert against.startswith("✘ *")
+    assert "regimes" not in against
+
+
 def test_what_goes_beyond_the_paper_is_no_verdict_on_the_papers_finding():
     rows = _measured(("F6.baseline_dead", 0.9), ("F6.asi_dead", 0.001), ("F7.auto", 0.5))
     *_, against, verdict = _line(rows, "ASI saves features")
