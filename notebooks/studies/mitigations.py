@@ -5,7 +5,8 @@
 Writes data/results/studies/mitigations.json. At an attention output in the middle of the model:
 
 - AuxK, ghost gradients and resampling, each with random and with subspace initialisation; AuxK
-  from a random start also with shorter dead windows and with SAELens' coefficient;
+  from a random start also with shorter dead windows and with SAELens' coefficient, and with
+  subspace initialisation at the best of these;
 - k-annealing, and an initialisation at data points;
 - a decoder bias at zero (SAELens' default) with random and with subspace initialisation, which with
   cure.json's conditions, whose bias is at the mean, makes a 2 × 2; and one at the geometric median.
@@ -76,6 +77,9 @@ AUXK_SETTINGS = [
     for c in (AUXK, 1.0)
     for n in (64_000, 32_000, 16_000)
 ][1:]  # the first is the rival itself
+ASI_AUXK = replace(  # with the settings that left the fewest of a random start dead
+    AUXK_SETTINGS[-1], start="subspace", condition=f"ASI + {AUXK_SETTINGS[-1].condition}"
+)
 OTHERS = [
     _trial("random", condition="k-annealing", mitigation="k-annealing"),
     _trial("data", condition="data start"),
@@ -151,4 +155,4 @@ if __name__ == "__main__":
     run("mitigations", controls, outcome)
     sweep("mitigations", CENTRES, outcome=outcome)
     sweep("mitigations", OTHERS, outcome=outcome)
-    sweep("mitigations", AUXK_SETTINGS, outcome=outcome)
+    sweep("mitigations", [*AUXK_SETTINGS, ASI_AUXK], outcome=outcome)
