@@ -114,6 +114,55 @@ def test_sweeps_of_nothing_are_refused(arguments, says):
         protocol.Sweep(*arguments)
 
 
+def _rows(fvu, **more):
+    """A row for each rate and seed, from rate -> FVU of the seeds 0, 1, ..."""
+    return [
+        {"lr": lr, "seed": seed, "validation_fvu": value, "fvu": 2 * value, "dead_share": lr * seed}
+        | more
+        for lr, values in fvu.items()
+        for seed, value in enumerate(values)
+    ]
+
+
+def test_a_sweep_takes_means_over_seeds():
+    sweep = protocol.sweep_of(_rows({2.0: (0.20, 0.24), 1.0: (0.21, 0.21), 4.0: (0.5,)}))
+    assert sweep.rates == (1.0, 2.0, 4.0)
+    assert sweep.best == 0  # the first seed alone would say 1
+    assert sweep.validation_fvu == pytest.approx((0.21, 0.22, 0.5))
+    assert sweep.fvu == pytest.approx((0.42, 0.44, 1.0))
+    assert sweep.dead == pytest.approx((0.5, 1.0, 0.0))
+    assert sweep.as_good == [0]
+    near = protocol.sweep_of(_rows({1.0: (0.2019, 0.2019), 2.0: (0.2, 0.2), 4.0: (0.2021, 0.2021)}))
+    assert near.as_good == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "fvu", [{1.0: (0.2, 0.2), 2.0: (0.201,)}, {1.0: (0.2,), 2.0: (0.201, 0.201)}]
+)
+def test_two_rates_that_fit_alike_need_the_same_seeds(fvu):
+    rows = _rows(fvu, coefficient=0.0, validation_l0=32.0)
+    with pytest.raises(SaesubError, match=r"1 and 2 fit equally well.*lacks the seeds \[1\]"):
+        protocol.sweep_of(rows)
+    with pytest.raises(SaesubError, match="fit equally well"):
+        protocol.sweep_at_l0(rows, 32)
+
+
+def test_a_seed_twice_is_two_conditions():
+    with pytest.raises(SaesubError, match="twice at the rate 1: give one condition"):
+        protocol.sweep_of([*_rows({1.0: (0.2,)}), *_rows({1.0: (0.2,)})])
+
+
+def test_other_seeds_move_a_sweep_at_equal_l0_by_their_difference():
+    """The first seed has two coefficients, on either side of 32; the second only the first."""
+    row = {"lr": 1.0, "dead_share": 0.0}
+    rows = [
+        row | {"seed": seed, "coefficient": c, "validation_l0": l0, "validation_fvu": v, "fvu": v}
+        for seed, c, l0, v in [(0, 1.0, 64.0, 0.2), (0, 4.0, 16.0, 0.4), (1, 1.0, 60.0, 0.24)]
+    ]
+    sweep = protocol.sweep_at_l0(rows, 32)
+    assert sweep.fvu == pytest.approx((0.3 + 0.04 / 2,))
+
+
 def test_paired_intervals_are_those_of_a_paired_t_test():
     a, b = {0: 0.10, 1: 0.13, 2: 0.12}, {0: 0.30, 1: 0.32, 2: 0.33}
     found = protocol.paired(a, b)

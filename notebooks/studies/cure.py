@@ -7,15 +7,16 @@ at an attention output in the middle of the model, with 8,192 features, and with
 half as many tokens, there also at a late attention output. With 4,096 features and in the middle,
 also both initialisations under Adam without momentum (β₁ = 0), random ones under SparseAdam with
 β₁ = 0.5, and rows at whitened data points. Each condition is trained at four learning rates a
-factor of two apart, and further where the best is at an edge, and at its best rate with three
-seeds; all but the whitened also at the two rates that are best for the two initialisations under
+factor of two apart, and further where the best is at an edge; the four in the middle of the model
+with three seeds at every rate, the others at the rates that fit as well as their best. All but the
+whitened have three seeds also at the two rates that are best for the two initialisations under
 Adam.
 """
 
 from dataclasses import replace
 from typing import Any
 
-from protocol import SMALL, Trial, run, sweep
+from protocol import SMALL, Trial, recorded, run, sweep, trial_of
 
 MIDDLE, LATE = "blocks.12.hook_attn_out", "blocks.21.hook_attn_out"
 
@@ -29,12 +30,16 @@ def four(hook_name: str, **size: Any) -> list[Trial]:
     ]
 
 
-def study(conditions: list[Trial]) -> None:
-    """Sweep the conditions, and train all at the rates that are best for the first two of them."""
+def study(conditions: list[Trial], whole: int = 0) -> None:
+    """Sweep the conditions, and train all at the rates that are best for the first two of them; the
+    first `whole` of them with three seeds at every rate."""
     best = sweep("cure", conditions)
     rates = dict.fromkeys(best[replace(c, lr=0.0)] for c in conditions[:2])
-    trials = [replace(c, lr=lr, seed=s) for lr in rates for s in range(3) for c in conditions]
-    run("cure", trials)
+    trials = [replace(c, lr=lr) for lr in rates for c in conditions]
+    trials += [
+        t for row in recorded("cure") if replace(t := trial_of(row), lr=1e-3) in conditions[:whole]
+    ]
+    run("cure", [replace(t, seed=seed) for seed in range(3) for t in trials])
 
 
 # Without momentum SparseAdam is Adam: a feature without a gradient stands still in both.
@@ -47,7 +52,7 @@ WHITENED = [
 ]
 
 if __name__ == "__main__":
-    study(four(MIDDLE))
-    study([*four(MIDDLE, **SMALL), *MOMENTA])
+    study(four(MIDDLE), whole=4)
+    study([*four(MIDDLE, **SMALL), *MOMENTA], whole=4)
     study(four(LATE, **SMALL))
     sweep("cure", WHITENED)

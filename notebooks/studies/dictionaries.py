@@ -17,7 +17,8 @@ Transcoders and Lorsa are trained untied too, transcoders then with the norms of
 As many features are active in each condition: 32 by construction, or by the coefficient of the
 penalty, which is searched anew at every learning rate until 32 ± 5 % are active on the validation
 part. Each condition has its own rate: the best by FVU on the validation part, with a rate on either
-side of it. At that rate it is trained with three seeds, and "ASI" at the best rate of "random" too.
+side of it. There, and at rates that fit as well (`Sweep.as_good`), it is trained with three seeds;
+"ASI" also at such rates of "random".
 """
 
 from __future__ import annotations
@@ -469,8 +470,8 @@ def sweep_of(cells: Sequence[Dictionary], found: dict[Dictionary, Rows]) -> Swee
 
 
 def study(conditions: Sequence[Dictionary], n_seeds: int = 3) -> None:
-    """Find each condition's best rate, and train it there with more seeds; "ASI" also at the best
-    rate of its baseline."""
+    """Find the rates at which each condition fits best, or as well, and train it there with more
+    seeds; "ASI" also at such rates of its baseline."""
     rates = {c: {FIRST_RATE} for c in conditions}
     while True:
         cells = {c: [replace(c, lr=lr) for lr in sorted(rates[c])] for c in conditions}
@@ -482,10 +483,9 @@ def study(conditions: Sequence[Dictionary], n_seeds: int = 3) -> None:
             break
         for c, lr in more.items():
             rates[c].add(lr)
-    best = {c: s.rates[s.best] for c, s in sweeps.items()}
-    compared = [replace(c, lr=lr) for c, lr in best.items()]
-    compared += [replace(c, lr=best[replace(c, start="random")]) for c in conditions]
-    compared = list(dict.fromkeys(compared))
+    good = {c: [s.rates[i] for i in s.as_good] for c, s in sweeps.items()}
+    rates = {c: {*good[c], *good[replace(c, start="random")]} for c in conditions}
+    compared = [replace(c, lr=lr) for c in conditions for lr in sorted(rates[c])]
     found = tune(compared)
     chosen = [trial_of(nearest_to_k(found[cell], cell.k), Dictionary) for cell in compared]
     run(NAME, [replace(c, seed=c.seed + n) for n in range(1, n_seeds) for c in chosen], outcome)

@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 
 import saesub
 from saesub.evaluation.held_out import Judgement
-from saesub.evaluation.protocol import Sweep, mean_firings
+from saesub.evaluation.protocol import Sweep, mean_firings, sweep_of
 from saesub.evaluation.reconstruction import Reconstruction
 from saesub.files import write_atomically
 from saesub.reproduce.report import run_facts
@@ -327,13 +327,6 @@ def _begin(n_threads: int) -> None:
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
 
-def sweep_of(rows: Iterable[dict[str, Any]]) -> Sweep:
-    """The rows of one condition and seed at several rates, as a sweep."""
-    rows = sorted(rows, key=lambda row: row["lr"])
-    columns = ("lr", "validation_fvu", "fvu", "dead_share")
-    return Sweep(*(tuple(row[c] for row in rows) for c in columns))
-
-
 def sweep(
     name: str,
     conditions: Iterable[Trial],
@@ -343,26 +336,36 @@ def sweep(
     n_seeds: int = 3,
     outcome: Callable[[Any], dict[str, Any]] = outcome,
 ) -> dict[Trial, float]:
-    """Train each condition at all rates, beyond an edge that is best, and at its best rate with
-    more seeds; returns the best rates."""
+    """Train each condition at all rates, beyond an edge that is best, and with more seeds at all
+    rates that fit as well as the best; returns the best rates, by the mean over seeds."""
     conditions = [replace(c, lr=0.0) for c in conditions]
     tried = {c: set(rates) for c in conditions}
     while True:
         run(name, [replace(c, lr=lr) for c in conditions for lr in sorted(tried[c])], outcome)
-        found = {trial_of(row, type(conditions[0])): row for row in recorded(name)}
-        sweeps = {
-            c: sweep_of(found[replace(c, lr=lr)] for lr in sorted(tried[c])) for c in conditions
-        }
+        sweeps = _sweeps(name, conditions, n_seeds=1)
         more = {c: s.next_rate() for c, s in sweeps.items() if len(tried[c]) < most}
         more = {c: lr for c, lr in more.items() if lr is not None}
         if not more:
             break
         for c, lr in more.items():
             tried[c].add(lr)
-    best = {c: s.rates[s.best] for c, s in sweeps.items()}
-    run(
-        name,
-        [replace(c, lr=lr, seed=c.seed + n) for n in range(1, n_seeds) for c, lr in best.items()],
-        outcome,
-    )
-    return best
+    near = [
+        replace(c, lr=s.rates[i], seed=c.seed + n)
+        for n in range(1, n_seeds)
+        for c, s in sweeps.items()
+        for i in s.as_good
+    ]
+    run(name, near, outcome)
+    sweeps = _sweeps(name, conditions, n_seeds)
+    return {c: s.rates[s.best] for c, s in sweeps.items()}
+
+
+def _sweeps(name: str, conditions: Iterable[Any], n_seeds: int) -> dict[Any, Sweep]:
+    """What is recorded of conditions at all rates, as means over their first seeds."""
+    rows: dict[Any, list[dict[str, Any]]] = {c: [] for c in conditions}
+    kinds = {type(c) for c in rows}
+    for row in recorded(name):
+        for trial in (trial_of(row, kind) for kind in kinds):
+            for seed in range(n_seeds):
+                rows.get(replace(trial, lr=0.0, seed=trial.seed - seed), []).append(row)
+    return {c: sweep_of(of) for c, of in rows.items()}

@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import protocol
 import torch
-from protocol import SMALL, Site, Trial, row_of, run, site_of, sweep, sweep_of, train, trial_of
+from protocol import SMALL, Site, Trial, row_of, run, site_of, sweep, train, trial_of
 from sae_lens import TopKSAE, TopKSAEConfig, TopKTrainingSAE
 from torch import Tensor
 
@@ -46,6 +46,7 @@ from saesub.evaluation import probing
 from saesub.evaluation.features import feature_density, match_features
 from saesub.evaluation.language_model_loss import sae_losses
 from saesub.evaluation.passes import site_activations
+from saesub.evaluation.protocol import sweep_of
 from saesub.extras.coherence import Peaks, coherence, embed, snippet_spans, snippet_texts
 from saesub.paths import library_versions, made_once, source_digest
 from saesub.topk.encode import encoder_of
@@ -400,7 +401,7 @@ def best_rate(condition: Trial) -> float:
     rows = [
         row
         for row in protocol.recorded("cure")
-        if row["seed"] == 0 and replace(trial_of(row), lr=0.0) == replace(wanted, lr=0.0, seed=0)
+        if replace(trial_of(row), lr=0.0, seed=0) == replace(wanted, lr=0.0, seed=0)
     ]
     if not rows:
         print(f"cure.json has no rate for {named(condition)}, {condition.d_sae} features: 0.001")

@@ -23,6 +23,7 @@ from saesub.errors import SaesubError
 FIRINGS_OF_A_WINDOW = 1000  # on average, of a feature, over the window that decides
 FIRINGS_FOR_A_VERDICT = 200
 LONGEST_WINDOW = 10_000_000  # tokens, the field's
+AS_GOOD = 0.01  # an FVU above the best by this share of it may be chance; a seed's spread is 0.4 %
 _LEAST_BASELINE = 0.02  # share dead; a ratio to less says nothing
 
 
@@ -80,7 +81,7 @@ class Sweep:
     """One condition trained at several learning rates.
 
     Attributes:
-        rates: rising.
+        rates: rising; all else is a mean over seeds.
         validation_fvu: at each rate, on tokens that no reported number uses; it chooses the rate.
         fvu, dead: at each rate, on the tokens that are reported.
 
@@ -108,6 +109,12 @@ class Sweep:
     def best(self) -> int:
         """Index of the rate with the least FVU on the validation part."""
         return int(np.argmin(self.validation_fvu))
+
+    @property
+    def as_good(self) -> list[int]:
+        """Indices of the rates whose FVU on the validation part is within 1 % of the least."""
+        most = (1 + AS_GOOD) * min(self.validation_fvu)
+        return [i for i, fvu in enumerate(self.validation_fvu) if fvu <= most]
 
     @property
     def interior(self) -> bool:
@@ -147,31 +154,71 @@ def dead_at_equal_fvu(a: Sweep, b: Sweep) -> tuple[float, float, float]:
     return a.dead_at(fvu), b.dead_at(fvu), fvu
 
 
+def sweep_of(rows: Iterable[Mapping[str, Any]]) -> Sweep:
+    """One condition at several rates, with the mean over seeds at each.
+
+    Args:
+        rows: lr, seed, validation_fvu, fvu and dead_share of one SAE each.
+
+    Raises SaesubError without rows, for a seed twice at one rate, or where a rate that is as good
+    as the best (`Sweep.as_good`) lacks a seed that the best has: chance would choose between them.
+    """
+    by_rate = _by_rate(rows)
+    for rate, of in by_rate.items():
+        if len({row["seed"] for row in of}) < len(of):
+            raise SaesubError(f"a seed is there twice at the rate {rate:g}: give one condition")
+    return _swept(by_rate, lambda of, name: float(np.mean([row[name] for row in of])))
+
+
 def sweep_at_l0(rows: Iterable[Mapping[str, Any]], l0: float) -> Sweep:
     """One condition at several rates, each at the same number of active features.
 
     Args:
-        rows: lr, validation_l0, validation_fvu, fvu and dead_share of one SAE each, with any number
-            of coefficients of a penalty at each rate. Between them all is linear in the logarithm
-            of L0; where all lie on one side of `l0`, the nearest counts.
+        rows: as for `sweep_of`, with validation_l0 and coefficient besides. Of the lowest seed any
+            number of coefficients of a penalty at each rate: between them all is linear in the
+            logarithm of L0, and where all lie on one side of `l0` the nearest counts. The other
+            seeds move the result by their mean difference from it at the same coefficient.
         l0: active features a token.
 
-    Raises SaesubError without rows.
+    Raises SaesubError as `sweep_of`.
     """
-    by_rate: dict[float, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        by_rate.setdefault(row["lr"], []).append(row)
 
-    def at(rate: float, column: str) -> float:
-        tried = sorted(by_rate[rate], key=lambda row: row["validation_l0"])
+    def at(of: list[Mapping[str, Any]], name: str) -> float:
+        first = min(row["seed"] for row in of)
+        tried = sorted((r for r in of if r["seed"] == first), key=lambda r: r["validation_l0"])
         active = np.log([max(row["validation_l0"], 1e-9) for row in tried])
-        return float(np.interp(math.log(l0), active, [row[column] for row in tried]))
+        value = float(np.interp(math.log(l0), active, [row[name] for row in tried]))
+        own = {row["coefficient"]: row[name] for row in tried}
+        others = [row[name] - own[row["coefficient"]] for row in of if row["seed"] != first]
+        return value + sum(others) / (len(others) + 1)
 
-    def column(name: str) -> tuple[float, ...]:
-        return tuple(at(rate, name) for rate in rates)
+    return _swept(_by_rate(rows), at)
 
-    rates = tuple(sorted(by_rate))
-    return Sweep(rates, column("validation_fvu"), column("fvu"), column("dead_share"))
+
+_Rows = list[Mapping[str, Any]]
+
+
+def _by_rate(rows: Iterable[Mapping[str, Any]]) -> dict[float, _Rows]:
+    found: dict[float, _Rows] = {}
+    for row in sorted(rows, key=lambda row: row["lr"]):
+        found.setdefault(row["lr"], []).append(row)
+    return found
+
+
+def _swept(by_rate: Mapping[float, _Rows], at: Callable[[_Rows, str], float]) -> Sweep:
+    columns = ("validation_fvu", "fvu", "dead_share")
+    sweep = Sweep(
+        tuple(by_rate), *(tuple(at(of, name) for of in by_rate.values()) for name in columns)
+    )
+    seeds = {rate: {row["seed"] for row in of} for rate, of in by_rate.items()}
+    best = sweep.rates[sweep.best]
+    for rate in (sweep.rates[i] for i in sweep.as_good):
+        if lacking := sorted(seeds[best] - seeds[rate]) or sorted(seeds[rate] - seeds[best]):
+            raise SaesubError(
+                f"the rates {best:g} and {rate:g} fit equally well, and one of them lacks the "
+                f"seeds {lacking}: train them, or chance chooses the rate"
+            )
+    return sweep
 
 
 class Interval(NamedTuple):

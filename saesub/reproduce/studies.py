@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from saesub.errors import SaesubError, needs_extra
+from saesub.evaluation import protocol
 from saesub.evaluation.protocol import Sweep
 from saesub.paths import data_file
 
@@ -68,35 +69,26 @@ def recorded(name: str) -> Study:
 
 
 def sweep_of(rows: pd.DataFrame) -> Sweep:
-    """The rows of one condition and one seed at several rates, as a sweep."""
-    rows = rows.sort_values("lr")
-    columns = ("lr", "validation_fvu", "fvu", "dead_share")
-    return Sweep(*(tuple(rows[column]) for column in columns))
+    """The rows of one condition at several rates, as a sweep of the means over seeds."""
+    return protocol.sweep_of(rows.to_dict("records"))
 
 
 def with_best(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:
-    """The rows with a column `best`: whether the learning rate is the best of its group's.
-
-    The rate is chosen by the FVU of the validation part, in the lowest seed.
+    """The rows with a column `best`: whether the learning rate is the best of its group's, by the
+    FVU of the validation part, as a mean over seeds.
 
     Args:
         rows: of a study.
         by: the columns that make a group, such as condition and d_sae.
 
-    Raises SaesubError for a group that the lowest seed lacks.
+    Raises SaesubError as `saesub.evaluation.protocol.sweep_of` does.
     """
-    first: Any = rows[rows["seed"] == rows["seed"].min()]
-    best: dict[tuple, float] = {}
-    for row in first.sort_values("validation_fvu").to_dict("records"):
-        best.setdefault(tuple(row[column] for column in by), row["lr"])
     groups = list(zip(*(rows[column] for column in by), strict=True))
-    if lacking := sorted(set(groups) - set(best), key=str):
-        raise SaesubError(
-            f"{', '.join(map(str, lacking[0]))} was not trained with the lowest seed, which "
-            "chooses the rate: train that seed too"
-        )
-    chosen = [best[group] for group in groups]
-    return rows.assign(best=rows["lr"] == chosen)
+    of: dict[tuple, list[dict]] = {}
+    for group, row in zip(groups, rows.to_dict("records"), strict=True):
+        of.setdefault(group, []).append(row)
+    sweeps = {group: protocol.sweep_of(several) for group, several in of.items()}
+    return rows.assign(best=rows["lr"] == [sweeps[g].rates[sweeps[g].best] for g in groups])
 
 
 def _condition(row: dict[str, Any]) -> str:
