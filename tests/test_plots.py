@@ -132,7 +132,6 @@ FIGURES = {
     "predicted_variance": lambda: plots.predicted_variance(_variances()),
     "singular_values": lambda: plots.singular_values({"W_O, layer 12": np.geomspace(9, 0.1, 576)}),
     "dead_against_rank": lambda: plots.dead_against_rank(_points()),
-    "dead_and_fvu": lambda: plots.dead_and_fvu(_conditions()),
     "width": lambda: plots.width(_widths()),
 }
 
@@ -151,7 +150,7 @@ def test_every_figure_is_labelled_renders_and_leaves_no_open_figure(name, tmp_pa
     assert dict(plt.rcParams) == before
     for axes in figure.axes:
         assert axes.get_xlabel() or figure._supxlabel
-        assert axes.get_ylabel() or axes.get_title() or name == "dead_and_fvu"
+        assert axes.get_ylabel() or axes.get_title()
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -270,14 +269,6 @@ def test_overlap_by_layer_has_a_line_for_each_kind_of_pairs():
     figure = plots.overlap_by_layer(frame)
     for pairs, rows in frame.groupby("pairs"):
         np.testing.assert_allclose(_line(figure, pairs).get_xydata(), rows[["layer", "overlap"]])
-
-
-def test_seeds_are_points_and_the_bar_their_mean():
-    frame = _conditions()
-    lines = plots.dead_and_fvu(frame).axes[1].get_lines()
-    rows = frame[frame["condition"] == "random"]["fvu"]
-    np.testing.assert_array_equal(lines[0].get_xdata(), rows)
-    np.testing.assert_allclose(lines[1].get_xdata(), rows.mean())
 
 
 def test_width_and_spectra_hold_their_data():

@@ -31,6 +31,7 @@ def test_a_line_is_the_mean_of_seeds_by_window_and_the_deciding_window_is_marked
         np.testing.assert_allclose(drawn[name], np.column_stack([means.index, means]))
     marked = [line for line in axes.lines if len(set(line.get_xdata())) == 1]
     assert [line.get_xdata()[0] for line in marked] == [20_000]
+    assert [text.get_text() for text in axes.texts] == ["a feature fires\n1,000 times"]
     assert axes.get_xscale() == "log"
     assert len(dead_by_window(frame).axes[0].lines) == 2
 
@@ -43,8 +44,9 @@ def test_a_curve_follows_the_rates_and_the_best_has_a_large_mark():
     ]
     frame = pd.DataFrame(rows, columns=["condition", "lr", "dead_share", "fvu", "best"])
     (axes,) = dead_against_fvu(frame).axes
-    curves, marks = axes.lines[::2], axes.lines[1::2]
+    curves, marks, seeds = axes.lines[::3], axes.lines[1::3], axes.lines[2::3]
     assert curves[0].get_xdata().tolist() == [0.26, 0.24, 0.25]  # by rate, not by FVU
+    assert [len(of.get_xdata()) for of in seeds] == [3, 3]
     assert [mark.get_xydata().tolist() for mark in marks] == [[[0.24, 0.2]], [[0.26, 0.001]]]
     texts = [text.get_text() for text in axes.texts]
     assert texts == ["0.001", "0.002", "0.004"] * 2

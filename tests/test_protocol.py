@@ -216,6 +216,8 @@ def test_the_bootstrap_of_a_mean_is_that_of_theory_and_keeps_groups_whole():
     )
     with pytest.raises(SaesubError, match="2 groups give no interval"):
         protocol.bootstrap(len, [1, 2])
+    with pytest.raises(SaesubError, match=r"no value for \d+ of 100 resamples"):
+        protocol.bootstrap(lambda drawn: 1.0 if 0 in drawn else math.nan, [0, 1, 2], n=100)
 
 
 def test_planted_deaths_are_found_and_told_by_the_planted_subspace():

@@ -332,9 +332,10 @@ def _trained(condition, lr, seed, validation, dead, fvu, d_sae=8192):
 
 CURE = pd.DataFrame(
     [
-        _trained("ASI", 1e-3, 0, 0.18, 0.01, 0.170),
-        _trained("ASI", 1e-3, 1, 0.19, 0.02, 0.172),
-        _trained("ASI", 2e-3, 0, 0.19, 0.30, 0.160),  # fits best where it is not chosen by
+        _trained("ASI", 1e-3, 0, 0.180, 0.01, 0.170),
+        _trained("ASI", 1e-3, 1, 0.190, 0.02, 0.172),
+        _trained("ASI", 2e-3, 0, 0.181, 0.30, 0.160),  # fits as well, and better where not chosen
+        _trained("ASI", 2e-3, 1, 0.190, 0.32, 0.160),
         _trained("random", 2e-3, 0, 0.18, 0.40, 0.180),
         _trained("random", 2e-3, 1, 0.17, 0.50, 0.182),
         _trained("random", 1e-3, 0, 0.20, 0.10, 0.184),
@@ -351,31 +352,36 @@ def cure(monkeypatch):
     monkeypatch.setattr(studies, "recorded", lambda name: study)
 
 
-def test_the_readmes_figure_shows_each_condition_at_its_own_best_rate(cure):
+def test_the_readmes_figure_shows_every_rate_and_names_those_that_fit_as_well(cure):
     rows = publish["readme_rows"]()
-    assert rows[["condition", "lr", "seed", "dead_share"]].to_numpy().tolist() == [
-        ["random", 2e-3, 0, 0.40],
-        ["random", 2e-3, 1, 0.50],
-        ["ASI", 1e-3, 0, 0.01],
-        ["ASI", 1e-3, 1, 0.02],
+    shown = rows[["condition", "lr", "seed", "best", "as_good"]].to_numpy().tolist()
+    assert shown == [
+        ["random", 1e-3, 0, False, False],
+        ["random", 2e-3, 0, True, True],
+        ["random", 2e-3, 1, True, True],
+        ["ASI", 1e-3, 0, True, True],
+        ["ASI", 1e-3, 1, True, True],
+        ["ASI", 2e-3, 0, False, True],
+        ["ASI", 2e-3, 1, False, True],
     ]
     caption = publish["figure_caption"](rows)
     assert "TopK SAEs of 8,192 features (k 32)" in caption
-    assert "random 45 % (rate 0.002), ASI 1.5 % (rate 0.001)." in caption
+    assert "random 45 % (rate 0.002); ASI 1.5 % (rate 0.001), 31 % (rate 0.002) (" in caption
     assert "256,000 held-out tokens, in which a feature fires 1,000 times" in caption
-    assert "At half its rate random loses 10 %, with FVU 0.1840" in caption
 
 
-def test_a_page_shows_every_condition_at_its_own_best_rate_by_width(cure):
+def test_a_page_shows_the_rates_that_fit_best_or_as_well_by_width(cure):
     assert publish["cure_table"](publish["cure_rows"]()).splitlines()[2:] == [
-        "| `blocks.12.hook_attn_out` | 4,096 | random | 0.001 | 5.00 % [5.00, 5.00] | 0.1900 "
+        "| `blocks.12.hook_attn_out` | 4,096 | random | 0.001, best | 5.00 % [5.00, 5.00] | 0.1900 "
         "[0.1900, 0.1900] | 1 |",
-        "| `blocks.12.hook_attn_out` | 8,192 | ASI | 0.001 | 1.50 % [1.00, 2.00] | 0.1710 "
+        "| `blocks.12.hook_attn_out` | 8,192 | ASI | 0.001, best | 1.50 % [1.00, 2.00] | 0.1710 "
         "[0.1700, 0.1720] | 2 |",
-        "| `blocks.12.hook_attn_out` | 8,192 | random | 0.002 | 45.00 % [40.00, 50.00] | 0.1810 "
-        "[0.1800, 0.1820] | 2 |",
-        "| `blocks.12.hook_attn_out` | 8,192 | whitened start | 0.001 | 0.00 % [0.00, 0.00] | "
-        "0.1500 [0.1500, 0.1500] | 1 |",
+        "| `blocks.12.hook_attn_out` | 8,192 | ASI | 0.002 | 31.00 % [30.00, 32.00] | 0.1600 "
+        "[0.1600, 0.1600] | 2 |",
+        "| `blocks.12.hook_attn_out` | 8,192 | random | 0.002, best | 45.00 % [40.00, 50.00] | "
+        "0.1810 [0.1800, 0.1820] | 2 |",
+        "| `blocks.12.hook_attn_out` | 8,192 | whitened start | 0.001, best | 0.00 % [0.00, 0.00] "
+        "| 0.1500 [0.1500, 0.1500] | 1 |",
     ]
 
 

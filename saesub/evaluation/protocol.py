@@ -282,16 +282,22 @@ def bootstrap(
     """A statistic of groups with the 95 % interval over resampled groups, each drawn whole.
 
     Args:
-        statistic: of a list of groups; NaN counts as no value.
+        statistic: of a list of groups.
         groups: what is independent, such as documents; or layers, with all their sites.
         n: resamples.
         seed: of the draws.
 
-    Raises SaesubError below three groups.
+    Raises SaesubError below three groups, or where the statistic is NaN for some of the draws: the
+    interval would be that of the others.
     """
     if len(groups) < 3:
         raise SaesubError(f"{len(groups)} groups give no interval: measure at least three")
     draws = np.random.default_rng(seed).integers(len(groups), size=(n, len(groups)))
     values = [statistic([groups[i] for i in draw]) for draw in draws]
-    low, high = np.nanquantile(values, [0.025, 0.975])
+    if nothing := int(np.isnan(values).sum()):
+        raise SaesubError(
+            f"the statistic has no value for {nothing:,} of {n:,} resamples of the groups: take a "
+            "statistic that each group has, or state no interval"
+        )
+    low, high = np.quantile(values, [0.025, 0.975])
     return Interval(statistic(list(groups)), float(low), float(high), len(groups))

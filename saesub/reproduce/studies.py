@@ -38,7 +38,11 @@ class Study:
     @property
     def commit(self) -> str:
         """The commit of the code that made the oldest of the rows, short."""
-        return self.runs[min(self.rows["run"])]["commit"][:9]
+        return self.commit_of(self.rows)
+
+    def commit_of(self, rows: pd.DataFrame) -> str:
+        """The same, of some of the rows."""
+        return self.runs[int(rows["run"].min())]["commit"][:9]
 
     def __str__(self) -> str:
         lines = [f"data/results/studies/{self.name}.json: {len(self.rows)} rows"]
@@ -74,8 +78,8 @@ def sweep_of(rows: pd.DataFrame) -> Sweep:
 
 
 def with_best(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:
-    """The rows with a column `best`: whether the learning rate is the best of its group's, by the
-    FVU of the validation part, as a mean over seeds.
+    """The rows with two columns: whether the learning rate is the `best` of its group's, by the FVU
+    of the validation part as a mean over seeds, and whether it fits `as_good` as the best.
 
     Args:
         rows: of a study.
@@ -88,7 +92,11 @@ def with_best(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     for group, row in zip(groups, rows.to_dict("records"), strict=True):
         of.setdefault(group, []).append(row)
     sweeps = {group: protocol.sweep_of(several) for group, several in of.items()}
-    return rows.assign(best=rows["lr"] == [sweeps[g].rates[sweeps[g].best] for g in groups])
+    chosen = list(zip(rows["lr"], (sweeps[group] for group in groups), strict=True))
+    return rows.assign(
+        best=[lr == sweep.rates[sweep.best] for lr, sweep in chosen],
+        as_good=[lr in {sweep.rates[i] for i in sweep.as_good} for lr, sweep in chosen],
+    )
 
 
 def _condition(row: dict[str, Any]) -> str:

@@ -18,7 +18,6 @@ with needs_extra("saesub.reproduce.plots"):
     from saesub.reproduce.plots.mitigations import mitigation_panels
     from saesub.reproduce.plots.outcomes import (
         dead_against_rank,
-        dead_and_fvu,
         dead_by_dictionary,
     )
     from saesub.reproduce.plots.protocol import dead_against_fvu, dead_by_window, firing_counts
@@ -46,7 +45,6 @@ __all__ = [
     "d_init_by_place",
     "dead_against_fvu",
     "dead_against_rank",
-    "dead_and_fvu",
     "dead_by_dictionary",
     "dead_by_window",
     "firing_counts",

@@ -5,17 +5,13 @@ Each takes a tidy DataFrame and returns a closed Figure, as all of `saesub.repro
 
 from __future__ import annotations
 
-from itertools import cycle
-
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
 from saesub.reproduce.plots import drawing as draw
-from saesub.reproduce.plots.training import OUTCOMES
 
 _SAME_L0 = 0.05  # active features
 
@@ -54,35 +50,6 @@ def _label_points(figure: Figure, axes: Axes, frame: pd.DataFrame) -> None:
                 taken.append(box)
                 break
             note.remove()
-
-
-def dead_and_fvu(frame: pd.DataFrame) -> Figure:
-    """Dead features and FVU by condition and width, a point per seed, a bar at their mean.
-
-    `frame`: condition, d_sae, dead_share, fvu, seed.
-    """
-    draw.checked(frame, "condition", "d_sae", "dead_share", "fvu", "seed")
-    markers = dict(zip(sorted(frame["d_sae"].unique()), cycle(draw.MARKERS), strict=False))
-    groups = [
-        (look, d, seeds)
-        for rows, look in draw.series(frame, "condition")
-        for d, seeds in rows.groupby("d_sae")
-    ]
-    width = "\n{:,} features" if len(markers) > 1 else ""
-    names = [look["label"] + width.format(d) for look, d, _ in groups]
-    with draw.closed_figure(2, size=(draw.WIDE, 1.3 + 0.42 * len(groups))) as (figure, panels):
-        for axes, (column, label) in zip(panels, OUTCOMES.items(), strict=True):
-            for place, (look, d, seeds) in enumerate(groups):
-                color, values = look["color"], seeds[column]
-                axes.plot(values, [place] * len(values), markers[d], color=color, ms=7, alpha=0.75)
-                axes.plot([values.mean()] * 2, [place - 0.3, place + 0.3], color=color, lw=2)
-            axes.set_yticks(range(len(groups)), names if axes is panels[0] else [])
-            axes.set_ylim(len(groups) - 0.5, -0.5)
-            axes.margins(x=0.1)
-            axes.set_xlabel(label)
-            axes.xaxis.set_major_locator(MaxNLocator(4))
-        draw.percent_from_zero(panels[0].xaxis)
-    return figure
 
 
 def dead_by_dictionary(frame: pd.DataFrame) -> Figure:

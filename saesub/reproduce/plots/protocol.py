@@ -27,8 +27,20 @@ def dead_by_window(frame: pd.DataFrame, decides: float | None = None) -> Figure:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(EngFormatter(places=0))
         if decides is not None:
-            axes.axvline(decides, color=draw.NOTE, lw=1, ls=(0, (5, 3)))
-        axes.set(xlabel="held-out tokens watched (dashed line: a feature fires 1,000 times)")
+            axes.axvline(decides, color=draw.NOTE, lw=1, ls=":")
+            place = {"xycoords": ("data", "axes fraction"), "xytext": (-4, -10)}
+            note = "a feature fires\n1,000 times"
+            axes.annotate(
+                note,
+                (decides, 1),
+                textcoords="offset points",
+                ha="right",
+                va="top",
+                fontsize=8.5,
+                color=draw.NOTE,
+                **place,
+            )
+        axes.set(xlabel="held-out tokens watched")
         axes.set_ylabel("features that have not fired")
         draw.percent_from_zero(axes.yaxis)
     return figure
@@ -37,23 +49,26 @@ def dead_by_window(frame: pd.DataFrame, decides: float | None = None) -> Figure:
 def dead_against_fvu(frame: pd.DataFrame) -> Figure:
     """Dead features against FVU along the learning rates tried, a line per condition.
 
-    Left and low is better. The large mark is the condition's own best rate. `frame`: condition,
-    lr, dead_share, fvu, best (bool).
+    Left and low is better. The line joins means over seeds, the small marks are seeds, and the
+    large mark is the condition's own best rate. `frame`: condition, lr, dead_share, fvu, best
+    (bool); one row per seed.
     """
     draw.checked(frame, "condition", "lr", "dead_share", "fvu", "best")
     with draw.closed_figure(size=(draw.WIDE, 4.4)) as (figure, (axes,)):
         for rows, look in draw.series(frame, "condition"):
             means = pd.DataFrame(rows.groupby("lr")[["fvu", "dead_share", "best"]].mean())
             axes.plot(means["fvu"], means["dead_share"], **look)
-            best = pd.DataFrame(means[means["best"] > 0])
-            axes.plot(best["fvu"], best["dead_share"], look["marker"], ms=11, color=look["color"])
+            best, own = pd.DataFrame(means[means["best"] > 0]), {"color": look["color"]}
+            axes.plot(best["fvu"], best["dead_share"], look["marker"], ms=11, **own)
+            axes.plot(rows["fvu"], rows["dead_share"], ".", ms=4, alpha=0.6, **own)
             for lr, point in means.iterrows():
-                place = {"xytext": (5, 4), "textcoords": "offset points", "fontsize": 8}
-                axes.annotate(f"{lr:g}", (point["fvu"], point["dead_share"]), color="#666", **place)
+                place = {"xytext": (6, 5), "textcoords": "offset points", "fontsize": 8}
+                axes.annotate(f"{lr:g}", (point["fvu"], point["dead_share"]), **place, **own)
         axes.set_yscale("symlog", linthresh=_LEAST_SHARE)
         axes.set_ylim(bottom=-0.2 * _LEAST_SHARE)
         axes.xaxis.set_major_locator(MaxNLocator(6))
-        axes.set(xlabel=OUTCOMES["fvu"], ylabel=OUTCOMES["dead_share"])
+        small = "small numbers: learning rates; large marks: the rates that fit best"
+        axes.set(xlabel=f"{OUTCOMES['fvu']} ({small})", ylabel=OUTCOMES["dead_share"])
         draw.percent(axes.yaxis)
     return figure
 
