@@ -294,13 +294,14 @@ SUMMARY = (
         joined_by=" → ",
     ),
     Finding(
-        "Wider dictionaries lose more features; ASI with SparseAdam loses hardly one",
+        "Wider dictionaries lose more features; with ASI and SparseAdam hardly one dies",
         "share dead",
         ("F9.best",),
         ("F8", "F9"),
     ),
     Finding(
-        "ASI works for other dictionaries; its features serve as well, but are less stable",
+        "ASI works for other dictionaries; its features keep the model's predictions as well, "
+        "but are less coherent and less stable",
         "share dead with ASI divided by that with random, transcoder and Lorsa",
         ("F11.transcoder", "F11.lorsa"),
         ("F11", "F12"),
@@ -377,19 +378,25 @@ def _with_bound(row: dict, bounds: dict) -> dict:
 
 
 def _values(rows: Sequence[dict], joined_by: str) -> str:
-    """The values of each regime, a semicolon between them; with its name if there is one regime,
-    else with their number. A notebook of an older record, which names none, counts as one."""
+    """The values of each regime, a line for each, with its name; of several regimes only what tells
+    them apart. A notebook of an older record, which names none, counts as one."""
     by_regime: dict[str, list[dict]] = {}
     for row in rows:
         if row["value"] is not None:
             by_regime.setdefault(row["regime"] or row["notebook"], []).append(row)
     if not by_regime:
         return "not measured"
-    values = "; ".join(joined_by.join(map(_value, of)) for of in by_regime.values())
-    if len(by_regime) > 1:
-        return f"{values} ({len(by_regime)} regimes)"
-    regimes = dict.fromkeys(row["regime"] or row["n"] for of in by_regime.values() for row in of)
-    return f"{values} ({claims_table.markdown_text('; '.join(regimes))})"
+    named = [
+        " and ".join(dict.fromkeys(r["regime"] or r["n"] for r in of)) for of in by_regime.values()
+    ]
+    common = (
+        set.intersection(*(set(name.split(", ")) for name in named)) if len(named) > 1 else set()
+    )
+    lines = []
+    for of, name in zip(by_regime.values(), named, strict=True):
+        told = ", ".join(part for part in name.split(", ") if part not in common)
+        lines.append(f"{joined_by.join(map(_value, of))} ({claims_table.markdown_text(told)})")
+    return "<br>".join(lines)
 
 
 def _value(row: dict) -> str:
@@ -540,23 +547,20 @@ def norm_sentence(study: dict) -> str:
     rows = rows[rows["architecture"] == "topk, k 32"]
     lr = rows["lr"].max()
     means = rows[rows["lr"] == lr].groupby("condition")[["dead_share", "fvu"]].mean()
-    names = {
-        "random, kept": "random at SAELens' norm",
-        "random, fitted": "random with the fitted norm",
-        "subspace, kept": "ASI at SAELens' norm",
-        "subspace, fitted": "ASI with the fitted norm (the calls below)",
+    told = {
+        name: "; ".join(
+            f"{norm} {100 * means.loc[f'{start}, {kept}', 'dead_share']:.1f} % dead, "
+            f"FVU {means.loc[f'{start}, {kept}', 'fvu']:.3f}"
+            for kept, norm in {"kept": "SAELens' norm", "fitted": "fitted norm"}.items()
+        )
+        for start, name in {"random": "Random", "subspace": "ASI (the calls below)"}.items()
     }
-    told = [
-        f"{name} {100 * means.loc[condition, 'dead_share']:.1f} % "
-        f"(FVU {means.loc[condition, 'fvu']:.3f})"
-        for condition, name in names.items()
-    ]
     return (
-        "**At SAELens' own defaults the norm matters more than the directions.** SAELens gives "
-        "decoder rows norm 0.1; the figure's is fitted. Dead features of a TopK SAE "
-        f"(k 32, {settings['d_sae']:,} features, {settings['batch'] * settings['steps']:,} tokens, "
-        f"Adam at {lr:g}, `{settings['hook_name']}`, {settings['held_out_tokens']:,} held-out "
-        f"tokens, {rows['seed'].nunique()} seed): {'; '.join(told)}. "
+        "SAELens gives decoder rows norm 0.1, and there the norm matters more than the directions. "
+        f"A short run of a TopK SAE (k 32, {settings['d_sae']:,} features, "
+        f"{settings['batch'] * settings['steps']:,} tokens, Adam at {lr:g}, "
+        f"`{settings['hook_name']}`, {rows['seed'].nunique()} seed): "
+        f"{'. '.join(f'{name}: {found}' for name, found in told.items())}. "
         "[All architectures](docs/initialisations.md#norm)."
     )
 

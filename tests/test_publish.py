@@ -145,37 +145,38 @@ def test_a_findings_verdict_is_that_of_its_recorded_claims(values, told):
 
 def test_a_claim_that_holds_in_one_regime_and_fails_in_another_is_named_and_both_have_a_row():
     dead = ("F6.baseline_dead", "F6.asi_dead")
-    rows = _measured(*zip(dead, (0.1, 0.005), strict=True), regime="narrow")
-    rows += _measured(*zip(dead, (0.5, 0.25), strict=True), regime="wide")
+    rows = _measured(*zip(dead, (0.1, 0.005), strict=True), regime="layer 12, narrow, Adam")
+    rows += _measured(*zip(dead, (0.5, 0.25), strict=True), regime="layer 12, wide, Adam")
     paper, here, against, verdict = _line(rows, "ASI saves features")
     assert paper == "87 % → < 1 %"
-    assert here == "10 % → 0.5 %; 50 % → 25 % (2 regimes)"
+    assert here == "10 % → 0.5 % (narrow)<br>50 % → 25 % (wide)"
     name = "Initialised in the active subspace, hardly any feature dies"
     assert against == f"✘ *{name}* (1 of 2 regimes)"
     assert verdict.startswith("F6 mixed: 2 ✔, 1 ↗, 1 ✘, ")
     page = publish["claims_page"]({"full": {"05_x": {"claims": rows}}}, BOUNDS)
     assert "| ✘ does not hold<br>" in page
-    assert "<small>narrow</small>" in page
-    assert "<small>wide</small>" in page
+    assert "<small>layer 12, narrow, Adam</small>" in page
+    assert "<small>layer 12, wide, Adam</small>" in page
 
 
 def test_where_one_regime_was_measured_the_summary_names_it():
     rows = _measured(("F9.best", 0.001), n="3 seeds", regime="layers <12|>")
     assert _line(
         rows,
-        "Wider dictionaries lose more features; ASI with SparseAdam loses hardly one",
+        "Wider dictionaries lose more features; with ASI and SparseAdam hardly one dies",
     )[1] == ("0.1 % (layers &lt;12\\|&gt;)")
     rows = _measured(("F9.best", 0.001), n="3 seeds")
     assert _line(
         rows,
-        "Wider dictionaries lose more features; ASI with SparseAdam loses hardly one",
+        "Wider dictionaries lose more features; with ASI and SparseAdam hardly one dies",
     )[1] == ("0.1 % (3 seeds)")
 
 
 def test_unmeasured_claims_do_not_lengthen_the_summary():
     *_, against, verdict = _line(
         [],
-        "ASI works for other dictionaries; its features serve as well, but are less stable",
+        "ASI works for other dictionaries; its features keep the model's predictions as well, "
+        "but are less coherent and less stable",
     )
     assert against == ""
     assert verdict.startswith("F11 not testable here: 9 –<br>F12 not testable here: ")

@@ -8,12 +8,12 @@ Writes data/results/studies/function.json. A site is cut down to its first r pri
 - in all layers from 1 on at once, at 20,480 tokens;
 - in one layer at a time, eight layers, at 6,144 tokens and fewer r.
 
-Layer 0 is left out: to lose its attention output costs far more than to lose that of a later layer,
-and it would decide the sum. The directions are from nine documents in ten, the tokens from the
-others, and both are those of notebook 01. A row has the summed loss of every context for each
-condition: "clean", "zero" (zero ablation), "0" (mean ablation), or r. A context of 256 tokens holds
-parts of two to five documents, and shares at most the first and the last of them with its
-neighbours.
+Layer 0 is left out: of the layers that notebook 09 measured, to lose its attention output costs
+most, and we expected it to decide the sum. The directions are from nine documents in ten, the
+tokens from the others, and both are those of notebook 01. A row has the summed loss of every
+context for each condition: "clean", "zero" (zero ablation), "0" (mean ablation), or r. A context of
+256 tokens holds parts of two to five documents, and shares at most the first and the last of them
+with its neighbours.
 """
 
 from __future__ import annotations
