@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 
 import saesub
 from saesub.evaluation.held_out import Judgement
-from saesub.evaluation.protocol import Sweep, mean_firings, sweep_of
+from saesub.evaluation.protocol import AS_GOOD, Sweep, mean_firings, sweep_of
 from saesub.evaluation.reconstruction import Reconstruction
 from saesub.files import write_atomically
 from saesub.reproduce.report import run_facts
@@ -349,23 +349,41 @@ def sweep(
             break
         for c, lr in more.items():
             tried[c].add(lr)
-    near = [
-        replace(c, lr=s.rates[i], seed=c.seed + n)
-        for n in range(1, n_seeds)
-        for c, s in sweeps.items()
-        for i in s.as_good
-    ]
-    run(name, near, outcome)
+    near: dict[Trial, set[float]] = {}
+    while (
+        found := _near(name, conditions, n_seeds)
+    ) != near:  # more seeds may bring more rates near
+        near = found
+        trials = [replace(c, lr=lr) for c, rates in near.items() for lr in sorted(rates)]
+        run(name, [replace(t, seed=t.seed + n) for n in range(n_seeds) for t in trials], outcome)
     sweeps = _sweeps(name, conditions, n_seeds)
     return {c: s.rates[s.best] for c, s in sweeps.items()}
 
 
-def _sweeps(name: str, conditions: Iterable[Any], n_seeds: int) -> dict[Any, Sweep]:
+def _sweeps(name: str, conditions: Iterable[Trial], n_seeds: int) -> dict[Trial, Sweep]:
     """What is recorded of conditions at all rates, as means over their first seeds."""
+    return {c: sweep_of(of) for c, of in _of_each(name, conditions, n_seeds).items()}
+
+
+def _near(name: str, conditions: Iterable[Trial], n_seeds: int) -> dict[Trial, set[float]]:
+    """The rates of each condition that fit as well as its best, by the seeds that there are."""
+    near = {}
+    for condition, of in _of_each(name, conditions, n_seeds).items():
+        fvu: dict[float, list[float]] = {}
+        for row in of:
+            fvu.setdefault(row["lr"], []).append(row["validation_fvu"])
+        means = {lr: sum(several) / len(several) for lr, several in fvu.items()}
+        most = (1 + AS_GOOD) * min(means.values())
+        near[condition] = {lr for lr, mean in means.items() if mean <= most}
+    return near
+
+
+def _of_each(name: str, conditions: Iterable[Any], n_seeds: int) -> dict[Any, list[dict[str, Any]]]:
+    """The recorded rows of each condition, at all rates and its first seeds."""
     rows: dict[Any, list[dict[str, Any]]] = {c: [] for c in conditions}
     kinds = {type(c) for c in rows}
     for row in recorded(name):
         for trial in (trial_of(row, kind) for kind in kinds):
             for seed in range(n_seeds):
                 rows.get(replace(trial, lr=0.0, seed=trial.seed - seed), []).append(row)
-    return {c: sweep_of(of) for c, of in rows.items()}
+    return rows

@@ -67,8 +67,8 @@ def dead_against_fvu(frame: pd.DataFrame) -> Figure:
         axes.set_yscale("symlog", linthresh=_LEAST_SHARE)
         axes.set_ylim(bottom=-0.2 * _LEAST_SHARE)
         axes.xaxis.set_major_locator(MaxNLocator(6))
-        small = "small numbers: learning rates; large marks: the rates that fit best"
-        axes.set(xlabel=f"{OUTCOMES['fvu']} ({small})", ylabel=OUTCOMES["dead_share"])
+        note = "numbers: learning rates; large marks: best fit"
+        axes.set(xlabel=f"{OUTCOMES['fvu']} ({note})", ylabel=OUTCOMES["dead_share"])
         draw.percent(axes.yaxis)
     return figure
 
