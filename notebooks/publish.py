@@ -37,6 +37,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from saesub.errors import SaesubError
+from saesub.evaluation import protocol
 from saesub.files import write_atomically
 from saesub.reproduce import claims, claims_table, paper_claims, studies
 from saesub.reproduce.plots import dead_against_fvu
@@ -445,6 +446,8 @@ def figure_caption(rows: pd.DataFrame) -> str:
         rows[name].unique() for name in ("d_sae", "n_train", "k", "n_judged")
     )
     dead = rows[rows["as_good"]].groupby(["condition", "lr"], sort=False)["dead_share"].mean()
+    sweeps = [studies.sweep_of(rows[rows["condition"] == name]) for name in ("ASI", "random")]
+    equal, _, _ = protocol.dead_at_equal_fvu(*sweeps)
     told = "; ".join(
         f"{condition} "
         + ", ".join(f"{100 * share:.2g} % (rate {lr:g})" for (_, lr), share in of.items())
@@ -455,9 +458,10 @@ def figure_caption(rows: pd.DataFrame) -> str:
         f"{SHOWN_HOOK.split('.')[1]}, {n_train:,} tokens; centred bias and fitted norm in all; "
         f"{rows['seed'].nunique()} seeds. Lower is fewer dead features, further left a better fit. "
         f"A feature is dead if it never fires on {window:,} held-out tokens, in which a feature "
-        f"fires {window * k / d_sae:,.0f} times on average. Dead at the rates that fit best, or "
-        f"within 1 % as well on a validation part: {told} "
-        "([other widths and layers](notebooks/05_active_subspace_init.ipynb)).*"
+        f"fires {window * k / d_sae:,.0f} times on average. Dead at the rates that fit best or "
+        f"less than 1 % worse: {told}. Where ASI fits only as well as random at its best, it "
+        f"loses {100 * equal:.2g} % ([other widths and layers]"
+        "(notebooks/05_active_subspace_init.ipynb)).*"
     )
 
 
