@@ -3,12 +3,11 @@
     python notebooks/studies/width.py
 
 Writes data/results/studies/width.json. 2,048 and 4,096 features at the attention output in the
-middle of the model, four conditions, each at learning rates of its own at its width, and with three
-seeds at one rate for all and at a rate in proportion to 1/width; cure.json has 8,192. At every
-width a feature fires 4,000 times on average in training. All widths are judged on the same held-out
-tokens, those of cure.json, so that FVUs of different widths can be compared. Of a row's windows,
-`silent`, the one of about 1,000 firings decides what is dead: 65,536 tokens at 2,048 features,
-131,072 at 4,096.
+middle of the model, four conditions, each at learning rates of its own at its width, and all at one
+rate with three seeds; cure.json has 8,192. At every width a feature fires 4,000 times on average in
+training. All widths are judged on the same held-out tokens, those of cure.json, so that FVUs of
+different widths can be compared. Of a row's windows, `silent`, the one of about 1,000 firings
+decides what is dead: 65,536 tokens at 2,048 features, 131,072 at 4,096.
 
 Two controls: 2,048 features trained on as many tokens as 8,192 are, to tell the width from the
 length; and 4,096 without Adam's momentum, judged on these tokens, twice those of cure.json.
@@ -47,6 +46,4 @@ STILL = Narrow(MIDDLE, "random", d_sae=4096, n_train=125 * 4096, beta1=0.0)
 if __name__ == "__main__":
     sweep("width", [*CONDITIONS, *LONG])
     at_one_rate = [*CONDITIONS, *LONG, STILL]
-    scaled = [replace(c, lr=ONE_RATE * CONDITIONS[0].d_sae / c.d_sae) for c in CONDITIONS]
-    trials = [*(replace(c, lr=ONE_RATE) for c in at_one_rate), *scaled]
-    run("width", [replace(trial, seed=seed) for trial in trials for seed in range(3)])
+    run("width", [replace(c, lr=ONE_RATE, seed=seed) for c in at_one_rate for seed in range(3)])
