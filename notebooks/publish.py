@@ -301,8 +301,7 @@ SUMMARY = (
         ("F8", "F9"),
     ),
     Finding(
-        "ASI works for other dictionaries; its features keep the model's predictions as well, "
-        "but are less coherent and less stable",
+        "ASI works for other dictionaries; its features are less coherent and less stable",
         "share dead with ASI divided by that with random, transcoder and Lorsa",
         ("F11.transcoder", "F11.lorsa"),
         ("F11", "F12"),
@@ -379,31 +378,35 @@ def _with_bound(row: dict, bounds: dict) -> dict:
 
 
 def _values(rows: Sequence[dict], joined_by: str) -> str:
-    """The values of each regime, a line for each, with its name; of several regimes only what tells
-    them apart. A notebook of an older record, which names none, counts as one."""
+    """The values of the first two regimes, a line for each, with what its name says that the lines
+    above do not, and the number of the others. A notebook of an older record, which names none,
+    counts as one."""
     by_regime: dict[str, list[dict]] = {}
     for row in rows:
-        if row["value"] is not None:
+        if row["value"] is not None and not row.get("untested"):
             by_regime.setdefault(row["regime"] or row["notebook"], []).append(row)
     if not by_regime:
         return "not measured"
-    named = [
-        " and ".join(dict.fromkeys(r["regime"] or r["n"] for r in of)) for of in by_regime.values()
-    ]
-    common = (
-        set.intersection(*(set(name.split(", ")) for name in named)) if len(named) > 1 else set()
-    )
-    lines = []
-    for of, name in zip(by_regime.values(), named, strict=True):
-        told = ", ".join(part for part in name.split(", ") if part not in common)
-        lines.append(f"{joined_by.join(map(_value, of))} ({claims_table.markdown_text(told)})")
-    return "<br>".join(lines)
+    lines: list[str] = []
+    told = {"SmolLM2-135M", "smollm2-135m"}  # the model unless another is named
+    for of in by_regime.values():
+        parts = " and ".join(dict.fromkeys(row["regime"] or row["n"] for row in of)).split(", ")
+        new = ", ".join(part for part in parts if part not in told)
+        lines.append(f"{joined_by.join(map(_value, of))} ({claims_table.markdown_text(new)})")
+        told |= set(parts)
+    more = [f"and {len(lines) - 2} more"] if len(lines) > 2 else []
+    return "<br>".join(lines[:2] + more)
 
 
 def _value(row: dict) -> str:
     if row["unit"].startswith("share"):
         return f"{100 * row['value']:.3g} %"
     return f"{row['value']:.3g}"
+
+
+_ASI = re.compile(
+    r"Subspace initialisation under Adam|[Ss]ubspace initialisation|The initialisation"
+)
 
 
 def _against(rows: Sequence[dict]) -> list[str]:
@@ -413,12 +416,15 @@ def _against(rows: Sequence[dict]) -> list[str]:
         by_claim.setdefault(row["id"], []).append(row)
     lines = []
     for of in by_claim.values():
-        verdicts = [row["verdict"] for row in of]
-        for verdict in (paper_claims.MIXED, paper_claims.FAILS):
-            if n := verdicts.count(verdict):
-                where = f" ({n} of {len(of)} regimes)" * (n < len(of))
-                name = of[0]["claim"].split(":")[0]
-                lines.append(f"{claims_table.SYMBOLS[verdict]} *{name}*{where}")
+        counts = Counter(row["verdict"] for row in of)
+        told = [v for v in (paper_claims.FAILS, paper_claims.MIXED) if counts[v]]
+        if not told:
+            continue
+        symbols = "".join(claims_table.SYMBOLS[verdict] for verdict in told)
+        regimes = " and ".join(str(counts[verdict]) for verdict in told)
+        where = f" ({regimes} of {len(of)} regimes)" * (counts[told[0]] < len(of))
+        name = _ASI.sub("ASI", of[0]["claim"].split(":")[0])
+        lines.append(f"{symbols} *{name}*{where}")
     return lines
 
 
@@ -450,15 +456,16 @@ def figure_caption(rows: pd.DataFrame) -> str:
     equal, _, _ = protocol.dead_at_equal_fvu(*sweeps)
     told = "; ".join(
         f"{condition} "
-        + ", ".join(f"{100 * share:.2g} % (rate {lr:g})" for (_, lr), share in of.items())
+        + ", ".join(f"{100 * share:.2g} % (at {lr:g})" for (_, lr), share in of.items())
         for condition, of in dead.groupby(level=0, sort=False)
+        if "Sparse" not in condition
     )
     return (
         f"*TopK SAEs of {d_sae:,} features (k {k}) at the attention output of SmolLM2-135M's layer "
-        f"{SHOWN_HOOK.split('.')[1]}, {n_train:,} tokens; centred bias and fitted norm in all; "
-        f"{rows['seed'].nunique()} seeds. Lower is fewer dead features, further left a better fit. "
-        f"A feature is dead if it never fires on {window:,} held-out tokens, in which a feature "
-        f"fires {window * k / d_sae:,.0f} times on average. Dead at the rates that fit best or "
+        f"{SHOWN_HOOK.split('.')[1]}, {n_train:,} tokens, "
+        f"{rows['seed'].nunique()} seeds. Left and low is better. "
+        f"Dead: silent over {window:,} held-out tokens, in which a feature fires "
+        f"{window * k / d_sae:,.0f} times on average. Dead at the rates that fit best or "
         f"less than 1 % worse: {told}. Where ASI fits only as well as random at its best, it "
         f"loses {100 * equal:.2g} % ([other widths and layers]"
         "(notebooks/05_active_subspace_init.ipynb)).*"
@@ -496,18 +503,21 @@ def digest(study: bytes) -> str:
 
 def cost_table(records: dict, registry: dict) -> str:
     """What running all notebooks takes at each profile, as far as it is recorded."""
-    lines = ["| Command | Time | Peak memory | Download | Measured on |", "|---|---|---|---|---|"]
+    lines = [
+        "| Command | Time | Peak memory | Download | Measured on, no GPU |",
+        "|---|---|---|---|---|",
+    ]
     for profile, record in records.items():
         seconds = sum(recorded["seconds"] for recorded in record.values())
         peaks = [r["peak_memory"]["cpu"] for r in record.values() if "cpu" in r["peak_memory"]]
         facts = [fact for r in record.values() for fact in r["run"] if "cores" in fact]
-        machines = sorted({re.sub(r" \(family[^)]*\)|, \d+ threads?$", "", f) for f in facts})
+        machines = sorted({re.sub(r" \(family[^)]*\)|\(R\)|, \d+ threads?$", "", f) for f in facts})
         cells = (
             f"`{COMMANDS[profile]}`",
             _time(seconds),
             memory_text({"cpu": max(peaks)}) if peaks else "not recorded",
             f"{_fetched(profile, registry) / 1e9:.1f} GB",
-            f"{'; '.join(machines)}, no GPU",
+            "; ".join(machines),
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -551,21 +561,20 @@ def norm_sentence(study: dict) -> str:
     rows = rows[rows["architecture"] == "topk, k 32"]
     lr = rows["lr"].max()
     means = rows[rows["lr"] == lr].groupby("condition")[["dead_share", "fvu"]].mean()
-    told = {
-        name: "; ".join(
-            f"{norm} {100 * means.loc[f'{start}, {kept}', 'dead_share']:.1f} % dead, "
-            f"FVU {means.loc[f'{start}, {kept}', 'fvu']:.3f}"
-            for kept, norm in {"kept": "SAELens' norm", "fitted": "fitted norm"}.items()
-        )
-        for start, name in {"random": "Random", "subspace": "ASI (the calls below)"}.items()
-    }
+
+    def dead(condition: str) -> str:
+        return f"{100 * means.loc[condition, 'dead_share']:.1f} %"
+
+    told = "; ".join(
+        f"{name} {dead(f'{start}, kept')} dead at SAELens' norm, "
+        f"{dead(f'{start}, fitted')} at the fitted"
+        for start, name in {"random": "random", "subspace": "ASI"}.items()
+    )
     return (
-        "SAELens gives decoder rows norm 0.1, and there the norm matters more than the directions. "
-        f"A short run of a TopK SAE (k 32, {settings['d_sae']:,} features, "
-        f"{settings['batch'] * settings['steps']:,} tokens, Adam at {lr:g}, "
-        f"`{settings['hook_name']}`, {rows['seed'].nunique()} seed): "
-        f"{'. '.join(f'{name}: {found}' for name, found in told.items())}. "
-        "[All architectures](docs/initialisations.md#norm)."
+        "SAELens gives decoder rows norm 0.1, and there the norm matters more than the directions "
+        f"(TopK, {settings['d_sae']:,} features, {settings['batch'] * settings['steps']:,} tokens, "
+        f"{rows['seed'].nunique()} seed): {told}. "
+        "[All architectures](docs/initialisations.md#norm); in some ASI fits no better."
     )
 
 

@@ -149,7 +149,9 @@ def test_a_claim_that_holds_in_one_regime_and_fails_in_another_is_named_and_both
     rows += _measured(*zip(dead, (0.5, 0.25), strict=True), regime="layer 12, wide, Adam")
     paper, here, against, verdict = _line(rows, "ASI saves features")
     assert paper == "87 % → < 1 %"
-    assert here == "10 % → 0.5 % (narrow)<br>50 % → 25 % (wide)"
+    assert here == "10 % → 0.5 % (layer 12, narrow, Adam)<br>50 % → 25 % (wide)"
+    more = [row | {"regime": f"layer 12, {n}, Adam"} for n in (1, 2) for row in rows[:2]]
+    assert _line(rows + more, "ASI saves features")[1] == f"{here}<br>and 2 more"
     name = "Initialised in the active subspace, hardly any feature dies"
     assert against == f"✘ *{name}* (1 of 2 regimes)"
     assert verdict.startswith("F6 mixed: 2 ✔, 1 ↗, 1 ✘, ")
@@ -175,8 +177,7 @@ def test_where_one_regime_was_measured_the_summary_names_it():
 def test_unmeasured_claims_do_not_lengthen_the_summary():
     *_, against, verdict = _line(
         [],
-        "ASI works for other dictionaries; its features keep the model's predictions as well, "
-        "but are less coherent and less stable",
+        "ASI works for other dictionaries; its features are less coherent and less stable",
     )
     assert against == ""
     assert verdict.startswith("F11 not testable here: 9 –<br>F12 not testable here: ")
@@ -369,7 +370,7 @@ def test_the_readmes_figure_shows_every_rate_and_names_those_that_fit_as_well(cu
     ]
     caption = publish["figure_caption"](rows)
     assert "TopK SAEs of 8,192 features (k 32)" in caption
-    assert "random 45 % (rate 0.002); ASI 1.5 % (rate 0.001), 31 % (rate 0.002). Where" in caption
+    assert "random 45 % (at 0.002); ASI 1.5 % (at 0.001), 31 % (at 0.002). Where" in caption
     assert "as well as random at its best, it loses 0.75 %" in caption  # half of 1.5, at 0.181
     assert "256,000 held-out tokens, in which a feature fires 1,000 times" in caption
 
