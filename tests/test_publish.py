@@ -422,9 +422,9 @@ def test_the_cost_is_summed_over_the_recorded_runs():
     *_, small, whole = publish["cost_table"](
         {"quick": quick, "full": record}, registry
     ).splitlines()
-    assert small == ("| `make reproduce` | 33 min | 1.0 GB | 3.0 GB | EPYC, 2 cores, no GPU |")
+    assert small == ("| `make reproduce` | 33 min | 1.0 GB | 3.0 GB | EPYC, 2 cores |")
     assert whole == (
-        "| `PROFILE=full make reproduce` | 1 h 11 min | 3.0 GB | 4.0 GB | EPYC, 2 cores, no GPU |"
+        "| `PROFILE=full make reproduce` | 1 h 11 min | 3.0 GB | 4.0 GB | EPYC, 2 cores |"
     )
 
 
