@@ -295,7 +295,7 @@ SUMMARY = (
         joined_by=" → ",
     ),
     Finding(
-        "Wider dictionaries lose more features; with ASI and SparseAdam hardly one dies",
+        "Wider dictionaries lose more at one rate; with ASI and SparseAdam hardly one dies",
         "share dead",
         ("F9.best",),
         ("F8", "F9"),

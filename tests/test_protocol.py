@@ -141,10 +141,16 @@ def test_a_sweep_takes_means_over_seeds():
 )
 def test_two_rates_that_fit_alike_need_the_same_seeds(fvu):
     rows = _rows(fvu, coefficient=0.0, validation_l0=32.0)
-    with pytest.raises(SaesubError, match=r"1 and 2 fit equally well.*lacks the seeds \[1\]"):
+    with pytest.raises(SaesubError, match=r"fits as well, and lacks the seeds \[1\]"):
         protocol.sweep_of(rows)
-    with pytest.raises(SaesubError, match="fit equally well"):
+    with pytest.raises(SaesubError, match="fits as well"):
         protocol.sweep_at_l0(rows, 32)
+
+
+def test_a_best_rate_with_fewer_seeds_is_refused():
+    """The seed that all rates have prefers the other rate."""
+    with pytest.raises(SaesubError, match=r"the rate 2 is the best.*lacks the seeds \[1, 2\]"):
+        protocol.sweep_of(_rows({1.0: (0.20, 0.23, 0.23), 2.0: (0.206,)}))
 
 
 def test_a_seed_twice_is_two_conditions():
@@ -161,6 +167,12 @@ def test_other_seeds_move_a_sweep_at_equal_l0_by_their_difference():
     ]
     sweep = protocol.sweep_at_l0(rows, 32)
     assert sweep.fvu == pytest.approx((0.3 + 0.04 / 2,))
+    both = [*rows, rows[2] | {"coefficient": 4.0, "validation_fvu": 0.42, "fvu": 0.42}]
+    assert protocol.sweep_at_l0(both, 32).fvu == pytest.approx((0.3 + (0.04 + 0.02) / 2 / 2,))
+    with pytest.raises(SaesubError, match=r"seed 0 lacks the coefficients \[2.0\]"):
+        protocol.sweep_at_l0([*rows, rows[2] | {"coefficient": 2.0}], 32)
+    with pytest.raises(SaesubError, match="twice at the rate 1"):
+        protocol.sweep_at_l0([*rows, rows[2]], 32)
 
 
 def test_paired_intervals_are_those_of_a_paired_t_test():

@@ -165,12 +165,12 @@ def test_where_one_regime_was_measured_the_summary_names_it():
     rows = _measured(("F9.best", 0.001), n="3 seeds", regime="layers <12|>")
     assert _line(
         rows,
-        "Wider dictionaries lose more features; with ASI and SparseAdam hardly one dies",
+        "Wider dictionaries lose more at one rate; with ASI and SparseAdam hardly one dies",
     )[1] == ("0.1 % (layers &lt;12\\|&gt;)")
     rows = _measured(("F9.best", 0.001), n="3 seeds")
     assert _line(
         rows,
-        "Wider dictionaries lose more features; with ASI and SparseAdam hardly one dies",
+        "Wider dictionaries lose more at one rate; with ASI and SparseAdam hardly one dies",
     )[1] == ("0.1 % (3 seeds)")
 
 

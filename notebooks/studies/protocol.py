@@ -340,24 +340,32 @@ def sweep(
     rates that fit as well as the best; returns the best rates, by the mean over seeds."""
     conditions = [replace(c, lr=0.0) for c in conditions]
     tried = {c: set(rates) for c in conditions}
-    while True:
-        run(name, [replace(c, lr=lr) for c in conditions for lr in sorted(tried[c])], outcome)
-        sweeps = _sweeps(name, conditions, n_seeds=1)
-        more = {c: s.next_rate() for c, s in sweeps.items() if len(tried[c]) < most}
-        more = {c: lr for c, lr in more.items() if lr is not None}
-        if not more:
-            break
-        for c, lr in more.items():
-            tried[c].add(lr)
+    for seeds in (1, n_seeds):  # beyond the edges by the first seed, and then by all
+        while True:
+            run(name, [replace(c, lr=lr) for c in conditions for lr in sorted(tried[c])], outcome)
+            _train_near(name, conditions, seeds, outcome)
+            sweeps = _sweeps(name, conditions, seeds)
+            more = {c: s.next_rate() for c, s in sweeps.items() if len(tried[c]) < most}
+            more = {c: lr for c, lr in more.items() if lr is not None}
+            if not more:
+                break
+            for c, lr in more.items():
+                tried[c].add(lr)
+    return {c: s.rates[s.best] for c, s in sweeps.items()}
+
+
+def _train_near(
+    name: str,
+    conditions: Iterable[Trial],
+    n_seeds: int,
+    outcome: Callable[[Any], dict[str, Any]],
+) -> None:
+    """Train the seeds at all rates that fit as well as the best; they may bring more rates near."""
     near: dict[Trial, set[float]] = {}
-    while (
-        found := _near(name, conditions, n_seeds)
-    ) != near:  # more seeds may bring more rates near
+    while (found := _near(name, conditions, n_seeds)) != near:
         near = found
         trials = [replace(c, lr=lr) for c, rates in near.items() for lr in sorted(rates)]
         run(name, [replace(t, seed=t.seed + n) for n in range(n_seeds) for t in trials], outcome)
-    sweeps = _sweeps(name, conditions, n_seeds)
-    return {c: s.rates[s.best] for c, s in sweeps.items()}
 
 
 def _sweeps(name: str, conditions: Iterable[Trial], n_seeds: int) -> dict[Trial, Sweep]:

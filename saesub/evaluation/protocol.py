@@ -160,8 +160,8 @@ def sweep_of(rows: Iterable[Mapping[str, Any]]) -> Sweep:
     Args:
         rows: lr, seed, validation_fvu, fvu and dead_share of one SAE each.
 
-    Raises SaesubError without rows, for a seed twice at one rate, or where a rate that is as good
-    as the best (`Sweep.as_good`) lacks a seed that the best has: chance would choose between them.
+    Raises SaesubError without rows, for a seed twice at one rate, or where the best rate, or one
+    that is as good (`Sweep.as_good`), lacks a seed that another rate has: chance would choose.
     """
     by_rate = _by_rate(rows)
     for rate, of in by_rate.items():
@@ -176,23 +176,36 @@ def sweep_at_l0(rows: Iterable[Mapping[str, Any]], l0: float) -> Sweep:
     Args:
         rows: as for `sweep_of`, with validation_l0 and coefficient besides. Of the lowest seed any
             number of coefficients of a penalty at each rate: between them all is linear in the
-            logarithm of L0, and where all lie on one side of `l0` the nearest counts. The other
-            seeds move the result by their mean difference from it at the same coefficient.
+            logarithm of L0, and where all lie on one side of `l0` the nearest counts. Another seed
+            moves the result by its difference from the lowest at the same coefficient.
         l0: active features a token.
 
-    Raises SaesubError as `sweep_of`.
+    Raises SaesubError as `sweep_of`, or where a seed has a coefficient that the lowest has not.
     """
+    by_rate = _by_rate(rows)
+    for rate, of in by_rate.items():
+        trained = [(row["seed"], row["coefficient"]) for row in of]
+        first = min(seed for seed, _ in trained)
+        if len(set(trained)) < len(trained):
+            raise SaesubError(f"a seed is there twice at the rate {rate:g}: give one condition")
+        if lacking := {c for _, c in trained} - {c for seed, c in trained if seed == first}:
+            raise SaesubError(
+                f"at the rate {rate:g} seed {first} lacks the coefficients {sorted(lacking)}, "
+                "which other seeds have: train it with them too"
+            )
 
-    def at(of: list[Mapping[str, Any]], name: str) -> float:
+    def at(of: _Rows, name: str) -> float:
         first = min(row["seed"] for row in of)
         tried = sorted((r for r in of if r["seed"] == first), key=lambda r: r["validation_l0"])
         active = np.log([max(row["validation_l0"], 1e-9) for row in tried])
         value = float(np.interp(math.log(l0), active, [row[name] for row in tried]))
         own = {row["coefficient"]: row[name] for row in tried}
-        others = [row[name] - own[row["coefficient"]] for row in of if row["seed"] != first]
-        return value + sum(others) / (len(others) + 1)
+        moves: dict[int, list[float]] = {}
+        for row in of:
+            moves.setdefault(row["seed"], []).append(row[name] - own[row["coefficient"]])
+        return value + float(np.mean([np.mean(several) for several in moves.values()]))
 
-    return _swept(_by_rate(rows), at)
+    return _swept(by_rate, at)
 
 
 _Rows = list[Mapping[str, Any]]
@@ -211,12 +224,11 @@ def _swept(by_rate: Mapping[float, _Rows], at: Callable[[_Rows, str], float]) ->
         tuple(by_rate), *(tuple(at(of, name) for of in by_rate.values()) for name in columns)
     )
     seeds = {rate: {row["seed"] for row in of} for rate, of in by_rate.items()}
-    best = sweep.rates[sweep.best]
     for rate in (sweep.rates[i] for i in sweep.as_good):
-        if lacking := sorted(seeds[best] - seeds[rate]) or sorted(seeds[rate] - seeds[best]):
+        if lacking := sorted(set.union(*seeds.values()) - seeds[rate]):
             raise SaesubError(
-                f"the rates {best:g} and {rate:g} fit equally well, and one of them lacks the "
-                f"seeds {lacking}: train them, or chance chooses the rate"
+                f"the rate {rate:g} is the best or fits as well, and lacks the seeds {lacking}, "
+                "which another rate has: train them, or chance chooses the rate"
             )
     return sweep
 
