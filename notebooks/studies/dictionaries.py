@@ -41,7 +41,7 @@ from torch.nn.functional import normalize
 import saesub
 from saesub.evaluation.features import Firing
 from saesub.evaluation.held_out import Judgement
-from saesub.evaluation.protocol import Sweep, sweep_at_l0
+from saesub.evaluation.protocol import AS_GOOD, Sweep, sweep_at_l0
 from saesub.extras import lorsa, transcoders
 from saesub.paths import cache_dir, made_once, source_digest
 from saesub.topk.encode import encoder_of
@@ -483,12 +483,25 @@ def study(conditions: Sequence[Dictionary], n_seeds: int = 3) -> None:
             break
         for c, lr in more.items():
             rates[c].add(lr)
-    good = {c: [s.rates[i] for i in s.as_good] for c, s in sweeps.items()}
-    rates = {c: {*good[c], *good[replace(c, start="random")]} for c in conditions}
-    compared = [replace(c, lr=lr) for c in conditions for lr in sorted(rates[c])]
-    found = tune(compared)
-    chosen = [trial_of(nearest_to_k(found[cell], cell.k), Dictionary) for cell in compared]
-    run(NAME, [replace(c, seed=c.seed + n) for n in range(1, n_seeds) for c in chosen], outcome)
+    near: dict[Dictionary, set[float]] = {}
+    while (found_near := {c: near_rates(c) for c in conditions}) != near:
+        near = found_near
+        rates = {c: near[c] | near[replace(c, start="random")] for c in conditions}
+        compared = [replace(c, lr=lr) for c in conditions for lr in sorted(rates[c])]
+        found = tune(compared)
+        chosen = [trial_of(nearest_to_k(found[cell], cell.k), Dictionary) for cell in compared]
+        run(NAME, [replace(c, seed=c.seed + n) for n in range(1, n_seeds) for c in chosen], outcome)
+
+
+def near_rates(condition: Dictionary) -> set[float]:
+    """The rates at which a condition fits as well as at its best, by the seeds that there are."""
+    rows: dict[float, list[dict[str, Any]]] = {}
+    for row in recorded(NAME):
+        trial = trial_of(row, Dictionary)
+        if replace(trial, lr=condition.lr, seed=condition.seed, coefficient=0.0) == condition:
+            rows.setdefault(trial.lr, []).append(row)
+    fvu = {lr: sweep_at_l0(of, condition.k).validation_fvu[0] for lr, of in rows.items()}
+    return {lr for lr, value in fvu.items() if value <= (1 + AS_GOOD) * min(fvu.values())}
 
 
 def both(kind: str, **settings: Any) -> list[Dictionary]:
