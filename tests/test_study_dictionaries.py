@@ -71,6 +71,7 @@ def test_a_fixed_k_is_trained_once_at_a_rate(study):
 def test_a_sweep_is_taken_at_the_l0_that_all_share():
     rows = [
         {"lr": lr, "validation_l0": l0, "validation_fvu": fvu, "fvu": 2 * fvu, "dead_share": dead}
+        | {"seed": 0, "coefficient": 1 / l0}
         for lr, l0, fvu, dead in (
             (2e-3, 32 / 1.04, 0.32, 0.4),
             (1e-3, 31.0, 0.5, 0.1),
@@ -85,6 +86,21 @@ def test_a_sweep_is_taken_at_the_l0_that_all_share():
     assert sweep.dead == pytest.approx((0.1, 0.3))
     with pytest.raises(saesub.SaesubError, match="needs"):
         sweep_at_l0([], 32)
+
+
+def test_rates_near_the_best_count_all_seeds(study, monkeypatch):
+    """By the first seed 0.002 is 3 % worse; by two seeds it is near."""
+    condition = study.SAES[-1]
+    values = {(1e-3, 0): 0.200, (2e-3, 0): 0.206, (1e-3, 1): 0.21, (4e-3, 0): 0.3}
+    rows = [
+        asdict(replace(condition, lr=lr, seed=seed))
+        | {"validation_l0": 32.0, "validation_fvu": fvu, "fvu": fvu, "dead_share": 0.0}
+        for (lr, seed), fvu in values.items()
+    ]
+    monkeypatch.setattr(study, "recorded", lambda name: rows)
+    assert study.near_rates(condition) == {1e-3, 2e-3}
+    monkeypatch.setattr(study, "recorded", lambda name: [r for r in rows if not r["seed"]])
+    assert study.near_rates(condition) == {1e-3}
 
 
 def test_every_condition_of_a_comparison_differs_in_the_subspace_alone(study):
