@@ -107,6 +107,8 @@ def test_noise_in_fvu_does_not_turn_the_curve_around():
         (((), (), (), ()), "for each rate"),
         (((2.0, 1.0), (0.1, 0.2), (0.1, 0.2), (0.1, 0.2)), "from the lowest to the highest"),
         (((1.0, 1.0), (0.1, 0.2), (0.1, 0.2), (0.1, 0.2)), "from the lowest to the highest"),
+        (((1.0, 2.0), (0.1, math.nan), (0.1, 0.2), (0.1, 0.2)), "at the rate 2 a measure is NaN"),
+        (((1.0, 2.0), (0.1, 0.2), (0.1, 0.2), (math.inf, 0.2)), "at the rate 1 a measure is NaN"),
     ],
 )
 def test_sweeps_of_nothing_are_refused(arguments, says):

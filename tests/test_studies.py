@@ -239,6 +239,32 @@ def test_a_sweep_gives_seeds_to_all_rates_that_fit_as_well(protocol, monkeypatch
     ]
 
 
+def test_a_sweep_goes_on_where_all_seeds_fit_best_at_an_edge(protocol, monkeypatch):
+    """The first seed fits best inside, at 0.002; all seeds at the highest rate, 0.004."""
+    fvu = {(0, 2e-3): 0.200, (0, 4e-3): 0.201, (1, 4e-3): 0.19, (2, 4e-3): 0.19}
+    rows = []
+
+    def run(name, trials, outcome):
+        for trial in dict.fromkeys(trials):
+            if trial not in [protocol.trial_of(row) for row in rows]:
+                found = fvu.get((trial.seed, trial.lr), 0.2 if trial.lr == 2e-3 else 0.3)
+                measured = {"validation_fvu": found, "fvu": found, "dead_share": 0}
+                rows.append(protocol.asdict(trial) | measured)
+
+    monkeypatch.setattr(protocol, "run", run)
+    monkeypatch.setattr(protocol, "recorded", lambda name: rows)
+    condition = _trial(protocol)
+    assert protocol.sweep("edge", [condition]) == {replace(condition, lr=0.0): 4e-3}
+    assert max(row["lr"] for row in rows) == 8e-3
+
+
+def test_a_record_names_the_commit_of_the_oldest_of_the_rows_asked_for():
+    rows = pd.DataFrame({"run": [0, 1, 2, 1]})
+    study = studies.Study("x", rows, [{"commit": c * 40} for c in "abc"])
+    assert study.commit == "a" * 9
+    assert study.commit_of(rows[rows["run"] > 0]) == "b" * 9
+
+
 def test_a_record_that_is_not_there_says_how_to_make_it():
     with pytest.raises(SaesubError, match=r"run python notebooks/studies/nothing\.py"):
         studies.recorded("nothing")

@@ -41,7 +41,7 @@ from torch.nn.functional import normalize
 import saesub
 from saesub.evaluation.features import Firing
 from saesub.evaluation.held_out import Judgement
-from saesub.evaluation.protocol import AS_GOOD, Sweep, sweep_at_l0
+from saesub.evaluation.protocol import Sweep, sweep_at_l0
 from saesub.extras import lorsa, transcoders
 from saesub.paths import cache_dir, made_once, source_digest
 from saesub.topk.encode import encoder_of
@@ -495,13 +495,10 @@ def study(conditions: Sequence[Dictionary], n_seeds: int = 3) -> None:
 
 def near_rates(condition: Dictionary) -> set[float]:
     """The rates at which a condition fits as well as at its best, by the seeds that there are."""
-    rows: dict[float, list[dict[str, Any]]] = {}
-    for row in recorded(NAME):
-        trial = trial_of(row, Dictionary)
-        if replace(trial, lr=condition.lr, seed=condition.seed, coefficient=0.0) == condition:
-            rows.setdefault(trial.lr, []).append(row)
-    fvu = {lr: sweep_at_l0(of, condition.k).validation_fvu[0] for lr, of in rows.items()}
-    return {lr for lr, value in fvu.items() if value <= (1 + AS_GOOD) * min(fvu.values())}
+    cells = ((trial_of(row, Dictionary), row) for row in recorded(NAME))
+    at = {"lr": condition.lr, "seed": condition.seed, "coefficient": 0.0}
+    own = [row for trial, row in cells if replace(trial, **at) == condition]
+    return protocol.near_rates(own, lambda of: sweep_at_l0(of, condition.k))
 
 
 def both(kind: str, **settings: Any) -> list[Dictionary]:

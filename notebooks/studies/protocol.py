@@ -374,16 +374,18 @@ def _sweeps(name: str, conditions: Iterable[Trial], n_seeds: int) -> dict[Trial,
 
 
 def _near(name: str, conditions: Iterable[Trial], n_seeds: int) -> dict[Trial, set[float]]:
-    """The rates of each condition that fit as well as its best, by the seeds that there are."""
-    near = {}
-    for condition, of in _of_each(name, conditions, n_seeds).items():
-        fvu: dict[float, list[float]] = {}
-        for row in of:
-            fvu.setdefault(row["lr"], []).append(row["validation_fvu"])
-        means = {lr: sum(several) / len(several) for lr, several in fvu.items()}
-        most = (1 + AS_GOOD) * min(means.values())
-        near[condition] = {lr for lr, mean in means.items() if mean <= most}
-    return near
+    return {c: near_rates(of) for c, of in _of_each(name, conditions, n_seeds).items()}
+
+
+def near_rates(
+    rows: Iterable[dict[str, Any]], swept: Callable[[list[dict[str, Any]]], Sweep] = sweep_of
+) -> set[float]:
+    """The rates of one condition that fit as well as its best, by the seeds that each rate has."""
+    by_rate: dict[float, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_rate.setdefault(row["lr"], []).append(row)
+    fvu = {lr: swept(of).validation_fvu[0] for lr, of in by_rate.items()}
+    return {lr for lr, value in fvu.items() if value <= (1 + AS_GOOD) * min(fvu.values())}
 
 
 def _of_each(name: str, conditions: Iterable[Any], n_seeds: int) -> dict[Any, list[dict[str, Any]]]:

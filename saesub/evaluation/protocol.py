@@ -85,7 +85,8 @@ class Sweep:
         validation_fvu: at each rate, on tokens that no reported number uses; it chooses the rate.
         fvu, dead: at each rate, on the tokens that are reported.
 
-    Raises SaesubError for rates that do not rise, or measures that are not one for each rate.
+    Raises SaesubError for rates that do not rise, measures that are not one for each rate, or one
+    that is NaN or infinite.
     """
 
     rates: tuple[float, ...]
@@ -103,6 +104,12 @@ class Sweep:
             raise SaesubError(
                 f"the rates of a sweep rise, which {self.rates} do not: give them from the lowest "
                 "to the highest"
+            )
+        measures = np.array([self.validation_fvu, self.fvu, self.dead])
+        if len(bad := np.flatnonzero(~np.isfinite(measures).all(0))):
+            raise SaesubError(
+                f"at the rate {self.rates[bad[0]]:g} a measure is NaN or infinite: leave out "
+                "a rate at which training diverges"
             )
 
     @property
