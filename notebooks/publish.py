@@ -258,8 +258,8 @@ def with_tables(page: str, records: dict) -> str:
 
 @dataclass(frozen=True)
 class Finding:
-    """A row of the README's summary: what is claimed, the quantity and the claims that show it in
-    figures, and the findings whose claims its verdict counts."""
+    """A row of the README's summary: what the paper claims, the quantity and the claims that show
+    it in figures, and the findings whose claims its verdict counts."""
 
     title: str
     quantity: str
@@ -295,13 +295,13 @@ SUMMARY = (
         joined_by=" → ",
     ),
     Finding(
-        "Wider dictionaries lose more at one rate; with ASI and SparseAdam hardly one dies",
+        "Wider dictionaries lose more features; ASI and SparseAdam together save nearly all",
         "share dead",
         ("F9.best",),
         ("F8", "F9"),
     ),
     Finding(
-        "ASI works for other dictionaries; its features are less coherent and less stable",
+        "ASI works for other dictionaries; its features are as good",
         "share dead with ASI divided by that with random, transcoder and Lorsa",
         ("F11.transcoder", "F11.lorsa"),
         ("F11", "F12"),

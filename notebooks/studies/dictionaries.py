@@ -5,8 +5,8 @@
 Writes data/results/studies/dictionaries.json. At the attention output of layer 12:
 
 - SAEs: BatchTopK, Matryoshka, ReLU with an L1 penalty, gated, JumpReLU;
-- transcoders with an L1 penalty: from the heads' output z, and, with a skip connection, from the
-  attention's input at the same token;
+- transcoders: TopK and with an L1 penalty from the heads' output z, and, with a penalty and a skip
+  connection, from the attention's input at the same token;
 - Lorsa, whose heads start in the value subspace of the model's own heads ("Lorsa", as the authors'
   library does since 2.0.0b4) or in the subspace of what these heads write ("Lorsa, output side").
 
@@ -35,6 +35,7 @@ import torch
 from protocol import Site, Trial, judged, recorded, row_of, run, schedule, set_start, site, trial_of
 from sae_lens import SAE
 from sae_lens.registry import get_sae_training_class
+from sae_lens.saes.topk_sae import TopK
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -58,6 +59,7 @@ PENALTIES = {  # the first coefficient to try; it needs no care
     "skip transcoder": 0.35,
 }
 READS = {
+    "TopK transcoder": f"blocks.{LAYER}.attn.hook_z",
     "transcoder": f"blocks.{LAYER}.attn.hook_z",
     "skip transcoder": f"blocks.{LAYER}.ln1.hook_normalized",
 }
@@ -157,6 +159,23 @@ def norm_of(sae: SAE[Any]) -> float:
 # --- transcoders ---------------------------------------------------------------------------------
 
 
+@dataclass
+class TopKTranscoderConfig(transcoders.TrainingTranscoderConfig):
+    """`TrainingTranscoderConfig` with k; SAELens has no TopK transcoder."""
+
+    k: int = 32
+
+
+class TopKTranscoder(transcoders.TrainingTranscoder):
+    """A transcoder with the activation function of SAELens' TopK SAEs."""
+
+    cfg: TopKTranscoderConfig
+
+    def get_activation_fn(self) -> TopK:
+        """ReLU of the k largest."""
+        return TopK(self.cfg.k)
+
+
 def sites_of(trial: Dictionary) -> tuple[Site, Site]:
     """What a transcoder reads and what it writes."""
     read, written = (
@@ -169,17 +188,22 @@ def sites_of(trial: Dictionary) -> tuple[Site, Site]:
 def transcoder_of(trial: Dictionary, read: Site, written: Site) -> Any:
     """A transcoder at step 0."""
     torch.manual_seed(trial.seed)
-    transcoder_class, config_class = (
-        (transcoders.TrainingSkipTranscoder, transcoders.TrainingSkipTranscoderConfig)
-        if trial.kind == "skip transcoder"
-        else (transcoders.TrainingTranscoder, transcoders.TrainingTranscoderConfig)
-    )
+    transcoder_class, config_class = {
+        "TopK transcoder": (TopKTranscoder, TopKTranscoderConfig),
+        "transcoder": (transcoders.TrainingTranscoder, transcoders.TrainingTranscoderConfig),
+        "skip transcoder": (
+            transcoders.TrainingSkipTranscoder,
+            transcoders.TrainingSkipTranscoderConfig,
+        ),
+    }[trial.kind]
+    fixed: dict[str, Any] = {"k": trial.k} if trial.kind == "TopK transcoder" else {}
     config = config_class(
         d_in=read.spectrum.d,
         d_out=written.spectrum.d,
         d_sae=trial.d_sae,
         l1_coefficient=trial.coefficient,
         l1_warm_up_steps=trial.n_train // trial.batch_size // 5,
+        **fixed,
     )
     transcoder = transcoder_class(config)
     spaces = {"spectrum": written.spectrum, "input_spectrum": read.spectrum}
