@@ -302,8 +302,8 @@ SUMMARY = (
     ),
     Finding(
         "ASI works for other dictionaries; its features are as good",
-        "share dead with ASI divided by that with random, transcoder and Lorsa",
-        ("F11.transcoder", "F11.lorsa"),
+        "share dead with ASI divided by that with random, TopK transcoder and Lorsa",
+        ("F11.topk_transcoder", "F11.lorsa"),
         ("F11", "F12"),
     ),
 )

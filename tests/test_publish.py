@@ -180,7 +180,7 @@ def test_unmeasured_claims_do_not_lengthen_the_summary():
         "ASI works for other dictionaries; its features are as good",
     )
     assert against == ""
-    assert verdict.startswith("F11 not testable here: 9 –<br>F12 not testable here: ")
+    assert verdict.startswith("F11 not testable here: 10 –<br>F12 not testable here: ")
 
 
 def test_the_summary_counts_regimes_only_where_a_claim_does_not_fail_in_all():
