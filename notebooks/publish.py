@@ -28,6 +28,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import groupby, zip_longest
 from pathlib import Path
 
 import nbformat
@@ -302,7 +303,7 @@ SUMMARY = (
     ),
     Finding(
         "ASI works for other dictionaries; its features are as good",
-        "share dead with ASI divided by that with random, TopK transcoder and Lorsa",
+        "ratio of the shares dead, ASI to random, in TopK transcoders and Lorsa",
         ("F11.topk_transcoder", "F11.lorsa"),
         ("F11", "F12"),
     ),
@@ -319,7 +320,7 @@ def summary_table(rows: Iterable[dict]) -> str:
     lines = [
         f"Of the paper's {len(judged)} findings: {told}.",
         "",
-        "| Finding | Paper | Here | Claims that are mixed or fail | Verdict |",
+        "| Finding | Paper | Here | Mixed or fails (in how many regimes) | Verdict |",
         "|---" * 5 + "|",
     ]
     for finding in SUMMARY:
@@ -404,17 +405,19 @@ def _value(row: dict) -> str:
     return f"{row['value']:.3g}"
 
 
+_ALIKE = 4  # words with which claims begin alike
 _ASI = re.compile(
     r"Subspace initialisation under Adam|[Ss]ubspace initialisation|The initialisation"
 )
 
 
 def _against(rows: Sequence[dict]) -> list[str]:
-    """The claims with a row that is mixed or fails, and in how many of their regimes."""
+    """The claims with a row that is mixed or fails, and in how many of their regimes; those that
+    begin alike stand in one line."""
     by_claim: dict[str, list[dict]] = {}
     for row in rows:
         by_claim.setdefault(row["id"], []).append(row)
-    lines = []
+    found: list[tuple[str, str, str]] = []  # symbols, claim, regimes
     for of in by_claim.values():
         counts = Counter(row["verdict"] for row in of)
         told = [v for v in (paper_claims.FAILS, paper_claims.MIXED) if counts[v]]
@@ -422,10 +425,21 @@ def _against(rows: Sequence[dict]) -> list[str]:
             continue
         symbols = "".join(claims_table.SYMBOLS[verdict] for verdict in told)
         regimes = " and ".join(str(counts[verdict]) for verdict in told)
-        where = f" ({regimes} of {len(of)} regimes)" * (counts[told[0]] < len(of))
-        name = _ASI.sub("ASI", of[0]["claim"].split(":")[0])
-        lines.append(f"{symbols} *{name}*{where}")
-    return lines
+        where = f" ({regimes} of {len(of)})" * (counts[told[0]] < len(of))
+        found.append((symbols, _ASI.sub("ASI", of[0]["claim"].split(":")[0]), where))
+    together = groupby(found, key=lambda one: one[1].split()[:_ALIKE])
+    return [_one_line(list(several)) for _, several in together]
+
+
+def _one_line(found: Sequence[tuple[str, str, str]]) -> str:
+    """Claims with their symbols and regimes, with what they begin with said once."""
+    if len(found) == 1:
+        ((symbols, name, where),) = found
+        return f"{symbols} *{name}*{where}"
+    words = [name.split() for _, name, _ in found]
+    n = next(i for i, of in enumerate(zip_longest(*words)) if len(set(of)) > 1)
+    rest = [f"{symbols} *{' '.join(name.split()[n:])}*{where}" for symbols, name, where in found]
+    return f"*{' '.join(words[0][:n])}* " + ", ".join(rest)
 
 
 def cure_rows() -> pd.DataFrame:
@@ -566,14 +580,13 @@ def norm_sentence(study: dict) -> str:
         return f"{100 * means.loc[condition, 'dead_share']:.1f} %"
 
     told = "; ".join(
-        f"{name} {dead(f'{start}, kept')} dead at SAELens' norm, "
-        f"{dead(f'{start}, fitted')} at the fitted"
+        f"{name} {dead(f'{start}, kept')} and {dead(f'{start}, fitted')}"
         for start, name in {"random": "random", "subspace": "ASI"}.items()
     )
     return (
         "SAELens gives decoder rows norm 0.1, and there the norm matters more than the directions "
         f"(TopK, {settings['d_sae']:,} features, {settings['batch'] * settings['steps']:,} tokens, "
-        f"{rows['seed'].nunique()} seed): {told}. "
+        f"{rows['seed'].nunique()} seed). Dead at SAELens' norm and at the fitted: {told}. "
         "[All architectures](docs/initialisations.md#norm); in some ASI fits no better."
     )
 

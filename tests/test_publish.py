@@ -153,7 +153,7 @@ def test_a_claim_that_holds_in_one_regime_and_fails_in_another_is_named_and_both
     more = [row | {"regime": f"layer 12, {n}, Adam"} for n in (1, 2) for row in rows[:2]]
     assert _line(rows + more, "ASI saves features")[1] == f"{here}<br>and 2 more"
     name = "Initialised in the active subspace, hardly any feature dies"
-    assert against == f"✘ *{name}* (1 of 2 regimes)"
+    assert against == f"✘ *{name}* (1 of 2)"
     assert verdict.startswith("F6 mixed: 2 ✔, 1 ↗, 1 ✘, ")
     page = publish["claims_page"]({"full": {"05_x": {"claims": rows}}}, BOUNDS)
     assert "| ✘ does not hold<br>" in page
@@ -163,22 +163,14 @@ def test_a_claim_that_holds_in_one_regime_and_fails_in_another_is_named_and_both
 
 def test_where_one_regime_was_measured_the_summary_names_it():
     rows = _measured(("F9.best", 0.001), n="3 seeds", regime="layers <12|>")
-    assert _line(
-        rows,
-        "Wider dictionaries lose more features; ASI and SparseAdam together save nearly all",
-    )[1] == ("0.1 % (layers &lt;12\\|&gt;)")
+    title = "Wider dictionaries lose more features; ASI and SparseAdam together save nearly all"
+    assert _line(rows, title)[1] == "0.1 % (layers &lt;12\\|&gt;)"
     rows = _measured(("F9.best", 0.001), n="3 seeds")
-    assert _line(
-        rows,
-        "Wider dictionaries lose more features; ASI and SparseAdam together save nearly all",
-    )[1] == ("0.1 % (3 seeds)")
+    assert _line(rows, title)[1] == "0.1 % (3 seeds)"
 
 
 def test_unmeasured_claims_do_not_lengthen_the_summary():
-    *_, against, verdict = _line(
-        [],
-        "ASI works for other dictionaries; its features are as good",
-    )
+    *_, against, verdict = _line([], "ASI works for other dictionaries; its features are as good")
     assert against == ""
     assert verdict.startswith("F11 not testable here: 10 –<br>F12 not testable here: ")
 
@@ -189,7 +181,18 @@ def test_the_summary_counts_regimes_only_where_a_claim_does_not_fail_in_all():
     ]
     *_, against, _ = _line(rows, "ASI saves features")
     assert against.startswith("✘ *")
-    assert "regimes" not in against
+    assert "(" not in against
+
+
+def test_claims_of_the_summary_that_begin_alike_stand_in_one_line():
+    rows = _measured(("F11.relu", 2.0), ("F11.transcoder", 1.5), ("F12.stable", 0.5))
+    rows += [row | {"regime": "another"} for row in _measured(("F11.transcoder", 0.1))]
+    *_, against, _ = _line(rows, "ASI works for other dictionaries; its features are as good")
+    first, second = against.split("<br>")
+    assert first == (
+        "*ASI carries over to* ✘ *ReLU SAEs with an L1 penalty*, ✘ *transcoders* (1 of 2)"
+    )
+    assert second.startswith("✘ *Another seed")
 
 
 def test_what_goes_beyond_the_paper_is_no_verdict_on_the_papers_finding():
