@@ -303,7 +303,7 @@ SUMMARY = (
     ),
     Finding(
         "ASI works for other dictionaries; its features are as good",
-        "ratio of the shares dead, ASI to random, in TopK transcoders and Lorsa",
+        "shares dead, ASI / random, in TopK transcoders and Lorsa",
         ("F11.topk_transcoder", "F11.lorsa"),
         ("F11", "F12"),
     ),
@@ -320,7 +320,7 @@ def summary_table(rows: Iterable[dict]) -> str:
     lines = [
         f"Of the paper's {len(judged)} findings: {told}.",
         "",
-        "| Finding | Paper | Here | Mixed or fails (in how many regimes) | Verdict |",
+        "| Paper's claim | Its value | Here | Mixed or fails (in how many regimes) | Verdict |",
         "|---" * 5 + "|",
     ]
     for finding in SUMMARY:

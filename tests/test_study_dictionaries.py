@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sae_lens.saes.sae import TrainStepInput
 from torch.nn.functional import cosine_similarity
 
 import saesub
@@ -124,3 +125,18 @@ def test_a_head_reads_in_the_value_subspace_and_writes_what_the_models_head_make
         assert torch.allclose(
             cosine_similarity(w_o, w_v @ values[head].T @ outputs[head], dim=1), torch.ones(4)
         )
+
+
+def test_a_topk_transcoder_keeps_the_k_largest_and_pays_no_penalty(study):
+    torch.manual_seed(0)
+    cfg = study.TopKTranscoderConfig(d_in=8, d_out=6, d_sae=64, k=5, l1_coefficient=0.0)
+    transcoder = study.TopKTranscoder(cfg)
+    x, y = torch.randn(20, 8), torch.randn(20, 6)
+    pre = x @ transcoder.W_enc + transcoder.b_enc
+    kept = pre.topk(5).values
+    features = transcoder.encode(x)
+    assert ((features > 0).sum(1) == (kept > 0).sum(1)).all()
+    torch.testing.assert_close(features.topk(5).values, kept.relu())
+    given = TrainStepInput(torch.cat([x, y], 1), {"l1": 0.0}, None, 0, False)
+    error = (features @ transcoder.W_dec + transcoder.b_dec - y).square().sum(1).mean()
+    torch.testing.assert_close(transcoder.training_forward_pass(given).loss, error)
