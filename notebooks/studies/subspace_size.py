@@ -1,11 +1,11 @@
-"""Dead features and FVU by the dimension of the initial subspace, over sites and two models.
+"""Dead features and FVU by the dimension of the initial subspace, at five hook points.
 
     python notebooks/studies/subspace_size.py
 
 Writes data/results/studies/subspace_size.json. 4,096 features; at each hook point the learning rate
 is the one that fits best with a random initialisation, of four or more. Eight dimensions, from 0.02
-to 1 of the width, and "auto"; one seed, three at the attention output in the middle of the first
-model. `d_init_share` is the dimension as a share of the width.
+to 1 of the width, and "auto"; one seed, three at the attention output in the middle of the model.
+`d_init_share` is the dimension as a share of the width.
 """
 
 from __future__ import annotations
@@ -18,17 +18,14 @@ from protocol import SMALL, Trial, outcome, run, site_of, sweep
 import saesub
 
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
-WIDTHS = {"smollm2-135m": 576, "gemma3-270m": 640}
-
-# Not Gemma's residual stream: its values are too large for float16, the store's type.
+WIDTH = 576
+ATTENTION = "blocks.12.hook_attn_out"
 PLACES = [
-    ("smollm2-135m", "blocks.12.hook_attn_out"),
-    ("smollm2-135m", "blocks.21.hook_attn_out"),
-    ("smollm2-135m", "blocks.6.hook_attn_out"),
-    ("smollm2-135m", "blocks.12.hook_mlp_out"),
-    ("smollm2-135m", "blocks.12.hook_resid_post"),
-    ("gemma3-270m", "blocks.9.hook_attn_out"),
-    ("gemma3-270m", "blocks.14.hook_attn_out"),
+    ATTENTION,
+    "blocks.21.hook_attn_out",
+    "blocks.6.hook_attn_out",
+    "blocks.12.hook_mlp_out",
+    "blocks.12.hook_resid_post",
 ]
 
 
@@ -41,21 +38,20 @@ def with_dimension(trial: Trial) -> dict[str, Any]:
     return outcome(trial) | {"d_init_share": float(d_init) / spectrum.d}
 
 
-def place(model: str, hook: str) -> None:
+def place(hook: str) -> None:
     """Choose the rate of a hook point, and train all dimensions at it."""
-    random = Trial(hook, "random", model=model, **SMALL)
+    random = Trial(hook, "random", **SMALL)
     rate = sweep("subspace_size", [random], n_seeds=1, outcome=with_dimension)
     lr = rate[replace(random, lr=0.0)]
-    sizes = [round(share * WIDTHS[model]) for share in SHARES]
-    n_seeds = 3 if (model, hook) == PLACES[0] else 1
+    sizes = [round(share * WIDTH) for share in SHARES]
     trials = [
-        Trial(hook, "subspace", d_init=d_init, lr=lr, seed=seed, model=model, **SMALL)
-        for seed in range(n_seeds)
+        Trial(hook, "subspace", d_init=d_init, lr=lr, seed=seed, **SMALL)
+        for seed in range(3 if hook == ATTENTION else 1)
         for d_init in (*sizes, "auto")
     ]
     run("subspace_size", trials, with_dimension)
 
 
 if __name__ == "__main__":
-    for model, hook in PLACES:
-        place(model, hook)
+    for hook in PLACES:
+        place(hook)
