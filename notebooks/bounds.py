@@ -35,10 +35,11 @@ def write_bounds(root: Path) -> None:
 def bounds(root: Path) -> dict[str, dict]:
     """What the history of the repository `root` says of bounds and records.
 
-    `claims` has, by claim id, the `commit` that set its text, unit and bounds and its ISO `date`; a
-    claim whose row is not committed is left out. `older_records` has, by such a commit, the records
-    whose commits lack it. `runs` has the commit of each notebook's recorded run. Commits are cut to
-    `SHORT` digits.
+    `claims` has, by claim id, the `commit` that set its measure, unit and bounds, and its `date`.
+    The measure is the claim's text after its title; a title can be reworded, but not moved to or
+    from those beyond the paper. A claim whose row is not committed is left out. `older_records`
+    has, by such a commit, the records whose commits lack it. `runs` has the commit of each
+    notebook's recorded run. Commits are cut to `SHORT` digits.
 
     Raises `SaesubError` if git has no history there, or a shortened one.
     """
@@ -85,9 +86,14 @@ def _rows_at(root: Path, commit: str) -> dict[str, tuple]:
 
 
 def _rows(text: str) -> dict[str, tuple]:
-    """Each claim's text, unit and bounds as numbers, by id."""
+    """Each claim's measure, unit and bounds as numbers, by id."""
     return {
-        row["id"]: (row["claim"], row["unit"], *(float(row[e]) if row[e] else None for e in EDGES))
+        row["id"]: (
+            row["claim"].rsplit(": ", 1)[-1],
+            row["claim"].startswith("Beyond the paper"),
+            row["unit"],
+            *(float(row[e]) if row[e] else None for e in EDGES),
+        )
         for row in csv.DictReader(text.splitlines(keepends=True))
     }
 

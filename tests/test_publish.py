@@ -277,9 +277,20 @@ def test_bounds_are_dated_by_the_commit_that_set_them(tmp_path):
     studies.mkdir(parents=True)
     _git(tmp_path, "init", "-q")
     dates = ["2026-01-01T10:00:00+00:00", "2026-01-02T10:00:00+00:00"]
-    first = _commit(tmp_path, "kept,Same,share,0.60,,,1\nmoved,Same,share,0,,,1\n", dates[0])
-    # Other quotes, digits and order are no change; a bound is.
-    second = _commit(tmp_path, 'moved,Same,share,0,,,2\nkept,"Same",share,0.6,,,1.0\n', dates[1])
+    first = _commit(
+        tmp_path,
+        "kept,Old title: same,share,0.60,,,1\nmoved,Same,share,0,,,1\n"
+        "other,Title: of all,share,0,,,1\nbeyond,Title: same,share,0,,,1\n",
+        dates[0],
+    )
+    # Another title, quotes, digits and order are no change; a bound, the measure, and whether the
+    # claim counts for the paper are.
+    second = _commit(
+        tmp_path,
+        'moved,Same,share,0,,,2\nkept,"New title: same",share,0.6,,,1.0\n'
+        "other,Title: of one,share,0,,,1\nbeyond,Beyond the paper: same,share,0,,,1\n",
+        dates[1],
+    )
     (studies / "s.json").write_text(json.dumps({"runs": [{"commit": first}], "rows": []}))
     full = tmp_path / "data" / "results" / "full"
     full.mkdir()
@@ -300,6 +311,8 @@ def test_bounds_are_dated_by_the_commit_that_set_them(tmp_path):
         "claims": {
             "moved": {"commit": second, "date": dates[1]},
             "kept": {"commit": first, "date": dates[0]},
+            "other": {"commit": second, "date": dates[1]},
+            "beyond": {"commit": second, "date": dates[1]},
         },
         "older_records": {second: [first], first: []},
         "runs": {"01_before": first, "02_after": second},
@@ -311,7 +324,7 @@ def test_bounds_are_dated_by_the_commit_that_set_them(tmp_path):
     assert bounds(tmp_path)["older_records"][first] == ["0" * 9], "no history shows it later"
     with (tmp_path / "data" / "paper_claims.csv").open("a") as file:
         file.write("new,Not committed,share,,,,\n")
-    assert set(bounds(tmp_path)["claims"]) == {"moved", "kept"}
+    assert set(bounds(tmp_path)["claims"]) == {"moved", "kept", "other", "beyond"}
 
 
 def test_a_shortened_or_missing_history_is_refused(tmp_path):
