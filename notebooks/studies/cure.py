@@ -4,13 +4,12 @@
 
 Writes data/results/studies/cure.json. Random and subspace initialisation under Adam and SparseAdam
 at an attention output in the middle of the model, with 8,192 features, and with 4,096 features in
-half as many tokens, there also at a late attention output. With 4,096 features and in the middle,
-also both initialisations under Adam without momentum (β₁ = 0), random ones under SparseAdam with
-β₁ = 0.5, and rows at whitened data points. Each condition is trained at four learning rates a
-factor of two apart, and further where the best is at an edge; the four in the middle of the model
-with three seeds at every rate, the others at the rates that fit as well as their best. All but the
-whitened have three seeds also at the two rates that are best for the two initialisations under
-Adam.
+half as many tokens. With 4,096 features also both initialisations under Adam without momentum
+(β₁ = 0), random ones under SparseAdam with β₁ = 0.5, and rows at whitened data points. Each
+condition is trained at four learning rates a factor of two apart, and further where the best is at
+an edge; those two by two with three seeds at every rate, the others at the rates that fit as well
+as their best. All but the whitened have three seeds also at the two rates that are best for the two
+initialisations under Adam. quality.py has a first and a late attention output.
 """
 
 from dataclasses import replace
@@ -18,19 +17,19 @@ from typing import Any
 
 from protocol import SMALL, Trial, recorded, run, sweep, trial_of
 
-MIDDLE, LATE = "blocks.12.hook_attn_out", "blocks.21.hook_attn_out"
+MIDDLE = "blocks.12.hook_attn_out"
 
 
-def four(hook_name: str, **size: Any) -> list[Trial]:
+def four(**size: Any) -> list[Trial]:
     """Two initialisations under two optimizers."""
     return [
-        Trial(hook_name, start, optimizer, **size)
+        Trial(MIDDLE, start, optimizer, **size)
         for optimizer in ("adam", "sparse_adam")
         for start in ("random", "subspace")
     ]
 
 
-def study(conditions: list[Trial], whole: int = 0) -> None:
+def study(conditions: list[Trial], whole: int) -> None:
     """Sweep the conditions, and train all at the rates that are best for the first two of them; the
     first `whole` of them with three seeds at every rate."""
     best = sweep("cure", conditions)
@@ -52,7 +51,6 @@ WHITENED = [
 ]
 
 if __name__ == "__main__":
-    study(four(MIDDLE), whole=4)
-    study([*four(MIDDLE, **SMALL), *MOMENTA], whole=4)
-    study(four(LATE, **SMALL))
+    study(four(), whole=4)
+    study([*four(**SMALL), *MOMENTA], whole=4)
     sweep("cure", WHITENED)

@@ -1,8 +1,8 @@
-"""Dead features and FVU by the dimension of the initial subspace, at five hook points.
+"""Dead features and FVU by the dimension of the initial subspace, at three attention outputs.
 
     python notebooks/studies/subspace_size.py
 
-Writes data/results/studies/subspace_size.json. 4,096 features; at each hook point the learning rate
+Writes data/results/studies/subspace_size.json. 4,096 features; at each of them the learning rate
 is the one that fits best with a random initialisation, of four or more. Eight dimensions, from 0.02
 to 1 of the width, and "auto"; one seed, three at the attention output in the middle of the model.
 `d_init_share` is the dimension as a share of the width.
@@ -20,13 +20,7 @@ import saesub
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 WIDTH = 576
 ATTENTION = "blocks.12.hook_attn_out"
-PLACES = [
-    ATTENTION,
-    "blocks.21.hook_attn_out",
-    "blocks.6.hook_attn_out",
-    "blocks.12.hook_mlp_out",
-    "blocks.12.hook_resid_post",
-]
+PLACES = [ATTENTION, "blocks.21.hook_attn_out", "blocks.6.hook_attn_out"]
 
 
 def with_dimension(trial: Trial) -> dict[str, Any]:
