@@ -278,7 +278,7 @@ SUMMARY = (
     ),
     Finding(
         "The output projection W_O lowers the rank",
-        "rank of the heads' output z minus that of z W_O, shares of the width",
+        "rank of the heads' output z minus that of z W_O, of which any matrix makes most",
         ("F4.z_rank_gap",),
         ("F4",),
     ),
