@@ -296,7 +296,7 @@ SUMMARY = (
         joined_by=" → ",
     ),
     Finding(
-        "Wider dictionaries lose more features; ASI and SparseAdam together save nearly all",
+        "Wider dictionaries lose more features; ASI with SparseAdam saves nearly all",
         "share dead",
         ("F9.best",),
         ("F8", "F9"),
@@ -320,7 +320,7 @@ def summary_table(rows: Iterable[dict]) -> str:
     lines = [
         f"Of the paper's {len(judged)} findings: {told}.",
         "",
-        "| Paper's claim | Its value | Here | Mixed or fails (in how many regimes) | Verdict |",
+        "| Paper's claim | Its value | Here | Mixed or fails (regimes) | Verdict |",
         "|---" * 5 + "|",
     ]
     for finding in SUMMARY:
@@ -389,10 +389,10 @@ def _values(rows: Sequence[dict], joined_by: str) -> str:
     if not by_regime:
         return "not measured"
     lines: list[str] = []
-    told = {"SmolLM2-135M", "smollm2-135m"}  # the model unless another is named
+    told = {MODEL, MODEL.lower()}
     for of in by_regime.values():
         parts = " and ".join(dict.fromkeys(row["regime"] or row["n"] for row in of)).split(", ")
-        new = ", ".join(part for part in parts if part not in told)
+        new = ", ".join(part.removeprefix(f"{MODEL} on ") for part in parts if part not in told)
         lines.append(f"{joined_by.join(map(_value, of))} ({claims_table.markdown_text(new)})")
         told |= set(parts)
     more = [f"and {len(lines) - 2} more"] if len(lines) > 2 else []
@@ -405,6 +405,7 @@ def _value(row: dict) -> str:
     return f"{row['value']:.3g}"
 
 
+MODEL = "SmolLM2-135M"  # unless the README names another
 _ALIKE = 4  # words with which claims begin alike
 _ASI = re.compile(
     r"Subspace initialisation under Adam|[Ss]ubspace initialisation|The initialisation"
@@ -525,16 +526,23 @@ def cost_table(records: dict, registry: dict) -> str:
         seconds = sum(recorded["seconds"] for recorded in record.values())
         peaks = [r["peak_memory"]["cpu"] for r in record.values() if "cpu" in r["peak_memory"]]
         facts = [fact for r in record.values() for fact in r["run"] if "cores" in fact]
-        machines = sorted({re.sub(r" \(family[^)]*\)|\(R\)|, \d+ threads?$", "", f) for f in facts})
+        found = [re.sub(r" \(family[^)]*\)|\(R\)|, \d+ threads?$", "", fact) for fact in facts]
+        machines, cores = (sorted({*of}) for of in zip(*map(_machine, found), strict=True))
         cells = (
             f"`{COMMANDS[profile]}`",
             _time(seconds),
             memory_text({"cpu": max(peaks)}) if peaks else "not recorded",
             f"{_fetched(profile, registry) / 1e9:.1f} GB",
-            "; ".join(machines),
+            f"{' or '.join(machines)}, {' or '.join(cores)} cores",
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _machine(fact: str) -> tuple[str, str]:
+    """The processor and its number of cores."""
+    name, _, cores = fact.removesuffix(" cores").rpartition(", ")
+    return name, cores
 
 
 def _fetched(profile: str, registry: dict) -> int:
