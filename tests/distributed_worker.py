@@ -63,7 +63,7 @@ class Case:
     dtype: str = "float64"
     k: int = 16
     aux: float = 0.0
-    steps: int = 200
+    steps: int = 100
 
     def __str__(self) -> str:
         name = f"{self.mode}-{self.optimizer}-{self.backend}-{self.dtype}-k{self.k}-{self.steps}"

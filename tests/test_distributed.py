@@ -1,6 +1,6 @@
 """Several processes, over gloo, on real activations: they give what one process gives.
 
-Runs of 200 steps are in float64. In float32 too the weights differ by rounding alone, until at some
+Runs of 100 steps are in float64. In float32 too the weights differ by rounding alone, until at some
 step a feature that barely enters a selection in one run misses it in the other, and from there on
 by much more; so the compiled step, which has no float64, is held to 40 steps.
 """

@@ -152,7 +152,7 @@ def test_a_claim_that_holds_in_one_regime_and_fails_in_another_is_named_and_both
     assert here == "10 % → 0.5 % (layer 12, narrow, Adam)<br>50 % → 25 % (wide)"
     more = [row | {"regime": f"layer 12, {n}, Adam"} for n in (1, 2) for row in rows[:2]]
     assert _line(rows + more, "ASI saves features")[1] == f"{here}<br>and 2 more"
-    name = "Initialised in the active subspace, hardly any feature dies"
+    name = "With ASI hardly any feature dies"
     assert against == f"✘ *{name}* (1 of 2)"
     assert verdict.startswith("F6 mixed: 2 ✔, 1 ↗, 1 ✘, ")
     page = publish["claims_page"]({"full": {"05_x": {"claims": rows}}}, BOUNDS)
@@ -163,7 +163,7 @@ def test_a_claim_that_holds_in_one_regime_and_fails_in_another_is_named_and_both
 
 def test_where_one_regime_was_measured_the_summary_names_it():
     rows = _measured(("F9.best", 0.001), n="3 seeds", regime="layers <12|>")
-    title = "Wider dictionaries lose more features; ASI and SparseAdam together save nearly all"
+    title = "Wider dictionaries lose more features; ASI with SparseAdam saves nearly all"
     assert _line(rows, title)[1] == "0.1 % (layers &lt;12\\|&gt;)"
     rows = _measured(("F9.best", 0.001), n="3 seeds")
     assert _line(rows, title)[1] == "0.1 % (3 seeds)"
@@ -190,7 +190,7 @@ def test_claims_of_the_summary_that_begin_alike_stand_in_one_line():
     *_, against, _ = _line(rows, "ASI works for other dictionaries; its features are as good")
     first, second = against.split("<br>")
     assert first == (
-        "*ASI carries over to* ✘ *ReLU SAEs with an L1 penalty*, ✘ *transcoders* (1 of 2)"
+        "*ASI carries over to* ✘ *ReLU SAEs with an L1 penalty*, ✘ *L1 transcoders* (1 of 2)"
     )
     assert second.startswith("✘ *Another seed")
 

@@ -74,7 +74,7 @@ def test_all_widths_are_judged_on_the_tokens_of_the_widest(monkeypatch):
     import cure
     import width
 
-    widest = cure.four(cure.MIDDLE)[0]
+    widest = cure.four()[0]
     for trial in (*width.CONDITIONS, *width.LONG, width.STILL):
         assert (trial.n_stored, trial.n_judged) == (widest.n_stored, widest.n_judged)
     assert {trial.n_train for trial in width.LONG} == {widest.n_train}
