@@ -278,7 +278,7 @@ SUMMARY = (
     ),
     Finding(
         "The output projection W_O lowers the rank",
-        "rank of the heads' output z minus that of z W_O, of which any matrix makes most",
+        "rank of heads' output z minus z W_O's; a Gaussian matrix makes most of it",
         ("F4.z_rank_gap",),
         ("F4",),
     ),
@@ -389,10 +389,10 @@ def _values(rows: Sequence[dict], joined_by: str) -> str:
     if not by_regime:
         return "not measured"
     lines: list[str] = []
-    told = {MODEL, MODEL.lower()}
+    told = {_MODEL, _MODEL.lower()}
     for of in by_regime.values():
         parts = " and ".join(dict.fromkeys(row["regime"] or row["n"] for row in of)).split(", ")
-        new = ", ".join(part.removeprefix(f"{MODEL} on ") for part in parts if part not in told)
+        new = ", ".join(part.removeprefix(f"{_MODEL} on ") for part in parts if part not in told)
         lines.append(f"{joined_by.join(map(_value, of))} ({claims_table.markdown_text(new)})")
         told |= set(parts)
     more = [f"and {len(lines) - 2} more"] if len(lines) > 2 else []
@@ -405,7 +405,7 @@ def _value(row: dict) -> str:
     return f"{row['value']:.3g}"
 
 
-MODEL = "SmolLM2-135M"  # unless the README names another
+_MODEL = "SmolLM2-135M"  # unless the README names another
 _ALIKE = 4  # words with which claims begin alike
 _ASI = re.compile(
     r"Subspace initialisation under Adam|[Ss]ubspace initialisation|The initialisation"
@@ -526,23 +526,24 @@ def cost_table(records: dict, registry: dict) -> str:
         seconds = sum(recorded["seconds"] for recorded in record.values())
         peaks = [r["peak_memory"]["cpu"] for r in record.values() if "cpu" in r["peak_memory"]]
         facts = [fact for r in record.values() for fact in r["run"] if "cores" in fact]
-        found = [re.sub(r" \(family[^)]*\)|\(R\)|, \d+ threads?$", "", fact) for fact in facts]
-        machines, cores = (sorted({*of}) for of in zip(*map(_machine, found), strict=True))
+        machines = sorted({re.sub(r" \(family[^)]*\)|\(R\)|, \d+ threads?$", "", f) for f in facts})
         cells = (
             f"`{COMMANDS[profile]}`",
             _time(seconds),
             memory_text({"cpu": max(peaks)}) if peaks else "not recorded",
             f"{_fetched(profile, registry) / 1e9:.1f} GB",
-            f"{' or '.join(machines)}, {' or '.join(cores)} cores",
+            _machines(machines),
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _machine(fact: str) -> tuple[str, str]:
-    """The processor and its number of cores."""
-    name, _, cores = fact.removesuffix(" cores").rpartition(", ")
-    return name, cores
+def _machines(found: Sequence[str]) -> str:
+    """Processors with their cores, which are named once where all have as many."""
+    cores = {name.rpartition(", ")[2] for name in found}
+    if len(cores) != 1:
+        return "; ".join(found)
+    return " or ".join(name.rpartition(", ")[0] for name in found) + f", {cores.pop()}"
 
 
 def _fetched(profile: str, registry: dict) -> int:

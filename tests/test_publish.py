@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import runpy
 import subprocess
 from pathlib import Path
@@ -442,6 +443,24 @@ def test_the_cost_is_summed_over_the_recorded_runs():
     assert whole == (
         "| `PROFILE=full make reproduce` | 1 h 11 min | 3.0 GB | 4.0 GB | EPYC, 2 cores |"
     )
+
+
+def test_processors_share_the_name_of_their_cores_only_if_they_have_as_many():
+    of = publish["_machines"]
+    assert of(["A, 2 cores", "B, C, 2 cores"]) == "A or B, C, 2 cores"
+    assert of(["A, 2 cores", "B, 16 cores"]) == "A, 2 cores; B, 16 cores"
+    assert of([]) == ""
+
+
+def test_a_gaussian_matrix_makes_most_of_the_fall_as_the_readme_says():
+    (note,) = {
+        row["note"]
+        for recorded in FULL.values()
+        for row in recorded["claims"]
+        if row["id"] == "F4.below_gaussian"
+    }
+    (share,) = re.findall(r"makes (\d+)% of the fall", note)
+    assert 50 < int(share) < 100
 
 
 def test_the_download_counts_every_packaged_file_that_a_notebook_names():

@@ -7,9 +7,10 @@ at an attention output in the middle of the model, with 8,192 features, and with
 half as many tokens. With 4,096 features also both initialisations under Adam without momentum
 (β₁ = 0), random ones under SparseAdam with β₁ = 0.5, and rows at whitened data points. Each
 condition is trained at four learning rates a factor of two apart, and further where the best is at
-an edge; those two by two with three seeds at every rate, the others at the rates that fit as well
-as their best. All but the whitened have three seeds also at the two rates that are best for the two
-initialisations under Adam. quality.py has a first and a late attention output.
+an edge. The two initialisations under the two optimizers have three seeds at every rate, the others
+at the rates that fit as well as their best. All but the whitened have three seeds also at the two
+rates that are best for the two initialisations under Adam. quality.py has a first and a late
+attention output.
 """
 
 from dataclasses import replace
