@@ -40,7 +40,7 @@ from saesub.training.trainer import SubspaceSAETrainer
 
 HOOKS = ("blocks.0.hook_attn_out", "blocks.1.hook_mlp_out")
 LIMIT = 600  # seconds, after which a job hangs
-PASS = {"n_tokens": 1200, "context_size": 32, "batch_size": 2, "progress": False}
+PASS = {"n_tokens": 480, "context_size": 32, "batch_size": 2, "progress": False}
 BATCH, STEPS = 64, 60
 CORPUS = load_corpus("wiki-en").select(range(200))
 MODEL = load_model("smollm2-135m", device="cpu")
@@ -109,7 +109,7 @@ def do_grow(folder: Path, tick: Tick) -> str:
     """Stores in the cache, of more and more tokens and hook points."""
     os.environ["SAESUB_CACHE"] = str(folder / "cache")
     count_passes(tick)
-    harvest(MODEL, CORPUS, HOOKS[:1], **PASS | {"n_tokens": 500})
+    harvest(MODEL, CORPUS, HOOKS[:1], **PASS | {"n_tokens": 200})
     stores = harvest(MODEL, CORPUS, HOOKS, **PASS)
     return sha(*(s.rows(0, s.n_tokens).numpy().tobytes() for s in stores.values()))
 
@@ -118,7 +118,7 @@ def do_cached(folder: Path, tick: Tick) -> str:
     """Spectra in the cache, of more and more tokens and hook points."""
     os.environ["SAESUB_CACHE"] = str(folder / "cache")
     count_passes(tick)
-    measure_spectra(MODEL, CORPUS, HOOKS[:1], cache=True, **PASS | {"n_tokens": 500})
+    measure_spectra(MODEL, CORPUS, HOOKS[:1], cache=True, **PASS | {"n_tokens": 200})
     found = measure_spectra(MODEL, CORPUS, HOOKS, cache=True, **PASS)
     parts = [t.numpy().tobytes() for s in found.values() for t in (s.mean, s.covariance)]
     return sha(*parts, repr([s.mean_norm for s in found.values()]).encode())
