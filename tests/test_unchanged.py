@@ -138,8 +138,10 @@ def snapshot(sae: SAE[Any]) -> dict[str, Any]:
 
     def frozen(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            facts = value.dtype, value.device, value.stride(), value.requires_grad, value.data_ptr()
-            return *facts, frozen(value.grad) if value.is_leaf else None, value.tolist(), id(value)
+            facts = value.dtype, value.device, value.requires_grad, value.data_ptr(), id(value)
+            bits = value.detach().flatten().view(torch.uint8).numpy().tobytes()
+            grad = frozen(value.grad) if value.is_leaf else None
+            return *facts, value.shape, value.stride(), grad, bits
         if isinstance(value, nn.Module):
             return id(value), {name: frozen(v) for name, v in vars(value).items()}
         if isinstance(value, dict):
