@@ -24,6 +24,7 @@ import torch
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
 from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from saesub.activations import forward_pass
 from saesub.activations.collect import harvest, measure_spectra
@@ -32,7 +33,7 @@ from saesub.loading import download as fetching
 from saesub.loading import models
 from saesub.loading.corpora import load_corpus
 from saesub.loading.models import load_model
-from saesub.loading.registry import read_registry
+from saesub.loading.registry import packaged, read_registry
 from saesub.paths import cache_dir
 from saesub.reproduce import runner
 from saesub.training import comparison
@@ -43,7 +44,15 @@ LIMIT = 600  # seconds, after which a job hangs
 PASS = {"n_tokens": 480, "context_size": 32, "batch_size": 2, "progress": False}
 BATCH, STEPS = 64, 60
 CORPUS = load_corpus("wiki-en").select(range(200))
-MODEL = load_model("smollm2-135m", device="cpu")
+FIRST = {"num_hidden_layers": 2}  # of the model's 30: those that the hook points need
+MODEL_FOLDER = models._converted(packaged()["smollm2-135m"])
+MODEL = load_model(
+    (
+        AutoModelForCausalLM.from_pretrained(MODEL_FOLDER, **FIRST),
+        AutoTokenizer.from_pretrained(MODEL_FOLDER),
+    ),
+    device="cpu",
+)
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 
 torch.set_num_threads(1)  # a fork inherits no other threads

@@ -37,6 +37,7 @@ _OF_NO_EFFECT = {
 }
 _PROBE = "It's 2026: Ça va? Ünïcode  FAST,\n\ttabs & NEWLINES… 12,345.67"  # for slow tokenizers
 _LIBRARIES = ("torch.", "transformers.", "transformer_lens.", "accelerate.")
+_EVERY_MODULES = frozenset(vars(nn.Module()))  # attributes
 
 
 def model_settings(model: TransformerBridge) -> dict[str, str]:
@@ -114,7 +115,7 @@ def _architecture(model: TransformerBridge) -> str:
 def _own_values(module: nn.Module) -> dict[str, str]:
     """What a module holds beside weights, and modules in it; of a library's module its numbers,
     texts and switches."""
-    held = {k: v for k, v in vars(module).items() if k not in vars(nn.Module())}
+    held = {k: v for k, v in vars(module).items() if k not in _EVERY_MODULES}
     if type(module).__module__.startswith("transformer_lens."):
         return {}  # of the bridge, which keeps count there
     if of_library(type(module)):
