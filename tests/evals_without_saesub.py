@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from without_saesub import hooked  # which hides saesub
 
-BATCHES, PROMPTS, CONTEXT = 2, 8, 64
+BATCHES, PROMPTS, CONTEXT = 2, 4, 64
 
 
 @torch.no_grad()
