@@ -39,7 +39,8 @@ def bounds(root: Path) -> dict[str, dict]:
     The measure is the claim's text after its title; a title can be reworded, but not moved to or
     from those beyond the paper. A claim whose row is not committed is left out. `older_records`
     has, by such a commit, the records whose commits lack it. `runs` has the commit of each
-    notebook's recorded run. Commits are cut to `SHORT` digits.
+    notebook's recorded run, and `first_runs` by claim id that of the first run that gave it a
+    value: who runs a notebook again has seen it. Commits are cut to `SHORT` digits.
 
     Raises `SaesubError` if git has no history there, or a shortened one.
     """
@@ -50,7 +51,8 @@ def bounds(root: Path) -> dict[str, dict]:
     runs = _runs(root, json.loads(run.read_text())) if run.is_file() else {}
     files = [*sorted((results / "studies").glob("*.json")), *([run] if run.is_file() else [])]
     found = {commit for file in files for commit in _commits(json.loads(file.read_text()))}
-    records = sorted(found | set(runs.values()))
+    first_runs = _first_runs(root, run)
+    records = sorted(found | set(runs.values()) | set(first_runs.values()))
     set_by = _set_by(root)
     commits = list(dict.fromkeys(set_by.values()))
     dates = {commit: _git(root, "show", "-s", "--format=%cI", commit) for commit in commits}
@@ -64,6 +66,7 @@ def bounds(root: Path) -> dict[str, dict]:
             for commit in commits
         },
         "runs": {name: commit[:SHORT] for name, commit in runs.items()},
+        "first_runs": {claim: commit[:SHORT] for claim, commit in first_runs.items()},
     }
 
 
@@ -107,6 +110,26 @@ def _runs(root: Path, record: dict[str, dict]) -> dict[str, str]:
         before = f"--before={began.isoformat()}"
         if commit := _git(root, "rev-list", "-1", "--first-parent", before, "HEAD"):
             found[name] = commit
+    return found
+
+
+def _first_runs(root: Path, run: Path) -> dict[str, str]:
+    """For each claim that a notebook measured itself, the last commit before the first recorded run
+    that gave it a value."""
+    at = run.relative_to(root).as_posix()
+    commits = _git(root, "log", "--reverse", "--format=%H", "--", at).splitlines()
+    texts = [_run(root, "show", f"{commit}:{at}").stdout for commit in commits]
+    texts += [run.read_text()] if run.is_file() else []
+    found: dict[str, str] = {}
+    for record in (json.loads(text) for text in texts if text):
+        new = {
+            claim["id"]: name
+            for name, recorded in record.items()
+            for claim in recorded["claims"]
+            if claim["value"] is not None and not claim.get("record") and claim["id"] not in found
+        }
+        before = _runs(root, {name: record[name] for name in set(new.values())})
+        found |= {claim: before[name] for claim, name in new.items() if name in before}
     return found
 
 

@@ -361,7 +361,7 @@ def claims_page(records: dict, bounds: dict) -> str:
     `bounds` is what `bounds.py` found. A row without a commit has that of its notebook's run.
     """
     rows = [
-        row | {"record": row.get("record") or bounds["runs"].get(name, "")}
+        row | _record(row, bounds["runs"].get(name, ""), bounds)
         for name, recorded in records[SHOWN].items()
         for row in recorded["claims"]
     ]
@@ -369,12 +369,21 @@ def claims_page(records: dict, bounds: dict) -> str:
     return claims_table.ClaimsTable([_with_bound(row, bounds) for row in scored]).markdown()
 
 
+def _record(row: dict, run: str, bounds: dict) -> dict:
+    """The commit of the row's record, and that at which its value was first seen. For a row of the
+    notebook's own run, whose commit is `run`, that is the first run that measured the claim."""
+    if row.get("record"):
+        return {"record": row["record"], "seen": row["record"]}
+    return {"record": run, "seen": bounds["first_runs"].get(row["id"], run)}
+
+
 def _with_bound(row: dict, bounds: dict) -> dict:
     """The row with the commit of its bounds, and whether that is younger than its record."""
     if row["id"] not in bounds["claims"]:
         return row | {"bound": "not committed", "bound_is_younger": bool(row["record"])}
     commit = bounds["claims"][row["id"]]["commit"]
-    younger = row["record"][: claims_table.SHORT] in bounds["older_records"][commit]
+    seen = row.get("seen", "")[: claims_table.SHORT]
+    younger = seen in bounds["older_records"][commit]
     return row | {"bound": commit, "bound_is_younger": younger}
 
 

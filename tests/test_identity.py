@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -121,6 +123,40 @@ def test_numbers_of_a_librarys_modules_tell_models_apart(tmp_path: Path, texts: 
     harvest((tiny_gpt2(), tiny_tokenizer()), texts, [HOOK], tmp_path, **RUN)
     with pytest.raises(SaesubError, match="differs in architecture"):
         harvest((edited, tiny_tokenizer()), texts, [HOOK], tmp_path, **RUN)
+
+
+def _in_a_circle(scale: float) -> list[Any]:
+    held: list[Any] = [SimpleNamespace(scale=scale)]
+    held[0].back = held
+    return held
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        float,
+        complex,
+        str,
+        np.float32,
+        np.int64,
+        np.array,
+        lambda x: np.array([x, None], object),
+        lambda x: {x},
+        lambda x: SimpleNamespace(inner=SimpleNamespace(scale=x)),
+        _in_a_circle,
+        lambda x: str(x).encode(),
+        lambda x: [{"a": (np.float16(x),)}],
+        torch.tensor,
+    ],
+)
+def test_whatever_number_a_users_module_holds_tells_models_apart(kind: Any) -> None:
+    def settings(scale: float) -> dict[str, str]:
+        model, tokenizer = _adapted(1.0)
+        model.transformer.h[0].mlp.c_proj.scaling = kind(scale)
+        return model_settings(load_model((model, tokenizer)))
+
+    assert settings(1.0) == settings(1.0)
+    assert settings(1.0)["architecture"] != settings(4.0)["architecture"]
 
 
 def test_a_forward_replaced_for_a_whole_class_is_a_hook(

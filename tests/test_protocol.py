@@ -206,6 +206,38 @@ def test_a_condition_without_its_baseline_and_too_few_seeds_are_refused():
         protocol.paired({0: 1.0, 1: 1.0}, {0: 1.0, 1: 1.0})
     with pytest.raises(SaesubError, match="measure at least three"):
         protocol.interval([1.0, 2.0])
+    with pytest.raises(SaesubError, match=r"seeds \[0, 'a'\] have a condition without"):
+        protocol.paired({"a": 1.0, 1: 1.0}, {0: 1.0, 1: 1.0})
+    with pytest.raises(SaesubError, match='choose "difference" or "ratio"'):
+        protocol.paired({0: 1.0}, {0: 1.0}, "Difference")
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_measures_that_are_no_numbers_give_no_interval(bad):
+    """A ratio that says nothing is another thing than one that was not measured."""
+    three = {0: 1.0, 1: 1.0, 2: 1.0}
+    for how in ("difference", "ratio"):
+        for pair in ((three | {1: bad}, three), (three, three | {1: bad})):
+            with pytest.raises(SaesubError, match="1 of 6 measures are NaN or infinite"):
+                protocol.paired(*pair, how)
+    with pytest.raises(SaesubError, match="1 of 3 measures"):
+        protocol.interval(value for value in (1.0, bad, 2.0))
+
+
+@pytest.mark.parametrize("rates", [(1e-3, math.nan), (1e-3, math.inf), (-1e-3, 1e-3), (0.0, 1.0)])
+def test_rates_that_are_none_are_refused(rates):
+    with pytest.raises(SaesubError, match="rise from above zero"):
+        protocol.Sweep(rates, (0.2, 0.2), (0.2, 0.2), (0.0, 0.0))
+
+
+def test_a_window_or_an_l0_of_no_active_feature_is_refused():
+    row = {"lr": 1.0, "seed": 0, "coefficient": 1.0, "validation_l0": 8.0, "validation_fvu": 0.2}
+    for l0 in (0, -1.0, math.nan, math.inf):
+        with pytest.raises(SaesubError, match="give a number of active features above zero"):
+            protocol.sweep_at_l0([row | {"fvu": 0.2, "dead_share": 0.0}], l0)
+    for sizes in ((8192, 0), (0, 32), (8192, math.nan)):
+        with pytest.raises(SaesubError, match="give numbers above zero"):
+            protocol.window_for(*sizes)
 
 
 def test_intervals_of_three_seeds_cover_the_truth_as_often_as_they_say():
@@ -232,6 +264,17 @@ def test_the_bootstrap_of_a_mean_is_that_of_theory_and_keeps_groups_whole():
         protocol.bootstrap(len, [1, 2])
     with pytest.raises(SaesubError, match=r"no value for \d+ of 100 resamples"):
         protocol.bootstrap(lambda drawn: 1.0 if 0 in drawn else math.nan, [0, 1, 2], n=100)
+    with pytest.raises(SaesubError, match=r"no value for [\d,]+ of 2,000 resamples"):
+        protocol.bootstrap(lambda drawn: float(np.mean(drawn)), [math.inf, 1, 2])
+    with pytest.raises(SaesubError, match="no value for the groups"):
+        protocol.bootstrap(lambda drawn: math.nan if len(set(drawn)) == 9 else 1.0, range(9), n=9)
+    with pytest.raises(SaesubError, match="give a list of groups"):
+        protocol.bootstrap(len, pd.DataFrame({"a": [1, 2, 3]}))
+    with pytest.raises(SaesubError, match="n must be a whole number"):
+        protocol.bootstrap(len, [1, 2, 3], n=0)
+    named = pd.Series([1.0, 2.0, 3.0], index=[0, 1, 5])
+    of_values = protocol.bootstrap(lambda drawn: float(np.mean(drawn)), named)
+    assert of_values == protocol.bootstrap(lambda drawn: float(np.mean(drawn)), [1.0, 2.0, 3.0])
 
 
 def test_planted_deaths_are_found_and_told_by_the_planted_subspace():

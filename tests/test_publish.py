@@ -225,6 +225,7 @@ def test_the_page_of_claims_shows_the_commits_of_bounds_and_records():
         "claims": {"F6.fvu": {"commit": "c" * 9, "date": ""}},
         "older_records": {"c" * 9: ["a" * 9]},
         "runs": {"05_x": "a" * 9},
+        "first_runs": {},
     }
     page = publish["claims_page"]({"full": {"05_x": {"claims": rows}}}, bounds)
     told = {
@@ -237,6 +238,11 @@ def test_the_page_of_claims_shows_the_commits_of_bounds_and_records():
     bounds["older_records"]["c" * 9] = []
     page = publish["claims_page"]({"full": {"05_x": {"claims": rows}}}, bounds)
     assert "<small>bound ccccccccc, record aaaaaaaaa</small>" in page
+    # Another run does not make the bound older than the value.
+    bounds["older_records"]["c" * 9] = ["d" * 9]
+    bounds["first_runs"] = {"F6.fvu": "d" * 9}
+    page = publish["claims_page"]({"full": {"05_x": {"claims": rows}}}, bounds)
+    assert "bound ccccccccc, record aaaaaaaaa; bound set after the record" in page
 
 
 def test_the_committed_bounds_are_of_known_claims_and_of_every_recorded_run():
@@ -296,13 +302,21 @@ def test_bounds_are_dated_by_the_commit_that_set_them(tmp_path):
     full = tmp_path / "data" / "results" / "full"
     full.mkdir()
     run = {
-        "01_before": {"run": ["2026-01-02 10:30 UTC"], "seconds": 3600, "claims": []},
+        "01_before": {
+            "run": ["2026-01-02 10:30 UTC"],
+            "seconds": 3600,
+            "claims": [{"id": "moved", "value": 1.0}, {"id": "kept", "value": None}],
+        },
         "02_after": {
             "run": ["2026-01-02 10:30 UTC"],
             "seconds": 60,
-            "claims": [{"record": second}],
+            "claims": [{"id": "other", "value": 1.0, "record": second}],
         },
-        "03_first": {"run": ["2026-01-01 10:30 UTC"], "seconds": 3600, "claims": [{"record": ""}]},
+        "03_first": {
+            "run": ["2026-01-01 10:30 UTC"],
+            "seconds": 3600,
+            "claims": [{"id": "beyond", "value": 1.0, "record": ""}],
+        },
     }
     (full / "run.json").write_text(json.dumps(run))
     bounds = publish["BOUNDS"]["bounds"]
@@ -317,9 +331,19 @@ def test_bounds_are_dated_by_the_commit_that_set_them(tmp_path):
         },
         "older_records": {second: [first], first: []},
         "runs": {"01_before": first, "02_after": second},
+        "first_runs": {"moved": first},
     }
     publish["BOUNDS"]["write_bounds"](tmp_path)
     assert json.loads((tmp_path / "data" / "results" / "bounds.json").read_text()) == found
+
+    # A later run of the same claim does not move its first; its own file is committed by now.
+    _git(tmp_path, "add", "data/results/full")
+    _git(tmp_path, "commit", "-q", "-m", "run", date=dates[1])
+    run["01_before"]["run"] = ["2026-01-03 10:30 UTC"]
+    (full / "run.json").write_text(json.dumps(run))
+    again = bounds(tmp_path)
+    assert again["runs"]["01_before"] not in (first, second)
+    assert again["first_runs"] == {"moved": first}
 
     (studies / "s.json").write_text(json.dumps({"commit": "0" * 40}))
     assert bounds(tmp_path)["older_records"][first] == ["0" * 9], "no history shows it later"

@@ -119,22 +119,36 @@ def _own_values(module: nn.Module) -> dict[str, str]:
     if type(module).__module__.startswith("transformer_lens."):
         return {}  # of the bridge, which keeps count there
     if of_library(type(module)):
-        plain = (bool, int, float, str)
+        plain = (bool, int, float, str, np.generic)
         held = {k: v for k, v in held.items() if isinstance(v, plain) and not k.endswith("_cached")}
     return {k: _described(v) for k, v in held.items()}
 
 
-def _described(value: Any) -> str:
-    """A text that two processes make alike: of objects without plain content, their class."""
+def _described(value: Any, around: tuple[int, ...] = ()) -> str:
+    """A text that two processes make alike: of functions, modules and the libraries' objects their
+    name. `around` has the ids of what holds the value, which may hold it in a circle."""
+    if isinstance(value, (str, int, float, complex, bool, type(None), np.generic)):
+        return repr(value)
+    if isinstance(value, bytes):
+        return hashlib.sha256(value).hexdigest()
     if isinstance(value, Tensor):
         return hashlib.sha256(_bytes_of(value)).hexdigest()
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        content = hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
+        return f"{value.dtype} {value.shape} {content}"
+    name = str(getattr(value, "__qualname__", type(value).__qualname__))
+    if id(value) in around:
+        return name
+    inside = partial(_described, around=(*around, id(value)))
     if isinstance(value, dict):
-        return str({str(k): _described(v) for k, v in value.items()})
-    if isinstance(value, (list, tuple)):
-        return str([_described(v) for v in value])
-    if isinstance(value, (str, int, float, bool, type(None))):
-        return repr(value)
-    return str(getattr(value, "__qualname__", type(value).__qualname__))
+        return str({str(k): inside(v) for k, v in value.items()})
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return str([inside(v) for v in value])
+    if isinstance(value, (set, frozenset)):
+        return str(sorted(inside(v) for v in value))
+    if callable(value) or of_library(type(value)) or not hasattr(value, "__dict__"):
+        return name  # a module is callable, and is met by itself
+    return f"{name} {inside(vars(value))}"
 
 
 def _tokenizer(tokenizer: Any, specials: ContextTokens) -> str:

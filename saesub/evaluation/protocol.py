@@ -35,9 +35,13 @@ def mean_firings(n_tokens: float, *, d_sae: int, l0: float) -> float:
 def window_for(d_sae: int, k: float) -> int:
     """Tokens over which a feature fires 1,000 times on average, at most ten million.
 
+    Raises SaesubError unless both numbers are above zero.
+
     >>> window_for(8192, 32)
     256000
     """
+    if not (d_sae > 0 and k > 0):
+        raise SaesubError(f"d_sae is {d_sae} and k is {k}: give numbers above zero")
     return min(math.ceil(FIRINGS_OF_A_WINDOW * d_sae / k), LONGEST_WINDOW)
 
 
@@ -85,8 +89,8 @@ class Sweep:
         validation_fvu: at each rate, on tokens that no reported number uses; it chooses the rate.
         fvu, dead: at each rate, on the tokens that are reported.
 
-    Raises SaesubError for rates that do not rise, measures that are not one for each rate, or one
-    that is NaN or infinite.
+    Raises SaesubError for rates that do not rise from above zero, measures that are not one for
+    each rate, or a number that is NaN or infinite.
     """
 
     rates: tuple[float, ...]
@@ -100,10 +104,11 @@ class Sweep:
             raise SaesubError(
                 "a sweep needs a validation FVU, an FVU and a share of dead features for each rate"
             )
-        if list(self.rates) != sorted(set(self.rates)):
+        rise = np.diff([0, *self.rates])
+        if not (np.isfinite(rise) & (rise > 0)).all():
             raise SaesubError(
-                f"the rates of a sweep rise, which {self.rates} do not: give them from the lowest "
-                "to the highest"
+                f"the rates of a sweep rise from above zero, which {self.rates} do not: give them "
+                "from the lowest to the highest"
             )
         measures = np.array([self.validation_fvu, self.fvu, self.dead])
         if len(bad := np.flatnonzero(~np.isfinite(measures).all(0))):
@@ -187,8 +192,11 @@ def sweep_at_l0(rows: Iterable[Mapping[str, Any]], l0: float) -> Sweep:
             moves the result by its difference from the lowest at the same coefficient.
         l0: active features a token.
 
-    Raises SaesubError as `sweep_of`, or where a seed has a coefficient that the lowest has not.
+    Raises SaesubError as `sweep_of`, where a seed has a coefficient that the lowest has not, or
+    unless `l0` is a number above zero.
     """
+    if not (math.isfinite(l0) and l0 > 0):
+        raise SaesubError(f"l0 is {l0}: give a number of active features above zero")
     by_rate = _by_rate(rows)
     for rate, of in by_rate.items():
         trained = [(row["seed"], row["coefficient"]) for row in of]
@@ -260,15 +268,17 @@ def paired(
         condition, baseline: seed -> measure. Seeds are pairs: the same batches in the same order.
         how: "ratio" is NaN where less than 2 % of a baseline is dead: it says nothing then.
 
-    Raises SaesubError for anything but mappings, a condition without its baseline, or fewer than
-    three pairs.
+    Raises SaesubError for anything but mappings, a condition without its baseline, fewer than
+    three pairs, a measure that is NaN or infinite, or another `how`.
     """
+    if how not in ("difference", "ratio"):
+        raise SaesubError(f'how is {how!r}: choose "difference" or "ratio"')
     if not (isinstance(condition, Mapping) and isinstance(baseline, Mapping)):
         raise SaesubError(
             "seeds are paired by number: give two mappings of seed to measure, such as a pandas "
             "Series' to_dict()"
         )
-    if missing := sorted(set(condition) ^ set(baseline)):
+    if missing := sorted(set(condition) ^ set(baseline), key=str):
         raise SaesubError(
             f"seeds {missing} have a condition without its baseline, or the reverse: train both"
         )
@@ -277,6 +287,7 @@ def paired(
             f"{len(condition)} seeds give no interval: train at least three seeds of both"
         )
     pairs = [(condition[seed], baseline[seed]) for seed in sorted(condition)]
+    _require_finite([value for pair in pairs for value in pair])
     if how == "difference":
         values = [a - b for a, b in pairs]
     elif min(b for _, b in pairs) < _LEAST_BASELINE:
@@ -286,8 +297,13 @@ def paired(
     return interval(values)
 
 
-def interval(values: Sequence[float]) -> Interval:
-    """Mean and Student's 95 % interval of independent values. Raises SaesubError below three."""
+def interval(values: Iterable[float]) -> Interval:
+    """Mean and Student's 95 % interval of independent values.
+
+    Raises SaesubError below three, or for one that is NaN or infinite.
+    """
+    values = list(values)
+    _require_finite(values)
     if len(values) < 3:
         raise SaesubError(f"{len(values)} values give no interval: measure at least three")
     mean, n = float(np.mean(values)), len(values)
@@ -295,8 +311,16 @@ def interval(values: Sequence[float]) -> Interval:
     return Interval(mean, mean - reach, mean + reach, n)
 
 
+def _require_finite(values: Sequence[float]) -> None:
+    if bad := [value for value in values if not math.isfinite(value)]:
+        raise SaesubError(
+            f"{len(bad)} of {len(values)} measures are NaN or infinite: leave out a rate at which "
+            "training diverges, or measure them again"
+        )
+
+
 def bootstrap(
-    statistic: Callable[[list[Any]], float], groups: Sequence[Any], *, n: int = 2000, seed: int = 0
+    statistic: Callable[[list[Any]], float], groups: Iterable[Any], *, n: int = 2000, seed: int = 0
 ) -> Interval:
     """A statistic of groups with the 95 % interval over resampled groups, each drawn whole.
 
@@ -306,17 +330,24 @@ def bootstrap(
         n: resamples.
         seed: of the draws.
 
-    Raises SaesubError below three groups, or where the statistic is NaN for some of the draws: the
-    interval would be that of the others.
+    Raises SaesubError below three groups, for a table, whose groups it cannot know, or where the
+    statistic is NaN or infinite for the groups or some of the draws: the interval would be that of
+    the others.
     """
+    if isinstance(groups, Mapping) or hasattr(groups, "columns"):
+        raise SaesubError("a table does not say what its groups are: give a list of groups")
+    groups, n = list(groups), whole_number(n, "n")
     if len(groups) < 3:
         raise SaesubError(f"{len(groups)} groups give no interval: measure at least three")
+    value = statistic(groups)
     draws = np.random.default_rng(seed).integers(len(groups), size=(n, len(groups)))
     values = [statistic([groups[i] for i in draw]) for draw in draws]
-    if nothing := int(np.isnan(values).sum()):
+    nothing = int((~np.isfinite(values)).sum())
+    if nothing or not math.isfinite(value):
+        where = f"{nothing:,} of {n:,} resamples of the groups" if nothing else "the groups"
         raise SaesubError(
-            f"the statistic has no value for {nothing:,} of {n:,} resamples of the groups: take a "
-            "statistic that each group has, or state no interval"
+            f"the statistic has no value for {where}: take a statistic that each group has, or "
+            "state no interval"
         )
     low, high = np.quantile(values, [0.025, 0.975])
-    return Interval(statistic(list(groups)), float(low), float(high), len(groups))
+    return Interval(float(value), float(low), float(high), len(groups))
