@@ -284,7 +284,7 @@ SUMMARY = (
     ),
     Finding(
         "Features die where the rank is low",
-        "rank correlation of the two over SAEs",
+        "rank correlation of the two over all sites",
         ("F5.correlation",),
         ("F5",),
     ),
@@ -487,7 +487,7 @@ def figure_caption(rows: pd.DataFrame) -> str:
     return (
         f"*TopK SAEs of {d_sae:,} features (k {k}) at the attention output of SmolLM2-135M's layer "
         f"{SHOWN_HOOK.split('.')[1]}, {n_train:,} tokens, "
-        f"{rows['seed'].nunique()} seeds. Left and low is better. "
+        f"{rows['seed'].nunique()} seeds, no AuxK. Left and low is better. "
         f"Dead: silent over {window:,} held-out tokens, in which a feature fires "
         f"{window * k / d_sae:,.0f} times on average. Dead at the rates that fit best or "
         f"less than 1 % worse: {told}. Where ASI fits only as well as random at its best, it "
