@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -141,9 +142,11 @@ def snapshot(sae: SAE[Any]) -> dict[str, Any]:
             facts = value.dtype, value.device, value.requires_grad, value.data_ptr(), id(value)
             bits = value.detach().flatten().view(torch.uint8).numpy().tobytes()
             grad = frozen(value.grad) if value.is_leaf else None
-            return *facts, value.shape, value.stride(), grad, bits
+            hooks = value._backward_hooks, getattr(value, "_post_accumulate_grad_hooks", None)
+            held = [*map(frozen, hooks), type(value), frozen(vars(value))]
+            return *facts, value.shape, value.stride(), grad, bits, *held
         if isinstance(value, nn.Module):
-            return id(value), {name: frozen(v) for name, v in vars(value).items()}
+            return id(value), type(value), {name: frozen(v) for name, v in vars(value).items()}
         if isinstance(value, dict):
             return [(name, frozen(v)) for name, v in value.items()]
         if isinstance(value, (list, tuple)):
@@ -154,6 +157,7 @@ def snapshot(sae: SAE[Any]) -> dict[str, Any]:
     modules = {name: frozen(m) for name, m in sae.named_modules() if m is not sae}
     hooks = {name: frozen(vars(point)) for name, point in sae.hook_dict.items()}
     own = {name: frozen(v) for name, v in vars(sae).items() if name != "mod_dict"}
+    own["class"] = type(sae)
     return {
         "cfg": repr(cfg),
         "metadata": repr(list(vars(sae.cfg.metadata).items())),
@@ -170,6 +174,29 @@ def check(sae: SAE[Any], evaluate: Any) -> None:
     after = snapshot(sae)
     for part in before:
         assert after[part] == before[part], part
+
+
+CHANGES: dict[str, Callable[[SAE[Any]], Any]] = {
+    "value": lambda sae: sae.W_dec.data[3, 5].neg_(),
+    "sign of zero": lambda sae: sae.b_dec.data[:1].neg_(),
+    "strides": lambda sae: setattr(sae.W_enc, "data", sae.W_enc.data.contiguous()),
+    "frozen": lambda sae: sae.b_dec.requires_grad_(True),
+    "gradient": lambda sae: sae.W_dec.grad.neg_(),  # pyright: ignore
+    "hook of a weight": lambda sae: sae.W_dec.register_hook(lambda grad: grad),
+    "hook of its gradient": lambda sae: sae.W_dec.register_post_accumulate_grad_hook(print),
+    "note on a weight": lambda sae: setattr(sae.W_dec, "note", 1),
+    "class": lambda sae: setattr(sae, "__class__", type("Other", (type(sae),), {})),
+    "training": lambda sae: sae.train(not sae.training),
+    "config": lambda sae: setattr(sae.cfg, "dtype", "float64"),
+    "metadata": lambda sae: setattr(sae.cfg.metadata, "hook_name", "another"),
+    "hook point": lambda sae: sae.hook_sae_acts_pre.add_hook(lambda x, hook: x),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_every_kind_of_change_is_seen(change: str) -> None:
+    with pytest.raises(AssertionError):
+        check(prepared("training"), CHANGES[change])
 
 
 @pytest.mark.parametrize("kind", SAES)
