@@ -7,6 +7,7 @@ line of JSON on standard input asks for a job; a line on standard output says ho
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -54,6 +55,7 @@ MODEL = load_model(
     device="cpu",
 )
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
+FILE_CALLS = {"write", "flush", "close"}
 
 torch.set_num_threads(1)  # a fork inherits no other threads
 
@@ -223,15 +225,28 @@ def child(job: str, folder: Path, kill_at_event: int | None, to_parent: int) -> 
         if ticks[0] == 1:
             os.write(to_parent, b"\n")
 
-    def listen(event: str, _: Any) -> None:
-        if ticks[0] and event in FILE_EVENTS:
-            events[0] += 1
-            if events[0] == kill_at_event:
-                os.kill(os.getpid(), signal.SIGKILL)
+    def count() -> None:
+        events[0] += bool(ticks[0])
+        if events[0] == kill_at_event:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    sys.addaudithook(listen)
+    def of_files(event: str, _: Any) -> None:
+        if event in FILE_EVENTS:
+            count()
+
+    def of_open_files(_: Any, event: str, called: Any) -> None:
+        """Before and after each write, which no audit event tells of."""
+        if event in ("c_call", "c_return") and called.__name__ in FILE_CALLS:
+            file = getattr(called, "__self__", None)
+            name = getattr(file, "name", None)  # none of a buffer in memory
+            if isinstance(file, io.IOBase) and name not in (None, "<stdout>", "<stderr>"):
+                count()
+
+    sys.addaudithook(of_files)
+    sys.setprofile(of_open_files)
     start = time.monotonic()
     result = JOBS[job](folder, tick)
+    sys.setprofile(None)
     seconds = time.monotonic() - start
     answer = {"result": result, "seconds": seconds, "events": events[0], "ticks": ticks[0]}
     os.write(to_parent, json.dumps(answer).encode())

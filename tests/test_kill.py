@@ -2,7 +2,7 @@
 run twice at the same time in one folder, as if it were alone there.
 
 Half of the kills come at a random time after a job is under way, half at a random one of its file
-operations (an open, a rename, a removal): the moments at which a file could be left torn.
+operations (an open, a write, a rename, a removal): the moments at which a file could be left torn.
 """
 
 from __future__ import annotations
@@ -76,6 +76,8 @@ def ask(folder: Path) -> Iterator[Ask]:
     assert process.stdout is not None
 
     def request(job: str, place: Path, *, at_once: int = 1, **kill: float) -> Any:
+        if job == "train" and not (folder / "whole-harvest").is_dir():
+            request("harvest", folder / "whole-harvest")
         if job == "fetch":
             place.mkdir(exist_ok=True)
             (place / "registry.toml").write_text((wheels / "registry.toml").read_text())
@@ -181,8 +183,6 @@ def test_two_at_once_convert_a_model_once(
 
 @pytest.mark.parametrize("job", ["fetch", "harvest", "grow", "cached", "spectra", "train"])
 def test_two_at_once_end_as_one_alone(ask: Ask, folder: Path, job: str, faults: Faults) -> None:
-    if job == "train" and not (folder / "whole-harvest").is_dir():
-        ask("harvest", folder / "whole-harvest")
     alone = ask(job, folder / f"alone-{job}")
     both = ask(job, folder / f"both-{job}", at_once=2)
     assert [answer["result"] for answer in both] == [alone["result"]] * 2
