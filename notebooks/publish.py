@@ -284,7 +284,7 @@ SUMMARY = (
     ),
     Finding(
         "Features die where the rank is low",
-        "rank correlation of the two over all sites",
+        "rank correlation of the two over all sites; without attention outputs no order is seen",
         ("F5.correlation",),
         ("F5",),
     ),
@@ -388,22 +388,27 @@ def _with_bound(row: dict, bounds: dict) -> dict:
 
 
 def _values(rows: Sequence[dict], joined_by: str) -> str:
-    """The values of the first two regimes, a line for each, with what its name says that the lines
-    above do not, and the number of the others. A notebook of an older record, which names none,
-    counts as one."""
+    """The first two values, a line for each, and the number of the others. A line has the regimes
+    with just this value, each with what its name says that those above do not. A notebook of an
+    older record, which names none, counts as one."""
     by_regime: dict[str, list[dict]] = {}
     for row in rows:
         if row["value"] is not None and not row.get("untested"):
             by_regime.setdefault(row["regime"] or row["notebook"], []).append(row)
     if not by_regime:
         return "not measured"
-    lines: list[str] = []
+    found: dict[tuple[float, ...], tuple[str, list[str]]] = {}
     told = {_MODEL, _MODEL.lower()}
     for of in by_regime.values():
         parts = " and ".join(dict.fromkeys(row["regime"] or row["n"] for row in of)).split(", ")
         new = ", ".join(part.removeprefix(f"{_MODEL} on ") for part in parts if part not in told)
-        lines.append(f"{joined_by.join(map(_value, of))} ({claims_table.markdown_text(new)})")
+        values = tuple(row["value"] for row in of)
+        found.setdefault(values, (joined_by.join(map(_value, of)), []))[1].append(new)
         told |= set(parts)
+    lines = [
+        f"{shown} ({claims_table.markdown_text('; '.join(names))})"
+        for shown, names in found.values()
+    ]
     more = [f"and {len(lines) - 2} more"] if len(lines) > 2 else []
     return "<br>".join(lines[:2] + more)
 

@@ -10,12 +10,15 @@ import subprocess
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
+from scipy.stats import spearmanr
 
 from saesub.errors import SaesubError
+from saesub.evaluation import protocol
 from saesub.reproduce import claims, claims_table, paper_claims, studies
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -152,6 +155,9 @@ def test_a_claim_that_holds_in_one_regime_and_fails_in_another_is_named_and_both
     assert paper == "87 % → < 1 %"
     assert here == "10 % → 0.5 % (layer 12, narrow, Adam)<br>50 % → 25 % (wide)"
     more = [row | {"regime": f"layer 12, {n}, Adam"} for n in (1, 2) for row in rows[:2]]
+    alike = "10 % → 0.5 % (layer 12, narrow, Adam; 1; 2)<br>50 % → 25 % (wide)"
+    assert _line(rows + more, "ASI saves features")[1] == alike
+    more = [row | {"value": row["value"] + i / 1000} for i, row in enumerate(more)]
     assert _line(rows + more, "ASI saves features")[1] == f"{here}<br>and 2 more"
     name = "With ASI hardly any feature dies"
     assert against == f"✘ *{name}* (1 of 2)"
@@ -485,6 +491,17 @@ def test_a_gaussian_matrix_makes_most_of_the_fall_as_the_readme_says():
     }
     (share,) = re.findall(r"makes (\d+)% of the fall", note)
     assert 50 < int(share) < 100
+
+
+def test_without_attention_outputs_no_order_is_seen_as_the_readme_says():
+    """No order of rank and dead features over layers, at the rate with three seeds."""
+    rows = studies.recorded("sites").rows
+    rows = rows[(rows["lr"] == rows["lr"].max()) & ~rows["hook_name"].str.endswith("attn_out")]
+    means = rows.groupby("hook_name")[["rank", "dead_share"]].mean()
+    layers = [of.to_numpy() for _, of in means.groupby(means.index.str.split(".").str[1])]
+    assert [len(of) for of in layers] == [2] * 10
+    found = protocol.bootstrap(lambda of: spearmanr(np.concatenate(of)).statistic, layers, n=500)
+    assert found.low < 0 < found.high
 
 
 def test_the_download_counts_every_packaged_file_that_a_notebook_names():
