@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial, reduce
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -125,6 +126,16 @@ def test_numbers_of_a_librarys_modules_tell_models_apart(tmp_path: Path, texts: 
         harvest((edited, tiny_tokenizer()), texts, [HOOK], tmp_path, **RUN)
 
 
+class Times:
+    """An activation function of the user's own."""
+
+    def __init__(self, by: float) -> None:
+        self.by = by
+
+    def __call__(self, x: Any) -> Any:
+        return self.by * x
+
+
 def _in_a_circle(scale: float) -> list[Any]:
     held: list[Any] = [SimpleNamespace(scale=scale)]
     held[0].back = held
@@ -144,6 +155,14 @@ def _in_a_circle(scale: float) -> list[Any]:
         lambda x: {x},
         lambda x: SimpleNamespace(inner=SimpleNamespace(scale=x)),
         _in_a_circle,
+        lambda x: reduce(lambda held, _: [held, held], range(60), [x]),
+        lambda x: partial(max, x),
+        lambda x: lambda y: x * y,
+        lambda x: lambda y, by=x: by * y,
+        lambda x: (lambda y: y) if x == 1 else (lambda y: 2 * y),
+        lambda x: Times(x),
+        lambda x: Times(x).__call__,
+        lambda x: [torch.nn.Embedding.from_pretrained(torch.tensor([[x]]))],  # no submodule
         lambda x: str(x).encode(),
         lambda x: [{"a": (np.float16(x),)}],
         torch.tensor,
@@ -157,6 +176,16 @@ def test_whatever_number_a_users_module_holds_tells_models_apart(kind: Any) -> N
 
     assert settings(1.0) == settings(1.0)
     assert settings(1.0)["architecture"] != settings(4.0)["architecture"]
+
+
+def test_which_of_two_equal_objects_is_held_again_counts() -> None:
+    def hashed(again: int) -> str:
+        model, tokenizer = _adapted(1.0)
+        two = [[1.0], [1.0]]
+        model.transformer.h[0].mlp.c_proj.scaling = [two, two[again]]
+        return model_settings(load_model((model, tokenizer)))["architecture"]
+
+    assert hashed(0) == hashed(0) != hashed(1)
 
 
 def test_a_forward_replaced_for_a_whole_class_is_a_hook(

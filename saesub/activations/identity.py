@@ -15,8 +15,9 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ _OF_NO_EFFECT = {
 _PROBE = "It's 2026: Ça va? Ünïcode  FAST,\n\ttabs & NEWLINES… 12,345.67"  # for slow tokenizers
 _LIBRARIES = ("torch.", "transformers.", "transformer_lens.", "accelerate.")
 _EVERY_MODULES = frozenset(vars(nn.Module()))  # attributes
+_Met = dict[int, tuple[int, Any]]  # by id: its number, and itself, lest the id return
 
 
 def model_settings(model: TransformerBridge) -> dict[str, str]:
@@ -108,25 +110,29 @@ def _architecture(model: TransformerBridge) -> str:
     parts = [{k: v for k, v in config.to_dict().items() if k not in _OF_NO_EFFECT}]
     parts += [{"compatibility_mode": model.compatibility_mode}]
     parts += [{name: type(part).__qualname__ for name, part in model.named_modules()}]
-    parts += [{name: _own_values(part) for name, part in model.original_model.named_modules()}]
+    modules = dict(model.original_model.named_modules())
+    met: _Met = {}
+    for part in (*modules.values(), *model.modules()):
+        met.setdefault(id(part), (len(met), part))
+    parts += [{name: _own_values(part, met) for name, part in modules.items()}]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _own_values(module: nn.Module) -> dict[str, str]:
+def _own_values(module: nn.Module, met: _Met) -> dict[str, str]:
     """What a module holds beside weights, and modules in it; of a library's module its numbers,
-    texts and switches."""
+    texts and switches. `met` has the model's modules, which are described by themselves."""
     held = {k: v for k, v in vars(module).items() if k not in _EVERY_MODULES}
     if type(module).__module__.startswith("transformer_lens."):
         return {}  # of the bridge, which keeps count there
     if of_library(type(module)):
         plain = (bool, int, float, str, np.generic)
         held = {k: v for k, v in held.items() if isinstance(v, plain) and not k.endswith("_cached")}
-    return {k: _described(v) for k, v in held.items()}
+    return {k: _described(v, met) for k, v in held.items()}
 
 
-def _described(value: Any, around: tuple[int, ...] = ()) -> str:
-    """A text that two processes make alike: of functions, modules and the libraries' objects their
-    name. `around` has the ids of what holds the value, which may hold it in a circle."""
+def _described(value: Any, met: _Met) -> str:
+    """A text that two processes make alike: of the libraries' functions and objects their name, of
+    all else what it holds, once: what was met before is told by its number."""
     if isinstance(value, (str, int, float, complex, bool, type(None), np.generic)):
         return repr(value)
     if isinstance(value, bytes):
@@ -137,18 +143,37 @@ def _described(value: Any, around: tuple[int, ...] = ()) -> str:
         content = hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
         return f"{value.dtype} {value.shape} {content}"
     name = str(getattr(value, "__qualname__", type(value).__qualname__))
-    if id(value) in around:
-        return name
-    inside = partial(_described, around=(*around, id(value)))
+    if id(value) in met:
+        return f"{name} {met[id(value)][0]}"
+    if not isinstance(value, (tuple, frozenset, CodeType)):  # those that processes share or not
+        met[id(value)] = len(met), value
     if isinstance(value, dict):
-        return str({str(k): inside(v) for k, v in value.items()})
-    if isinstance(value, (list, tuple, np.ndarray)):
-        return str([inside(v) for v in value])
-    if isinstance(value, (set, frozenset)):
-        return str(sorted(inside(v) for v in value))
-    if callable(value) or of_library(type(value)) or not hasattr(value, "__dict__"):
-        return name  # a module is callable, and is met by itself
-    return f"{name} {inside(vars(value))}"
+        parts = [part for k, v in value.items() for part in (str(k), _described(v, met))]
+    elif isinstance(value, (list, tuple, np.ndarray)):
+        parts = [_described(v, met) for v in value]
+    elif isinstance(value, (set, frozenset)):
+        parts = sorted(_described(v, met) for v in value)
+    else:
+        parts = [_described(v, met) for v in _held(value)]
+    return hashlib.sha256(json.dumps([name, *parts]).encode()).hexdigest()
+
+
+def _held(value: Any) -> Sequence[Any]:
+    """What decides how a function or an object acts; nothing where its name says it."""
+    if isinstance(value, partial):
+        return value.func, value.args, value.keywords
+    if isinstance(value, MethodType):
+        return value.__func__, value.__self__
+    if isinstance(value, CodeType):
+        return value.co_code, value.co_consts, value.co_names
+    if isinstance(value, nn.Module):  # no submodule, or it were among those met
+        return [vars(value)]
+    if isinstance(value, type) or of_library(value) or of_library(type(value)):
+        return ()
+    if isinstance(value, FunctionType):
+        cells = [c.cell_contents for c in value.__closure__ or () if c != CellType()]
+        return value.__code__, value.__defaults__, value.__kwdefaults__, cells
+    return [vars(value)] if hasattr(value, "__dict__") else ()
 
 
 def _tokenizer(tokenizer: Any, specials: ContextTokens) -> str:
