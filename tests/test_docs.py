@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from test_kill import AT_ONCE, KILLS
 
 import saesub
 
@@ -80,3 +82,23 @@ def test_the_readmes_example_runs():
     active = spectrum.basis(sae.cfg.metadata.subspace_init["d_init"])
     assert active.shape[1] < spectrum.d
     assert saesub.overlap(sae.W_dec.detach(), active).min() > 0.999
+
+
+def test_the_record_of_faults_has_every_kind_that_the_tests_try() -> None:
+    """And no other: docs/faults.md is drawn from it, and must not lag behind the tests."""
+    record = json.loads((ROOT / "data/results/faults.json").read_text())
+    for module, recorded in record.items():
+        text = (ROOT / "tests" / f"{module}.py").read_text()
+        kinds = [re.split(r"{.*?}", kind) for kind in re.findall(r'survived\(f?"(.+?)"', text)]
+        tried = re.compile("|".join(".+".join(map(re.escape, parts)) for parts in kinds))
+        assert [kind for kind in recorded if not tried.fullmatch(kind)] == []
+        for parts in kinds:
+            pattern = ".+".join(map(re.escape, parts))
+            assert any(re.fullmatch(pattern, kind) for kind in recorded), pattern
+    jobs = {f"killed (SIGKILL) during {job}, then run again" for job in KILLS}
+    jobs |= {f"two processes at once in one folder: {job}" for job in AT_ONCE}
+    assert jobs <= set(record["test_kill"])
+    callers = {
+        path.stem for path in (ROOT / "tests").glob("test_*.py") if ".survived(" in path.read_text()
+    }
+    assert callers - {"test_docs"} == set(record)

@@ -43,6 +43,7 @@ KILLS = {
     "train": (10, 11),
     "reproduce": (3, 1),
 }
+AT_ONCE = [job for job in KILLS if job != "reproduce"]
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +182,7 @@ def test_two_at_once_convert_a_model_once(
     faults.survived("two processes at once in one folder: conversion of a model")
 
 
-@pytest.mark.parametrize("job", ["fetch", "harvest", "grow", "cached", "spectra", "train"])
+@pytest.mark.parametrize("job", AT_ONCE)
 def test_two_at_once_end_as_one_alone(ask: Ask, folder: Path, job: str, faults: Faults) -> None:
     alone = ask(job, folder / f"alone-{job}")
     both = ask(job, folder / f"both-{job}", at_once=2)

@@ -212,13 +212,13 @@ def test_a_condition_without_its_baseline_and_too_few_seeds_are_refused():
         protocol.paired({0: 1.0}, {0: 1.0}, "Difference")
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, None])
 def test_measures_that_are_no_numbers_give_no_interval(bad):
     """A ratio that says nothing is another thing than one that was not measured."""
     three = {0: 1.0, 1: 1.0, 2: 1.0}
     for how in ("difference", "ratio"):
         for pair in ((three | {1: bad}, three), (three, three | {1: bad})):
-            with pytest.raises(SaesubError, match="1 of 6 measures are NaN or infinite"):
+            with pytest.raises(SaesubError, match="1 of 6 measures are None, NaN or infinite"):
                 protocol.paired(*pair, how)
     with pytest.raises(SaesubError, match="1 of 3 measures"):
         protocol.interval(value for value in (1.0, bad, 2.0))

@@ -269,7 +269,7 @@ def paired(
         how: "ratio" is NaN where less than 2 % of a baseline is dead: it says nothing then.
 
     Raises SaesubError for anything but mappings, a condition without its baseline, fewer than
-    three pairs, a measure that is NaN or infinite, or another `how`.
+    three pairs, a measure that is None, NaN or infinite, or another `how`.
     """
     if how not in ("difference", "ratio"):
         raise SaesubError(f'how is {how!r}: choose "difference" or "ratio"')
@@ -300,7 +300,7 @@ def paired(
 def interval(values: Iterable[float]) -> Interval:
     """Mean and Student's 95 % interval of independent values.
 
-    Raises SaesubError below three, or for one that is NaN or infinite.
+    Raises SaesubError below three, or for one that is None, NaN or infinite.
     """
     values = list(values)
     _require_finite(values)
@@ -311,10 +311,10 @@ def interval(values: Iterable[float]) -> Interval:
     return Interval(mean, mean - reach, mean + reach, n)
 
 
-def _require_finite(values: Sequence[float]) -> None:
-    if bad := [value for value in values if not math.isfinite(value)]:
+def _require_finite(values: Sequence[float | None]) -> None:
+    if bad := [value for value in values if value is None or not math.isfinite(value)]:
         raise SaesubError(
-            f"{len(bad)} of {len(values)} measures are NaN or infinite: leave out a rate at which "
+            f"{len(bad)} of {len(values)} measures are None, NaN or infinite: leave out a rate at which "
             "training diverges, or measure them again"
         )
 
