@@ -314,8 +314,8 @@ def interval(values: Iterable[float]) -> Interval:
 def _require_finite(values: Sequence[float | None]) -> None:
     if bad := [value for value in values if value is None or not math.isfinite(value)]:
         raise SaesubError(
-            f"{len(bad)} of {len(values)} measures are None, NaN or infinite: leave out a rate at which "
-            "training diverges, or measure them again"
+            f"{len(bad)} of {len(values)} measures are None, NaN or infinite: leave out a rate at "
+            "which training diverges, or measure them again"
         )
 
 
