@@ -297,13 +297,13 @@ SUMMARY = (
     ),
     Finding(
         "Wider dictionaries lose more features; ASI with SparseAdam saves nearly all",
-        "share dead",
+        "share dead; SparseAdam alone: under 1 % at 8,192",
         ("F9.best",),
         ("F8", "F9"),
     ),
     Finding(
         "ASI works for other dictionaries; its features are as good",
-        "shares dead, ASI / random, in TopK transcoders and Lorsa",
+        "shares dead, ASI / random, in TopK transcoders and Lorsa; features by measures of ours",
         ("F11.topk_transcoder", "F11.lorsa"),
         ("F11", "F12"),
     ),
@@ -482,7 +482,9 @@ def figure_caption(rows: pd.DataFrame) -> str:
     )
     dead = rows[rows["as_good"]].groupby(["condition", "lr"], sort=False)["dead_share"].mean()
     sweeps = [studies.sweep_of(rows[rows["condition"] == name]) for name in ("ASI", "random")]
-    equal, _, _ = protocol.dead_at_equal_fvu(*sweeps)
+    equal, _, fvu = protocol.dead_at_equal_fvu(*sweeps)
+    asi = sweeps[0]
+    slow = max(i for i in range(asi.best) if asi.fvu[i] >= fvu)
     told = "; ".join(
         f"{condition} "
         + ", ".join(f"{100 * share:.2g} % (at {lr:g})" for (_, lr), share in of.items())
@@ -493,10 +495,10 @@ def figure_caption(rows: pd.DataFrame) -> str:
         f"*TopK SAEs of {d_sae:,} features (k {k}) at the attention output of SmolLM2-135M's layer "
         f"{SHOWN_HOOK.split('.')[1]}, {n_train:,} tokens, "
         f"{rows['seed'].nunique()} seeds, no AuxK. Left and low is better. "
-        f"Dead: silent over {window:,} held-out tokens, in which a feature fires "
-        f"{window * k / d_sae:,.0f} times on average. Dead at the rates that fit best or "
-        f"less than 1 % worse: {told}. Where ASI fits only as well as random at its best, it "
-        f"loses {100 * equal:.2g} % ([other widths and layers]"
+        f"Dead: silent over {window:,} held-out tokens, {window * k / d_sae:,.0f} firings a "
+        f"feature. Dead at the rates that fit best or less than 1 % worse: {told}. Where ASI fits "
+        f"only as well as random at its best, it loses {100 * equal:.2g} % (between "
+        f"{asi.rates[slow]:g} and {asi.rates[slow + 1]:g}; [other widths and layers]"
         "(notebooks/05_active_subspace_init.ipynb)).*"
     )
 
@@ -540,7 +542,9 @@ def cost_table(records: dict, registry: dict) -> str:
         seconds = sum(recorded["seconds"] for recorded in record.values())
         peaks = [r["peak_memory"]["cpu"] for r in record.values() if "cpu" in r["peak_memory"]]
         facts = [fact for r in record.values() for fact in r["run"] if "cores" in fact]
-        machines = sorted({re.sub(r" \(family[^)]*\)|\(R\)|, \d+ threads?$", "", f) for f in facts})
+        machines = sorted(
+            {re.sub(r" Processor| \(family[^)]*\)|\(R\)|, \d+ threads?$", "", f) for f in facts}
+        )
         cells = (
             f"`{COMMANDS[profile]}`",
             _time(seconds),
@@ -599,6 +603,12 @@ def norm_sentence(study: dict) -> str:
     lr = rows["lr"].max()
     means = rows[rows["lr"] == lr].groupby("condition")[["dead_share", "fvu"]].mean()
 
+    by_start = pd.DataFrame(study["rows"]).pivot_table("fvu", ["architecture", "lr"], "condition")
+    worse = max(
+        (by_start[f"subspace, {norm}"] / by_start[f"random, {norm}"]).max() - 1
+        for norm in ("kept", "fitted")
+    )
+
     def dead(condition: str) -> str:
         return f"{100 * means.loc[condition, 'dead_share']:.1f} %"
 
@@ -610,7 +620,8 @@ def norm_sentence(study: dict) -> str:
         "SAELens gives decoder rows norm 0.1, and there the norm matters more than the directions "
         f"(TopK, {settings['d_sae']:,} features, {settings['batch'] * settings['steps']:,} tokens, "
         f"{rows['seed'].nunique()} seed). Dead at SAELens' norm and at the fitted: {told}. "
-        "[All architectures](docs/initialisations.md#norm); in some ASI fits no better."
+        "[All architectures](docs/initialisations.md#norm); "
+        f"in some ASI fits worse, by up to {100 * worse:.0f} %."
     )
 
 

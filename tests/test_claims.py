@@ -201,6 +201,8 @@ def test_the_table_shows_figures_verdict_and_symbol_and_escapes_html():
     measurement = Measurement("F1.attn_rank", 0.515, (0.49, 0.54), "<30 layers>", "a & b")
     table = claims.compare([measurement], "01")
     shown = table._repr_html_()
+    assert "<small>&lt;30 layers&gt;</small>" in table.markdown()
+    assert "<small>a &amp; b</small>" in table.markdown()
     for part in ("≈ 60 %", "51.5 %", "49.0 %", "✔ holds", "&lt;30 layers&gt;", "a &amp; b"):
         assert part in shown
     assert "<30" not in shown

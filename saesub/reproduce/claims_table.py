@@ -56,7 +56,7 @@ class ClaimsTable:
         )
 
     def markdown(self) -> str:
-        """A Markdown table, one line per row, with the notebook and without `n` and the notes."""
+        """A Markdown table, one line per row, with the notebook."""
         lines = ["| " + " | ".join((*_HEAD, "Notebook")) + " |", "|---" * 5 + "|"]
         for row in self.rows:
             t = {key: markdown_text(text) for key, text in _texts(row).items()}
@@ -64,8 +64,8 @@ class ClaimsTable:
             cells = (
                 f"**{t['id']}** {t['claim']}",
                 t["paper"],
-                _lines(t["here"], _small(t["regime"])),
-                _lines(judged, _small(t["commits"])),
+                _lines(t["here"], _small(t["regime"]), _small(t["n"])),
+                _lines(judged, _small(t["own_note"]), _small(t["commits"])),
                 t["notebook"],
             )
             lines.append("| " + " | ".join(cells) + " |")
@@ -84,6 +84,7 @@ def _texts(row: dict) -> dict[str, str]:
         "paper": row["paper"] or "none given",
         "here": _here(row),
         "note": "; ".join(notes),
+        "own_note": row["note"] if row["note"] != texts["doubt"] else "",
         "commits": _commits(row),
     }
 
