@@ -224,7 +224,7 @@ def test_what_decides_nothing_is_not_in_the_key(
 def test_a_model_with_hooks_needs_a_folder(texts: list[str], tmp_path: Path, place: Path) -> None:
     bridge = load_model((tiny_gpt2(), tiny_tokenizer()))
     bridge.add_hook("blocks.0.hook_attn_out", lambda x, hook: x * 2)
-    message = r"the model has hooks, of blocks.*hook_out .*: remove them"
+    message = r"the model has hooks or code of your own, in blocks.*hook_out .*: remove them"
     with pytest.raises(SaesubError, match=message):
         harvest(bridge, texts, [HOOK], n_tokens=200, **RUN)
     with pytest.raises(SaesubError, match=message):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial, reduce
+from functools import partial, wraps
 from pathlib import Path
-from types import SimpleNamespace
+from types import MethodType
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -111,11 +110,14 @@ def _adapted(scale: float) -> tuple[Any, Any]:
     return model, tiny_tokenizer()
 
 
-def test_the_scale_of_an_adapter_tells_models_apart(tmp_path: Path, texts: list[str]) -> None:
+def test_a_store_of_a_model_with_a_module_of_the_users_own_is_never_used_again(
+    tmp_path: Path, texts: list[str]
+) -> None:
+    """No hash tells what its code does, nor what it holds."""
     harvest(_adapted(1.0), texts, [HOOK], tmp_path, **RUN)
-    harvest(_adapted(1.0), texts, [HOOK], tmp_path, **RUN)
-    with pytest.raises(SaesubError, match="differs in architecture"):
-        harvest(_adapted(0.0), texts, [HOOK], tmp_path, **RUN)
+    for scale in (1.0, 0.0):
+        with pytest.raises(SaesubError, match="differs in hooks"):
+            harvest(_adapted(scale), texts, [HOOK], tmp_path, **RUN)
 
 
 def test_numbers_of_a_librarys_modules_tell_models_apart(tmp_path: Path, texts: list[str]) -> None:
@@ -127,7 +129,9 @@ def test_numbers_of_a_librarys_modules_tell_models_apart(tmp_path: Path, texts: 
 
 
 class Times:
-    """An activation function of the user's own."""
+    """An activation function of the user's own, which keeps its factor in no `__dict__`."""
+
+    __slots__ = ("by",)
 
     def __init__(self, by: float) -> None:
         self.by = by
@@ -136,56 +140,132 @@ class Times:
         return self.by * x
 
 
-def _in_a_circle(scale: float) -> list[Any]:
-    held: list[Any] = [SimpleNamespace(scale=scale)]
-    held[0].back = held
-    return held
+def _edited_mlp(edit: Callable[[Any], Any]) -> Callable[[], TransformerBridge]:
+    """A bridge whose first MLP the edit has changed."""
+
+    def make() -> TransformerBridge:
+        model = tiny_gpt2()
+        edit(model.transformer.h[0].mlp)
+        return load_model((model, tiny_tokenizer()))
+
+    return make
+
+
+def _edited_point(edit: Callable[[Any], Any]) -> Callable[[], TransformerBridge]:
+    """A bridge of whose hook points the edit has changed one."""
+
+    def make() -> TransformerBridge:
+        bridge = load_model((tiny_gpt2(), tiny_tokenizer()))
+        edit(bridge.hook_dict["blocks.0.hook_mlp_out"])
+        return bridge
+
+    return make
+
+
+def _doubled(own: Callable[..., Any]) -> Callable[..., Any]:
+    """As decorators do, it takes over the name and the module of what it replaces."""
+    return wraps(own)(lambda *given: 2 * own(*given))
+
+
+def _without_gradient(own: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.no_grad()(_doubled(own))
+
+
+OWN_CODE = {
+    "module": _edited_mlp(lambda mlp: setattr(mlp, "c_proj", Lora(mlp.c_proj, 1.0))),
+    "forward": _edited_mlp(lambda mlp: setattr(mlp, "forward", _doubled(mlp.forward))),
+    "forward in a library's wrapper": _edited_mlp(
+        lambda mlp: setattr(mlp, "forward", _without_gradient(mlp.forward))
+    ),
+    "partial": _edited_mlp(lambda mlp: setattr(mlp, "forward", partial(_doubled(mlp.forward)))),
+    "hook": _edited_mlp(
+        lambda mlp: mlp.register_forward_hook(wraps(torch.relu)(lambda m, given, out: 2 * out))
+    ),
+    "another method": _edited_mlp(
+        lambda mlp: setattr(mlp.dropout, "extra_repr", MethodType(lambda module: "", mlp.dropout))
+    ),
+    "held function": _edited_mlp(lambda mlp: setattr(mlp, "scale", lambda x: 2 * x)),
+    "held object": _edited_mlp(lambda mlp: setattr(mlp, "scale", Times(2.0))),
+    "hook of a point": _edited_point(lambda p: p.register_forward_hook(lambda m, i, out: 2 * out)),
+    "pre-hook of a point": _edited_point(
+        lambda p: p.register_forward_pre_hook(lambda m, given: (2 * given[0],))
+    ),
+    "forward of a point": _edited_point(lambda p: setattr(p, "forward", lambda x: 2 * x)),
+}
+
+
+@pytest.mark.parametrize("made", OWN_CODE.values(), ids=OWN_CODE)
+def test_code_of_the_users_own_is_a_hook(made: Callable[[], TransformerBridge]) -> None:
+    names = [model_settings(made())["hooks"] for _ in range(2)]
+    assert "none" not in names
+    assert names[0] != names[1]
+
+
+@pytest.mark.parametrize("method", ["forward", "extra_repr"])
+def test_a_method_replaced_for_a_whole_class_is_a_hook(
+    monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    bridge = load_model((tiny_gpt2(), tiny_tokenizer()))
+    assert model_settings(bridge)["hooks"] == "none"
+    monkeypatch.setattr(Conv1D, method, _doubled(getattr(Conv1D, method)))
+    assert model_settings(bridge)["hooks"] != "none"
+
+
+def _hashes(edit: Callable[[Any], Any]) -> dict[str, str]:
+    model = tiny_gpt2()
+    edit(model)
+    return model_settings(load_model((model, tiny_tokenizer())))
+
+
+def _activation_of(module: torch.nn.Module) -> Callable[[Any], Any]:
+    return lambda model: setattr(model.transformer.h[0].mlp, "act", module)
+
+
+def _quantized(seed: int) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    layers = torch.nn.Sequential(torch.nn.Linear(256, 256))
+    return torch.ao.quantization.quantize_dynamic(layers, {torch.nn.Linear})
+
+
+def _held_by_config(value: Any) -> Callable[[Any], Any]:
+    return lambda model: setattr(model.config, "more", value)
 
 
 @pytest.mark.parametrize(
-    "kind",
+    ("one", "other", "named"),
     [
-        float,
-        complex,
-        str,
-        np.float32,
-        np.int64,
-        np.array,
-        lambda x: np.array([x, None], object),
-        lambda x: {x},
-        lambda x: SimpleNamespace(inner=SimpleNamespace(scale=x)),
-        _in_a_circle,
-        lambda x: reduce(lambda held, _: [held, held], range(60), [x]),
-        lambda x: partial(max, x),
-        lambda x: lambda y: x * y,
-        lambda x: lambda y, by=x: by * y,
-        lambda x: (lambda y: y) if x == 1 else (lambda y: 2 * y),
-        lambda x: Times(x),
-        lambda x: Times(x).__call__,
-        lambda x: [torch.nn.Embedding.from_pretrained(torch.tensor([[x]]))],  # no submodule
-        lambda x: str(x).encode(),
-        lambda x: [{"a": (np.float16(x),)}],
-        torch.tensor,
+        (*map(_activation_of, (torch.nn.AvgPool1d(3, 1, 1), torch.nn.AvgPool1d(9, 1, 4))), "arch"),
+        (
+            _held_by_config(torch.tensor([1.00001])),
+            _held_by_config(torch.tensor([1.00002])),
+            "arch",
+        ),
+        (_held_by_config({1: 4.0, "a": {2}}), _held_by_config({"1": 4.0, "a": {2}}), "arch"),
+        (_held_by_config(torch.float32), _held_by_config(torch.bfloat16), "arch"),
+        (_activation_of(_quantized(0)), _activation_of(_quantized(1)), "weights"),
     ],
 )
-def test_whatever_number_a_users_module_holds_tells_models_apart(kind: Any) -> None:
-    def settings(scale: float) -> dict[str, str]:
-        model, tokenizer = _adapted(1.0)
-        model.transformer.h[0].mlp.c_proj.scaling = kind(scale)
-        return model_settings(load_model((model, tokenizer)))
+def test_what_a_librarys_module_or_a_config_holds_tells_models_apart(
+    one: Callable[[Any], Any], other: Callable[[Any], Any], named: str
+) -> None:
+    found, again, another = _hashes(one), _hashes(one), _hashes(other)
+    assert found == again
+    different = {key for key in found if found[key] != another[key]}
+    assert [key.startswith(named) for key in different] == [True]
 
-    assert settings(1.0) == settings(1.0)
-    assert settings(1.0)["architecture"] != settings(4.0)["architecture"]
 
+def test_what_a_tied_weight_is_tied_to_counts_and_not_that_it_is_tied() -> None:
+    def hashed(tied_to: int, *, copied: bool = False) -> str:
+        model = tiny_gpt2(n_layer=3)
+        layers = model.transformer.h
+        with torch.no_grad():
+            layers[0].mlp.c_fc.weight *= 9
+            same = layers[tied_to].mlp.c_fc.weight
+            layers[2].mlp.c_fc.weight = torch.nn.Parameter(same.clone()) if copied else same
+        return identity._weights(model)
 
-def test_which_of_two_equal_objects_is_held_again_counts() -> None:
-    def hashed(again: int) -> str:
-        model, tokenizer = _adapted(1.0)
-        two = [[1.0], [1.0]]
-        model.transformer.h[0].mlp.c_proj.scaling = [two, two[again]]
-        return model_settings(load_model((model, tokenizer)))["architecture"]
-
-    assert hashed(0) == hashed(0) != hashed(1)
+    assert hashed(0) != hashed(1)
+    assert hashed(0) == hashed(0, copied=True)
 
 
 def test_a_forward_replaced_for_a_whole_class_is_a_hook(
@@ -341,6 +421,10 @@ def test_a_pass_does_not_change_what_a_model_is() -> None:
     bridge = load_model((tiny_gpt2(), tiny_tokenizer()))
     before = model_settings(bridge)
     measure_spectrum(bridge, tiny_texts(30), HOOK, **RUN)
+    assert model_settings(bridge) == before
+    bridge.run_with_cache(torch.arange(3, 27)[None])  # transformers notes that it was hooked
+    assert model_settings(bridge) == before
+    bridge.original_model.name_or_path = bridge.original_model.base_model.name_or_path = "elsewhere"
     assert model_settings(bridge) == before
     bridge.enable_compatibility_mode()
     assert model_settings(bridge)["architecture"] != before["architecture"]

@@ -29,12 +29,13 @@ _NAMES = ("model", "corpus", "context_size", "skip_first", "dtype")  # what a re
 def cached_folder(kind: str, settings: Mapping[str, str], whole_text: str) -> Path:
     """The folder in the cache for results of these settings and of the corpus with this hash.
 
-    Raises SaesubError for a model with hooks, which no key tells apart.
+    Raises SaesubError for a model with hooks or code of the user's, which no key tells apart.
     """
     if (hooks := settings["hooks"]) != "none":
         raise SaesubError(
-            f"the model has hooks, of {hooks}, and the cache cannot "
-            "tell what they do: remove them, or name a folder or checkpoint of your own"
+            f"the model has hooks or code of your own, in {hooks}, and the cache cannot tell what "
+            "they do: remove them, merge adapters into the weights, or name a folder or "
+            "checkpoint of your own"
         )
     deciding = {k: v for k, v in settings.items() if k not in ("model", "corpus")}
     code = source_digest("activations/", "loading/models.py")

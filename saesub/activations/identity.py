@@ -2,8 +2,9 @@
 
 Everything is hashed that a pass reads, not a sample of it: on the CPU the weights take less time
 than one batch, on a GPU some seconds for each GB. Hooks are functions, which no hash tells apart,
-so a result made under hooks is never used again. Modules of the user's own, such as those of LoRA,
-may hold numbers that are no weights, a scale or a switch: these are hashed too.
+so a result made under hooks is never used again. Nor is one of a model with code of the user's own:
+a module whose class is none of the libraries', such as an adapter, or a function in place of a
+library's.
 
 Through the bridge or through the plain model within it, a pass gives the same activations to
 rounding, so finished stores and spectra do not say which it was. It follows from the model, the
@@ -15,9 +16,10 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
+from enum import Enum
 from functools import partial
-from types import CellType, CodeType, FunctionType, MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 import numpy as np
@@ -35,11 +37,14 @@ _AT_ONCE = 16  # documents, of which each may be a book
 _OF_NO_EFFECT = {
     *("_name_or_path", "transformers_version", "_attn_implementation_autoset", "architectures"),
     *("_attn_implementation", "attn_implementation", "_experts_implementation", "use_cache"),
+    *("name_or_path", "gradient_checkpointing"),
 }
-_PROBE = "It's 2026: Ça va? Ünïcode  FAST,\n\ttabs & NEWLINES… 12,345.67"  # for slow tokenizers
+_PROBE = "It's 2026: Ça va? Ünïcode  FAST,\n\ttabs & NEWLINES… 12,345.67"  #
+_DECORATORS = ("contextlib.", "functools.")  # whose wrappers are the standard library's
 _LIBRARIES = ("torch.", "transformers.", "transformer_lens.", "accelerate.")
 _EVERY_MODULES = frozenset(vars(nn.Module()))  # attributes
-_Met = dict[int, tuple[int, Any]]  # by id: its number, and itself, lest the id return
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), Enum, np.generic, slice, range)
+_PLAIN += (torch.dtype, torch.device, torch.Size)
 
 
 def model_settings(model: TransformerBridge) -> dict[str, str]:
@@ -81,23 +86,32 @@ class DocumentsDigest:
 
 
 def _weights(model: nn.Module) -> str:
-    digest, seen = hashlib.sha256(), set[tuple[Any, ...]]()
-    # Some buffers are in no state dict.
-    for name, tensor in (*model.state_dict().items(), *model.named_buffers()):
-        if not isinstance(tensor, Tensor):
-            continue
-        if tensor.is_meta:
-            raise SaesubError(
-                f"the weight {name} is on the meta device and holds no values: load the model "
-                "whole, without offloading"
-            )
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride())
-        if place in seen:  # tied to one that was hashed
-            continue
-        seen.add(place)
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(_bytes_of(tensor))
+    digest, known = hashlib.sha256(), dict[tuple[Any, ...], str]()
+    parameters = model.named_parameters(remove_duplicate=False)
+    buffers = model.named_buffers(remove_duplicate=False)
+    named = (model.state_dict(), dict(parameters), dict(buffers))
+    for name, value in (item for of in named for item in of.items()):
+        # A quantized layer keeps a tuple of them; some parameters and buffers are in no state dict.
+        for tensor in value if isinstance(value, (tuple, list)) else [value]:
+            if not isinstance(tensor, Tensor):
+                digest.update(f"{name} {_plainly(tensor)}".encode())
+                continue
+            place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+            if place not in known or tensor.numel() == 0:
+                known[place] = _hash_of(tensor, name)
+            digest.update(f"{name} {known[place]}".encode())
     return digest.hexdigest()
+
+
+def _hash_of(tensor: Tensor, name: str) -> str:
+    if tensor.is_meta:
+        raise SaesubError(
+            f"the weight {name} is on the meta device and holds no values: load the model "
+            "whole, without offloading"
+        )
+    tensor = tensor.dequantize() if tensor.is_quantized else tensor
+    content = hashlib.sha256(_bytes_of(tensor)).hexdigest()
+    return f"{tensor.dtype} {tuple(tensor.shape)} {content}"
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
@@ -110,70 +124,34 @@ def _architecture(model: TransformerBridge) -> str:
     parts = [{k: v for k, v in config.to_dict().items() if k not in _OF_NO_EFFECT}]
     parts += [{"compatibility_mode": model.compatibility_mode}]
     parts += [{name: type(part).__qualname__ for name, part in model.named_modules()}]
-    modules = dict(model.original_model.named_modules())
-    met: _Met = {}
-    for part in (*modules.values(), *model.modules()):
-        met.setdefault(id(part), (len(met), part))
-    parts += [{name: _own_values(part, met) for name, part in modules.items()}]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+    modules = model.original_model.named_modules()
+    parts += [{name: _own_values(part) for name, part in modules}]
+    return hashlib.sha256(_plainly(parts).encode()).hexdigest()
 
 
-def _own_values(module: nn.Module, met: _Met) -> dict[str, str]:
-    """What a module holds beside weights, and modules in it; of a library's module its numbers,
-    texts and switches. `met` has the model's modules, which are described by themselves."""
-    held = {k: v for k, v in vars(module).items() if k not in _EVERY_MODULES}
-    if type(module).__module__.startswith("transformer_lens."):
-        return {}  # of the bridge, which keeps count there
-    if of_library(type(module)):
-        plain = (bool, int, float, str, np.generic)
-        held = {k: v for k, v in held.items() if isinstance(v, plain) and not k.endswith("_cached")}
-    return {k: _described(v, met) for k, v in held.items()}
+def _own_values(module: nn.Module) -> dict[str, str]:
+    """The numbers, texts, switches and containers of them that a library's module holds."""
+    bridges = type(module).__module__.startswith("transformer_lens.")  # which keep count there
+    if bridges or not of_library(type(module)):
+        return {}
+    left_out = _EVERY_MODULES | _OF_NO_EFFECT
+    held = {k: v for k, v in vars(module).items() if not k.startswith("_") and k not in left_out}
+    return {k: _plainly(v) for k, v in held.items() if not k.endswith("_cached")}
 
 
-def _described(value: Any, met: _Met) -> str:
-    """A text that two processes make alike: of the libraries' functions and objects their name, of
-    all else what it holds, once: what was met before is told by its number."""
-    if isinstance(value, (str, int, float, complex, bool, type(None), np.generic)):
-        return repr(value)
-    if isinstance(value, bytes):
-        return hashlib.sha256(value).hexdigest()
-    if isinstance(value, Tensor):
-        return hashlib.sha256(_bytes_of(value)).hexdigest()
-    if isinstance(value, np.ndarray) and value.dtype != object:
-        content = hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
-        return f"{value.dtype} {value.shape} {content}"
-    name = str(getattr(value, "__qualname__", type(value).__qualname__))
-    if id(value) in met:
-        return f"{name} {met[id(value)][0]}"
-    if not isinstance(value, (tuple, frozenset, CodeType)):  # those that processes share or not
-        met[id(value)] = len(met), value
+def _plainly(value: Any) -> str:
+    """A text that two processes make alike; of an object that is no plain value, its class."""
     if isinstance(value, dict):
-        parts = [part for k, v in value.items() for part in (str(k), _described(v, met))]
-    elif isinstance(value, (list, tuple, np.ndarray)):
-        parts = [_described(v, met) for v in value]
-    elif isinstance(value, (set, frozenset)):
-        parts = sorted(_described(v, met) for v in value)
-    else:
-        parts = [_described(v, met) for v in _held(value)]
-    return hashlib.sha256(json.dumps([name, *parts]).encode()).hexdigest()
-
-
-def _held(value: Any) -> Sequence[Any]:
-    """What decides how a function or an object acts; nothing where its name says it."""
-    if isinstance(value, partial):
-        return value.func, value.args, value.keywords
-    if isinstance(value, MethodType):
-        return value.__func__, value.__self__
-    if isinstance(value, CodeType):
-        return value.co_code, value.co_consts, value.co_names
-    if isinstance(value, nn.Module):  # no submodule, or it were among those met
-        return [vars(value)]
-    if isinstance(value, type) or of_library(value) or of_library(type(value)):
-        return ()
-    if isinstance(value, FunctionType):
-        cells = [c.cell_contents for c in value.__closure__ or () if c != CellType()]
-        return value.__code__, value.__defaults__, value.__kwdefaults__, cells
-    return [vars(value)] if hasattr(value, "__dict__") else ()
+        return f"{{{', '.join(sorted(f'{_plainly(k)}: {_plainly(v)}' for k, v in value.items()))}}}"
+    if isinstance(value, (set, frozenset)):
+        return f"{{{', '.join(sorted(map(_plainly, value)))}}}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_plainly, value))}]"
+    if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta:
+        return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(_bytes_of(value)).hexdigest()}"
+    if isinstance(value, _PLAIN):
+        return repr(value)
+    return type(value).__qualname__
 
 
 def _tokenizer(tokenizer: Any, specials: ContextTokens) -> str:
@@ -183,9 +161,10 @@ def _tokenizer(tokenizer: Any, specials: ContextTokens) -> str:
         for of_last_call in ("padding", "truncation"):
             described.pop(of_last_call, None)
     else:
-        described = [tokenizer.get_vocab(), tokenizer(_PROBE).input_ids]
-    parts = [type(tokenizer).__qualname__, described, tokenizer.special_tokens_map, specials]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+        described = tokenizer.get_vocab()
+    parts = [type(tokenizer).__qualname__, described, tokenizer(_PROBE).input_ids]
+    parts += [{k: str(v) for k, v in tokenizer.special_tokens_map.items()}, repr(specials)]
+    return hashlib.sha256(_plainly(parts).encode()).hexdigest()
 
 
 def _arithmetic(device: str) -> str:
@@ -207,36 +186,74 @@ def _told(setting: Callable[[], Any]) -> str:
 
 
 def _hooks(model: TransformerBridge) -> str:
-    """The names of the modules that someone hooked, with a mark that no other call has."""
-    names = hooked_modules(model)
+    """The names of the modules in which code of the user's own runs, with a mark that no other call
+    has."""
+    names = modules_with_own_code(model)
     return f"{', '.join(names)} (call {secrets.token_hex(8)})" if names else "none"
 
 
-def hooked_modules(model: TransformerBridge) -> list[str]:
+def modules_with_own_code(model: TransformerBridge) -> list[str]:
     """The names of the modules with which a function runs that is not of the libraries."""
     modules = {id(m): (name, m) for name, m in model.original_model.named_modules()}
     modules |= {id(m): (name, m) for name, m in model.named_modules()}
-    names = sorted(name or "the model" for name, module in modules.values() if _is_hooked(module))
-    names += ["every module"] if _of_users(nn.modules.module._global_forward_hooks) else []
-    names += ["every input"] if _of_users(nn.modules.module._global_forward_pre_hooks) else []
+    edited = {cls for cls in _classes(m for _, m in modules.values()) if _is_edited(cls)}
+    names = sorted(
+        name or "the model"
+        for name, module in modules.values()
+        if edited.intersection(type(module).__mro__) or _is_hooked(module)
+    )
+    names += ["every module"] if _of_users(nn.modules.module._global_forward_hooks.values()) else []
+    names += (
+        ["every input"] if _of_users(nn.modules.module._global_forward_pre_hooks.values()) else []
+    )
     return names
+
+
+def _classes(modules: Iterable[nn.Module]) -> set[type]:
+    found = {cls for module in modules for cls in type(module).__mro__}
+    return {cls for cls in found if cls.__module__ not in ("builtins", "typing")}
+
+
+def _is_edited(cls: type) -> bool:
+    """Whether a class, or one of its functions, is not of the libraries: as by
+    `Conv1D.forward = ...`, for all modules of a class."""
+    held = (getattr(value, "__func__", value) for value in vars(cls).values())
+    return not of_library(cls) or any(
+        isinstance(value, FunctionType) and not of_library(value) for value in held
+    )
 
 
 def _is_hooked(module: nn.Module) -> bool:
     """Whether a function that is not of the libraries themselves runs with the module."""
-    if isinstance(module, HookPoint):
-        return any(not of_library(handle.user_hook) for handle in module.fwd_hooks)
     own = vars(module)
-    replaced = "forward" in own and not of_library(own["forward"])
-    # As by Conv1D.forward = ..., for all modules of a class
-    replaced |= of_library(type(module)) and not of_library(type(module).forward)
-    return replaced or _of_users(own["_forward_hooks"]) or _of_users(own["_forward_pre_hooks"])
+    if isinstance(module, HookPoint) and _of_users(h.user_hook for h in module.fwd_hooks):
+        return True
+    called = (v for v in own.values() if callable(v) and not isinstance(v, (nn.Module, type)))
+    hooks = (*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values())
+    return _of_users(called) or _of_users(hooks)
 
 
-def _of_users(hooks: dict[int, Callable[..., Any]]) -> bool:
-    return any(not of_library(hook) for hook in hooks.values())
+def _of_users(functions: Iterable[Any]) -> bool:
+    return not all(map(of_library, functions))
 
 
 def of_library(function: Any) -> bool:
-    """Whether a function or a class is of the libraries that models are made of."""
-    return (getattr(function, "__module__", None) or "").startswith(_LIBRARIES)
+    """Whether a function, an object or a class is of the libraries that models are made of.
+
+    A function says what module it is of, which `functools.wraps` copies, so where it was defined
+    counts too, and what it wraps.
+    """
+    if isinstance(function, (partial, MethodType)):
+        inner = function.func if isinstance(function, partial) else function.__func__
+        return of_library(inner)
+    if not _named(getattr(function, "__module__", None), _LIBRARIES):
+        return False
+    if not isinstance(function, FunctionType):
+        return True
+    defined = function.__globals__.get("__name__")
+    wrapped = vars(function).get("__wrapped__")
+    return _named(defined, (*_LIBRARIES, *_DECORATORS)) and (not wrapped or of_library(wrapped))
+
+
+def _named(module: Any, libraries: tuple[str, ...]) -> bool:
+    return isinstance(module, str) and f"{module}.".startswith(libraries)

@@ -21,7 +21,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformers import PreTrainedConfig
 
-from saesub.activations.identity import hooked_modules, of_library
+from saesub.activations.identity import modules_with_own_code, of_library
 from saesub.activations.linear import Linear
 
 Hear = Callable[[str, Tensor], None]
@@ -39,7 +39,7 @@ def may_run_plain(model: TransformerBridge) -> bool:
     theirs = all(of_library(type(part)) and "forward" not in vars(part) for part in parts)
     # Also a library's, such as of a cache: the points themselves do not fire.
     at_points = any(part._forward_hooks for part in parts if isinstance(part, HookPoint))
-    hooked = at_points or bool(hooked_modules(model))
+    hooked = at_points or bool(modules_with_own_code(model))
     return theirs and not hooked and not model.compatibility_mode
 
 
