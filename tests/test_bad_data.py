@@ -175,18 +175,18 @@ def test_safetensors_of_any_header(
 TEXT = "The town lies on the river, and its market is older than its walls. "
 
 
+CORPORA = {
+    "empty": ["", " \n", TEXT * 40, "\t"],
+    "huge": [TEXT * 20_000],
+    "control": [TEXT * 10 + "\x00\x01\x1b[31m\x7f\ud800\ufeff" + TEXT * 10],
+    "repeated": [TEXT] * 500,
+    "special tokens": [TEXT * 3 + "<|endoftext|><|im_start|>" + TEXT * 3] * 9,
+    "scripts": ["日本語のテキスト。🙂" * 60, "ا" * 500, "x" * 5000],
+}
+
+
 @pytest.mark.model
-@pytest.mark.parametrize(
-    "corpus",
-    [
-        pytest.param(["", " \n", TEXT * 40, "\t"], id="empty"),
-        pytest.param([TEXT * 20_000], id="huge"),
-        pytest.param([TEXT * 10 + "\x00\x01\x1b[31m\x7f\ud800\ufeff" + TEXT * 10], id="control"),
-        pytest.param([TEXT] * 500, id="repeated"),
-        pytest.param([TEXT * 3 + "<|endoftext|><|im_start|>" + TEXT * 3] * 9, id="special tokens"),
-        pytest.param(["日本語のテキスト。🙂" * 60, "ا" * 500, "x" * 5000], id="scripts"),
-    ],
-)
+@pytest.mark.parametrize("corpus", CORPORA.values(), ids=CORPORA)
 def test_odd_documents_are_read(
     model: TransformerBridge, corpus: list[str], request: pytest.FixtureRequest, faults: Faults
 ) -> None:

@@ -209,6 +209,13 @@ def test_the_table_shows_figures_verdict_and_symbol_and_escapes_html():
     assert "51.5 % [49.0 %, 54.0 %]" in str(table)
 
 
+def test_a_note_breaks_no_table_and_makes_no_link():
+    note = "one |\ntwo [three](https://example.org)"
+    lines = claims.compare([Measurement("F1.attn_rank", 0.5, note=note)], "01").markdown()
+    assert lines.splitlines()[2].count("one \\| two [three]\\(https://example.org)") == 1
+    assert len(lines.splitlines()) == 3
+
+
 def test_markdown_says_where_an_interval_leaves_the_claim_open():
     certain, doubtful = (
         Measurement("F6.fvu", -0.1, (-0.2, -0.05)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import re
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_bad_data import CORPORA
 from test_kill import AT_ONCE, KILLS
 
 import saesub
@@ -84,21 +86,35 @@ def test_the_readmes_example_runs():
     assert saesub.overlap(sae.W_dec.detach(), active).min() > 0.999
 
 
+def _tried(module: Path) -> list[str]:
+    """Patterns of the kinds of faults that a test module says it survived."""
+    calls = [
+        call
+        for call in ast.walk(ast.parse(module.read_text()))
+        if isinstance(call, ast.Call) and getattr(call.func, "attr", "") == "survived"
+    ]
+    kinds = [call.args[0] for call in calls]  # an IndexError if it is given by name
+    texts = [kind.values if isinstance(kind, ast.JoinedStr) else [kind] for kind in kinds]
+    assert all(isinstance(p, (ast.Constant, ast.FormattedValue)) for of in texts for p in of)
+    return [
+        "".join(re.escape(p.value) if isinstance(p, ast.Constant) else ".+" for p in of)
+        for of in texts
+    ]
+
+
 def test_the_record_of_faults_has_every_kind_that_the_tests_try() -> None:
     """And no other: docs/faults.md is drawn from it, and must not lag behind the tests."""
     record = json.loads((ROOT / "data/results/faults.json").read_text())
+    tried = {path.stem: _tried(path) for path in sorted((ROOT / "tests").glob("test_*.py"))}
+    assert {module for module, kinds in tried.items() if kinds} == set(record)
     for module, recorded in record.items():
-        text = (ROOT / "tests" / f"{module}.py").read_text()
-        kinds = [re.split(r"{.*?}", kind) for kind in re.findall(r'survived\(f?"(.+?)"', text)]
-        tried = re.compile("|".join(".+".join(map(re.escape, parts)) for parts in kinds))
-        assert [kind for kind in recorded if not tried.fullmatch(kind)] == []
-        for parts in kinds:
-            pattern = ".+".join(map(re.escape, parts))
+        assert min(recorded.values()) > 0
+        for kind in recorded:
+            assert any(re.fullmatch(pattern, kind) for pattern in tried[module]), kind
+        for pattern in tried[module]:
             assert any(re.fullmatch(pattern, kind) for kind in recorded), pattern
-    jobs = {f"killed (SIGKILL) during {job}, then run again" for job in KILLS}
-    jobs |= {f"two processes at once in one folder: {job}" for job in AT_ONCE}
-    assert jobs <= set(record["test_kill"])
-    callers = {
-        path.stem for path in (ROOT / "tests").glob("test_*.py") if ".survived(" in path.read_text()
-    }
-    assert callers - {"test_docs"} == set(record)
+    kinds = {f"killed (SIGKILL) during {job}, then run again" for job in KILLS}
+    kinds |= {f"two processes at once in one folder: {job}" for job in AT_ONCE}
+    assert kinds <= set(record["test_kill"])
+    corpora = {f"corpus: {name} documents" for name in CORPORA}
+    assert corpora <= set(record["test_bad_data"])

@@ -212,6 +212,54 @@ def test_a_condition_without_its_baseline_and_too_few_seeds_are_refused():
         protocol.paired({0: 1.0}, {0: 1.0}, "Difference")
 
 
+def test_small_dtypes_neither_overflow_nor_wrap():
+    fewer = {i: np.uint8(n) for i, n in enumerate((10, 11, 12))}
+    more = {i: np.uint8(n) for i, n in enumerate((20, 22, 24))}
+    assert protocol.paired(fewer, more).mean == -11
+    assert protocol.window_for(np.int32(2**22), 32) == protocol.LONGEST_WINDOW
+    assert protocol.window_for(np.int16(8192), np.int16(32)) == 256_000
+    fired = protocol.mean_firings(np.int32(10_000_000), d_sae=8192, l0=np.int32(320))
+    assert fired == pytest.approx(390_625)
+    assert math.isfinite(protocol.interval(np.array([6e4, 5e4, 6e4], np.float16)).high)
+
+
+@pytest.mark.parametrize("bad", ["high", 1j, [0.1], pd.NA])
+def test_a_measure_that_is_no_number_is_refused(bad):
+    three = {0: 0.1, 1: 0.2, 2: 0.3}
+    for refused in (
+        lambda: protocol.interval([0.1, 0.2, bad]),
+        lambda: protocol.paired(three | {2: bad}, three),
+        lambda: protocol.dead_share_at({8192: bad}, 8192),
+    ):
+        with pytest.raises(SaesubError, match="no number"):
+            refused()
+
+
+@pytest.mark.parametrize("table", [{0: 0.1, 1: 0.2, 2: 0.3}, pd.DataFrame({0: [1.0, 2.0]})])
+def test_a_table_has_no_interval(table):
+    """Its keys would be taken for its values."""
+    with pytest.raises(SaesubError, match="table"):
+        protocol.interval(table)
+
+
+def test_the_best_of_two_equal_fits_is_read_at_its_own_rate():
+    """At the next lower rate the worse condition fits as well on these tokens, by chance."""
+    better = protocol.Sweep((1, 2, 4), (0.35, 0.28, 0.25), (0.35, 0.28, 0.25), (0, 0.02, 0.1))
+    for fvu in (0.2990, 0.3, 0.3001):
+        worse = protocol.Sweep((1, 2, 4), (0.4, 0.301, 0.3), (0.4, fvu, 0.3), (0, 0.1, 0.5))
+        assert protocol.dead_at_equal_fvu(better, worse)[1] == 0.5
+
+
+@pytest.mark.parametrize("l0", [math.nan, math.inf, -1.0])
+def test_an_l0_that_is_none_is_refused(l0):
+    def row(coefficient, l0):
+        measures = {"validation_fvu": 0.2, "fvu": 0.2, "dead_share": 0.1}
+        return {"lr": 1.0, "seed": 0, "coefficient": coefficient, "validation_l0": l0} | measures
+
+    with pytest.raises(SaesubError, match="an L0 on the validation part"):
+        protocol.sweep_at_l0([row(1, 64.0), row(2, l0)], 32)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, None])
 def test_measures_that_are_no_numbers_give_no_interval(bad):
     """A ratio that says nothing is another thing than one that was not measured."""
@@ -267,7 +315,7 @@ def test_the_bootstrap_of_a_mean_is_that_of_theory_and_keeps_groups_whole():
     with pytest.raises(SaesubError, match=r"no value for [\d,]+ of 2,000 resamples"):
         protocol.bootstrap(lambda drawn: float(np.mean(drawn)), [math.inf, 1, 2])
     with pytest.raises(SaesubError, match="no value for the groups"):
-        protocol.bootstrap(lambda drawn: math.nan if len(set(drawn)) == 9 else 1.0, range(9), n=9)
+        protocol.bootstrap(lambda drawn: math.nan if len(set(drawn)) == 9 else 1.0, range(9), n=200)
     with pytest.raises(SaesubError, match="give a list of groups"):
         protocol.bootstrap(len, pd.DataFrame({"a": [1, 2, 3]}))
     with pytest.raises(SaesubError, match="n must be a whole number"):

@@ -10,7 +10,7 @@ once. The functions here state both.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -24,12 +24,13 @@ FIRINGS_OF_A_WINDOW = 1000  # on average, of a feature, over the window that dec
 FIRINGS_FOR_A_VERDICT = 200
 LONGEST_WINDOW = 10_000_000  # tokens, the field's
 AS_GOOD = 0.01  # an FVU above the best by this share of it may be chance; a seed's spread is 0.4 %
+_FEWEST_RESAMPLES = 100  # of which the 2.5 % at either end are a few
 _LEAST_BASELINE = 0.02  # share dead; a ratio to less says nothing
 
 
 def mean_firings(n_tokens: float, *, d_sae: int, l0: float) -> float:
     """How often an average feature fires over `n_tokens` tokens, with `l0` active ones a token."""
-    return n_tokens * l0 / d_sae
+    return float(n_tokens) * float(l0) / float(d_sae)  # NumPy's whole numbers would overflow
 
 
 def window_for(d_sae: int, k: float) -> int:
@@ -40,9 +41,9 @@ def window_for(d_sae: int, k: float) -> int:
     >>> window_for(8192, 32)
     256000
     """
-    if not (d_sae > 0 and k > 0):
+    if not (0 < d_sae < math.inf and 0 < k < math.inf):
         raise SaesubError(f"d_sae is {d_sae} and k is {k}: give numbers above zero")
-    return min(math.ceil(FIRINGS_OF_A_WINDOW * d_sae / k), LONGEST_WINDOW)
+    return min(math.ceil(FIRINGS_OF_A_WINDOW * float(d_sae) / float(k)), LONGEST_WINDOW)
 
 
 def dead_share_at(silent: Mapping[int, float], n_tokens: int) -> float:
@@ -52,7 +53,8 @@ def dead_share_at(silent: Mapping[int, float], n_tokens: int) -> float:
         silent: tokens -> share, the `silent` of a `Judgement`.
         n_tokens: one of its windows.
 
-    Raises SaesubError for a window longer than the data, or one at which nothing was counted.
+    Raises SaesubError for a window longer than the data, one at which nothing was counted, or a
+    share that is no finite number.
     """
     n_tokens = whole_number(n_tokens, "n_tokens")
     windows = {int(n): share for n, share in silent.items()}  # JSON has texts as keys
@@ -66,7 +68,7 @@ def dead_share_at(silent: Mapping[int, float], n_tokens: int) -> float:
             f"silent features were counted after {', '.join(f'{n:,}' for n in sorted(windows))} "
             f"tokens, not after {n_tokens:,}: take one of these windows"
         )
-    return windows[n_tokens]
+    return _numbers([windows[n_tokens]])[0]
 
 
 def too_few_firings(n_tokens: float, *, d_sae: int, l0: float) -> str:
@@ -148,12 +150,13 @@ class Sweep:
         fits, dead = self.fvu[: self.best + 1][::-1], self.dead[: self.best + 1][::-1]
         # From the best rate downwards FVU rises; where it does not, noise is levelled out.
         rising = np.maximum.accumulate(fits)
+        rises = np.diff(rising, prepend=-math.inf) > 0  # of equal points, that of the higher rate
         if not rising[0] <= fvu <= rising[-1]:
             raise SaesubError(
                 f"an FVU of {fvu:.4f} is not among the {rising[0]:.4f} to {rising[-1]:.4f} of the "
                 "rates tried: try lower rates, or compare at another FVU"
             )
-        return float(np.interp(fvu, rising, dead))
+        return float(np.interp(fvu, rising[rises], np.array(dead)[rises]))
 
 
 def dead_at_equal_fvu(a: Sweep, b: Sweep) -> tuple[float, float, float]:
@@ -192,12 +195,15 @@ def sweep_at_l0(rows: Iterable[Mapping[str, Any]], l0: float) -> Sweep:
             moves the result by its difference from the lowest at the same coefficient.
         l0: active features a token.
 
-    Raises SaesubError as `sweep_of`, where a seed has a coefficient that the lowest has not, or
-    unless `l0` is a number above zero.
+    Raises SaesubError as `sweep_of`, where a seed has a coefficient that the lowest has not, for
+    an L0 that is no finite number, or unless `l0` is a number above zero.
     """
     if not (math.isfinite(l0) and l0 > 0):
         raise SaesubError(f"l0 is {l0}: give a number of active features above zero")
     by_rate = _by_rate(rows)
+    active = [row["validation_l0"] for of in by_rate.values() for row in of]
+    if bad := [n for n in active if not 0 <= n < math.inf]:
+        raise SaesubError(f"an L0 on the validation part is {bad[0]}: measure that SAE again")
     for rate, of in by_rate.items():
         trained = [(row["seed"], row["coefficient"]) for row in of]
         first = min(seed for seed, _ in trained)
@@ -211,7 +217,10 @@ def sweep_at_l0(rows: Iterable[Mapping[str, Any]], l0: float) -> Sweep:
 
     def at(of: _Rows, name: str) -> float:
         first = min(row["seed"] for row in of)
-        tried = sorted((r for r in of if r["seed"] == first), key=lambda r: r["validation_l0"])
+        tried = sorted(
+            (r for r in of if r["seed"] == first),
+            key=lambda r: (r["validation_l0"], r["coefficient"]),
+        )
         active = np.log([max(row["validation_l0"], 1e-9) for row in tried])
         value = float(np.interp(math.log(l0), active, [row[name] for row in tried]))
         own = {row["coefficient"]: row[name] for row in tried}
@@ -269,7 +278,7 @@ def paired(
         how: "ratio" is NaN where less than 2 % of a baseline is dead: it says nothing then.
 
     Raises SaesubError for anything but mappings, a condition without its baseline, fewer than
-    three pairs, a measure that is None, NaN or infinite, or another `how`.
+    three pairs, a measure that is no finite number, or another `how`.
     """
     if how not in ("difference", "ratio"):
         raise SaesubError(f'how is {how!r}: choose "difference" or "ratio"')
@@ -286,8 +295,9 @@ def paired(
         raise SaesubError(
             f"{len(condition)} seeds give no interval: train at least three seeds of both"
         )
-    pairs = [(condition[seed], baseline[seed]) for seed in sorted(condition)]
-    _require_finite([value for pair in pairs for value in pair])
+    both = [of[seed] for seed in sorted(condition, key=str) for of in (condition, baseline)]
+    measures = iter(_numbers(both))
+    pairs = list(zip(measures, measures, strict=True))
     if how == "difference":
         values = [a - b for a, b in pairs]
     elif min(b for _, b in pairs) < _LEAST_BASELINE:
@@ -300,10 +310,11 @@ def paired(
 def interval(values: Iterable[float]) -> Interval:
     """Mean and Student's 95 % interval of independent values.
 
-    Raises SaesubError below three, or for one that is None, NaN or infinite.
+    Raises SaesubError below three, for a table, or for a value that is no finite number.
     """
-    values = list(values)
-    _require_finite(values)
+    if isinstance(values, Mapping) or hasattr(values, "columns"):
+        raise SaesubError("a table does not say what its values are: give a list of them")
+    values = _numbers(values)
     if len(values) < 3:
         raise SaesubError(f"{len(values)} values give no interval: measure at least three")
     mean, n = float(np.mean(values)), len(values)
@@ -311,12 +322,19 @@ def interval(values: Iterable[float]) -> Interval:
     return Interval(mean, mean - reach, mean + reach, n)
 
 
-def _require_finite(values: Sequence[float | None]) -> None:
-    if bad := [value for value in values if value is None or not math.isfinite(value)]:
+def _numbers(values: Iterable[Any]) -> list[float]:
+    """The measures as floats, so that a small dtype neither overflows nor rounds."""
+    values = list(values)
+    try:
+        found = [math.nan if value is None else float(value) for value in values]
+    except (TypeError, ValueError) as error:
+        raise SaesubError(f"a measure is no number ({error}): give numbers") from error
+    if bad := sum(not math.isfinite(value) for value in found):
         raise SaesubError(
-            f"{len(bad)} of {len(values)} measures are None, NaN or infinite: leave out a rate at "
+            f"{bad} of {len(found)} measures are None, NaN or infinite: leave out a rate at "
             "which training diverges, or measure them again"
         )
+    return found
 
 
 def bootstrap(
@@ -327,7 +345,7 @@ def bootstrap(
     Args:
         statistic: of a list of groups.
         groups: what is independent, such as documents; or layers, with all their sites.
-        n: resamples.
+        n: resamples, at least 100.
         seed: of the draws.
 
     Raises SaesubError below three groups, for a table, whose groups it cannot know, or where the
@@ -336,7 +354,7 @@ def bootstrap(
     """
     if isinstance(groups, Mapping) or hasattr(groups, "columns"):
         raise SaesubError("a table does not say what its groups are: give a list of groups")
-    groups, n = list(groups), whole_number(n, "n")
+    groups, n = list(groups), whole_number(n, "n", _FEWEST_RESAMPLES)
     if len(groups) < 3:
         raise SaesubError(f"{len(groups)} groups give no interval: measure at least three")
     value = statistic(groups)

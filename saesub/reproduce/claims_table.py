@@ -121,8 +121,10 @@ def html_row(row: dict) -> str:
 
 
 def markdown_text(text: str) -> str:
-    """The text as a cell of a Markdown table shows it: markup and bars escaped."""
-    return html.escape(text, quote=False).replace("|", "\\|")
+    """The text as a cell of a Markdown table shows it: on one line, with markup, bars and links
+    escaped."""
+    escaped = html.escape(" ".join(text.split()), quote=False)
+    return escaped.replace("|", "\\|").replace("](", "]\\(")
 
 
 def _small(text: str) -> str:
