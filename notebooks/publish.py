@@ -284,7 +284,7 @@ SUMMARY = (
     ),
     Finding(
         "Features die where the rank is low",
-        "rank correlation of the two over all sites; without attention outputs no order is seen",
+        "rank correlation of the two over all sites; without attention outputs none is seen",
         ("F5.correlation",),
         ("F5",),
     ),
@@ -297,13 +297,14 @@ SUMMARY = (
     ),
     Finding(
         "Wider dictionaries lose more features; ASI with SparseAdam saves nearly all",
-        "share dead; SparseAdam alone: under 1 % at 8,192",
+        "dead; SparseAdam alone: under 1 % at 8,192",
         ("F9.best",),
         ("F8", "F9"),
     ),
     Finding(
         "ASI works for other dictionaries; its features are as good",
-        "shares dead, ASI / random, in TopK transcoders and Lorsa; features by measures of ours",
+        "dead, ASI / random (above 1: ASI loses more), in TopK transcoders and Lorsa; features by "
+        "measures of ours",
         ("F11.topk_transcoder", "F11.lorsa"),
         ("F11", "F12"),
     ),
@@ -487,7 +488,7 @@ def figure_caption(rows: pd.DataFrame) -> str:
     slow = max(i for i in range(asi.best) if asi.fvu[i] >= fvu)
     told = "; ".join(
         f"{condition} "
-        + ", ".join(f"{100 * share:.2g} % (at {lr:g})" for (_, lr), share in of.items())
+        + ", ".join(f"{100 * share:.2g} % ({lr:g})" for (_, lr), share in of.items())
         for condition, of in dead.groupby(level=0, sort=False)
         if "Sparse" not in condition
     )
@@ -618,8 +619,9 @@ def norm_sentence(study: dict) -> str:
     )
     return (
         "SAELens gives decoder rows norm 0.1, and there the norm matters more than the directions "
-        f"(TopK, {settings['d_sae']:,} features, {settings['batch'] * settings['steps']:,} tokens, "
-        f"{rows['seed'].nunique()} seed). Dead at SAELens' norm and at the fitted: {told}. "
+        f"(TopK, layer 3, {settings['d_sae']:,} features, "
+        f"{settings['batch'] * settings['steps']:,} tokens, {rows['seed'].nunique()} seed). "
+        f"Dead at SAELens' norm and at the fitted: {told}. "
         "[All architectures](docs/initialisations.md#norm); "
         f"in some ASI fits worse, by up to {100 * worse:.0f} %."
     )

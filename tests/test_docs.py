@@ -79,7 +79,7 @@ def test_the_readmes_example_runs():
     first = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     assert first
     names: dict[str, Any] = {}
-    exec(first[1].replace("200_000", "4_000"), names)
+    exec(first[1].replace("50_000", "4_000"), names)
     sae, spectrum = names["sae"], names["spectrum"]
     active = spectrum.basis(sae.cfg.metadata.subspace_init["d_init"])
     assert active.shape[1] < spectrum.d

@@ -54,7 +54,8 @@ def caveat(profile: str) -> str:
     """What a reader has to know about a small run's verdicts; empty for other profiles."""
     texts = {
         "smoke": "A smoke run shows that every cell runs. It sees too few tokens to measure "
-        "anything: its verdicts speak neither for a claim nor against it.",
+        "anything: its verdicts speak neither for a claim nor against it. Rows with a record are "
+        "read from studies that were run before, and are the same at every profile.",
         "quick": "A quick run shows every claim on few tokens and in small dictionaries. The "
         "verdicts that the notebooks show are those of a full run.",
     }
