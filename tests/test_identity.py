@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from tiny_model import HOOK, tiny_gpt2, tiny_texts, tiny_tokenizer
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import PreTrainedTokenizer
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
 from saesub import SaesubError, harvest, load_model, measure_spectrum
@@ -306,6 +306,24 @@ def test_a_tokenizer_in_python_is_told_apart_by_what_it_gives() -> None:
         return model_settings(load_model((tiny_gpt2(), Letters(lower=lower))))["tokenizer"]
 
     assert hashed(False) == hashed(False) != hashed(True)
+
+
+class Lowercasing(PreTrainedTokenizerFast):
+    """A fast tokenizer whose file does not say all that it does."""
+
+    def _encode_plus(self, text: Any, *args: Any, **more: Any) -> Any:
+        return super()._encode_plus(text.lower(), *args, **more)
+
+
+def test_a_fast_tokenizer_of_the_users_own_is_told_apart_by_what_it_gives(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokenizer = Lowercasing(tokenizer_object=tiny_tokenizer().backend_tokenizer)
+    specials = ContextTokens(0, 1, (0, 1))
+    lowered = identity._tokenizer(tokenizer, specials)
+    assert lowered == identity._tokenizer(tokenizer, specials)
+    monkeypatch.delattr(Lowercasing, "_encode_plus")
+    assert identity._tokenizer(tokenizer, specials) != lowered
 
 
 EDITS = {

@@ -13,6 +13,7 @@ length of the contexts, the processor and the versions of the libraries.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import secrets
@@ -155,14 +156,15 @@ def _plainly(value: Any) -> str:
 
 
 def _tokenizer(tokenizer: Any, specials: ContextTokens) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
+    parts: list[Any] = [type(tokenizer).__qualname__]
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
         described = json.loads(backend.to_str())
         for of_last_call in ("padding", "truncation"):
             described.pop(of_last_call, None)
-    else:
-        described = tokenizer.get_vocab()
-    parts = [type(tokenizer).__qualname__, described, tokenizer(_PROBE).input_ids]
+        parts += [described]
+    if backend is None or not of_library(type(tokenizer)):
+        # A copy, since a call changes the padding.
+        parts += [tokenizer.get_vocab(), copy.deepcopy(tokenizer)(_PROBE).input_ids]
     parts += [{k: str(v) for k, v in tokenizer.special_tokens_map.items()}, repr(specials)]
     return hashlib.sha256(_plainly(parts).encode()).hexdigest()
 
