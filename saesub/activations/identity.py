@@ -40,7 +40,7 @@ _OF_NO_EFFECT = {
     *("_attn_implementation", "attn_implementation", "_experts_implementation", "use_cache"),
     *("name_or_path", "gradient_checkpointing"),
 }
-_PROBE = "It's 2026: Ça va? Ünïcode  FAST,\n\ttabs & NEWLINES… 12,345.67"  #
+_PROBE = "It's 2026: Ça va? Ünïcode  FAST,\n\ttabs & NEWLINES… 12,345.67"
 _DECORATORS = ("contextlib.", "functools.")  # whose wrappers are the standard library's
 _LIBRARIES = ("torch.", "transformers.", "transformer_lens.", "accelerate.")
 _EVERY_MODULES = frozenset(vars(nn.Module()))  # attributes
