@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         "--profile",
         default="quick",
         metavar="smoke|quick|full|paper",
-        help="how much to run, in minutes, 20 minutes, two hours, or a GPU's work (default: quick)",
+        help="how much to run: some minutes, 20, two hours, or a GPU's work (default: quick)",
     )
     running.add_argument(
         "--notebook", nargs="+", action="extend", default=[], metavar="NN", help="only these"

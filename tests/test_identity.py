@@ -186,6 +186,12 @@ OWN_CODE = {
     ),
     "held function": _edited_mlp(lambda mlp: setattr(mlp, "scale", lambda x: 2 * x)),
     "held object": _edited_mlp(lambda mlp: setattr(mlp, "scale", Times(2.0))),
+    "a library's partial": _edited_mlp(
+        lambda mlp: setattr(mlp, "forward", partial(torch.mul, torch.tensor(2.0)))
+    ),
+    "another module's method": _edited_mlp(
+        lambda mlp: setattr(mlp, "forward", tiny_gpt2().transformer.h[1].mlp.forward)
+    ),
     "hook of a point": _edited_point(lambda p: p.register_forward_hook(lambda m, i, out: 2 * out)),
     "pre-hook of a point": _edited_point(
         lambda p: p.register_forward_pre_hook(lambda m, given: (2 * given[0],))
@@ -241,6 +247,16 @@ def _held_by_config(value: Any) -> Callable[[Any], Any]:
             "arch",
         ),
         (_held_by_config({1: 4.0, "a": {2}}), _held_by_config({"1": 4.0, "a": {2}}), "arch"),
+        (
+            lambda model: setattr(model.transformer.h[0].mlp, "more", torch.relu),
+            lambda model: setattr(model.transformer.h[0].mlp, "more", torch.tanh),
+            "arch",
+        ),
+        (
+            lambda model: setattr(model.transformer, "more", partial(torch.round, decimals=1)),
+            lambda model: setattr(model.transformer, "more", partial(torch.round, decimals=2)),
+            "arch",
+        ),
         (_held_by_config(torch.float32), _held_by_config(torch.bfloat16), "arch"),
         (_activation_of(_quantized(0)), _activation_of(_quantized(1)), "weights"),
     ],

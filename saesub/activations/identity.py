@@ -132,16 +132,19 @@ def _architecture(model: TransformerBridge) -> str:
 
 def _own_values(module: nn.Module) -> dict[str, str]:
     """The numbers, texts, switches and containers of them that a library's module holds."""
-    bridges = type(module).__module__.startswith("transformer_lens.")  # which keep count there
-    if bridges or not of_library(type(module)):
+    if _of_bridge(module) or not of_library(type(module)):  # a bridge keeps count there
         return {}
     left_out = _EVERY_MODULES | _OF_NO_EFFECT
     held = {k: v for k, v in vars(module).items() if not k.startswith("_") and k not in left_out}
     return {k: _plainly(v) for k, v in held.items() if not k.endswith("_cached")}
 
 
+def _of_bridge(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("transformer_lens.")
+
+
 def _plainly(value: Any) -> str:
-    """A text that two processes make alike; of an object that is no plain value, its class."""
+    """A text that two processes make alike; of a function its name, of an object its class."""
     if isinstance(value, dict):
         return f"{{{', '.join(sorted(f'{_plainly(k)}: {_plainly(v)}' for k, v in value.items()))}}}"
     if isinstance(value, (set, frozenset)):
@@ -152,7 +155,9 @@ def _plainly(value: Any) -> str:
         return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(_bytes_of(value)).hexdigest()}"
     if isinstance(value, _PLAIN):
         return repr(value)
-    return type(value).__qualname__
+    if isinstance(value, partial):
+        return f"{_plainly(value.func)} of {_plainly([value.args, value.keywords])}"
+    return str(getattr(value, "__qualname__", type(value).__qualname__))
 
 
 def _tokenizer(tokenizer: Any, specials: ContextTokens) -> str:
@@ -202,7 +207,7 @@ def modules_with_own_code(model: TransformerBridge) -> list[str]:
     names = sorted(
         name or "the model"
         for name, module in modules.values()
-        if edited.intersection(type(module).__mro__) or _is_hooked(module)
+        if edited.intersection(type(module).__mro__) or _is_hooked(module, set(modules))
     )
     names += ["every module"] if _of_users(nn.modules.module._global_forward_hooks.values()) else []
     names += (
@@ -225,14 +230,37 @@ def _is_edited(cls: type) -> bool:
     )
 
 
-def _is_hooked(module: nn.Module) -> bool:
-    """Whether a function that is not of the libraries themselves runs with the module."""
+def _is_hooked(module: nn.Module, inside: set[int]) -> bool:
+    """Whether a function runs with the module that is not of the libraries themselves, or that is
+    bound to other weights than those of the model's modules, whose ids are `inside`.
+    """
     own = vars(module)
     if isinstance(module, HookPoint) and _of_users(h.user_hook for h in module.fwd_hooks):
         return True
-    called = (v for v in own.values() if callable(v) and not isinstance(v, (nn.Module, type)))
-    hooks = (*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values())
-    return _of_users(called) or _of_users(hooks)
+    held = (v for v in own.values() if callable(v) and not isinstance(v, (nn.Module, type)))
+    called = [*held, *own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values()]
+    bound = (value for function in called for value in _bound(function))
+    return _of_users(called) or not all(_is_known(value, inside) for value in bound)
+
+
+def _is_known(value: Any, inside: set[int]) -> bool:
+    """Whether a hash tells it: a module of the model, a plain value, or a library's own object.
+
+    A bridge's parts keep methods of the part that they were copied from, which has no weights.
+    """
+    if isinstance(value, nn.Module):
+        copied = _of_bridge(value) and not (*value.parameters(), *value.buffers())
+        return copied or id(value) in inside
+    return isinstance(value, _PLAIN) or (of_library(type(value)) and not isinstance(value, Tensor))
+
+
+def _bound(function: Any) -> tuple[Any, ...]:
+    """What a method or a partial function is bound to."""
+    if isinstance(function, MethodType):
+        return (function.__self__,)
+    if isinstance(function, partial):
+        return *_bound(function.func), *function.args, *function.keywords.values()
+    return ()
 
 
 def _of_users(functions: Iterable[Any]) -> bool:

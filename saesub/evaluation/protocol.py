@@ -201,8 +201,8 @@ def sweep_at_l0(rows: Iterable[Mapping[str, Any]], l0: float) -> Sweep:
     if not (math.isfinite(l0) and l0 > 0):
         raise SaesubError(f"l0 is {l0}: give a number of active features above zero")
     by_rate = _by_rate(rows)
-    active = [row["validation_l0"] for of in by_rate.values() for row in of]
-    if bad := [n for n in active if not 0 <= n < math.inf]:
+    measured = [row["validation_l0"] for of in by_rate.values() for row in of]
+    if bad := [n for n in measured if not 0 <= n < math.inf]:
         raise SaesubError(f"an L0 on the validation part is {bad[0]}: measure that SAE again")
     for rate, of in by_rate.items():
         trained = [(row["seed"], row["coefficient"]) for row in of]
