@@ -188,8 +188,8 @@ def findings(rows: Iterable[dict]) -> list[FindingVerdict]:
     None holds: it does not hold. Without a tested row it is not testable here, else mixed. Claims
     beyond the paper do not count. Raises `SaesubError` for an unknown id.
     """
-    claims = load_claims().values()
-    given: dict[str, list[str]] = {claim.finding: [] for claim in claims}
+    of_paper = [claim for claim in load_claims().values() if not claim.beyond_paper]
+    given: dict[str, list[str]] = {claim.finding: [] for claim in of_paper}
     for row in rows:
         claim = find(row["id"])
         if not claim.beyond_paper:
