@@ -25,16 +25,16 @@ from protocol import N_VALIDATION, Trial
 SITES = ("attn_out", "mlp_out", "resid_post")
 TEXTS = ("english-mix", "code-python")
 LAYERS = {  # early, middle, late
-    "smollm2-135m": (6, 15, 24),
-    "gemma3-270m": (3, 9, 14),
-    "qwen2.5-coder-0.5b": (4, 12, 19),
+    "smollm2-135m": (4, 11, 20),
+    "gemma3-270m": (2, 7, 13),
+    "qwen2.5-coder-0.5b": (3, 9, 16),
 }
 MODELS = tuple(LAYERS)
 DEVELOPED, UNTOUCHED = MODELS[:2], MODELS[2:]
-SIZES = ((2048, 32), (8192, 64))  # features, active ones
+SIZES = ((2048, 32), (4096, 64))  # features, active ones
 FIRINGS = (4000, 1000)  # of a feature in training, on average
 JUDGED_FIRINGS = 1000  # of a feature in the window that decides what is dead
-STORED = 512_000 + N_VALIDATION + 128_000  # tokens, enough for the widest and longest
+STORED = 256_000 + N_VALIDATION + 64_000  # tokens, enough for the widest and longest
 
 
 def tokens_for(firings: int, d_sae: int, k: int) -> int:

@@ -1,0 +1,52 @@
+"""Does one recipe, applied by hand and without a sweep, beat what a sweep finds?
+
+    python notebooks/studies/recipe.py baselines
+    python notebooks/studies/recipe.py recipe
+
+Writes data/results/studies/baselines.json and recipe.json. In each regime of `regimes.py` three
+baselines, each at its own best learning rate: random directions under Adam, the subspace under Adam
+and the subspace under SparseAdam, all with the bias at the mean, the fitted norm and the schedule of
+`protocol.py`; four rates, further where the best is at an edge. Regimes of the third model come
+last, and its recipe was run once, when the recipe was final.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from protocol import Trial, outcome, site_of, sweep
+from regimes import REGIMES, Regime
+
+BASELINES = (
+    ("random", "adam", "random"),
+    ("subspace", "adam", "ASI"),
+    ("subspace", "sparse_adam", "ASI + SparseAdam"),
+)
+
+
+def baselines(regime: Regime) -> list[Trial]:
+    """The three baselines of a regime."""
+    return [
+        regime.trial(start, optimizer, condition=condition)
+        for start, optimizer, condition in BASELINES
+    ]
+
+
+def with_site(trial: Trial) -> dict[str, Any]:
+    """The trial's outcome, and what was known of its site before."""
+    spectrum = site_of(trial).spectrum
+    return outcome(trial) | {
+        "offset": (spectrum.mean.norm() / spectrum.eigenvalues.sum().sqrt()).item(),
+        "rank": spectrum.rank_at(0.99) / spectrum.d,
+        "effective_rank": spectrum.effective_rank("variance") / spectrum.d,
+    }
+
+
+if __name__ == "__main__":
+    which = sys.argv[1:]
+    for untouched in (False, True):
+        chosen = [regime for regime in REGIMES if regime.untouched == untouched]
+        if which == ["baselines"]:
+            conditions = [trial for regime in chosen for trial in baselines(regime)]
+            sweep("baselines", conditions, n_seeds=1, outcome=with_site)
