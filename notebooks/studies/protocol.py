@@ -5,7 +5,8 @@ mixture of English texts, shuffled by document and stored once), of which the la
 validation part, which only chooses learning rates, and a part for every number that is reported.
 All SAEs have their bias at the mean and, unless the trial says otherwise, the norm at which they
 reconstruct best before training (`saesub.fit_norm`), the random ones as well; the rate rises over
-the first twentieth of the steps and falls to zero over the last fifth.
+the first twentieth of the steps and falls to zero over the last fifth, unless the trial says
+otherwise.
 
 The record has one row per trial. `runs` has the command, the commit, the date and the machine of
 every call, and each row names its call. Run a study again and it continues where it stopped.
@@ -57,7 +58,8 @@ class Trial:
     `start` is "random", "subspace" (flat directions), "mixed" (the first half of the features
     random, the others in the subspace), or a rule of `saesub.init.directions` that starts from
     data. `norm` is "fit", or a number for `decoder_init_norm`. `spectrum_of` names another hook
-    point, whose eigenvalues the activations are given by a fixed linear map; "" leaves them.
+    point, whose eigenvalues the activations are given by a fixed linear map; "" leaves them. Over
+    the last `decay` of the steps the rate falls to zero.
     """
 
     hook_name: str
@@ -76,6 +78,7 @@ class Trial:
     model: str = "smollm2-135m"
     corpus: str = "english-mix"
     batch_size: int = BATCH
+    decay: float = 0.2
 
     @property
     def hooks(self) -> set[str]:
@@ -198,7 +201,7 @@ def schedule(trial: Trial) -> SAETrainerConfig:
         lr=trial.lr,
         lr_end=trial.lr,
         lr_warm_up_steps=steps // 20,
-        lr_decay_steps=steps // 5,
+        lr_decay_steps=round(trial.decay * steps),
         adam_beta1=trial.beta1,
         n_batches_for_norm_estimate=20,
         device="cpu",

@@ -1,13 +1,12 @@
 """Does one recipe, applied by hand and without a sweep, beat what a sweep finds?
 
-    python notebooks/studies/recipe.py baselines
-    python notebooks/studies/recipe.py recipe
+    python notebooks/studies/recipe.py baselines smollm2-135m gemma3-270m
 
-Writes data/results/studies/baselines.json and recipe.json. In each regime of `regimes.py` three
-baselines, each at its own best learning rate: random directions under Adam, the subspace under Adam
-and the subspace under SparseAdam, all with the bias at the mean, the fitted norm and the schedule of
-`protocol.py`; four rates, further where the best is at an edge. Regimes of the third model come
-last, and its recipe was run once, when the recipe was final.
+Writes data/results/studies/baselines.json. In each regime of `regimes.py` three baselines, each at
+its own best learning rate: random directions under Adam, the subspace under Adam and the subspace
+under SparseAdam, all with the bias at the mean, the fitted norm and the schedule of `protocol.py`;
+four rates, further where the best is at an edge. The models are named, so that those that the
+recipe is developed on come first.
 """
 
 from __future__ import annotations
@@ -44,9 +43,8 @@ def with_site(trial: Trial) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    which = sys.argv[1:]
-    for untouched in (False, True):
-        chosen = [regime for regime in REGIMES if regime.untouched == untouched]
-        if which == ["baselines"]:
-            conditions = [trial for regime in chosen for trial in baselines(regime)]
-            sweep("baselines", conditions, n_seeds=1, outcome=with_site)
+    what, *models = sys.argv[1:]
+    chosen = [regime for regime in REGIMES if regime.model in models]
+    if what == "baselines":
+        conditions = [trial for regime in chosen for trial in baselines(regime)]
+        sweep("baselines", conditions, n_seeds=1, outcome=with_site)
