@@ -14,8 +14,8 @@ the same protocol, so that its rows can be joined with those of mitigations.json
 - SAELens' default norm of 0.1 in place of the norm search.
 
 Sign descent moves every entry by the rate, so it is swept about rates of its own. The schedule-free
-kind has no schedule, as its authors train. Aligned training starts at unit norm, where tied rows and
-columns are aligned, so it has no norm search.
+kind has no schedule, as its authors train. Aligned training starts at unit norm, where tied rows
+and columns are aligned, so it has no norm search.
 
 The second writes data/results/studies/rivals_cost.json, on a machine that does nothing else: the
 time of a step of every kind of condition, those of mitigations.py and cure.py too, and the memory
@@ -61,6 +61,7 @@ from saesub.training.mitigations import Mitigation
 KINDS = {"aligned": AlignedSAE, "GroupMax": GroupMaxSAE}
 OPTIMIZERS = {"signum": Signum, "schedule-free sign": ScheduleFreeSign}
 SIGN_RATES = {"signum": (2.5e-4, 5e-4, 1e-3, 2e-3), "schedule-free sign": (1e-3, 2e-3, 4e-3, 8e-3)}
+COST_RATES = {"signum": 1e-3, "schedule-free sign": 4e-3}
 SHORT = 16_000  # tokens: the dead window with which SAELens' AuxK leaves the fewest dead
 N_BLOCKS = 20  # of a run, each with its ratio of times
 
@@ -107,16 +108,10 @@ COSTED = [
     _trial("subspace", "ASI"),
     _trial("whitened_data", "whitened start"),
     _trial("random", "bias at the median", **MEDIAN),
-    *(
-        next(t for t in several if t.start == "random" and t.mitigation == name)
-        for several, name in zip(
-            SWEEPS, ("aligned", "GroupMax", "AuxK of Gao et al."), strict=False
-        )
-    ),
-    *(several[0] for several in SIGN_SWEEPS),
+    *(several[0] for several in (*SWEEPS[:3], *SIGN_SWEEPS)),
     _trial("random", "random, again"),  # what the measurement itself adds
 ]
-COSTED = [replace(t, lr=SIGN_RATES.get(t.optimizer, (2e-3,) * 3)[2]) for t in COSTED]
+COSTED = [replace(t, lr=COST_RATES.get(t.optimizer, 2e-3)) for t in COSTED]
 
 
 def acting(trial: Mitigated) -> list[Mitigation]:
@@ -250,10 +245,8 @@ def cost(trials: list[Mitigated], name: str = "rivals_cost") -> None:
     torch.set_num_threads(1)
     this = this_run()
     times = seconds(trials)
-    context = get_context("spawn")
-    with ProcessPoolExecutor(
-        1, context, torch.set_num_threads, (1,), max_tasks_per_child=1
-    ) as pool:
+    alone: Any = {"initializer": torch.set_num_threads, "initargs": (1,), "max_tasks_per_child": 1}
+    with ProcessPoolExecutor(1, get_context("spawn"), **alone) as pool:
         held = list(pool.map(memory, trials))
     record = {"runs": [this], "rows": cost_rows(trials, times, held)}
     write_atomically(RESULTS / f"{name}.json", json.dumps(record, indent=1))
