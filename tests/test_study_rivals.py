@@ -408,11 +408,11 @@ def test_auxk_of_gao_moves_the_dead(study, condition):
     output = trainer.step(_batches(study, 9)[-1])
     silent = dead & (trainer.tokens_since_fired > 0)
     moved = (trainer.sae.W_dec != before).any(1)[silent]
-    assert len(moved) > 5
+    assert len(moved) > 1
     if condition == "random":
         assert not moved.any()
     else:
-        assert moved.double().mean() > 0.5
+        assert moved.all()
         losses = output.losses
         assert losses["auxk_of_gao"] > 0
         assert torch.isclose(output.loss, losses["mse_loss"] + losses["auxk_of_gao"])
