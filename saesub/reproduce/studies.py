@@ -109,7 +109,7 @@ def joined(first: Study, *others: Study) -> pd.DataFrame:
 
     same, regime = ["hook_name", "d_sae", "n_train", "model", "corpus"], first.rows.iloc[0]
     rows = pd.concat([s.rows.assign(study=s.name) for s in (first, *others)], ignore_index=True)
-    rows = rows[(rows[same] == regime[same]).all(axis=1)]
+    rows = pd.DataFrame(rows[(rows[same] == regime[same]).all(axis=1)])
     return rows.drop_duplicates(["condition", "lr", "seed"], keep="last", ignore_index=True)
 
 
@@ -119,9 +119,11 @@ def over_rates(rows: pd.DataFrame) -> pd.DataFrame:
     Columns: condition, lr, dead_share, fvu, and whether the rate is the condition's `best`. Raises
     SaesubError as `with_best` does.
     """
+    import pandas as pd
+
     by_rate = with_best(rows, ["condition"]).groupby(["condition", "lr"], sort=False)
-    means = by_rate[["dead_share", "fvu", "best"]].mean()
-    return means.assign(best=means["best"] == 1).reset_index()
+    means = pd.DataFrame(by_rate[["dead_share", "fvu", "best"]].mean())
+    return means.astype({"best": bool}).reset_index()
 
 
 def _condition(row: dict[str, Any]) -> str:
