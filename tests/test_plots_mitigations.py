@@ -83,13 +83,24 @@ def test_the_legend_names_what_is_drawn():
     ]
 
 
+def test_a_note_is_below_its_title():
+    notes = {"AuxK": "1.2 × time, +10 MB", "data start": "1 × time"}
+    panels = _shown(mitigation_panels(_rates(), PANELS, notes=notes))
+    for axes in panels:
+        (text,) = axes.texts
+        assert text.get_text() == notes.get(axes.get_title(), "")
+    with pytest.raises(SaesubError, match=r"notes on \['signum'\], which no panel is of; add"):
+        mitigation_panels(_rates(), PANELS, notes={"signum": ""})
+
+
+@pytest.mark.parametrize("notes", [{}, dict.fromkeys(PANELS, "1.35 × time, +123 MB")])
 @pytest.mark.parametrize("x", ["fvu", "tokens"])
-def test_no_two_texts_overlap(x):
-    figure = mitigation_panels(_rates() if x == "fvu" else _tokens(), PANELS, x=x)
+def test_no_two_texts_overlap(x, notes):
+    figure = mitigation_panels(_rates() if x == "fvu" else _tokens(), PANELS, x=x, notes=notes)
     figure.draw_without_rendering()
     texts = [*figure.legends, figure._supxlabel, figure._supylabel]
     for axes in _shown(figure):
-        texts.append(axes.title)
+        texts += [axes.title, *(text for text in axes.texts if text.get_text())]
         for axis, bounds in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
             ticks = [t for t in axis.get_major_ticks() if bounds[0] <= t.get_loc() <= bounds[1]]
             texts += [t.label1 for t in ticks if t.label1.get_visible()]

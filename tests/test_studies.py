@@ -294,6 +294,25 @@ def test_the_best_rate_is_chosen_by_the_validation_part_over_all_seeds():
     assert sweep.dead == pytest.approx((0.1, 0.15))
 
 
+def test_several_records_are_joined_at_one_place_and_size():
+    first, cure = studies.recorded("mitigations"), studies.recorded("cure")
+    rows = studies.joined(first, cure)
+    sizes = ["hook_name", "d_sae", "n_train", "model", "corpus"]
+    assert (rows[sizes] == first.rows.iloc[0][sizes]).all(axis=None)
+    assert {"random", "ASI", "AuxK", "ASI + SparseAdam", "data start"} <= {*rows["condition"]}
+    assert not rows.duplicated(["condition", "lr", "seed"]).any()
+    random = rows[rows["condition"] == "random"]
+    assert set(random["study"]) == {"cure"}  # mitigations.json has some of these SAEs too
+    assert set(studies.joined(cure, first)["d_sae"]) == {8192}
+
+    found = studies.over_rates(rows)
+    assert not found.duplicated(["condition", "lr"]).any()
+    assert (found.groupby("condition")["best"].sum() == 1).all()
+    for column in ("dead_share", "fvu"):
+        one = found[(found["condition"] == "random") & (found["lr"] == 2e-3)][column]
+        assert one.item() == pytest.approx(random[random["lr"] == 2e-3][column].mean())
+
+
 @pytest.fixture
 def quality(protocol):
     """The study of feature quality, on the same small stores."""

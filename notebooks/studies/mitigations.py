@@ -140,11 +140,18 @@ def outcome(trial: Mitigated) -> dict[str, Any]:
     norm = sae.W_dec.detach().norm(dim=1).mean().item()
     mitigations = [count, *acting(trial)]
     trainer = train(trial, sae, at, dead_window_tokens=trial.dead_window, mitigations=mitigations)
+    return outcome_of(trial, trainer, at, norm)
+
+
+def outcome_of(
+    trial: Mitigated, trainer: saesub.SubspaceSAETrainer, at: Site, norm_at_start: float
+) -> dict[str, Any]:
+    """What is recorded of a trained SAE, whose trainer had a `RevivalCount`."""
     offset = at.spectrum.mean.norm() / at.spectrum.eigenvalues.sum().sqrt()
-    return judged(trial, sae, at) | {
-        "norm_at_start": norm,
+    return judged(trial, trainer.sae, at) | {
+        "norm_at_start": norm_at_start,
         "offset": offset.item(),
-        **count.found(trainer),
+        **RevivalCount().found(trainer),
     }
 
 

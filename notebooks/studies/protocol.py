@@ -172,14 +172,20 @@ def set_start(sae: TopKTrainingSAE, trial: Trial, at: Site) -> None:
         saesub.fit_norm(sae, at.spectrum, activations=x)
 
 
-def untrained(trial: Trial, at: Site, start: Start = set_start, **config: Any) -> TopKTrainingSAE:
-    """The SAE of a trial at step 0, with SAELens settings `config` besides."""
+def untrained(
+    trial: Trial,
+    at: Site,
+    start: Start = set_start,
+    kind: type[TopKTrainingSAE] = TopKTrainingSAE,
+    **config: Any,
+) -> TopKTrainingSAE:
+    """The SAE of a trial at step 0, of class `kind`, with SAELens settings `config` besides."""
     torch.manual_seed(trial.seed)
     settings: dict[str, Any] = {
         "decoder_init_norm": 1.0 if trial.norm == "fit" else trial.norm,
         "aux_loss_coefficient": 0.0,
     }
-    sae = TopKTrainingSAE(
+    sae = kind(
         TopKTrainingSAEConfig(
             d_in=at.spectrum.d,
             d_sae=trial.d_sae,
@@ -212,20 +218,30 @@ def train(
     trial: Trial, sae: TopKTrainingSAE, at: Site, **trainer: Any
 ) -> saesub.SubspaceSAETrainer:
     """Train the SAE by the trial's schedule; returns the trainer at its end."""
-    made = saesub.SubspaceSAETrainer(
+    made = trainer_of(trial, sae, **trainer)
+    fit({"trial": made}, trial, at)
+    return made
+
+
+def trainer_of(trial: Trial, sae: TopKTrainingSAE, **trainer: Any) -> saesub.SubspaceSAETrainer:
+    """The trainer of an SAE by the trial's schedule, before its first step."""
+    return saesub.SubspaceSAETrainer(
         schedule(trial),
         sae,
         iter(()),
         **{"optimizer": trial.optimizer, "dead_window_tokens": trial.n_train // 4} | trainer,
     )
+
+
+def fit(trainers: dict[str, saesub.SubspaceSAETrainer], trial: Trial, at: Site) -> None:
+    """Train to the end, all on the batches of one trial."""
     train_part, _ = at.store.split(at.store.n_tokens - trial.n_train)
 
     def batches(step: int) -> Iterator[dict[str, Tensor]]:
         stream = train_part.batches(trial.batch_size, seed=trial.seed, start_step=step)
         return ({trial.hook_name: at.seen(x)} for x in stream)
 
-    saesub.train_together({"trial": made}, batches)
-    return made
+    saesub.train_together(trainers, batches)
 
 
 def judged(trial: Trial, sae: TopKTrainingSAE, at: Site) -> dict[str, Any]:
@@ -306,11 +322,7 @@ def run(
         return
     harvest(left)
     torch.set_num_threads(n_threads)  # as the workers do, for the record
-    this = {
-        "command": "python " + " ".join(sys.argv),
-        "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], text=True).strip(),
-        "run": run_facts(),
-    }
+    this = this_run()
     if not record["runs"] or record["runs"][-1]["commit"] != this["commit"]:
         record["runs"].append(this)
     os.environ["OMP_NUM_THREADS"] = str(n_threads)
@@ -321,6 +333,15 @@ def run(
         for job in tqdm(as_completed(jobs), total=len(jobs), unit="SAE", desc=name):
             record["rows"].append(job.result() | {"run": len(record["runs"]) - 1})
             write_atomically(path, json.dumps(record, indent=1))
+
+
+def this_run() -> dict[str, Any]:
+    """Command, commit, date and machine of this call."""
+    return {
+        "command": "python " + " ".join(sys.argv),
+        "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], text=True).strip(),
+        "run": run_facts(),
+    }
 
 
 def _begin(n_threads: int) -> None:

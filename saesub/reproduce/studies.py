@@ -99,6 +99,33 @@ def with_best(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     )
 
 
+def joined(first: Study, *others: Study) -> pd.DataFrame:
+    """The rows of several studies at the place, width and number of tokens of the first's first.
+
+    Of a condition that several have at the same rate and seed, the row of the last study is taken.
+    `study` names where a row comes from.
+    """
+    import pandas as pd
+
+    same, regime = ["hook_name", "d_sae", "n_train", "model", "corpus"], first.rows.iloc[0]
+    rows = pd.concat([s.rows.assign(study=s.name) for s in (first, *others)], ignore_index=True)
+    rows = pd.DataFrame(rows[(rows[same] == regime[same]).all(axis=1)])
+    return rows.drop_duplicates(["condition", "lr", "seed"], keep="last", ignore_index=True)
+
+
+def over_rates(rows: pd.DataFrame) -> pd.DataFrame:
+    """Each condition at each rate, as means over seeds, for `plots.mitigation_panels`.
+
+    Columns: condition, lr, dead_share, fvu, and whether the rate is the condition's `best`. Raises
+    SaesubError as `with_best` does.
+    """
+    import pandas as pd
+
+    by_rate = with_best(rows, ["condition"]).groupby(["condition", "lr"], sort=False)
+    means = pd.DataFrame(by_rate[["dead_share", "fvu", "best"]].mean())
+    return means.astype({"best": bool}).reset_index()
+
+
 def _condition(row: dict[str, Any]) -> str:
     """
     >>> _condition({"start": "subspace", "optimizer": "sparse_adam"})

@@ -30,6 +30,14 @@ _WITH_ASI: dict[str, Any] = {
     "linestyle": "--",
     "label": "this mitigation + ASI",
 }
+_BELOW_TITLE: dict[str, Any] = {
+    "xycoords": "axes fraction",
+    "xytext": (0, 4),
+    "textcoords": "offset points",
+    "ha": "center",
+    "fontsize": 8.5,
+    "color": draw.NOTE,
+}
 _LABELS = {
     "fvu": ("fraction of variance unexplained (FVU; left is better)", "dead features"),
     "tokens": ("training tokens", "silent features"),
@@ -37,7 +45,11 @@ _LABELS = {
 
 
 def mitigation_panels(
-    frame: pd.DataFrame, panels: Mapping[str, Sequence[str]], x: str = "fvu"
+    frame: pd.DataFrame,
+    panels: Mapping[str, Sequence[str]],
+    x: str = "fvu",
+    *,
+    notes: Mapping[str, str] | None = None,
 ) -> Figure:
     """Dead features of each mitigation against FVU along its learning rates, or over training.
 
@@ -49,8 +61,10 @@ def mitigation_panels(
             point.
         panels: title -> the mitigation's condition and, if there is one, that with ASI.
         x: "fvu" or "tokens".
+        notes: title -> a few words below it, such as what the mitigation costs.
 
-    Raises SaesubError for another `x`, or a condition that is not in the frame.
+    Raises SaesubError for another `x`, a condition that is not in the frame, or a note without its
+    panel.
     """
     if x not in _LABELS:
         raise SaesubError(f"mitigation_panels draws over {' or '.join(_LABELS)}, not {x!r}")
@@ -61,10 +75,15 @@ def mitigation_panels(
         raise SaesubError(
             f"the frame has no rows of {missing}; add these conditions, or drop their panels"
         )
+    notes = notes or {}
+    if unknown := sorted(set(notes) - set(panels)):
+        raise SaesubError(
+            f"there are notes on {unknown}, which no panel is of; add it, or drop them"
+        )
     frame = pd.DataFrame(frame[frame["condition"].isin(wanted)])
     columns = min(_COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
-    size = (0.9 + 2.15 * columns, 1.3 + 2.1 * rows)
+    size = (0.9 + 2.15 * columns, 1.3 + (2.25 if notes else 2.1) * rows)
     everywhere = {
         name: {**look, "label": _EVERYWHERE[name]} for name, look in draw.looks(_EVERYWHERE).items()
     }
@@ -74,7 +93,8 @@ def mitigation_panels(
             for name, look in looks.items():
                 of = pd.DataFrame(frame[frame["condition"] == name])
                 _line(axes, of.sort_values(by=along), x, look)
-            axes.set_title(title)
+            axes.set_title(title, pad=16 if notes else None)
+            axes.annotate(notes.get(title, ""), (0.5, 1), **_BELOW_TITLE)
             _set_axes(axes, frame, x)
             axes.tick_params(labelleft=place % columns == 0)
             axes.tick_params(labelbottom=place + columns >= len(panels))

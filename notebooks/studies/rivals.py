@@ -1,0 +1,262 @@
+"""What do the rivals of 2026 do for dead features, each with random and subspace initialisation?
+
+    python notebooks/studies/rivals.py
+    python notebooks/studies/rivals.py cost
+
+The first writes data/results/studies/rivals.json, at the place and size of mitigations.py and by
+the same protocol, so that its rows can be joined with those of mitigations.json and cure.json:
+
+- aligned training, GroupMax, AuxK as Gao et al. define it, and two kinds of sign descent, whose
+  definitions and sources are in rival_methods.py;
+- k-annealing by both rules of its authors' library;
+- SAELens' AuxK, the start at data and the bias at the geometric median under SparseAdam, and the
+  bias at the median with subspace initialisation;
+- SAELens' default norm of 0.1 in place of the norm search.
+
+Sign descent moves every entry by the rate, so it is swept about rates of its own. The schedule-free
+kind has no schedule, as its authors train. Aligned training starts at unit norm, where tied rows
+and columns are aligned, so it has no norm search.
+
+The second writes data/results/studies/rivals_cost.json, on a machine that does nothing else: the
+time of a step of every kind of condition, those of mitigations.py and cure.py too, and the memory
+of its training. All train in lockstep on the same batches, so that their steps take turns.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, replace
+from multiprocessing import get_context
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import mitigations
+import torch
+from mitigations import HOOK, Mitigated, outcome_of, set_start
+from protocol import RESULTS, SMALL, Site, fit, harvest, site_of, sweep, this_run, trainer_of
+from protocol import untrained as untrained_of
+from rival_methods import (
+    Aligned,
+    AlignedSAE,
+    AuxKOfGao,
+    AverageAtEnd,
+    ExponentialKAnnealing,
+    GroupMaxSAE,
+    ScheduleFreeSign,
+    Signum,
+)
+from sae_lens import TopKTrainingSAE
+from torch.optim.lr_scheduler import LambdaLR
+
+import saesub
+from saesub.files import write_atomically
+from saesub.reproduce.peak_memory import peak_memory_of
+from saesub.reproduce.revival import RevivalCount
+from saesub.training.mitigations import Mitigation
+
+KINDS = {"aligned": AlignedSAE, "GroupMax": GroupMaxSAE}
+OPTIMIZERS = {"signum": Signum, "schedule-free sign": ScheduleFreeSign}
+SIGN_RATES = {"signum": (2.5e-4, 5e-4, 1e-3, 2e-3), "schedule-free sign": (1e-3, 2e-3, 4e-3, 8e-3)}
+COST_RATES = {"signum": 1e-3, "schedule-free sign": 4e-3}
+SHORT = 16_000  # tokens: the dead window with which SAELens' AuxK leaves the fewest dead
+N_BLOCKS = 20  # of a run, each with its ratio of times
+
+
+def _trial(start: str, condition: str, **settings: Any) -> Mitigated:
+    return Mitigated(HOOK, start, condition=condition, **SMALL, **settings)
+
+
+def _both(condition: str, **settings: Any) -> list[Mitigated]:
+    """A condition with both initialisations."""
+    return [
+        _trial("random", condition, **settings),
+        _trial("subspace", f"ASI + {condition}", **settings),
+    ]
+
+
+SPARSE, MEDIAN = {"optimizer": "sparse_adam"}, {"centre": "geometric median"}
+# A sweep each, in this order.
+SWEEPS: list[list[Mitigated]] = [
+    _both("aligned", mitigation="aligned", norm=1.0),
+    _both("GroupMax", mitigation="GroupMax"),
+    [
+        _trial("random", "AuxK of Gao et al.", mitigation="AuxK of Gao et al."),
+        *_both("AuxK of Gao et al., 16,000", mitigation="AuxK of Gao et al.", dead_window=SHORT),
+    ],
+    [
+        _trial("data", "data start + SparseAdam", **SPARSE),
+        _trial("subspace", "ASI + bias at the median", **MEDIAN),
+        *_both("bias at the median + SparseAdam", **MEDIAN, **SPARSE),
+    ],
+    _both("norm 0.1", norm=0.1),
+    _both("AuxK + SparseAdam", mitigation="AuxK", coefficient=1.0, dead_window=SHORT, **SPARSE),
+    [
+        _trial("subspace", "ASI + k-annealing", mitigation="k-annealing"),
+        *_both("exponential k-annealing", mitigation="exponential k-annealing"),
+    ],
+]
+SIGN_SWEEPS = [_both(name, optimizer=name) for name in OPTIMIZERS]
+
+COSTED = [
+    mitigations.PLAIN,
+    *(t for t in (*mitigations.RIVALS, *mitigations.OTHERS) if t.start != "subspace"),
+    _trial("random", "random + SparseAdam", **SPARSE),
+    _trial("subspace", "ASI"),
+    _trial("whitened_data", "whitened start"),
+    _trial("random", "bias at the median", **MEDIAN),
+    *(several[0] for several in (*SWEEPS[:3], *SIGN_SWEEPS)),
+    _trial("random", "random, again"),  # what the measurement itself adds
+]
+COSTED = [replace(t, lr=COST_RATES.get(t.optimizer, 2e-3)) for t in COSTED]
+
+
+def acting(trial: Mitigated) -> list[Mitigation]:
+    """What acts during training; GroupMax is the SAE's, AuxK a setting of it."""
+    own: dict[str, list[Mitigation]] = {
+        "aligned": [Aligned()],
+        "AuxK of Gao et al.": [AuxKOfGao()],
+        "exponential k-annealing": [
+            ExponentialKAnnealing(k_start=site_of(trial).spectrum.d, share=0.1)
+        ],
+    }
+    at_end = [AverageAtEnd()] if trial.optimizer == "schedule-free sign" else []
+    return own.get(trial.mitigation, list(mitigations.acting(trial))) + at_end
+
+
+def untrained(trial: Mitigated, at: Site) -> TopKTrainingSAE:
+    """The SAE of a trial at step 0."""
+    kind = KINDS.get(trial.mitigation, TopKTrainingSAE)
+    auxk = trial.coefficient if trial.mitigation == "AuxK" else 0.0
+    return untrained_of(trial, at, set_start, kind, aux_loss_coefficient=auxk)
+
+
+def trainer_for(trial: Mitigated, sae: TopKTrainingSAE) -> saesub.SubspaceSAETrainer:
+    """The trainer of a trial, which counts revivals, with its own optimizer if saesub has none."""
+    made = trainer_of(
+        trial,
+        sae,
+        optimizer="adam" if trial.optimizer in OPTIMIZERS else trial.optimizer,
+        dead_window_tokens=trial.dead_window,
+        mitigations=[RevivalCount(), *acting(trial)],
+    )
+    if trial.optimizer in OPTIMIZERS:
+        made.optimizer = OPTIMIZERS[trial.optimizer](sae.parameters(), trial.lr)  # pyright: ignore
+        made.optimizer_name = trial.optimizer  # pyright: ignore
+        made.lr_scheduler = made.new_schedule()
+    if trial.optimizer == "schedule-free sign":
+        made.lr_scheduler = LambdaLR(made.optimizer, lambda _: 1.0)
+    return made
+
+
+def outcome(trial: Mitigated) -> dict[str, Any]:
+    """Train and judge one SAE; how many features were silent and then revived."""
+    at = site_of(trial)
+    sae = untrained(trial, at)
+    norm = sae.W_dec.detach().norm(dim=1).mean().item()
+    trainer = trainer_for(trial, sae)
+    fit({"trial": trainer}, trial, at)
+    return outcome_of(trial, trainer, at, norm)
+
+
+def seconds(trials: list[Mitigated]) -> list[dict[str, Any]]:
+    """How long the start and each training step of every trial took, all trained in lockstep."""
+    at, trainers, found = site_of(trials[0]), {}, []
+    for trial in trials:
+        start = perf_counter()
+        trainer = trainers[trial.condition] = trainer_for(trial, untrained(trial, at))
+        times: list[float] = []
+        found.append({"start_seconds": perf_counter() - start, "step_seconds": times})
+        trainer.step = _timed(trainer.step, times)
+    fit(trainers, trials[0], at)
+    return found
+
+
+def _timed(step: Any, times: list[float]) -> Any:
+    def timed(batch: torch.Tensor) -> Any:
+        start = perf_counter()
+        output = step(batch)
+        times.append(perf_counter() - start)
+        return output
+
+    return timed
+
+
+def memory(trial: Mitigated) -> dict[str, int]:
+    """Of a training run, for a process of its own: the most bytes that it held beside the SAE and
+    its activations, and the bytes of the weights and of all that is kept from step to step."""
+    at = site_of(trial)
+    at = replace(at, store=at.store.on("cpu"))  # pages of a file would count as the process's
+    trainer = trainer_for(trial, untrained(trial, at))
+    peak = peak_memory_of(lambda: fit({"trial": trainer}, trial, at))
+    return {"peak_bytes": peak, "kept_bytes": sum(t.nbytes for t in _kept(trainer))}
+
+
+def _kept(trainer: saesub.SubspaceSAETrainer) -> Iterator[torch.Tensor]:
+    yield from trainer.sae.parameters()
+    for state in trainer.optimizer.state.values():
+        yield from (t for t in state.values() if isinstance(t, torch.Tensor))
+    yield from trainer.mitigation_state.values()
+
+
+def cost_rows(
+    trials: list[Mitigated], times: list[dict[str, Any]], held: list[dict[str, int]]
+) -> list[dict[str, Any]]:
+    """A row for each trial; the first is what the others are compared with.
+
+    `step_ratios` are ratios of times to the first trial's, for equal parts of the run, `step_ratio`
+    is their median and `whole_ratio` that of the whole. `extra_bytes` is what the run's peak has
+    beyond the first trial's.
+    """
+    plain = times[0]["step_seconds"]
+    rows = []
+    for trial, time, bytes_of in zip(trials, times, held, strict=True):
+        ratios = [
+            sum(mine) / sum(plains)
+            for mine, plains in zip(_parts(time["step_seconds"]), _parts(plain), strict=True)
+        ]
+        rows.append(
+            asdict(trial)
+            | {
+                "start_seconds": time["start_seconds"],
+                "seconds": sum(time["step_seconds"]),
+                "step_ratio": median(ratios),
+                "step_ratios": ratios,
+                "whole_ratio": sum(time["step_seconds"]) / sum(plain),
+                **bytes_of,
+                "extra_bytes": bytes_of["peak_bytes"] - held[0]["peak_bytes"],
+                "run": 0,
+            }
+        )
+    return rows
+
+
+def _parts(times: list[float]) -> list[list[float]]:
+    size = max(1, len(times) // N_BLOCKS)
+    return [times[i : i + size] for i in range(0, len(times), size)]
+
+
+def cost(trials: list[Mitigated], name: str = "rivals_cost") -> None:
+    """Measure all trials anew and write the record."""
+    harvest(trials)
+    torch.set_num_threads(1)
+    this = this_run()
+    times = seconds(trials)
+    alone: Any = {"initializer": torch.set_num_threads, "initargs": (1,), "max_tasks_per_child": 1}
+    with ProcessPoolExecutor(1, get_context("spawn"), **alone) as pool:
+        held = list(pool.map(memory, trials))
+    record = {"runs": [this], "rows": cost_rows(trials, times, held)}
+    write_atomically(RESULTS / f"{name}.json", json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["cost"]:
+        cost(COSTED)
+    else:
+        for conditions in SWEEPS:
+            sweep("rivals", conditions, outcome=outcome)
+        for conditions in SIGN_SWEEPS:
+            sweep("rivals", conditions, SIGN_RATES[conditions[0].optimizer], outcome=outcome)
