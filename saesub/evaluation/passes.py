@@ -185,6 +185,11 @@ def check_reads(sae: SAE[Any], model: TransformerBridge, hook_name: str) -> None
             f"the SAE reads head {metadata.hook_head_index} of {hook_name} alone, and the heads "
             "are read together here: give an SAE of all of them"
         )
+    check_folded(sae)
+
+
+def check_folded(sae: SAE[Any]) -> None:
+    """Raise SaesubError for an SAE whose input scaling its trainer did outside of it."""
     if sae.cfg.normalize_activations in _SCALED:
         raise SaesubError(
             f"{_not_folded(sae)}, and the model gives activations as they are: fold it in with "
