@@ -92,9 +92,6 @@ def _parser() -> argparse.ArgumentParser:
     diagnosing.add_argument(
         "--tokens", type=int, metavar="N", help="the window (default: 100,000, or all of the file)"
     )
-    diagnosing.add_argument("--table", metavar="FILE", help="write a row for each feature as CSV")
-    diagnosing.add_argument("--figure", metavar="FILE", help="draw the diagnosis of one SAE")
-
     checking = _command(commands, _check_gpu, "test and time the training step on a GPU")
     checking.add_argument("--json", metavar="FILE", help="write the report as JSON, too")
     return parser
@@ -164,7 +161,8 @@ def _cache(options: argparse.Namespace) -> int:
 
 
 def _diagnose(options: argparse.Namespace) -> int:
-    from saesub.reproduce.diagnosis import diagnose_saved, written
+    from saesub.evaluation.diagnosis import ranking
+    from saesub.evaluation.saved import diagnose_saved
 
     reports = diagnose_saved(
         options.path,
@@ -174,7 +172,10 @@ def _diagnose(options: argparse.Namespace) -> int:
         hook_name=options.hook,
         n_tokens=options.tokens,
     )
-    print(written(reports, table=options.table, figure=options.figure))
+    if len(reports) > 1:
+        print(ranking(reports))
+    for name, report in reports.items():
+        print(f"\n{name}: {report.advice}" if len(reports) > 1 else report)
     return 0
 
 

@@ -16,7 +16,7 @@ change to a living feature's would raise the best score most, the other features
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -39,7 +39,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
 from saesub.activations.spectrum import Spectrum
-from saesub.evaluation.passes import TOKENS_PER_BLOCK
+from saesub.evaluation.passes import TOKENS_PER_BLOCK, blocks_of
 from saesub.init.subspace import choose_d_init
 from saesub.topk.encode import encoder_of, flat_heads
 
@@ -58,7 +58,8 @@ _LOW = 0.25  # quantile of the living features' spread
 _CROWD = 0.25  # of the dimensions of `d_init="auto"`
 _FEWEST = 10  # dead features, to say whether they crowd
 _AT_A_TIME = 8192  # features
-_CHECKED = 4096  # features whose firing is compared with the SAE's own
+_CHECKED = 4096  # features whose firing is compared with the SAE's own, on
+_CHECKED_ON = 128  # tokens
 _DIFFER = 0.01  # of the firings there, by rounding
 
 
@@ -115,8 +116,10 @@ def explain(
     blocks = sample.split(TOKENS_PER_BLOCK)
     read = _Read(sae, torch.cat([_encoder_input(sae, x) for x in blocks]))
     parts = read.parts(selection)
-    if not _fires_as_told(sae, blocks[0], read, selection):
-        return "its features fire otherwise than its weights say (replaced methods?)"
+    if not _fires_as_told(sae, blocks[0][:_CHECKED_ON], read, selection):
+        return (
+            "its features fire otherwise than its weights say (replaced methods, or half precision)"
+        )
     peaks = _peaks(sae, blocks, read, selection, parts, dead)
     crowded = _crowded(sae.W_dec[dead].float(), sample, spectrum)
     cause = _causes(_of(parts, dead), _of(parts, ~dead), peaks, crowded)
@@ -213,7 +216,7 @@ def _of(parts: Parts, features: Tensor) -> Parts:
 def _fires_as_told(
     sae: SAE[Any], x: Float[Tensor, "n d_in"], read: _Read, selection: _Selection
 ) -> bool:
-    """Whether some features fire on a block where their scores say so, but for rounding."""
+    """Whether some features fire on these tokens where their scores say so, but for rounding."""
     features = encoder_of(sae)(x)
     some = torch.arange(0, sae.cfg.d_sae, -(-sae.cfg.d_sae // _CHECKED), device=sae.device)
     own = _of(read.parts(selection), some)
@@ -304,12 +307,13 @@ def _causes(
     return code("rate").where((own.cosine < _MOVED) & (own.gain > 0), cause)
 
 
-def sampled(activations: Any, n_tokens: int, n_sample: int, kept: list[Tensor]) -> Iterator[Tensor]:
-    """The activations block by block; about `n_sample` of the first `n_tokens`, evenly spaced, are
-    added to `kept`."""
+def sampled(
+    activations: Tensor | Iterable[Tensor], n_tokens: int, n_sample: int, kept: list[Tensor]
+) -> Iterator[Tensor]:
+    """The activations in blocks; about `n_sample` of the first `n_tokens`, evenly spaced, are added
+    to `kept`. Raises SaesubError as `blocks_of`."""
     every, n = max(1, n_tokens // n_sample), 0
-    for block in [activations] if hasattr(activations, "shape") else activations:
-        part = block[-n % every : max(0, n_tokens - n) : every]
-        kept.append(torch.as_tensor(part).detach().flatten(1).cpu().clone())
+    for block in blocks_of(activations):
+        kept.append(block[-n % every : max(0, n_tokens - n) : every].cpu().clone())
         n += len(block)
         yield block

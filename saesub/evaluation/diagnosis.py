@@ -216,7 +216,7 @@ def diagnose(
     n_tokens, kept = whole_number(n_tokens, "n_tokens"), []
     blocks = sampled(activations, n_tokens, _SAMPLE, kept)
     judgement = judge(sae, blocks, n_tokens=n_tokens, progress=progress)
-    sample = torch.cat(kept).float()
+    sample = torch.cat(kept).float().flatten(1)
     sample = sample[~massive(sample)]
     if len(sample) <= sae.cfg.d_in:
         raise SaesubError(

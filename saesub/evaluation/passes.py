@@ -63,7 +63,7 @@ def encoded(
         )
     n, watch = 0, FiniteWatch()
     with bar(total=n_tokens, unit="tok", desc="encoding", delay=1, progress=progress) as shown:
-        for block in _blocks(activations):
+        for block in blocks_of(activations):
             block = block if n_tokens is None else block[: n_tokens - n]
             if reading_waits(block):
                 watch.note(block, n)
@@ -96,8 +96,9 @@ def _require_none(watch: FiniteWatch) -> None:
         )
 
 
-def _blocks(activations: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
-    """Non-empty blocks of at most `TOKENS_PER_BLOCK` rows."""
+def blocks_of(activations: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
+    """Non-empty blocks of at most `TOKENS_PER_BLOCK` rows, detached. Raises SaesubError for what is
+    no tensor, array or iterable of them."""
     if not isinstance(activations, Iterable):
         raise SaesubError(
             "activations must be a tensor or an iterable of tensors, not "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -62,7 +64,7 @@ def _scores(axes: Axes, report: SAEDiagnosis) -> None:
     for rows, look in groups:
         some = rows.iloc[:: 1 + len(rows) // _SHOWN]
         if len(some):
-            style = look | {"linestyle": "none", "alpha": 0.5}
+            style: Any = look | {"linestyle": "none", "alpha": 0.5}
             axes.plot(some["spread"], some["mean"], **style)
     axes.set_xscale("log")
     axes.set_yscale("symlog", linthresh=float(frame["spread"].median()))
