@@ -38,6 +38,7 @@ _SAMPLE = 16_384  # tokens on which causes are told
 _ALIVE = 0.01  # share of dead features below which an SAE is called healthy
 _FALLS = 1.1  # last but one share of silent features by the last, above which the curve still falls
 _WORSE = 1.1  # times the error of writing zero
+_BROKEN = 0.5  # share of dead features above which an SAE may fit so badly on its own activations
 # What the studies cover (data/results/studies; notebooks 05 and 06).
 _ARCHITECTURE = "topk"
 _WIDTHS = 2048, 8192  # features
@@ -265,12 +266,14 @@ def _offset(spectrum: Spectrum) -> float:
 
 
 def _check_fit(judgement: Judgement, spectrum: Spectrum) -> None:
-    of_zero = 1 + _offset(spectrum) ** 2
-    if judgement.fvu > _WORSE * of_zero:
+    """Refuse activations that the SAE rebuilds worse than their mean would; where most features are
+    dead, as an offset leaves them, worse than zero would."""
+    broken = float((judgement.counts == 0).double().mean()) > _BROKEN
+    if judgement.fvu > (_WORSE * (1 + _offset(spectrum) ** 2) if broken else 1):
         raise SaesubError(
-            f"the SAE's FVU on these activations is {judgement.fvu:.3g}, and writing zero would "
-            f"have {of_zero:.3g}: they are not what it was trained on, or its training diverged; "
-            "give activations of its own model and hook point, scaled as in training"
+            f"the SAE's FVU on these activations is {judgement.fvu:.3g}, and their mean alone has "
+            "1: they are not what it was trained on, or its training diverged; give activations "
+            "of its own model and hook point, scaled as in training"
         )
 
 
