@@ -341,7 +341,7 @@ REFUSED = {
     "other site": (
         lambda: _with(TopKSAE(TopKSAEConfig(**SIZES, k=4)), b_dec=torch.full((24,), 5.0)),
         gaussian(),
-        "writing zero would have 1",
+        "their mean alone has 1",
     ),
     "transcoder": (
         lambda: Transcoder(TranscoderConfig(**SIZES, d_out=24, apply_b_dec_to_input=False)),

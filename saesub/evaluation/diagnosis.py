@@ -148,8 +148,9 @@ class SAEDiagnosis:
             *(
                 f"{'cause: ' + cause:<40}{share:7.1%} of dead"
                 for cause, share in self.causes.items()
+                if share
             ),
-            *(f"{'revived by ' + how:<40}{n:7,}" for how, n in self.revived_by.items()),
+            *(f"{'revived by ' + how:<40}{n:7,}" for how, n in self.revived_by.items() if n),
         ]
         return "\n".join((*lines, "", self.advice))
 
@@ -200,7 +201,7 @@ def diagnose(
     Raises:
         SaesubError: what `saesub.judge` refuses, an SAE with hooks or whose input scaling is not
             folded in, no more tokens than dimensions, or activations that the SAE reconstructs
-            worse than zero would.
+            worse than their mean would (than zero would, where most features are dead).
 
     Example:
         >>> print(saesub.diagnose(sae, held_out))  # doctest: +SKIP

@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, NullFormatter
 
 from saesub.evaluation.causes import CAUSES, REVIVALS
 from saesub.evaluation.diagnosis import SAEDiagnosis
 from saesub.reproduce.plots import drawing as draw
 
 _GREYS = np.linspace(0.2, 0.85, len(REVIVALS)).astype(str)
+_ABOVE: Any = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "ncols": 2, "fontsize": 8}
 _SHOWN = 4000  # features of a kind, as points
 
 
@@ -29,6 +30,7 @@ def diagnosis(report: SAEDiagnosis) -> Figure:
         silent = report.judgement.silent
         panels[0].plot(list(silent), list(silent.values()), "o-", color=draw.NOTE)
         panels[0].set_xscale("log", base=2)
+        panels[0].set_xticks(list(silent)[-1::-2])
         panels[0].xaxis.set_major_formatter(EngFormatter(places=0))
         panels[0].set(xlabel="tokens watched", ylabel="features that have not fired")
         panels[0].set_title(f"{report.firings:,.0f} firings a feature: {report.cause}")
@@ -44,13 +46,15 @@ def _causes(axes: Axes, report: SAEDiagnosis) -> None:
     left = np.zeros(len(CAUSES))
     for how, grey in zip(REVIVALS, _GREYS, strict=True):
         of_cause = dead.loc[dead["revived_by"] == how, "cause"].value_counts()
+        if of_cause.empty:
+            continue
         width = of_cause.reindex(list(CAUSES), fill_value=0).to_numpy() / len(dead)
         axes.barh(list(CAUSES), width, left=left, color=grey, label=how)
         left += width
     axes.invert_yaxis()
     axes.set_xlabel("share of dead features")
     draw.percent(axes.xaxis)
-    axes.legend(title="revived by", fontsize=8, title_fontsize=8)
+    axes.legend(title="revived by", title_fontsize=8, **_ABOVE)
 
 
 def _scores(axes: Axes, report: SAEDiagnosis) -> None:
@@ -67,6 +71,6 @@ def _scores(axes: Axes, report: SAEDiagnosis) -> None:
             style: Any = look | {"linestyle": "none", "alpha": 0.5}
             axes.plot(some["spread"], some["mean"], **style)
     axes.set_xscale("log")
-    axes.set_yscale("symlog", linthresh=float(frame["spread"].median()))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set(xlabel="standard deviation of the score", ylabel="mean of the score")
-    axes.legend(fontsize=8)
+    axes.legend(**_ABOVE)
