@@ -268,6 +268,17 @@ def test_scores_of_every_architecture_say_when_its_features_fire(kind) -> None:
     assert set(frame.loc[_LOW.numpy() < 0, "revived_by"]) <= {"recentring", "both"}
 
 
+@pytest.mark.parametrize("scaling", ["none", "layer_norm", "constant_norm_rescale"])
+def test_heads_and_scaled_inputs_are_read_as_the_sae_reads_them(scaling) -> None:
+    settings: Any = {"k": 4, "normalize_activations": scaling, "reshape_activations": "hook_z"}
+    sae = _with(TopKSAE(TopKSAEConfig(**SIZES, **settings)), b_enc=_LOW)
+    before = set(vars(sae))
+    flat, heads = (told(sae, x) for x in (gaussian(), gaussian().view(-1, 3, 8)))
+    assert flat.table()["cause"][_LOW.numpy() < 0].eq("rate").all()
+    assert str(flat) == str(heads)
+    assert set(vars(sae)) == before
+
+
 def test_without_scores_or_living_features_no_cause_is_told() -> None:
     pursuit = _with(MatchingPursuitSAE(MatchingPursuitSAEConfig(**SIZES, max_iterations=4)))
     with torch.no_grad():

@@ -250,7 +250,7 @@ def ranking(reports: Mapping[str, SAEDiagnosis]) -> str:
     if len(windows) > 1:
         raise SaesubError(
             f"shares of dead features over {' and '.join(f'{n:,}' for n in sorted(windows))} "
-            "tokens do not compare: diagnose all SAEs with one n_tokens"
+            "tokens do not compare: give all SAEs one n_tokens"
         )
     width = max((len(name) for name in reports), default=0)
     lines = [f"{'SAE':<{width}}     dead  firings     FVU  main cause"]
