@@ -247,7 +247,6 @@ ARCHITECTURES = {
     "batchtopk": lambda: _with(
         BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**SIZES, k=4)), b_enc=_LOW
     ),
-    "abstopk": lambda: _with(AbsTopKSAE(AbsTopKSAEConfig(**SIZES, k=4))),
     "standard": lambda: _with(StandardSAE(StandardSAEConfig(**SIZES)), b_enc=_LOW),
     "jumprelu": lambda: _with(JumpReLUSAE(JumpReLUSAEConfig(**SIZES)), threshold=-_LOW),
     "gated, by gate": lambda: _with(GatedSAE(GatedSAEConfig(**SIZES)), b_gate=_LOW),
@@ -259,9 +258,6 @@ ARCHITECTURES = {
 def test_scores_of_every_architecture_say_when_its_features_fire(kind) -> None:
     sae = ARCHITECTURES[kind]()
     found = told(sae, gaussian())
-    if kind == "abstopk":  # features fire with either sign, and a bias helps one of them
-        assert isinstance(found.explanation, str) or found.table()["closest"].max() < 1e-3
-        return
     frame = found.table()
     assert frame.loc[_LOW.numpy() < 0, "cause"].tolist() == ["rate"] * 54
     assert (frame.loc[_LOW.numpy() < 0, "closest"] < 0).all()
@@ -279,17 +275,25 @@ def test_heads_and_scaled_inputs_are_read_as_the_sae_reads_them(scaling) -> None
     assert set(vars(sae)) == before
 
 
+def test_features_that_fire_with_either_sign_are_told_by_their_size() -> None:
+    sae = _with(AbsTopKSAE(AbsTopKSAEConfig(**SIZES, k=4)))
+    sae.W_enc.data[:, ::3] *= 1e-3
+    frame = told(sae, gaussian()).table()[::3]
+    assert frame["cause"].eq("norm").all()
+    assert frame["revived_by"].eq("rescaling").all()
+
+
 def test_without_scores_or_living_features_no_cause_is_told() -> None:
     pursuit = _with(MatchingPursuitSAE(MatchingPursuitSAEConfig(**SIZES, max_iterations=4)))
     with torch.no_grad():
-        pursuit.W_dec[:40] *= 1e-4
+        pursuit.W_dec[:40] = 0
     silent = _with(StandardSAE(StandardSAEConfig(**SIZES)), b_enc=torch.full((160,), -99.0))
     for sae in (pursuit, silent):
         found = told(sae, gaussian())
-        if found.dead.any():
-            assert found.cause == "unknown"
-            assert "No advice" in found.advice
-            assert "cause" not in found.table()
+        assert found.dead[:40].all()
+        assert found.cause == "unknown"
+        assert "No cause is told" in found.advice
+        assert "cause" not in found.table()
 
 
 def test_a_short_window_has_no_verdict_and_says_how_long_it_must_be() -> None:
@@ -348,6 +352,7 @@ REFUSED = {
     "one token": (lambda: ARCHITECTURES["topk"](), gaussian()[:20], "give more tokens"),
     "blocks": (lambda: ARCHITECTURES["topk"](), [gaussian()], "pass n_tokens"),
     "hooks": (_hooked, gaussian(), "reset_hooks"),
+    "no SAE": (lambda: None, gaussian(), "must be one of SAELens' classes"),
     "scaling": (_unfolded, gaussian(), "fold it in"),
     "other site": (
         lambda: _with(TopKSAE(TopKSAEConfig(**SIZES, k=4)), b_dec=torch.full((24,), 5.0)),

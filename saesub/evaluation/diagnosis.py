@@ -28,6 +28,7 @@ from saesub.evaluation.reconstruction import require_autoencoder
 from saesub.init.norm import check_unhooked
 from saesub.init.subspace import choose_d_init
 from saesub.precision import without_autocast
+from saesub.topk.encode import encoder_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -206,6 +207,7 @@ def diagnose(
     Example:
         >>> print(saesub.diagnose(sae, held_out))  # doctest: +SKIP
     """
+    encoder_of(sae)  # which refuses what is no SAE or cannot be read
     require_autoencoder(sae)
     check_folded(sae)
     check_unhooked(sae)
