@@ -19,7 +19,13 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time `_MODULES` says 
     from saesub.activations.store import ActivationStore
     from saesub.activations.tokens import pack_contexts
     from saesub.errors import SaesubError
-    from saesub.evaluation.dead_features import Diagnosis, dead_features, diagnose, overlap
+    from saesub.evaluation.dead_features import (
+        OverlapTest,
+        dead_features,
+        overlap,
+        overlap_test,
+    )
+    from saesub.evaluation.diagnosis import SAEDiagnosis, diagnose
     from saesub.evaluation.held_out import Judgement, judge
     from saesub.evaluation.language_model_loss import sae_loss, subspace_loss_recovered
     from saesub.evaluation.reconstruction import reconstruction
@@ -59,7 +65,8 @@ _MODULES = {
     "activations.store": "ActivationStore",
     "activations.tokens": "pack_contexts",
     "errors": "SaesubError",
-    "evaluation.dead_features": "Diagnosis dead_features diagnose overlap",
+    "evaluation.dead_features": "OverlapTest dead_features overlap overlap_test",
+    "evaluation.diagnosis": "SAEDiagnosis diagnose",
     "evaluation.held_out": "Judgement judge",
     "evaluation.language_model_loss": "sae_loss subspace_loss_recovered",
     "evaluation.reconstruction": "reconstruction",

@@ -1,4 +1,4 @@
-"""The `saesub` command: packaged files, the notebooks and their scorecard, a check of the GPU.
+"""The `saesub` command: packaged files, the notebooks, a check of the GPU, SAEs diagnosed.
 
 A command imports what it needs when it runs, so that help, version and list answer at once.
 """
@@ -81,6 +81,17 @@ def _parser() -> argparse.ArgumentParser:
     keeping = _command(commands, _cache, "list the activations and spectra that were kept")
     keeping.add_argument("--clear", action="store_true", help="remove them")
 
+    diagnosing = _command(commands, _diagnose, "tell why features of saved SAEs are dead")
+    diagnosing.add_argument("path", metavar="PATH", help="an SAELens SAE, or a folder of several")
+    diagnosing.add_argument(
+        "--activations", metavar="FILE", help="a .npy, .pt or .safetensors file"
+    )
+    diagnosing.add_argument("--model", help="instead: the model (default: what each SAE names)")
+    diagnosing.add_argument("--corpus", default="wiki-en", help="its text (default: wiki-en)")
+    diagnosing.add_argument("--hook", help="hook point (default: what each SAE names)")
+    diagnosing.add_argument(
+        "--tokens", type=int, metavar="N", help="the window (default: 100,000, or all of the file)"
+    )
     checking = _command(commands, _check_gpu, "test and time the training step on a GPU")
     checking.add_argument("--json", metavar="FILE", help="write the report as JSON, too")
     return parser
@@ -146,6 +157,25 @@ def _cache(options: argparse.Namespace) -> int:
     total, free = sum(one.n_bytes for one in found) / 1e6, cache.free_bytes() / 1e6
     what = f"holds {total:,.1f} MB of" if found else "holds no"
     print(f"{cache_dir()} {what} activations and spectra; {free:,.0f} MB of its disk are free")
+    return 0
+
+
+def _diagnose(options: argparse.Namespace) -> int:
+    from saesub.evaluation.diagnosis import ranking
+    from saesub.evaluation.saved import diagnose_saved
+
+    reports = diagnose_saved(
+        options.path,
+        file=options.activations,
+        model=options.model,
+        corpus=options.corpus,
+        hook_name=options.hook,
+        n_tokens=options.tokens,
+    )
+    if len(reports) > 1:
+        print(ranking(reports))
+    for name, report in reports.items():
+        print(f"\n{name}: {report.advice}" if len(reports) > 1 else report)
     return 0
 
 

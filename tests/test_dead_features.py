@@ -1,4 +1,4 @@
-"""Dead features against brute force, and the diagnosis on cases with a known answer."""
+"""Dead features against brute force, and the test of overlap on cases with a known answer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sae_lens import (
 )
 
 from saesub.errors import SaesubError
-from saesub.evaluation.dead_features import dead_features, diagnose, overlap
+from saesub.evaluation.dead_features import dead_features, overlap, overlap_test
 from saesub.evaluation.features import feature_density
 from saesub.evaluation.passes import encoded
 from saesub.topk.encode import encoder_of, times_fired
@@ -110,16 +110,16 @@ def test_random_directions_overlap_by_r_over_d():
     )
 
 
-def test_diagnosis_separates_inside_from_outside():
+def test_overlap_test_separates_inside_from_outside():
     directions, basis = torch.eye(8), torch.eye(8)[:, :4]
     dead = torch.tensor([False] * 4 + [True] * 4)
-    found = diagnose(directions, dead, basis)
+    found = overlap_test(directions, dead, basis)
     assert found.auc == 1.0
     assert found.p_value < 0.05
-    assert diagnose(directions, ~dead, basis).auc == 0.0
+    assert overlap_test(directions, ~dead, basis).auc == 0.0
     with pytest.warns(UserWarning, match="0 of 8 features are dead"):
-        assert math.isnan(diagnose(directions, torch.zeros(8, dtype=torch.bool), basis).auc)
+        assert math.isnan(overlap_test(directions, torch.zeros(8, dtype=torch.bool), basis).auc)
     with pytest.raises(SaesubError, match="5 directions and 8 features"):
-        diagnose(directions[:5], dead, basis)
+        overlap_test(directions[:5], dead, basis)
     with pytest.raises(SaesubError, match="8 wide and the basis is 6 wide"):
-        diagnose(directions, dead, basis[:6])
+        overlap_test(directions, dead, basis[:6])

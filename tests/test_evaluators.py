@@ -32,7 +32,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 import saesub
 from saesub.errors import SaesubError
 from saesub.evaluation import language_model_loss
-from saesub.evaluation.dead_features import diagnose, overlap
+from saesub.evaluation.dead_features import overlap, overlap_test
 from saesub.evaluation.features import feature_density, match_features
 from saesub.evaluation.language_model_loss import SubspaceLoss, sae_loss, subspace_loss_recovered
 from saesub.evaluation.probing import RAW, mean_features, probe_tasks, sparse_probe
@@ -821,7 +821,7 @@ def test_directions_that_are_none_are_refused(wrong) -> None:
         lambda: match_features(wrong, right),
         lambda: match_features(right, wrong),
         lambda: overlap(wrong, basis),
-        lambda: diagnose(wrong, dead, basis),
+        lambda: overlap_test(wrong, dead, basis),
     ):
         with pytest.raises(SaesubError):
             call()
@@ -834,11 +834,11 @@ def test_a_basis_is_orthonormal_and_the_dead_are_boolean() -> None:
             overlap(rows, basis)
     for wrong in (dead.long(), dead.numpy(), dead.float()):
         with pytest.raises(SaesubError, match="dead must be a boolean tensor"):
-            diagnose(rows, wrong, torch.eye(4)[:, :2])
+            overlap_test(rows, wrong, torch.eye(4)[:, :2])
     for alike in (torch.zeros(4, dtype=torch.bool), torch.ones(4, dtype=torch.bool)):
         with pytest.warns(UserWarning, match="no two groups to compare and auc is NaN"):
-            assert np.isnan(diagnose(rows, alike, torch.eye(4)[:, :2]).auc)
-    ties = diagnose(torch.ones(4, 4), dead, torch.eye(4)[:, :2])
+            assert np.isnan(overlap_test(rows, alike, torch.eye(4)[:, :2]).auc)
+    ties = overlap_test(torch.ones(4, 4), dead, torch.eye(4)[:, :2])
     assert (ties.auc, ties.p_value) == (0.5, 1)
 
 

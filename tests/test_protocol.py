@@ -340,5 +340,5 @@ def test_planted_deaths_are_found_and_told_by_the_planted_subspace():
     found = saesub.judge(sae, x, n_tokens=20_000, progress=False)
     assert torch.equal(found.counts == 0, torch.arange(128) >= 64)
     spectrum = saesub.Spectrum.from_activations(x)
-    told = saesub.diagnose(sae.W_dec.detach(), found.counts == 0, spectrum.basis(8))
+    told = saesub.overlap_test(sae.W_dec.detach(), found.counts == 0, spectrum.basis(8))
     assert told.auc == 1.0

@@ -90,10 +90,10 @@ def spectrum(hook_name: str = HOOK) -> saesub.Spectrum:
     return saesub.Spectrum.from_activations(x(), metadata)
 
 
-def diagnose(sae: SAE[Any]) -> None:
+def overlap_test(sae: SAE[Any]) -> None:
     dead = torch.arange(640) % 3 == 0
     for directions in (sae.W_dec, sae.W_enc.T):
-        saesub.diagnose(directions, dead, spectrum().basis(9))
+        saesub.overlap_test(directions, dead, spectrum().basis(9))
 
 
 # Evaluators of an SAE alone, and of one at work in a language model.
@@ -103,7 +103,7 @@ ALONE = {
     "reconstruction": lambda sae: saesub.reconstruction(sae, x().split(700), progress=False),
     "encoder": lambda sae: encoder_of(sae)(x()),
     "autoencoder": lambda sae: autoencoder_of(sae)(x()),
-    "diagnose": diagnose,
+    "overlap test": overlap_test,
     "matching": lambda sae: match_features(sae.W_dec[:9], sae.W_dec[9:20]),
     "card": lambda sae: saesub.model_card(sae, spectrum(sae.cfg.metadata.hook_name)),
 }

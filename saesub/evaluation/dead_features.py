@@ -71,7 +71,7 @@ def overlap(directions: Float[Tensor, "n d"], basis: Float[Tensor, "d r"]) -> Fl
     return (unit @ basis).square().sum(1)
 
 
-class Diagnosis(NamedTuple):
+class OverlapTest(NamedTuple):
     """Whether a feature's initial direction tells if the feature lives.
 
     `overlap` (d_sae,) is the share of each initial direction inside the active subspace, `dead`
@@ -87,11 +87,11 @@ class Diagnosis(NamedTuple):
     p_value: float
 
 
-def diagnose(
+def overlap_test(
     initial_directions: Float[Tensor, "d_sae d"],
     dead: Bool[Tensor, " d_sae"],
     basis: Float[Tensor, "d r"],
-) -> Diagnosis:
+) -> OverlapTest:
     """Test whether dead features had less overlap with the active subspace at initialisation.
 
     Args:
@@ -119,7 +119,7 @@ def diagnose(
             "compare and auc is NaN",
             stacklevel=2,
         )
-        return Diagnosis(inside, dead, float("nan"), float("nan"))
+        return OverlapTest(inside, dead, float("nan"), float("nan"))
     test = mannwhitneyu(living_overlap, dead_overlap, alternative="two-sided")
     auc = float(test.statistic) / (len(living_overlap) * len(dead_overlap))
-    return Diagnosis(inside, dead, auc, float(test.pvalue))
+    return OverlapTest(inside, dead, auc, float(test.pvalue))

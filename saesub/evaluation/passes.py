@@ -63,7 +63,7 @@ def encoded(
         )
     n, watch = 0, FiniteWatch()
     with bar(total=n_tokens, unit="tok", desc="encoding", delay=1, progress=progress) as shown:
-        for block in _blocks(activations):
+        for block in blocks_of(activations):
             block = block if n_tokens is None else block[: n_tokens - n]
             if reading_waits(block):
                 watch.note(block, n)
@@ -96,8 +96,9 @@ def _require_none(watch: FiniteWatch) -> None:
         )
 
 
-def _blocks(activations: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
-    """Non-empty blocks of at most `TOKENS_PER_BLOCK` rows."""
+def blocks_of(activations: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
+    """Non-empty blocks of at most `TOKENS_PER_BLOCK` rows, detached. Raises SaesubError for what is
+    no tensor, array or iterable of them."""
     if not isinstance(activations, Iterable):
         raise SaesubError(
             "activations must be a tensor or an iterable of tensors, not "
@@ -185,6 +186,11 @@ def check_reads(sae: SAE[Any], model: TransformerBridge, hook_name: str) -> None
             f"the SAE reads head {metadata.hook_head_index} of {hook_name} alone, and the heads "
             "are read together here: give an SAE of all of them"
         )
+    check_folded(sae)
+
+
+def check_folded(sae: SAE[Any]) -> None:
+    """Raise SaesubError for an SAE whose input scaling its trainer did outside of it."""
     if sae.cfg.normalize_activations in _SCALED:
         raise SaesubError(
             f"{_not_folded(sae)}, and the model gives activations as they are: fold it in with "

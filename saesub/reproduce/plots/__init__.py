@@ -9,6 +9,7 @@ below.
 from saesub.errors import needs_extra
 
 with needs_extra("saesub.reproduce.plots"):
+    from saesub.reproduce.plots.diagnosis import diagnosis
     from saesub.reproduce.plots.drawing import CONDITIONS, SITES, style
     from saesub.reproduce.plots.features import (
         coherence_by_density,
@@ -47,6 +48,7 @@ __all__ = [
     "dead_against_rank",
     "dead_by_dictionary",
     "dead_by_window",
+    "diagnosis",
     "firing_counts",
     "loss_by_layer",
     "loss_recovered",
