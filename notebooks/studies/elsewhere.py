@@ -11,7 +11,7 @@ without the massive tokens; `with_massive` counts these too.
 At outputs of a projection W, two controls say what the projection does and what its input: the
 rank at 99 % after a Gaussian W of the same shape (`gaussian`), and after one with W's own singular
 values in random directions (`turned`), both of the covariance of W's input, beside W itself
-(`projected`); means over five draws.
+(`projected`); means over three draws.
 
 Fracast has no attention: its `attn_out` is the projection of a convolution over time, and its `z`
 what that projection reads. The vision transformer scales each coordinate before it adds an output
@@ -42,7 +42,7 @@ from saesub.extras.torch_modules import (
 
 PER_DIMENSION = 20  # tokens of text or protein
 N_VIEWS = 4  # of a picture
-N_DRAWS = 5
+N_DRAWS = 3
 MASSIVE = "massive_tokens"
 PROJECTED = {"attn_out": "z", "cross_out": "cross_z"}  # what the projection reads
 
@@ -146,17 +146,20 @@ def rank(eigenvalues: Tensor) -> float:
 
 def controls(weight: Tensor, z: Spectrum) -> dict[str, float]:
     """Ranks of `weight` (d, d_in) times z, and of matrices beside it."""
-    weight, root = weight.double(), z.eigenvectors * z.eigenvalues.sqrt()
-    generator = torch.Generator().manual_seed(0)
-    gaussian, turned = [], []
+
+    def after(matrix: Tensor) -> float:
+        return rank(torch.linalg.eigvalsh(matrix @ z.covariance @ matrix.T))
+
+    weight, generator = weight.double(), torch.Generator().manual_seed(0)
     left, values, right = torch.linalg.svd(weight, full_matrices=False)
+    gaussian, turned = [], []
     for _ in range(N_DRAWS):
         draw = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
-        gaussian.append(rank(torch.linalg.svdvals(draw @ root) ** 2))
-        ours = torch.linalg.qr(torch.randn(right.T.shape, generator=generator).double()).Q.T
-        turned.append(rank(torch.linalg.svdvals((left * values) @ (ours @ root)) ** 2))
+        gaussian.append(after(draw))
+        directions = torch.randn(right.T.shape, generator=generator, dtype=torch.float64)
+        turned.append(after((left * values) @ torch.linalg.qr(directions).Q.T))
     return {
-        "projected": rank(torch.linalg.svdvals(weight @ root) ** 2),
+        "projected": after(weight),
         "gaussian": sum(gaussian) / N_DRAWS,
         "turned": sum(turned) / N_DRAWS,
     }
