@@ -218,7 +218,8 @@ def outcome(stack: Stack) -> dict[str, Any]:
             weight = model.get_submodule(sites[key].module).get_parameter("weight")
             row |= controls(weight, one + other)
         rows.append(row)
-    return asdict(stack) | {"sites": rows}
+    condition = "trained" if stack.seed is None else "untrained"
+    return asdict(stack) | {"condition": condition, "sites": rows}
 
 
 if __name__ == "__main__":

