@@ -55,7 +55,7 @@ class Stack:
     part: str = "encoder"
     seed: int | None = None
 
-    n_stored = 0
+    corpus, n_stored = "", 0
     hooks = frozenset[str]()  # no stored activations are needed
 
 
