@@ -1,6 +1,6 @@
 """The rank of attention outputs in models that are not decoder-only language models.
 
-    python notebooks/studies/elsewhere.py
+    python notebooks/studies/elsewhere.py [MODEL ...]
 
 Writes data/results/studies/elsewhere.json: six stacks, each with its trained weights and with three
 untrained ones, freshly initialised by the model's own rule. A row is one stack with one set of
@@ -20,6 +20,7 @@ to the residual stream; `attn_scaled` and `mlp_scaled` are after that.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -223,6 +224,7 @@ def outcome(stack: Stack) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run("elsewhere", STACKS, outcome)
+    chosen = [s for s in STACKS if s.model in sys.argv[1:] or not sys.argv[1:]]
+    run("elsewhere", chosen, outcome)
     for seed in range(3):
-        run("elsewhere", [replace(stack, seed=seed) for stack in STACKS], outcome)
+        run("elsewhere", [replace(stack, seed=seed) for stack in chosen], outcome)
