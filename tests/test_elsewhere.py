@@ -214,6 +214,14 @@ def test_pictures_and_their_views(pictures):
     assert grey[0, 107:117, 107:117].mean() * 0.229 + 0.485 == pytest.approx(middle, abs=0.02)
 
 
+@pytest.mark.parametrize(
+    "wrong", [np.zeros((8, 8), np.uint8), np.zeros((8, 8, 3)), np.zeros((3, 8, 8), np.uint8)]
+)
+def test_what_is_no_picture_in_rgb_is_refused(wrong):
+    with pytest.raises(SaesubError, match="not in RGB with a byte for each colour: convert it"):
+        list(samples.picture_batches([wrong]))
+
+
 def test_antibodies_are_translated():
     """10E8's heavy chain, as published (Huang et al. 2012), begins so."""
     data = samples.load_antibodies()
@@ -293,10 +301,12 @@ def test_other_files_than_onnx_are_refused(tmp_path):
     whole = onnx(tmp_path / "m.onnx", tensor(b"w", (2,), [1, 2])).read_bytes()
     for data in (b"", b"not a model", whole[:-3], whole[:4]):
         (tmp_path / "m.onnx").write_bytes(data)
-        with pytest.raises(SaesubError, match=r"no ONNX model, or damaged .*: fetch it again"):
+        with pytest.raises(
+            SaesubError, match=r"no ONNX model, or damaged .*: delete it and fetch it again"
+        ):
             onnx_weights(tmp_path / "m.onnx")
     onnx(tmp_path / "m.onnx", tensor(b"w", (2,), [1, 2], kind=3))
-    with pytest.raises(SaesubError, match="no float32 weights: export it without quantisation"):
+    with pytest.raises(SaesubError, match="no float32 weights: give an export without"):
         onnx_weights(tmp_path / "m.onnx")
 
 

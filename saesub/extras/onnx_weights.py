@@ -45,10 +45,10 @@ def onnx_weights(path: Path) -> dict[str, Tensor]:
                 used |= {_text(v): node for n, v in fields if n == _INPUT}
     except (ValueError, LookupError, RuntimeError) as error:
         raise SaesubError(
-            f"{path} is no ONNX model, or damaged ({error}): fetch it again"
+            f"{path} is no ONNX model, or damaged ({error}): delete it and fetch it again"
         ) from error
     if not weights:
-        raise SaesubError(f"{path} holds no float32 weights: export it without quantisation")
+        raise SaesubError(f"{path} holds no float32 weights: give an export without quantisation")
     return dict(_named(name, value, used.get(name, "")) for name, value in weights.items())
 
 

@@ -68,6 +68,9 @@ def picture_batches(
 
     The first view is the largest square in the middle; the others are random squares of 0.32 to 1
     of its area, half of them mirrored.
+
+    Raises SaesubError for a picture that is no array of bytes (height, width, 3), or if Pillow is
+    not installed.
     """
     with needs_extra("picture_batches"):
         from PIL import Image
@@ -75,6 +78,11 @@ def picture_batches(
     keep = torch.ones(n_views, 1 + (SIDE // _PATCH) ** 2, dtype=torch.bool)
     keep[:, 0] = False
     for picture in pictures:
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+            raise SaesubError(
+                f"a picture of {picture.dtype} and shape {picture.shape} is not in RGB with a byte "
+                "for each colour: convert it, as Image.open(path).convert('RGB') does"
+            )
         short, whole = min(picture.shape[:2]), Image.fromarray(picture)
         views = []
         for i in range(n_views):
