@@ -358,7 +358,7 @@ def test_the_record_is_whole(study):
     record = json.loads(RECORD.read_text())
     rows = record["rows"]
     assert {row["run"] for row in rows} <= set(range(len(record["runs"])))
-    wanted = {(s.model, s.part, seed) for s in study.STACKS for seed in (None, 0, 1, 2)}
+    wanted = {(s.model, s.part, seed) for s in study.STACKS for seed in (None, 0)}
     assert {(r["model"], r["part"], r["seed"]) for r in rows} == wanted
     assert len(rows) == len(wanted)
     for row in rows:

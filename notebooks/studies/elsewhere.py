@@ -2,7 +2,7 @@
 
     python notebooks/studies/elsewhere.py [MODEL ...]
 
-Writes data/results/studies/elsewhere.json: six stacks, each with its trained weights and with three
+Writes data/results/studies/elsewhere.json: six stacks, each with its trained weights and with
 untrained ones, freshly initialised by the model's own rule. A row is one stack with one set of
 weights, measured on two halves of its data, which differ in their source; its `sites` have the
 exact sum of the two, by layer and kind of site. Ranks are shares of the width, of the variance
@@ -226,5 +226,4 @@ def outcome(stack: Stack) -> dict[str, Any]:
 if __name__ == "__main__":
     chosen = [s for s in STACKS if s.model in sys.argv[1:] or not sys.argv[1:]]
     run("elsewhere", chosen, outcome)
-    for seed in range(3):
-        run("elsewhere", [replace(stack, seed=seed) for stack in chosen], outcome)
+    run("elsewhere", [replace(stack, seed=0) for stack in chosen], outcome)
