@@ -87,6 +87,11 @@ LEVELS = {  # of each cause, from without it to the model's own
     "anisotropy": ("flat", "own"),
     "overlap": ("orthogonal", "random", "own"),
 }
+CONDITIONS = {
+    "trained": "trained",
+    "0.02": "fresh weights, 0.02",
+    "0.0417": "fresh weights, 1/√d",  # of SmolLM2, which was initialised so
+}
 Levels = Mapping[str, Sequence[str]]
 Value = Callable[[tuple[str, ...]], float]
 
@@ -442,13 +447,14 @@ def spectra(model: str, state: str, corpus: str) -> dict[str, saesub.Spectrum]:
 def outcome(part: Part) -> dict[str, Any]:
     """The numbers of one row."""
     bridge = loaded(part.model, part.state)
+    row = asdict(part) | {"condition": CONDITIONS[part.state]}
     if part.part == "weights":
-        return asdict(part) | marks(bridge, part.layer)
+        return row | marks(bridge, part.layer)
     z = spectra(part.model, part.state, part.corpus)[f"blocks.{part.layer}.attn.hook_z"]
     W_O = bridge.blocks[part.layer].attn.W_O.detach().double()
     heads = Heads.of(z.covariance, W_O, bridge.cfg.n_key_value_heads or bridge.cfg.n_heads)
     rank = {"rank_z": z.rank_at(0.99) / z.d, "n_tokens": z.n_tokens}
-    return asdict(part) | rank | explained(heads, seed=part.layer)
+    return row | rank | explained(heads, seed=part.layer)
 
 
 def parts(model: str, states: Sequence[str], layers: Sequence[int]) -> list[Part]:
@@ -459,7 +465,7 @@ def parts(model: str, states: Sequence[str], layers: Sequence[int]) -> list[Part
 
 if __name__ == "__main__":
     for name, states, layers in (
-        ("smollm2-135m", ("trained", "0.02", f"{576**-0.5:.4f}"), range(30)),
+        ("smollm2-135m", ("trained", "0.02", "0.0417"), range(30)),
         ("gemma3-270m", ("trained", "0.02"), range(18)),
         ("qwen2.5-coder-0.5b", ("trained", "0.02"), range(0, 24, 2)),
     ):
