@@ -78,7 +78,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import saesub
 
-N_TOKENS = 60_000
+N_TOKENS = 20_000
 N_DRAWS = 5
 _LEAST = 1e-9  # of a head's largest variance; less is rounding, and no direction to whiten
 LEVELS = {  # of each cause, from without it to the model's own
@@ -467,7 +467,7 @@ if __name__ == "__main__":
     for name, states, layers in (
         ("smollm2-135m", ("trained", "0.02", "0.0417"), range(30)),
         ("gemma3-270m", ("trained", "0.02"), range(18)),
-        ("qwen2.5-coder-0.5b", ("trained", "0.02"), range(0, 24, 2)),
+        ("qwen2.5-coder-0.5b", ("trained",), range(0, 24, 2)),
     ):
         for state in states:
             spectra(name, state, Part.corpus)
