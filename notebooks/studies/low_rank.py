@@ -79,7 +79,8 @@ from transformer_lens.model_bridge import TransformerBridge
 import saesub
 
 N_TOKENS = 20_000
-N_DRAWS = 5
+N_DRAWS = 3  # of subspaces, which differ little
+N_TURNS = 5
 _LEAST = 1e-9  # of a head's largest variance; less is rounding, and no direction to whiten
 LEVELS = {  # of each cause, from without it to the model's own
     "spectrum": ("white", "own"),
@@ -364,7 +365,7 @@ def _norm_balance(first: Tensor, second: Tensor) -> dict[str, float]:
     }
 
 
-def marks(bridge: TransformerBridge, layer: int, n_draws: int = N_DRAWS) -> dict[str, Any]:
+def marks(bridge: TransformerBridge, layer: int, n_draws: int = N_TURNS) -> dict[str, Any]:
     """Weight decay's mark on a layer's products: of values and outputs by group, of queries and
     keys by group, of the MLP."""
     attn, mlp = bridge.blocks[layer].attn, bridge.blocks[layer].mlp
@@ -471,6 +472,6 @@ if __name__ == "__main__":
     ):
         for state in states:
             spectra(name, state, Part.corpus)
-            run("low_rank", parts(name, (state,), layers), outcome, n_threads=2)
+            run("low_rank", parts(name, (state,), layers), outcome)
             loaded.cache_clear()
             spectra.cache_clear()

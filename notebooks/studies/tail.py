@@ -46,7 +46,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import chain, pairwise
 from typing import Any
 
@@ -263,7 +263,9 @@ def spectra(model: str, corpus: str) -> dict[str, Spectrum]:
     """Of both sites in all layers, from one pass, which the cache keeps."""
     hooks = [f"blocks.{i}.hook_{s}" for i in range(1, loaded(model).cfg.n_layers) for s in SITES]
     text, _ = split(corpus)
-    return saesub.measure_spectra(loaded(model), text, hooks, n_tokens=N_SPECTRUM, cache=True)
+    return saesub.measure_spectra(
+        loaded(model), text, hooks, n_tokens=N_SPECTRUM, context_size=CONTEXT_SIZE, cache=True
+    )
 
 
 @cache
@@ -292,33 +294,37 @@ def passes(
         at[:, -1] = False
         following = batch.roll(-1, 1)[at]
         heard: list[Tensor] = []
-
-        def hear(x: Tensor, hook: HookPoint, to: list = heard, kept: Tensor = kept) -> None:
-            to.append(x[kept])
-
-        listening: list[Any] = [(first, hear)]
+        listening: list[Any] = [(first, partial(_heard, kept, heard))]
         clean = bridge.run_with_hooks(batch, fwd_hooks=listening)[at].log_softmax(-1)
         own = -clean.gather(1, following[:, None])[:, 0]
         found: dict[str, Any] = {"at": at, "clean": own, "x": heard[0]}
         for condition in CONDITIONS:
-            gone = [0.0]
-
-            def spliced(x: Tensor, hook: HookPoint, c: str = condition, n: list = gone) -> Tensor:
-                replaced = x.clone()
-                replaced[kept] = by_hook[str(hook.name)][c](x[kept])  # noqa: B023
-                n[0] += ((replaced - x) ** 2).sum().item()
-                return replaced
-
-            hooks: list[Any] = [(name, spliced) for name in by_hook]
+            gone: list[float] = []
+            hooks: list[Any] = [
+                (name, partial(_spliced, of[condition], kept, gone)) for name, of in by_hook.items()
+            ]
             logits = bridge.run_with_hooks(batch, fwd_hooks=hooks)[at]
             found[condition] = {
                 "loss": cross_entropy(logits, following, reduction="none"),
                 "divergence": kl_div(
                     logits.log_softmax(-1), clean, log_target=True, reduction="none"
                 ).sum(-1),
-                "gone": gone[0],
+                "gone": sum(gone),
             }
         yield found
+
+
+def _heard(kept: Tensor, to: list[Tensor], x: Tensor, hook: HookPoint) -> None:
+    to.append(x[kept])
+
+
+def _spliced(
+    replace: Replace, kept: Tensor, gone: list[float], x: Tensor, hook: HookPoint
+) -> Tensor:
+    replaced = x.clone()
+    replaced[kept] = replace(x[kept])
+    gone.append(((replaced - x) ** 2).sum().item())
+    return replaced
 
 
 def losses(part: Part) -> dict[str, Any]:
@@ -482,6 +488,6 @@ def feature_parts() -> list[Part]:
 
 
 if __name__ == "__main__":
-    run("tail", feature_parts(), outcome, n_threads=2)
-    spectra("smollm2-135m", "wiki-en")
-    run("tail", loss_parts(), outcome, n_threads=2)
+    run("tail", feature_parts(), outcome)
+    spectra(Part.model, FIT["corpus"])
+    run("tail", loss_parts(), outcome)
