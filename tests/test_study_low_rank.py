@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import product
 from pathlib import Path
 
@@ -224,3 +225,22 @@ def test_fresh_weights_are_of_the_size_asked_for_and_leave_the_model_alone(study
 def test_every_row_has_settings_of_its_own(study):
     rows = study.parts("smollm2-135m", ("trained", "0.02"), range(3))
     assert len(set(rows)) == len(rows) == 12
+
+
+def test_the_record_is_whole_and_every_fall_is_shared_out(study):
+    record = json.loads((study.run.__globals__["RESULTS"] / "low_rank.json").read_text())
+    rows = record["rows"]
+    assert {row["run"] for row in rows} <= set(range(len(record["runs"])))
+    assert all(len(run["commit"]) == 40 for run in record["runs"])
+    settings = [tuple(row[name] for name in ("part", "layer", "state", "model")) for row in rows]
+    assert len(set(settings)) == len(rows)
+    assert {("factors", i, "trained", "smollm2-135m") for i in range(30)} <= set(settings)
+    assert all(row["condition"] == study.CONDITIONS[row["state"]] for row in rows)
+    for row in rows:
+        if row["part"] == "factors":
+            levels = row["levels"].values()
+            first, last = (" / ".join(own[at] for own in levels) for at in (0, -1))
+            for kind in ("rank", "effective_rank"):
+                fall = row[kind]["cells"][last] - row[kind]["cells"][first]
+                total = sum(step[0] for steps in row[kind]["shares"].values() for step in steps)
+                assert total == pytest.approx(fall, abs=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import product
 from pathlib import Path
 
@@ -195,3 +196,22 @@ def test_every_row_has_settings_of_its_own(study):
     assert {p.hooks == set() for p in study.loss_parts()} == {True}
     starts = {(p.start, p.seed) for p in study.feature_parts()}
     assert starts == set(product(("random", "subspace"), range(3)))
+
+
+def test_the_record_is_whole(study):
+    """A tail holds no more than 1 % of the variance, and all that goes is from the site."""
+    record = json.loads((study.protocol.RESULTS / "tail.json").read_text())
+    rows = record["rows"]
+    assert {row["run"] for row in rows} <= set(range(len(record["runs"])))
+    made = {study.protocol.trial_of(row, study.Part) for row in rows}
+    assert len(made) == len(rows)
+    assert made <= {*study.loss_parts(), *study.feature_parts()}
+    for row in rows:
+        if row["part"] == "features":
+            assert row["living"] == round(row["d_sae"] * (1 - row["dead_share"]))
+            assert row["fvu_of_parts"]["active"] < row["fvu"] < row["fvu_of_parts"]["tail"]
+        else:
+            assert row["energy"]["tail"] < 0.02
+            for name in ("next", "own"):
+                assert sum(row["n"][f"{name} {i}"] for i in range(10)) == row["n"]["all"]
+            assert row["n"]["new"] + row["n"]["repeated"] == row["n"]["all"]
