@@ -460,7 +460,7 @@ def outcome(part: Part) -> dict[str, Any]:
 
 def parts(model: str, states: Sequence[str], layers: Sequence[int]) -> list[Part]:
     """The rows of a model."""
-    kinds = ("weights", "factors")
+    kinds = ("factors", "weights")
     spread_out = sorted(layers, key=lambda i: i % 3)  # an interrupted run has all depths
     return [Part(kind, i, state, model) for state in states for kind in kinds for i in spread_out]
 
