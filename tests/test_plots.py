@@ -65,6 +65,12 @@ def _overlaps() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["layer", "pairs", "overlap"])
 
 
+def _causes() -> pd.DataFrame:
+    changes = {"spectrum": -0.2, "anisotropy": -0.1, "overlap by chance": -0.15, "other": 0.02}
+    rows = [(i, cause, change) for cause, change in changes.items() for i in range(30)]
+    return pd.DataFrame(rows, columns=["layer", "cause", "change"])
+
+
 def _points() -> pd.DataFrame:
     rng = np.random.default_rng(0)
     sites = np.repeat(["attn_out", "mlp_out", "resid_post"], 10)
@@ -128,6 +134,7 @@ FIGURES = {
     "rank_heatmap": lambda: plots.rank_heatmap(_grid()),
     "loss_by_layer": lambda: plots.loss_by_layer(_kept_by_layer()),
     "overlap_by_layer": lambda: plots.overlap_by_layer(_overlaps()),
+    "causes_by_layer": lambda: plots.causes_by_layer(_causes()),
     "rank_heatmap_by_layer": lambda: plots.rank_heatmap_by_layer(_grid_by_layer()),
     "predicted_variance": lambda: plots.predicted_variance(_variances()),
     "singular_values": lambda: plots.singular_values({"W_O, layer 12": np.geomspace(9, 0.1, 576)}),
@@ -269,6 +276,14 @@ def test_overlap_by_layer_has_a_line_for_each_kind_of_pairs():
     figure = plots.overlap_by_layer(frame)
     for pairs, rows in frame.groupby("pairs"):
         np.testing.assert_allclose(_line(figure, pairs).get_xydata(), rows[["layer", "overlap"]])
+
+
+def test_causes_by_layer_has_a_line_for_each_cause_and_one_at_zero():
+    frame = _causes()
+    figure = plots.causes_by_layer(frame)
+    for cause, rows in frame.groupby("cause"):
+        np.testing.assert_allclose(_line(figure, cause).get_xydata(), rows[["layer", "change"]])
+    assert any(list(line.get_ydata()) == [0, 0] for line in figure.axes[0].get_lines())
 
 
 def test_width_and_spectra_hold_their_data():

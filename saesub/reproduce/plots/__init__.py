@@ -23,6 +23,7 @@ with needs_extra("saesub.reproduce.plots"):
     )
     from saesub.reproduce.plots.protocol import dead_against_fvu, dead_by_window, firing_counts
     from saesub.reproduce.plots.spectra import (
+        causes_by_layer,
         cumulative_variance,
         loss_by_layer,
         loss_recovered,
@@ -41,6 +42,7 @@ with needs_extra("saesub.reproduce.plots"):
 __all__ = [
     "CONDITIONS",
     "SITES",
+    "causes_by_layer",
     "coherence_by_density",
     "cumulative_variance",
     "d_init_by_place",

@@ -46,6 +46,19 @@ def overlap_by_layer(frame: pd.DataFrame) -> Figure:
     return figure
 
 
+def causes_by_layer(frame: pd.DataFrame) -> Figure:
+    """What each cause adds to the rank at 99 % of variance by layer, one line per cause.
+
+    `frame`: layer, cause, change (a share of the width, below zero where it lowers the rank).
+    """
+    draw.checked(frame, "layer", "cause", "change")
+    with draw.closed_figure() as (figure, (axes,)):
+        _by_layer(axes, frame, "cause", "change")
+        axes.axhline(0, color=draw.NOTE, linewidth=1, zorder=1)
+        axes.set_ylabel("change of the rank at 99 %\n(share of width)")
+    return figure
+
+
 def _by_layer(axes: Axes, frame: pd.DataFrame, series: str, y: str) -> None:
     for rows, look in draw.series(frame, series):
         rows = rows.sort_values("layer")
