@@ -1,11 +1,14 @@
 """Does one recipe, applied by hand and without a sweep, beat what a sweep finds?
 
     python notebooks/studies/recipe.py baselines smollm2-135m gemma3-270m
+    python notebooks/studies/recipe.py recipe smollm2-135m gemma3-270m
 
-Writes data/results/studies/baselines.json. In each regime of `regimes.py` three baselines, each at
+Writes data/results/studies/baselines.json and recipe.json. In each regime of `regimes.py` three baselines, each at
 its own best learning rate: random directions under Adam, the subspace under Adam and the subspace
 under SparseAdam, all with the bias at the mean, the fitted norm and the schedule of `protocol.py`;
-four rates, further where the best is at an edge. The models are named, so that those that the
+four rates, further where the best is at an edge. Beside them the recipe's start and schedule, swept
+as well: whitened tokens of the data, SparseAdam, and a rate that falls from its highest to zero over
+all but the first twentieth of the steps. The models are named, so that those that the
 recipe is developed on come first.
 """
 
@@ -32,6 +35,11 @@ def baselines(regime: Regime) -> list[Trial]:
     ]
 
 
+def recipe(regime: Regime) -> Trial:
+    """The recipe in a regime, but for its rate."""
+    return regime.trial("whitened_data", "sparse_adam", decay=0.95, condition="recipe")
+
+
 def with_site(trial: Trial) -> dict[str, Any]:
     """The trial's outcome, and what was known of its site before."""
     spectrum = site_of(trial).spectrum
@@ -48,3 +56,6 @@ if __name__ == "__main__":
     if what == "baselines":
         conditions = [trial for regime in chosen for trial in baselines(regime)]
         sweep("baselines", conditions, n_seeds=1, outcome=with_site)
+    elif what == "recipe":
+        conditions = [recipe(regime) for regime in chosen]
+        sweep("recipe", conditions, (2e-3, 4e-3, 8e-3), n_seeds=1, outcome=with_site)
