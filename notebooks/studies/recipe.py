@@ -5,11 +5,11 @@
 
 Writes data/results/studies/baselines.json and recipe.json. In each regime of `regimes.py` three
 baselines, each at its own best learning rate: random directions under Adam, the subspace under Adam
-and the subspace under SparseAdam, all with the bias at the mean, the fitted norm and the schedule of
-`protocol.py`; four rates, further where the best is at an edge. Beside them the recipe's start and
-schedule, swept as well: whitened tokens of the data, SparseAdam, and a rate that falls to zero over
-all steps but the first twentieth. The models are named, so that those that the recipe is developed
-on come first.
+and the subspace under SparseAdam, all with the bias at the mean, the fitted norm and the schedule
+of `protocol.py`; four rates, further where the best is at an edge. Beside them the recipe's start
+and schedule, swept as well: whitened tokens of the data, SparseAdam, and a rate that falls to zero
+over all steps but the first twentieth. The models are named, so that those that the recipe is
+developed on come first.
 """
 
 from __future__ import annotations
