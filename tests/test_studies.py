@@ -352,3 +352,18 @@ def test_quality_takes_each_conditions_own_rate(quality, protocol):
     assert quality.best_rate(condition) == 2e-3
     assert quality.best_rate(replace(condition, start="random", seed=2)) == 5e-4
     assert quality.best_rate(replace(condition, d_sae=128)) == 1e-3
+
+
+def test_starts_at_data_are_of_all_training_documents_and_of_no_other(protocol):
+    trial = _trial(protocol, start="whitened_data", d_sae=128)
+    at = protocol.site_of(trial)
+    x = protocol.sample_for(trial, at)
+    assert x.shape == (8 * 128, 24)
+    rows = at.store.rows(0, at.store.n_tokens)
+    found = torch.cdist(x.double(), rows.double()).argmin(1)
+    assert torch.equal(rows[found], x)
+    assert found.max() < trial.n_train
+    eighths = torch.bincount(found // (trial.n_train // 8), minlength=8)
+    assert len(eighths) == 8
+    assert (eighths > 128 / 2).all()
+    assert torch.equal(protocol.sample_for(_trial(protocol), at), rows[:4096])

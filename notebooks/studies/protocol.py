@@ -143,14 +143,27 @@ def site_of(trial: Trial) -> Site:
     return site(trial.model, trial.corpus, trial.hook_name, trial.n_stored, trial.spectrum_of)
 
 
+def sample_for(trial: Trial, at: Site) -> Tensor:
+    """Training tokens to which an initialisation is fitted, (n, d), as the SAE sees them.
+
+    Features that start at data start at tokens of all documents: those that start at a few
+    documents find hardly any tokens like theirs in others. There are more tokens than features,
+    since those that are least alike are taken.
+    """
+    if "data" not in trial.start:
+        return at.seen(at.store.rows(0, 4096))
+    part, _ = at.store.split(at.store.n_tokens - trial.n_train)
+    n = min(8 * trial.d_sae, trial.n_train)
+    return at.seen(next(part.batches(n, seed=trial.seed)))
+
+
 Start = Callable[[TopKTrainingSAE, Trial, Site], None]
 
 
 @torch.no_grad()
 def set_start(sae: TopKTrainingSAE, trial: Trial, at: Site) -> None:
     """Directions, bias and norm of a trial."""
-    # Of data points those least alike are taken, so there must be more than features.
-    x = at.seen(at.store.rows(0, 8 * trial.d_sae if "data" in trial.start else 4096))
+    x = sample_for(trial, at)
     saesub.center_biases(sae, at.spectrum)
     if trial.start not in ("random", "mixed"):
         saesub.initialize_in_subspace(

@@ -1,0 +1,101 @@
+"""The regimes of the recipe and of the two causes: balanced as they say, on one store each."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import saesub
+
+
+@pytest.fixture(autouse=True)
+def _studies(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "notebooks" / "studies"))
+
+
+def test_regimes_are_balanced_and_a_third_is_of_a_model_of_its_own():
+    import regimes
+
+    site = [r.hook_name.partition("hook_")[2] for r in regimes.REGIMES]
+    assert len(set(regimes.REGIMES)) == 24
+    assert sum(r.untouched for r in regimes.REGIMES) == 8
+    assert {r.model for r in regimes.REGIMES if r.untouched} == set(regimes.UNTOUCHED)
+    for other in ("corpus", "d_sae", "firings"):
+        pairs = Counter(zip(site, (getattr(r, other) for r in regimes.REGIMES), strict=True))
+        assert set(pairs.values()) == {4}
+    of_models = Counter(zip(site, (r.model for r in regimes.REGIMES), strict=True))
+    assert set(of_models.values()) == {2, 3}
+    assert Counter(r.model for r in regimes.REGIMES) == dict.fromkeys(regimes.MODELS, 8)
+
+
+def test_features_fire_as_often_as_a_regime_says_and_all_fit_into_its_store():
+    import regimes
+    from protocol import N_VALIDATION
+
+    for regime in regimes.REGIMES:
+        trial = regime.trial("random")
+        assert trial.n_train * trial.k / trial.d_sae == regime.firings
+        assert trial.n_judged * trial.k / trial.d_sae == 1000
+        assert trial.n_train + N_VALIDATION + trial.n_judged <= trial.n_stored == regimes.STORED
+
+
+def test_the_two_causes_are_crossed_at_six_sites_of_each_model():
+    import offset
+    import regimes
+
+    trials = offset.trials(0)
+    cells = Counter((t.centre, t.start, t.lr) for t in trials)
+    assert len(cells) == 3 * 2 * 3
+    assert set(cells.values()) == {6}
+    assert {(t.corpus, t.hook_name) for t in trials} == {
+        (regimes.TEXTS[text], regimes.hook(0, text, site)) for text in range(2) for site in range(3)
+    }
+    assert len({t.condition for t in trials}) == 6
+
+
+@pytest.mark.parametrize("centre", ["zero", "mean", "geometric median"])
+def test_a_cell_has_its_centre_and_a_norm_fitted_to_it(monkeypatch, centre):
+    import offset
+    import protocol
+
+    torch.manual_seed(0)
+    x = torch.randn(8192, 16).exp() + 3.0  # its mean and its median differ
+    store = saesub.ActivationStore.of(x, "here")
+    site = protocol.Site(store, saesub.Spectrum.from_activations(x), None)
+    monkeypatch.setattr(offset, "N_POOL", len(x))
+    trial = offset.Centred("here", "random", d_sae=64, k=4, centre=centre)
+    sae = protocol.untrained(trial, site, offset.set_start)
+    scale = 16**0.5 / site.spectrum.mean_norm
+    wanted = {
+        "zero": torch.zeros(16),
+        "mean": site.spectrum.mean.float(),
+        "geometric median": saesub.geometric_median(x),
+    }
+    assert torch.allclose(sae.b_dec.detach(), wanted[centre] * scale, atol=1e-4)
+    # No other norm reconstructs better.
+    found = saesub.reconstruction(sae, x * scale, progress=False).fvu
+    for factor in (0.8, 1.25):
+        other = protocol.untrained(trial, site, offset.set_start)
+        with torch.no_grad():
+            other.W_dec.mul_(factor)
+            other.W_enc.mul_(factor)
+            other.b_enc.mul_(factor)
+        assert saesub.reconstruction(other, x * scale, progress=False).fvu > found
+
+
+def test_the_recipes_rate_rises_and_falls_over_all_steps():
+    import protocol
+    import recipe
+    import regimes
+
+    for regime in regimes.REGIMES:
+        trial = recipe.recipe(regime)
+        cfg = protocol.schedule(replace(trial, lr=1e-3))
+        assert cfg.lr_warm_up_steps + cfg.lr_decay_steps == cfg.total_training_steps
+        conditions = [t.condition for t in recipe.baselines(regime)]
+        assert conditions == ["random", "ASI", "ASI + SparseAdam"]
+        assert {t.n_train for t in recipe.baselines(regime)} == {trial.n_train}
