@@ -110,7 +110,8 @@ def initialize_in_subspace(
         norm: "fit", or "keep" for the norms that SAELens gave (`decoder_init_norm`, 0.1 by default,
             at which many features of a TopK SAE die).
         activations: (tokens, d) at the spectrum's hook point, unscaled. Directions from data need
-            at least d_sae of them. The norm is fitted to 4,096 of them, evenly spaced; without
+            at least d_sae of them, best of all documents: features that start at a few documents
+            fire nowhere else. The norm is fitted to 4,096 of them, evenly spaced; without
             activations, to draws that have the spectrum's mean, covariance and mean norm. For a
             transcoder: what it writes, (tokens, d_out).
         input_spectrum: of the activations that a transcoder reads; refused for an autoencoder.
