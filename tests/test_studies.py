@@ -29,7 +29,16 @@ SETTINGS = (
 WINDOWS = [2**power for power in range(13, 18)]  # of a record, besides the longest
 
 
-STUDIES_OF_SAES = ["cure", "causes", "sites", "subspace_size", "width", "mitigations"]
+STUDIES_OF_SAES = [
+    "cure",
+    "causes",
+    "sites",
+    "subspace_size",
+    "width",
+    "mitigations",
+    "baselines",
+    "recipe",
+]
 
 
 @pytest.mark.parametrize("name", STUDIES_OF_SAES)
