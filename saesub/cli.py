@@ -110,7 +110,7 @@ def _list(_: argparse.Namespace) -> int:
     for kind in get_args(Kind):
         print(f"{kind}:")
         for name in packaged_names(kind):
-            print(f"  {name:<20}{packaged()[name].description}")
+            print(f"  {name:<22} {packaged()[name].description}")
     return 0
 
 
