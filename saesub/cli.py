@@ -83,9 +83,7 @@ def _parser() -> argparse.ArgumentParser:
 
     diagnosing = _command(commands, _diagnose, "tell why features of saved SAEs are dead")
     diagnosing.add_argument("path", metavar="PATH", help="an SAELens SAE, or a folder of several")
-    diagnosing.add_argument(
-        "--activations", metavar="FILE", help="a .npy, .pt or .safetensors file"
-    )
+    diagnosing.add_argument("--activations", metavar="FILE", help="a .npy or .safetensors file")
     diagnosing.add_argument("--model", help="instead: the model (default: what each SAE names)")
     diagnosing.add_argument("--corpus", default="wiki-en", help="its text (default: wiki-en)")
     diagnosing.add_argument("--hook", help="hook point (default: what each SAE names)")

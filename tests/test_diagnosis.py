@@ -423,7 +423,6 @@ def saved(tmp_path) -> Path:
     ARCHITECTURES["batchtopk"]().save_model(tmp_path / "saes" / "b" / "c")
     (tmp_path / "saes" / "a" / "runner_cfg.json").write_text('{"lr": 0.5, "training_tokens": 7}')
     np.save(tmp_path / "x.npy", gaussian().numpy())
-    torch.save(gaussian(), tmp_path / "x.pt")
     save_file({"x": gaussian()}, tmp_path / "x.safetensors")
     return tmp_path
 
@@ -441,7 +440,7 @@ def test_the_command_diagnoses_one_sae_and_ranks_a_folder(saved, capsys) -> None
     one = ["diagnose", str(saved / "saes" / "a"), "--activations", str(saved / "x.npy")]
     assert cli.main(one) == 0
     assert "cause: rate" in capsys.readouterr().out
-    for name in ("x.pt", "x.safetensors"):
+    for name in ("x.npy", "x.safetensors"):
         both = ["diagnose", str(saved / "saes"), "--activations", str(saved / name)]
         assert cli.main(both) == 0
         out = capsys.readouterr().out
@@ -454,7 +453,7 @@ def test_the_command_diagnoses_one_sae_and_ranks_a_folder(saved, capsys) -> None
     [
         (["nowhere"], "holds no SAE of SAELens"),
         (["saes/a"], "does not name its model: pass --model or --activations"),
-        (["saes/a", "--activations", "x.csv"], "give a .npy, .pt, .safetensors file"),
+        (["saes/a", "--activations", "x.csv"], "give a .npy, .safetensors file"),
         (["saes/a", "--activations", "none.npy"], "cannot be read"),
         (["saes/a", "--activations", "x.npy", "--hook", "h"], "leave out the model"),
         (["saes/a", "--activations", "x.npy", "--tokens", "0"], "tokens must be a whole number"),

@@ -157,7 +157,8 @@ def test_a_row_has_the_fields_of_the_mitigations_record(study):
     trial = _of(study, "ASI + aligned")
     row = study.outcome(trial)
     record = json.loads((ROOT / "data/results/studies/mitigations.json").read_text())
-    assert {*row, "run"} == {*record["rows"][-1]}
+    # The record is older than the setting of the schedule.
+    assert {*row, "run"} == {*record["rows"][-1], "decay"}
     import protocol
 
     assert protocol.trial_of(json.loads(json.dumps(row)), study.Mitigated) == trial

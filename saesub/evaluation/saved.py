@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from sae_lens import SAE, TrainingSAE
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
 from safetensors import SafetensorError
@@ -25,10 +23,9 @@ from saesub.evaluation.passes import hook_of
 _TOKENS = 100_000  # where the user names no window
 _BLOCK = 8192
 _OF_RUN = ("lr", "training_tokens")
-_UNREADABLE = (OSError, EOFError, ValueError, RuntimeError, pickle.UnpicklingError, SafetensorError)
+_UNREADABLE = (OSError, EOFError, ValueError, RuntimeError, SafetensorError)
 _READERS = {
     ".npy": lambda path: np.load(path, allow_pickle=False),
-    ".pt": lambda path: torch.load(path, map_location="cpu", weights_only=True),
     ".safetensors": load_file,
 }
 
@@ -130,7 +127,7 @@ def load_sae(folder: str | Path) -> SAE[Any]:
 
 
 def load_activations(path: str | Path) -> Tensor:
-    """Activations (n, d_in) from a .npy, .pt or .safetensors file with one array.
+    """Activations (n, d_in) from a .npy or .safetensors file with one array.
 
     Raises SaesubError for another ending, a file that cannot be read, or several arrays.
     """
