@@ -201,6 +201,30 @@ def test_each_dead_feature_has_its_own_cause_wherever_it_is(trained) -> None:
         assert again[column].tolist() == found[column].to_numpy()[order.numpy()].tolist()
 
 
+@pytest.mark.parametrize(
+    ("gain", "along_mean", "cause"), [(0.01, 0.0, "norm"), (1.0, -2.0, "offset")]
+)
+def test_a_feature_that_is_too_short_did_not_die_of_the_mean(gain, along_mean, cause) -> None:
+    """Living features point along the mean. The scores of short ones lack the mean's part, too, but
+    because they are short; those of long ones that point away from it, because of the mean."""
+    x = torch.randn(9000, 24, generator=torch.Generator().manual_seed(0))
+    x[:, 0] += 40.0
+    sae = TopKSAE(TopKSAEConfig(**SIZES, k=4))
+    torch.manual_seed(0)
+    rows = torch.randn(160, 24)
+    rows[:, 0] = rows[:, 0].abs()
+    rows[:40, 0] = along_mean
+    rows = normalize(rows, dim=1)
+    with torch.no_grad():
+        sae.W_dec.copy_(rows * 0.3)
+        sae.W_enc.copy_(rows.T)
+        sae.W_enc[:, :40] *= gain
+        sae.b_dec.zero_()
+    found = told(sae, x).table()
+    assert found["dead"][:40].all()
+    assert set(found["cause"][:40]) == {cause}
+
+
 @pytest.mark.model
 def test_what_revives_a_feature_revives_it(trained) -> None:
     """The change is made to the SAE itself, one feature at a time."""
@@ -308,6 +332,8 @@ def test_advice_is_withheld_beyond_the_studies(monkeypatch) -> None:
     sae = ARCHITECTURES["topk"]()
     assert "2,048 to 8,192 features, and this SAE has 160" in told(sae, gaussian()).advice
     monkeypatch.setattr(diagnosis, "_WIDTHS", (100, 200))
+    assert "the studies have k 32, and this SAE 4" in told(sae, gaussian()).advice
+    monkeypatch.setattr(diagnosis, "_K", 4)
     sae.cfg.metadata.lr = 0.02
     found = told(sae, gaussian())
     assert not found.withheld
@@ -331,7 +357,7 @@ def test_the_studies_are_as_the_advice_says() -> None:
     widths = [row["d_sae"] for row in rows]
     assert (min(widths), max(widths)) == diagnosis._WIDTHS
     assert max(row["n_train"] for row in rows) == diagnosis._TOKENS
-    assert {row["k"] for row in rows} == {32}
+    assert {row["k"] for row in rows} == {diagnosis._K}
     assert {row["model"] for row in rows} == {"smollm2-135m"}
 
 

@@ -83,7 +83,8 @@ class Explanation:
         closest: (n_dead,) best score less the token's threshold, over the sample; never above 0 but
             for rounding.
         revived_by: (n_dead,) indices into REVIVALS, the first that lets the feature fire at all on
-            the sample: its score's mean raised to a living feature's, its gain, or both.
+            the sample: its bias, and what the mean adds at its gain, raised to a living feature's;
+            its gain; or both.
         offset_left: ‖m‖ as a share of the standard deviation, both of what the encoder reads.
         crowded: how many dead features crowd.
     """
@@ -239,16 +240,16 @@ def _peaks(
     """Best score less threshold of each dead feature: as it is, and with parts made as large as in
     a living feature, where they are smaller."""
     own, living = _of(parts, dead), _of(parts, ~dead)
-    level = own.offset + own.bias
-    raised = level.clamp(min=float((living.offset + living.bias).median()))
     gain, tall = own.gain, own.gain.clamp(min=float(living.gain.median()))
+    along_mean, bias = _along_mean(own), own.bias  # the offset is the first times the gain
+    closer, lifted = _lifted(own, living)
     turned = own.spread.clamp(min=float(living.spread.quantile(_LOW))) / own.spread.clamp(min=1e-20)
     changes = {
-        "as it is": (gain, level),
-        "recentred": (gain, raised),
-        "rescaled": (tall, level),
-        "both": (tall, raised),
-        "turned": (gain * turned, level),
+        "as it is": (gain, gain * along_mean + bias),
+        "recentred": (gain, gain * closer + lifted),
+        "rescaled": (tall, tall * along_mean + bias),
+        "both": (tall, tall * closer + lifted),
+        "turned": (gain * turned, gain * along_mean + bias),
     }
     best = {name: torch.full_like(gain, -torch.inf) for name in changes}
     encode, centred = encoder_of(sae), iter(read.centred.split(TOKENS_PER_BLOCK))
@@ -261,6 +262,18 @@ def _peaks(
                 score = selection.shown(along * factor[part] + added[part]) - threshold
                 best[name][part] = torch.maximum(best[name][part], score.amax(0))
     return best
+
+
+def _along_mean(parts: Parts) -> Float[Tensor, " n"]:
+    """direction · m of each feature: a small gain makes its offset small, and is no offset."""
+    return parts.offset / parts.gain.clamp(min=1e-20)
+
+
+def _lifted(own: Parts, living: Parts) -> tuple[Tensor, Tensor]:
+    """direction · m and bias of each feature, where they are lower than living ones' medians made
+    as large as these."""
+    along_mean = _along_mean(own).clamp(min=float(_along_mean(living).median()))
+    return along_mean, own.bias.clamp(min=float(living.bias.median()))
 
 
 def _crowded(
@@ -292,9 +305,8 @@ def _causes(
         "subspace": peaks["turned"] - now,
     }
     most, which = torch.stack(list(raises.values())).nan_to_num(0.0).max(0)
-    by_offset = (own.offset - living.offset.median()).abs() >= (
-        own.bias - living.bias.median()
-    ).abs()
+    closer, lifted = _lifted(own, living)
+    by_offset = own.gain * closer - own.offset >= lifted - own.bias
     names = list(CAUSES)
 
     def code(name: str) -> Tensor:

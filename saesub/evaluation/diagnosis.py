@@ -43,6 +43,7 @@ _BROKEN = 0.5  # share of dead features above which an SAE may fit so badly on i
 # What the studies cover (data/results/studies; notebooks 05 and 06).
 _ARCHITECTURE = "topk"
 _WIDTHS = 2048, 8192  # features
+_K = 32
 _TOKENS = 1_024_000  # of training, at most
 _STUDIED = (
     "This comes from TopK SAEs of SmolLM2-135M with k 32, 2,048 to 8,192 features and up to "
@@ -284,6 +285,7 @@ def _recorded(sae: SAE[Any]) -> dict[str, Any]:
     metadata = sae.cfg.metadata
     found = {
         "architecture": metadata.training_architecture or sae.cfg.architecture(),
+        "k": getattr(sae.cfg, "k", None),
         **(metadata.training_architecture_details or {}),
         **{n: metadata[n] for n in ("optimizer", "lr", "training_tokens", "subspace_init")},
     }
@@ -304,6 +306,8 @@ def _withheld(
         yield "no cause is told"
     if recorded["architecture"] != _ARCHITECTURE:
         yield f"the studies are of TopK SAEs, and this one is {recorded['architecture']!r}"
+    elif (k := recorded.get("k")) != _K:
+        yield f"the studies have k {_K}, and this SAE {k}"
     if not least <= d_sae <= most:
         yield f"the studies are of {least:,} to {most:,} features, and this SAE has {d_sae:,}"
     if recorded.get("training_tokens", 0) > _TOKENS:
