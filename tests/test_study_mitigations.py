@@ -31,7 +31,7 @@ def study(monkeypatch):
     monkeypatch.setattr(protocol.saesub, "harvest", stores)
     monkeypatch.setattr(protocol, "N_VALIDATION", 1024)
     monkeypatch.setattr(protocol, "N_SPECTRUM", 8192)
-    monkeypatch.setattr(mitigations, "N_POOL", 4096)
+    monkeypatch.setattr(protocol, "N_MEDIAN", 4096)
     protocol.site.cache_clear()
     yield mitigations
     protocol.site.cache_clear()
@@ -84,7 +84,7 @@ def test_the_bias_is_where_the_condition_says(study):
         "AuxK": lambda at, x: at.spectrum.mean.float(),
     }.items():
         sae, at, scale = _start(study, condition)
-        wanted = centre(at, at.store.rows(0, study.N_POOL)) * scale
+        wanted = centre(at, at.store.rows(0, 4096)) * scale
         assert torch.allclose(sae.b_dec, wanted, atol=1e-3)
         assert not sae.b_enc.any()
     median, at, scale = _start(study, "bias at the median")
@@ -95,14 +95,16 @@ def test_the_bias_is_where_the_condition_says(study):
 def test_the_norm_is_fitted_to_the_bias_that_the_sae_has(study, condition):
     sae, at, _ = _start(study, condition)
     norm = sae.W_dec.detach().norm(dim=1).mean()
-    saesub.fit_norm(sae, at.spectrum, activations=at.store.rows(0, 4096))
+    trial = _of(study, condition)
+    own = study.protocol.sample_for(trial, at) if trial.start == "data" else at.store.rows(0, 4096)
+    saesub.fit_norm(sae, at.spectrum, activations=own)
     assert torch.isclose(sae.W_dec.norm(dim=1).mean(), norm, rtol=1e-3)
     assert torch.allclose(sae.W_enc, sae.W_dec.T, rtol=1e-4, atol=1e-6)
 
 
 def test_rows_that_start_at_data_are_mostly_a_data_point(study):
     sae, at, _ = _start(study, "data start")
-    centred = at.store.rows(0, study.N_POOL) - at.spectrum.mean.float()
+    centred = at.store.rows(0, 4096) - at.spectrum.mean.float()
     nearest = cosine_similarity(sae.W_dec.detach()[:, None], centred[None], dim=2).amax(1)
     # Of a mixture of orthogonal unit vectors, 0.8 and 0.2; in 24 dimensions they are nearly so.
     assert nearest.mean().item() == pytest.approx(0.8 / 0.68**0.5, abs=0.03)

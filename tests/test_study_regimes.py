@@ -66,7 +66,7 @@ def test_a_cell_has_its_centre_and_a_norm_fitted_to_it(monkeypatch, centre):
     x = torch.randn(8192, 16).exp() + 3.0  # its mean and its median differ
     store = saesub.ActivationStore.of(x, "here")
     site = protocol.Site(store, saesub.Spectrum.from_activations(x), None)
-    monkeypatch.setattr(offset, "N_POOL", len(x))
+    monkeypatch.setattr(protocol, "N_MEDIAN", len(x))
     trial = offset.Centred("here", "random", d_sae=64, k=4, centre=centre)
     sae = protocol.untrained(trial, site, offset.set_start)
     scale = 16**0.5 / site.spectrum.mean_norm

@@ -27,7 +27,6 @@ ROOT = Path(__file__).parents[1]
 def study(monkeypatch):
     """The study on a small store in memory, whose mean is far from zero and from the median."""
     monkeypatch.syspath_prepend(str(ROOT / "notebooks" / "studies"))
-    import mitigations
     import protocol
     import rivals
 
@@ -40,7 +39,7 @@ def study(monkeypatch):
     monkeypatch.setattr(protocol.saesub, "harvest", stores)
     monkeypatch.setattr(protocol, "N_VALIDATION", 1024)
     monkeypatch.setattr(protocol, "N_SPECTRUM", 8192)
-    monkeypatch.setattr(mitigations, "N_POOL", 4096)
+    monkeypatch.setattr(protocol, "N_MEDIAN", 4096)
     protocol.site.cache_clear()
     yield rivals
     protocol.site.cache_clear()
@@ -520,9 +519,7 @@ def test_rows_of_the_start_at_data_are_mixtures_with_a_data_point(study):
     assert trial.optimizer == "sparse_adam"
     at = study.site_of(trial)
     sae = study.untrained(trial, at)
-    x = at.store.rows(0, study.mitigations.N_POOL)
-    chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(trial.seed))[:D_SAE]
-    points = x[chosen] - at.spectrum.mean.float()
+    points = study.mitigations.protocol.sample_for(trial, at)[:D_SAE] - at.spectrum.mean.float()
     cosines = cosine_similarity(sae.W_dec.detach(), points, dim=1)
     # Of a mixture of orthogonal unit vectors, 0.8 and 0.2; in 24 dimensions they are nearly so.
     assert cosines.mean().item() == pytest.approx(0.8 / 0.68**0.5, abs=0.03)
@@ -537,7 +534,7 @@ def test_the_bias_is_where_the_distances_pull_nowhere(study, condition):
     trial = _of(study, condition)
     at = study.site_of(trial)
     sae = study.untrained(trial, at)
-    x = at.store.rows(0, study.mitigations.N_POOL).double()
+    x = at.store.rows(0, 4096).double()
     centre = sae.b_dec.detach().double() * at.spectrum.mean_norm / D**0.5
     pull = torch.nn.functional.normalize(x - centre, dim=1).mean(0).norm()
     of_mean = torch.nn.functional.normalize(x - x.mean(0), dim=1).mean(0).norm()

@@ -17,6 +17,9 @@ start. Every row says how many features fired again after a whole dead window of
 (`silent_once`, `revived`, `stayed`: see `RevivalCount`). The control is plain training ("random")
 at the rates that are best for the mitigations. `offset` is γ = ‖mean‖ / ‖standard deviation‖ of the
 activations.
+
+The recorded rows of the start at data drew their tokens from the first 32,768 of training; now they
+are drawn from all documents, as every start at data is.
 """
 
 from __future__ import annotations
@@ -38,7 +41,6 @@ from saesub.training.mitigations import Mitigation
 HOOK = "blocks.12.hook_attn_out"
 AUXK = 1 / 32  # of the loss; Gao et al. 2024. SAELens' default is 1.
 SHARE_OF_DATA = 0.8  # of a row; Anthropic, October 2025
-N_POOL = 32_768  # training tokens that data points are drawn from, and the median is taken of
 
 
 @dataclass(frozen=True)
@@ -111,21 +113,14 @@ def set_start(sae: TopKTrainingSAE, trial: Mitigated, at: Site) -> None:
     """Directions, bias and norm of a trial; the norm is fitted to the bias that the SAE has."""
     at_data = trial.start == "data"
     protocol.set_start(sae, replace(trial, start="random") if at_data else trial, at)
-    if not at_data and trial.centre == "mean":
-        return
-    x = at.seen(at.store.rows(0, N_POOL))
     if at_data:
-        generator = torch.Generator().manual_seed(trial.seed)
-        points = x[torch.randperm(N_POOL, generator=generator)[: trial.d_sae]]
-        points = normalize(points - at.spectrum.mean.float(), dim=1)
+        x = protocol.sample_for(trial, at)
+        points = normalize(x[: trial.d_sae] - at.spectrum.mean.float(), dim=1)
         noise = normalize(sae.W_dec, dim=1)
         sae.W_dec.copy_(normalize(SHARE_OF_DATA * points + (1 - SHARE_OF_DATA) * noise, dim=1))
         sae.W_enc.copy_(sae.W_dec.T)
-    elif trial.centre == "zero":
-        sae.b_dec.zero_()
-    else:
-        saesub.center_at(sae, saesub.geometric_median(x), mean_norm=at.spectrum.mean_norm)
-    saesub.fit_norm(sae, at.spectrum, activations=x)
+        saesub.fit_norm(sae, at.spectrum, activations=x)
+    protocol.move_bias(sae, trial.centre, at)
 
 
 def outcome(trial: Mitigated) -> dict[str, Any]:

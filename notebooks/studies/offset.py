@@ -21,7 +21,6 @@ from itertools import product
 from typing import Any
 
 import protocol
-import torch
 from protocol import Site, Trial, judged, run, site_of, train, untrained
 from regimes import FIRINGS, MODELS, SIZES, TEXTS, InRegime, Regime, hook
 from sae_lens import TopKTrainingSAE
@@ -30,7 +29,6 @@ import saesub
 
 RATES = (1e-3, 2e-3, 4e-3)
 CENTRES = ("zero", "mean", "geometric median")
-N_POOL = 32_768  # tokens of which the median is taken
 
 
 @dataclass(frozen=True)
@@ -40,18 +38,10 @@ class Centred(InRegime):
     centre: str = "mean"
 
 
-@torch.no_grad()
 def set_start(sae: TopKTrainingSAE, trial: Centred, at: Site) -> None:
     """Directions as the trial has them, the bias at its centre, the norm fitted to both."""
     protocol.set_start(sae, trial, at)
-    if trial.centre == "mean":
-        return
-    x = at.store.rows(0, N_POOL)
-    if trial.centre == "zero":
-        sae.b_dec.zero_()
-    else:
-        saesub.center_at(sae, saesub.geometric_median(x), mean_norm=at.spectrum.mean_norm)
-    saesub.fit_norm(sae, at.spectrum, activations=x)
+    protocol.move_bias(sae, trial.centre, at)
 
 
 def outcome(trial: Centred) -> dict[str, Any]:

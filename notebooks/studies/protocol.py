@@ -45,6 +45,7 @@ BATCH = 1024
 N_VALIDATION = 32_768
 N_SPECTRUM = 200_000  # training tokens behind a spectrum
 N_FIRST = 16_384  # tokens on which untrained features are counted
+N_MEDIAN = 32_768  # training tokens of which the median is taken
 # 4,096 features in proportion: as often as the 8,192 of a trial's defaults do they fire in training
 # and in the window.
 SMALL: dict[str, Any] = {"d_sae": 4096, "n_train": 512_000, "n_judged": 128_000}
@@ -183,6 +184,20 @@ def set_start(sae: TopKTrainingSAE, trial: Trial, at: Site) -> None:
         sae.W_enc.copy_(sae.W_dec.T)
     if trial.norm == "fit":
         saesub.fit_norm(sae, at.spectrum, activations=x)
+
+
+def move_bias(sae: TopKTrainingSAE, centre: str, at: Site) -> None:
+    """Let the decoder bias begin at "zero" or the "geometric median" in place of the "mean", and
+    fit the norm to it."""
+    if centre == "mean":
+        return
+    x = at.seen(at.store.rows(0, N_MEDIAN))
+    if centre == "zero":
+        with torch.no_grad():
+            sae.b_dec.zero_()
+    else:
+        saesub.center_at(sae, saesub.geometric_median(x), mean_norm=at.spectrum.mean_norm)
+    saesub.fit_norm(sae, at.spectrum, activations=x)
 
 
 def untrained(

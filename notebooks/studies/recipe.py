@@ -6,10 +6,11 @@
 Writes data/results/studies/baselines.json and recipe.json. In each regime of `regimes.py` three
 baselines, each at its own best learning rate: random directions under Adam, the subspace under Adam
 and the subspace under SparseAdam, all with the bias at the mean, the fitted norm and the schedule
-of `protocol.py`; four rates, further where the best is at an edge. Beside them the recipe's start
-and schedule, swept as well: whitened tokens of the data, SparseAdam, and a rate that falls to zero
-over all steps but the first twentieth. The models are named, so that those that the recipe is
-developed on come first.
+of `protocol.py`; four rates, further where the best is at an edge. Beside them a first candidate
+for the recipe, swept as well: whitened tokens of the data, SparseAdam, and a rate that falls to
+zero over all steps but the first twentieth. It is not final: where the effective rank is lowest it
+does not beat the baselines, and no claim is judged by it. The models are named, so that those that
+the recipe is developed on come first.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def baselines(regime: Regime) -> list[Trial]:
 
 
 def recipe(regime: Regime) -> Trial:
-    """The recipe in a regime, but for its rate."""
+    """The first candidate in a regime, but for its rate."""
     return regime.trial("whitened_data", "sparse_adam", decay=0.95, condition="recipe")
 
 

@@ -53,7 +53,7 @@ from typing import Any
 import numpy as np
 import protocol
 import torch
-from datasets import Dataset
+from function import loaded, split
 from protocol import Trial, run
 from scipy.stats import rankdata, spearmanr
 from torch import Tensor
@@ -243,19 +243,6 @@ def tail_by_token(
 
 
 # --- the language model ---------------------------------------------------------------------------
-
-
-@cache
-def loaded(model: str) -> TransformerBridge:
-    """The language model, once in each process."""
-    return saesub.load_model(model)
-
-
-def split(corpus: str) -> tuple[Dataset, Dataset]:
-    """Documents for spectra and counts, and those held out."""
-    documents = saesub.load_corpus(corpus).shuffle(seed=0, keep_in_memory=True)
-    at = 9 * len(documents) // 10
-    return documents.select(range(at)), documents.select(range(at, len(documents)))
 
 
 @cache
