@@ -172,7 +172,12 @@ def _from_saliency_onnx(source: Path, entry: Packaged, folder: Path) -> None:
 
 def _read_saliency(folder: Path) -> tuple[nn.Module, Any]:
     decoder = SaliencyDecoder()
-    decoder.load_state_dict(load_file(folder / "decoder.safetensors"), strict=False)
+    counters = {  # of batches seen in training, which no export has and evaluation does not read
+        name: value
+        for name, value in decoder.state_dict().items()
+        if name.endswith("num_batches_tracked")
+    }
+    decoder.load_state_dict(counters | load_file(folder / "decoder.safetensors"))
     return _pretrained(AutoModel)(folder)[0], decoder
 
 
