@@ -234,9 +234,9 @@ class _EncodeAt(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads):
         centred, W_enc = ctx.saved_tensors
-        g_W_enc = _sum_rows_by_feature(grads[0], ctx.selected, centred).T
+        g_W_enc = sum_rows_by_feature(grads[0], ctx.selected, centred).T
         ones = centred.new_ones(len(centred), 1)
-        g_b_enc = _sum_rows_by_feature(grads[0], ctx.selected, ones).squeeze(1)
+        g_b_enc = sum_rows_by_feature(grads[0], ctx.selected, ones).squeeze(1)
         # The bias enters every token alike, so its gradient is one matrix-vector product.
         g_b_in = -(W_enc @ g_b_enc) if ctx.centred_by_bias else None
         return None, None, g_b_in, g_W_enc, g_b_enc
@@ -257,7 +257,7 @@ class _DecodeAt(torch.autograd.Function):
         values, W_dec = ctx.saved_tensors
         g_out = grads[0].contiguous()
         g_values = row_products(g_out, ctx.selected, W_dec)
-        return None, g_values, _sum_rows_by_feature(values, ctx.selected, g_out)
+        return None, g_values, sum_rows_by_feature(values, ctx.selected, g_out)
 
 
 def row_products(
@@ -286,7 +286,7 @@ def _let_torch_warn_of_csr() -> None:
         torch.sparse_csr_tensor([0, 1], [0], [0.0], (1, 1), check_invariants=False)
 
 
-def _sum_rows_by_feature(
+def sum_rows_by_feature(
     weights: Float[Tensor, " m"], selected: Selected, rows: Float[Tensor, "n d"]
 ) -> Float[Tensor, "d_sae d"]:
     """`out[f] = sum over the entries of feature f of weights * rows[token]`.

@@ -1,0 +1,206 @@
+"""The best decoder for the features that an SAE has, by least squares, once it is trained.
+
+Which features are active at a token is the encoder's matter. How well they then rebuild the token
+is, for a given encoder, a least-squares problem in the decoder rows, and training of some thousand
+firings a feature leaves it unsolved. `refit_decoder` solves it over the training tokens, with
+conjugate gradients. Every feature fires where it fired before, so that deaths stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from sae_lens import SAE
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from saesub.activations.checks import require_finite
+from saesub.arguments import batch_of, whole_number
+from saesub.errors import SaesubError
+from saesub.init.norm import check_unhooked
+from saesub.precision import without_autocast
+from saesub.topk.encode import encoder_of
+from saesub.topk.ops import Selected, decode_at, sum_rows_by_feature
+
+_TOKENS_PER_BLOCK = 4096
+_PULL = 3.0  # firings as strong as the pull on a row to stay where training left it
+_NOT_LINEAR = {
+    "matching_pursuit": "its decoder is its encoder",
+    "matryoshka_batchtopk": "its decoder rebuilds with each of several parts of the features",
+}
+
+
+@dataclass(frozen=True)
+class DecoderRefit:
+    """What `refit_decoder` did; also written to `sae.cfg.metadata.decoder_refit`.
+
+    Attributes:
+        n_tokens: tokens that were fitted to.
+        iterations: steps of conjugate gradients.
+        error_before: mean squared error of a token, summed over its dimensions, before.
+        error_after: the same after.
+    """
+
+    n_tokens: int
+    iterations: int
+    error_before: float
+    error_after: float
+
+
+@torch.no_grad()
+@without_autocast()
+def refit_decoder(
+    sae: SAE[Any],
+    batches: Iterable[Float[Tensor, "n d_in"]],
+    *,
+    iterations: int = 10,
+    progress: bool = True,
+) -> DecoderRefit:
+    """Replace the decoder rows of a trained SAE by those that rebuild `batches` best, in place.
+
+    Minimises, over the decoder rows alone, the squared error of all tokens, plus a pull on each row
+    to where it is, as strong as three average firings of the feature; so a feature that fires
+    rarely moves little, and one that never fires not at all. Features, their values and the bias
+    stay. Call it after training: an optimizer's moments would belong to other weights.
+
+    Where a TopK SAE ranks features by the norms of their rows, these are folded into the encoder
+    first, as SAELens does on saving, and `rescale_acts_by_decoder_norm` is then False.
+
+    The active entries of all tokens are kept in memory, about 30 bytes each: 250,000 tokens with
+    32 active features take 0.25 GB.
+
+    Args:
+        sae: any SAELens SAE whose reconstruction is its features times `W_dec`, plus `b_dec`.
+        batches: activations (n, d_in) of the SAE's hook point, unscaled, read once: all the
+            training tokens, or enough that each feature fires 1,000 times. With few tokens the
+            decoder would fit their noise.
+        iterations: of conjugate gradients; each takes about a fifth of a training epoch.
+        progress: whether to show a bar.
+
+    Raises:
+        SaesubError: a transcoder, a matching pursuit, Matryoshka or temporal SAE, one that scales
+            each token or has not yet folded a scale into its weights, has hooks or is coarser than
+            float32, no activations, or such as are not finite or of another width. The SAE is then
+            left as it was.
+
+    Example:
+        >>> saesub.refit_decoder(sae, store.rows(0, 250_000).split(4096))  # doctest: +SKIP
+    """
+    _check(sae)
+    iterations = whole_number(iterations, "iterations", 1)
+    folds = getattr(sae.cfg, "rescale_acts_by_decoder_norm", False)
+    rows = F.normalize(sae.W_dec, dim=-1) if folds else sae.W_dec
+    codes, right, squares, firings, error = _read(sae, rows, batches, progress)
+    damping = (_PULL * squares / firings.clamp(min=1)).unsqueeze(-1)
+    step, fall = _solve(codes, right, squares.unsqueeze(-1), damping, iterations, progress)
+    require_finite(step, "The refitted decoder rows", "scale the activations down")
+    if folds:
+        sae.fold_W_dec_norm()
+        sae.cfg.rescale_acts_by_decoder_norm = False  # pyright: ignore[reportAttributeAccessIssue]
+    sae.W_dec.add_(step)
+    n = sum(len(active.offsets) - 1 for active in codes)
+    report = DecoderRefit(n, iterations, error / n, (error - fall) / n)
+    sae.cfg.metadata.decoder_refit = asdict(report)
+    return report
+
+
+def _check(sae: Any) -> None:
+    encoder_of(sae)  # refuses what is no SAE, or not finite
+    kind = sae.cfg.architecture()
+    if hasattr(sae.cfg, "d_out") or kind in _NOT_LINEAR:
+        why = _NOT_LINEAR.get(kind, "a transcoder rebuilds what it does not read")
+        raise SaesubError(
+            f"refit_decoder cannot take a {kind} SAE, since {why}: leave its decoder as trained."
+        )
+    if sae.cfg.normalize_activations != "none":
+        raise SaesubError(
+            "refit_decoder needs an SAE whose weights take activations as they come, not "
+            f"normalize_activations={sae.cfg.normalize_activations!r}: a trainer folds an average "
+            "norm into them at its end; an SAE that scales each token cannot be refitted."
+        )
+    if sae.dtype not in (torch.float32, torch.float64):
+        raise SaesubError(
+            f"The SAE's weights are {sae.dtype}, too coarse for least squares: convert it by "
+            "sae.to(dtype=torch.float32), and back afterwards."
+        )
+    check_unhooked(sae)
+
+
+def _read(
+    sae: SAE[Any], rows: Tensor, batches: Iterable[Tensor], progress: bool
+) -> tuple[list[Selected], Tensor, Tensor, Tensor, float]:
+    """Active entries of all tokens; of each feature the errors at its firings times its values,
+    summed, (d_sae, d), the sum of its squared values and the number of its firings, (d_sae,); and
+    the squared error of all tokens."""
+    encode, codes, error = encoder_of(sae), [], 0.0
+    right, squares = torch.zeros_like(sae.W_dec), sae.W_dec.new_zeros(sae.cfg.d_sae)
+    firings = torch.zeros_like(squares, dtype=torch.int64)
+    with tqdm(desc="encoding", unit="tok", unit_scale=True, disable=not progress) as bar:
+        for batch in batches:
+            for x in batch_of(batch).flatten(1).split(_TOKENS_PER_BLOCK):
+                require_finite(x)
+                x = x.to(sae.W_dec)
+                active = _active(encode(x))
+                missing = x - decode_at(active, active.pre, rows, sae.b_dec)
+                right += sum_rows_by_feature(active.pre, active, missing)
+                squares.index_add_(0, active.features, active.pre.square())
+                firings += active.times_fired()
+                error += missing.double().square().sum().item()
+                codes.append(active)
+                bar.update(len(x))
+    if not codes:
+        raise SaesubError("There are no activations to refit the decoder to: pass some batches.")
+    return codes, right, squares, firings, error
+
+
+def _active(features: Tensor) -> Selected:
+    """The entries of features (n, d_sae), dense or sparse, that are not zero."""
+    entries = (features if features.is_sparse else features.to_sparse()).coalesce()
+    tokens, which = entries.indices()
+    counts = torch.bincount(tokens, minlength=len(features))
+    offsets = F.pad(counts.cumsum(0), (1, 0))
+    return Selected(which, offsets, entries.values(), features.shape[1])
+
+
+def _solve(
+    codes: list[Selected],
+    right: Float[Tensor, "d_sae d"],
+    squares: Float[Tensor, "d_sae 1"],
+    damping: Float[Tensor, "d_sae 1"],
+    iterations: int,
+    progress: bool,
+) -> tuple[Float[Tensor, "d_sae d"], float]:
+    """The rows Δ of (AᵀA + damping) Δ = right, with A the values of all tokens, and by how much
+    the squared error then falls.
+
+    Conjugate gradients for all columns at once, with the diagonal as preconditioner. Features that
+    never fire have no equation, and their rows stay zero.
+    """
+    inverse = torch.where(squares > 0, 1 / (squares + damping), 0)
+    solution, residual = torch.zeros_like(right), right.clone()
+    direction = inverse * residual
+    slope = (residual * direction).sum(0)
+    for _ in tqdm(range(iterations), desc="decoder", disable=not progress):
+        image = damping * direction
+        for active in codes:
+            written = decode_at(active, active.pre, direction)
+            image += sum_rows_by_feature(active.pre, active, written)
+        length = _ratio(slope, (direction * image).sum(0))
+        solution += length * direction
+        residual -= length * image
+        scaled = inverse * residual
+        slope, before = (residual * scaled).sum(0), slope
+        direction = scaled + _ratio(slope, before) * direction
+    # The error falls by 2 rightᵀΔ - Δᵀ AᵀA Δ, and AᵀA Δ = right - residual - damping Δ.
+    fall = (solution * (right + residual + damping * solution)).double().sum().item()
+    return solution, fall
+
+
+def _ratio(above: Tensor, below: Tensor) -> Tensor:
+    """0 where a column is solved already."""
+    return torch.where(below > 0, above / below, 0)
