@@ -46,6 +46,7 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time `_MODULES` says 
     )
     from saesub.training.comparison import ComparisonTrainer, joint_batches, train_together
     from saesub.training.mitigations import GhostGradients, KAnnealing, Resampling
+    from saesub.training.recipe import Recipe, recommend
     from saesub.training.refit import DecoderRefit, refit_decoder
     from saesub.training.trainer import SubspaceSAETrainer
 
@@ -56,8 +57,8 @@ __all__ = [
     "SparseBatchTopKTrainingSAE", "SparseTopKTrainingSAE", "Spectrum", "SubspaceSAETrainer",
     "center_biases", "choose_d_init", "dead_features", "diagnose", "fit_norm", "harvest",
     "initialize_in_subspace", "judge", "load_corpus", "load_model", "measure_spectra",
-    "measure_spectrum", "reconstruction", "refit_decoder", "sae_loss", "subspace_loss_recovered",
-    "train_together", "use_sparse_step",
+    "measure_spectrum", "recommend", "reconstruction", "refit_decoder", "sae_loss",
+    "subspace_loss_recovered", "train_together", "use_sparse_step",
 ]  # fmt: skip
 
 _MODULES = {
@@ -84,6 +85,7 @@ _MODULES = {
     "topk.sae": "SparseBatchTopKTrainingSAE SparseTopKTrainingSAE use_sparse_step",
     "training.comparison": "ComparisonTrainer joint_batches train_together",
     "training.mitigations": "GhostGradients KAnnealing Resampling",
+    "training.recipe": "Recipe recommend",
     "training.refit": "DecoderRefit refit_decoder",
     "training.trainer": "SubspaceSAETrainer",
 }

@@ -65,7 +65,7 @@ def test_rows_are_the_least_squares_solution(kind, config, settings) -> None:
     if settings.get("rescale_acts_by_decoder_norm", "k" in settings):
         rows = torch.nn.functional.normalize(rows, dim=1)
     fired = (a > 0).sum(0).clamp(min=1)
-    damping = torch.diag(3 * (a**2).sum(0) / fired)
+    damping = torch.diag(10 * (a**2).sum(0) / fired)
     right = a.T @ (x - sae.b_dec.detach() - a @ rows)
     alive = (a > 0).any(0)
     expected = rows.clone()

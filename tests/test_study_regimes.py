@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from sae_lens import TopKTrainingSAEConfig
 
 import saesub
 
@@ -87,15 +87,27 @@ def test_a_cell_has_its_centre_and_a_norm_fitted_to_it(monkeypatch, centre):
         assert saesub.reconstruction(other, x * scale, progress=False).fvu > found
 
 
-def test_the_recipes_rate_rises_and_falls_over_all_steps():
+def test_the_recipe_of_the_study_is_the_packages():
     import protocol
     import recipe
     import regimes
 
-    for regime in regimes.REGIMES:
-        trial = recipe.recipe(regime)
-        cfg = protocol.schedule(replace(trial, lr=1e-3))
-        assert cfg.lr_warm_up_steps + cfg.lr_decay_steps == cfg.total_training_steps
-        conditions = [t.condition for t in recipe.baselines(regime)]
-        assert conditions == ["random", "ASI", "ASI + SparseAdam"]
-        assert {t.n_train for t in recipe.baselines(regime)} == {trial.n_train}
+    for low, start, lr in ((False, "whitened_data", 0.002), (True, "subspace", 0.0035)):
+        x = torch.randn(2000, 48)
+        x[:, 0] *= 100 if low else 1
+        spectrum = saesub.Spectrum.from_activations(x)
+        for regime in regimes.REGIMES:
+            trial = recipe.recipe(regime, spectrum)
+            assert (trial.start, trial.optimizer, trial.lr) == (start, "sparse_adam", lr)
+            cfg = protocol.schedule(trial)
+            said = saesub.recommend(spectrum, _cfg(trial, spectrum.d), trial.n_train)
+            assert cfg.lr_warm_up_steps == said.warm_up_steps
+            assert cfg.lr_decay_steps == said.decay_steps
+            assert cfg.train_batch_size_samples == said.batch_size
+            conditions = [t.condition for t in recipe.baselines(regime)]
+            assert conditions == ["random", "ASI", "ASI + SparseAdam"]
+            assert {t.n_train for t in recipe.baselines(regime)} == {trial.n_train}
+
+
+def _cfg(trial, d: int) -> TopKTrainingSAEConfig:
+    return TopKTrainingSAEConfig(d_in=d, d_sae=trial.d_sae, k=trial.k)

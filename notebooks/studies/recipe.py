@@ -6,29 +6,35 @@
 Writes data/results/studies/baselines.json and recipe.json. In each regime of `regimes.py` three
 baselines, each at its own best learning rate: random directions under Adam, the subspace under Adam
 and the subspace under SparseAdam, all with the bias at the mean, the fitted norm and the schedule
-of `protocol.py`; four rates, further where the best is at an edge. Beside them a first candidate
-for the recipe, swept as well: whitened tokens of the data, SparseAdam, and a rate that falls to
-zero over all steps but the first twentieth. It is not final: where the effective rank is lowest it
-does not beat the baselines, and no claim is judged by it. The models are named, so that those that
-the recipe is developed on come first.
+of `protocol.py`; four rates, further where the best is at an edge.
+
+The recipe is what `saesub.recommend` says, at its rate and at the half and the double of it.
+`fvu_unrefitted` is what it has before its last step, the refit of the decoder.
+
+The models are named, so that those that the recipe is developed on come first.
 """
 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any
 
-from protocol import Trial, outcome, site_of, sweep
-from regimes import REGIMES, Regime
+from protocol import harvest, judged, run, site_of, sweep, train, untrained
+from regimes import REGIMES, InRegime, Regime
+from sae_lens import TopKTrainingSAEConfig
+
+import saesub
 
 BASELINES = (
     ("random", "adam", "random"),
     ("subspace", "adam", "ASI"),
     ("subspace", "sparse_adam", "ASI + SparseAdam"),
 )
+FACTORS = (0.5, 1.0, 2.0)  # of the recipe's rate
 
 
-def baselines(regime: Regime) -> list[Trial]:
+def baselines(regime: Regime) -> list[InRegime]:
     """The three baselines of a regime."""
     return [
         regime.trial(start, optimizer, condition=condition)
@@ -36,15 +42,31 @@ def baselines(regime: Regime) -> list[Trial]:
     ]
 
 
-def recipe(regime: Regime) -> Trial:
-    """The first candidate in a regime, but for its rate."""
-    return regime.trial("whitened_data", "sparse_adam", decay=0.95, condition="recipe")
+def recipe(regime: Regime, spectrum: saesub.Spectrum) -> InRegime:
+    """The recipe in a regime, from what is known before training."""
+    plain = regime.trial("subspace")
+    cfg = TopKTrainingSAEConfig(d_in=spectrum.d, d_sae=regime.d_sae, k=regime.k)
+    said = saesub.recommend(spectrum, cfg, n_tokens=plain.n_train)
+    return regime.trial(
+        "subspace" if said.directions == "flat" else said.directions,
+        said.optimizer,
+        lr=said.lr,
+        decay=said.decay_steps / (plain.n_train // plain.batch_size),
+        condition="recipe",
+    )
 
 
-def with_site(trial: Trial) -> dict[str, Any]:
-    """The trial's outcome, and what was known of its site before."""
-    spectrum = site_of(trial).spectrum
-    return outcome(trial) | {
+def outcome(trial: InRegime) -> dict[str, Any]:
+    """Train and judge one SAE, before and after a refit if it has one; what was known before."""
+    at = site_of(trial)
+    sae, spectrum = untrained(trial, at), at.spectrum
+    train(trial, sae, at)
+    row = judged(trial, sae, at)
+    if trial.condition == "recipe":
+        before = {name + "_unrefitted": row[name] for name in ("fvu", "validation_fvu")}
+        saesub.refit_decoder(sae, at.blocks(0, trial.n_train), progress=False)
+        row = judged(trial, sae, at) | before
+    return row | {
         "offset": (spectrum.mean.norm() / spectrum.eigenvalues.sum().sqrt()).item(),
         "rank": spectrum.rank_at(0.99) / spectrum.d,
         "effective_rank": spectrum.effective_rank("variance") / spectrum.d,
@@ -56,7 +78,9 @@ if __name__ == "__main__":
     chosen = [regime for regime in REGIMES if regime.model in models]
     if what == "baselines":
         conditions = [trial for regime in chosen for trial in baselines(regime)]
-        sweep("baselines", conditions, n_seeds=1, outcome=with_site)
+        sweep("baselines", conditions, n_seeds=1, outcome=outcome)
     elif what == "recipe":
-        conditions = [recipe(regime) for regime in chosen]
-        sweep("recipe", conditions, (2e-3, 4e-3, 8e-3), n_seeds=1, outcome=with_site)
+        harvest([regime.trial("subspace") for regime in chosen])
+        spectra = [site_of(regime.trial("subspace")).spectrum for regime in chosen]
+        trials = [recipe(*pair) for pair in zip(chosen, spectra, strict=True)]
+        run("recipe", [replace(t, lr=f * t.lr) for f in FACTORS for t in trials], outcome)

@@ -28,7 +28,7 @@ from saesub.topk.encode import encoder_of
 from saesub.topk.ops import Selected, decode_at, sum_rows_by_feature
 
 _TOKENS_PER_BLOCK = 4096
-_PULL = 3.0  # firings as strong as the pull on a row to stay where training left it
+_PULL = 10.0  # firings as strong as the pull on a row to stay where training left it
 _NOT_LINEAR = {
     "matching_pursuit": "its decoder is its encoder",
     "matryoshka_batchtopk": "its decoder rebuilds with each of several parts of the features",
@@ -64,7 +64,7 @@ def refit_decoder(
     """Replace the decoder rows of a trained SAE by those that rebuild `batches` best, in place.
 
     Minimises, over the decoder rows alone, the squared error of all tokens, plus a pull on each row
-    to where it is, as strong as three average firings of the feature; so a feature that fires
+    to where it is, as strong as ten average firings of the feature; so a feature that fires
     rarely moves little, and one that never fires not at all. Features, their values and the bias
     stay. Call it after training: an optimizer's moments would belong to other weights.
 

@@ -1,0 +1,123 @@
+"""The recipe: by hand the same, applied to SAELens' objects, withheld where it was not tried."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from sae_lens import (
+    BatchTopKTrainingSAEConfig,
+    LanguageModelSAERunnerConfig,
+    LoggingConfig,
+    TopKTrainingSAE,
+    TopKTrainingSAEConfig,
+)
+from sae_lens.config import SAETrainerConfig
+
+import saesub
+from saesub.errors import SaesubError
+
+D = 64
+
+
+def _spectrum(high: bool = True) -> saesub.Spectrum:
+    """Of Gaussian activations: flat, or with nearly all variance in one direction."""
+    return saesub.Spectrum.from_activations(_activations(high))
+
+
+def _activations(high: bool = True, n: int = 3000) -> torch.Tensor:
+    x = torch.randn(n, D, generator=torch.Generator().manual_seed(0))
+    x[:, 0] *= 1.0 if high else 100.0
+    return x + 0.2
+
+
+def _cfg(**settings: Any) -> TopKTrainingSAEConfig:
+    known: dict[str, Any] = {"d_in": D, "d_sae": 1024, "k": 32}
+    return TopKTrainingSAEConfig(**known | settings)
+
+
+def test_it_is_the_five_lines() -> None:
+    recipe = saesub.recommend(_spectrum(), _cfg(), 64_000)
+    assert (recipe.directions, recipe.optimizer, recipe.lr) == (
+        "whitened_data",
+        "sparse_adam",
+        0.002,
+    )
+    assert (recipe.batch_size, recipe.warm_up_steps, recipe.decay_steps) == (1024, 3, 31)
+    low = saesub.recommend(_spectrum(high=False), _cfg(), 64_000)
+    assert (low.directions, low.lr) == ("flat", 0.0035)
+
+
+def test_it_says_why() -> None:
+    said = str(saesub.recommend(_spectrum(), _cfg(), 64_000))
+    assert "2,000 times" in said  # 64,000 tokens × 32 / 1,024 features
+    assert "this one has 62" in said
+    assert said.count("\n- ") == 5
+    low = str(saesub.recommend(_spectrum(high=False), _cfg(), 64_000))
+    share = _spectrum(high=False).effective_rank("variance") / D
+    assert f"Effective rank {100 * share:.1f} % of the width, below 5 %" in low
+
+
+def test_it_is_applied_to_sae_and_config() -> None:
+    sae, x = TopKTrainingSAE(_cfg()), _activations()
+    cfg = SAETrainerConfig(total_training_samples=1, train_batch_size_samples=1, logger=_quiet())
+    recipe = saesub.recommend(_spectrum(), sae.cfg, 64_000)
+    done = recipe.apply(sae, cfg, x)
+    assert done.directions == "whitened_data"
+    assert sae.cfg.normalize_activations == "expected_average_only_in"
+    assert sae.cfg.aux_loss_coefficient == 0
+    assert (cfg.total_training_samples, cfg.train_batch_size_samples) == (64_000, 1024)
+    assert (cfg.lr, cfg.lr_warm_up_steps, cfg.lr_decay_steps) == (0.002, 3, 31)
+    batches = iter([x[:1024]] * 62)
+    trainer = saesub.SubspaceSAETrainer(cfg, sae, batches, optimizer=recipe.optimizer)
+    rates = [trainer.lr_scheduler.get_last_lr()[0]]
+    for _ in range(61):
+        trainer.lr_scheduler.step()
+        rates.append(trainer.lr_scheduler.get_last_lr()[0])
+    assert max(rates) == rates[31] == 0.002
+    assert rates[32] > rates[45] > rates[61] >= 0
+    assert rates[61] < 1e-4
+
+
+def test_it_is_applied_to_the_runners_config() -> None:
+    cfg: Any = LanguageModelSAERunnerConfig(sae=_cfg(), training_tokens=1, logger=_quiet())
+    sae = TopKTrainingSAE(_cfg())
+    saesub.recommend(_spectrum(), sae.cfg, 64_000).apply(sae, cfg, _activations())
+    assert (cfg.training_tokens, cfg.train_batch_size_tokens) == (64_000, 1024)
+    assert (cfg.lr, cfg.lr_end, cfg.lr_decay_steps) == (0.002, 0.002, 31)
+
+
+WITHHELD = {
+    "TopK SAEs alone": (BatchTopKTrainingSAEConfig(d_in=D, d_sae=1024, k=32), 64_000),
+    "width 32": (_cfg(d_in=32), 64_000),
+    "one number": (_cfg(normalize_activations="layer_norm"), 64_000),
+    "d_sae comes to 512": (_cfg(d_sae=512), 64_000),
+    "k comes to 4": (_cfg(k=4), 64_000),
+    "n_tokens comes to 31": (_cfg(), 1000),
+    "n_tokens must be": (_cfg(), -5),
+}
+
+
+@pytest.mark.parametrize("message", WITHHELD)
+def test_it_is_withheld_where_it_was_not_tried(message) -> None:
+    cfg, n_tokens = WITHHELD[message]
+    with pytest.raises(SaesubError, match=message):
+        saesub.recommend(_spectrum(), cfg, n_tokens)
+
+
+def test_what_cannot_be_applied_changes_nothing() -> None:
+    sae = TopKTrainingSAE(_cfg())
+    before = sae.W_dec.clone()
+    recipe = saesub.recommend(_spectrum(), sae.cfg, 64_000)
+    cfg = SAETrainerConfig(total_training_samples=1, train_batch_size_samples=1, logger=_quiet())
+    with pytest.raises(SaesubError, match="1,024 features need as many"):
+        recipe.apply(sae, cfg, _activations(n=500))
+    with pytest.raises(SaesubError, match="cfg is a dict"):
+        recipe.apply(sae, {}, _activations())  # pyright: ignore[reportArgumentType]
+    assert (cfg.lr, sae.cfg.normalize_activations) == (3e-4, "none")
+    assert torch.equal(sae.W_dec, before)
+
+
+def _quiet() -> LoggingConfig:
+    return LoggingConfig(log_to_wandb=False)
