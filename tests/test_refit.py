@@ -148,7 +148,7 @@ def _unfolded() -> Any:
 REFUSED = {
     "several parts": (_matryoshka, [_tokens()], {}),
     "scales each token": (_scaled, [_tokens()], {}),
-    "folds an average": (_unfolded, [_tokens()], {}),
+    "folds into them": (_unfolded, [_tokens()], {}),
     "pass some batches": (_sae, [], {}),
     "iterations": (_sae, [_tokens()], {"iterations": 0}),
     "NaN": (_sae, [_tokens() * float("nan")], {}),

@@ -31,7 +31,7 @@ BASELINES = (
     ("subspace", "adam", "ASI"),
     ("subspace", "sparse_adam", "ASI + SparseAdam"),
 )
-FACTORS = (0.5, 1.0, 2.0)  # of the recipe's rate
+FACTORS = (1.0, 0.5, 2.0)  # of the recipe's rate
 
 
 def baselines(regime: Regime) -> list[InRegime]:

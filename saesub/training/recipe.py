@@ -225,5 +225,5 @@ def _check_covered(spectrum: Spectrum, sae_cfg: Any, n_tokens: int) -> None:
         if not least <= value <= most:
             raise SaesubError(
                 f"{name} comes to {value:,.0f} {what}, and the studies behind the recipe reach "
-                f"from {least:,} to {most:,}: change it, or sweep the rate yourself."
+                f"from {least:,} to {most:,}: take another, or sweep the rate yourself."
             )

@@ -29,6 +29,7 @@ from saesub.topk.ops import Selected, decode_at, sum_rows_by_feature
 
 _TOKENS_PER_BLOCK = 4096
 _PULL = 10.0  # firings as strong as the pull on a row to stay where training left it
+_FOLDED_AT_END = ("expected_average_only_in", "covariance_whitening")
 _NOT_LINEAR = {
     "matching_pursuit": "its decoder is its encoder",
     "matryoshka_batchtopk": "its decoder rebuilds with each of several parts of the features",
@@ -117,11 +118,15 @@ def _check(sae: Any) -> None:
         raise SaesubError(
             f"refit_decoder cannot take a {kind} SAE, since {why}: leave its decoder as trained."
         )
-    if sae.cfg.normalize_activations != "none":
+    if (scaling := sae.cfg.normalize_activations) in _FOLDED_AT_END:
         raise SaesubError(
-            "refit_decoder needs an SAE whose weights take activations as they come, not "
-            f"normalize_activations={sae.cfg.normalize_activations!r}: a trainer folds an average "
-            "norm into them at its end; an SAE that scales each token cannot be refitted."
+            f"The SAE's weights do not take activations as they come, but with {scaling!r}, which "
+            "a trainer folds into them at its end: pass the SAE that its fit() returns."
+        )
+    if scaling != "none":
+        raise SaesubError(
+            f"refit_decoder cannot take an SAE that scales each token ({scaling!r}): leave its "
+            "decoder as trained."
         )
     if sae.dtype not in (torch.float32, torch.float64):
         raise SaesubError(
