@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_bad_data import CORPORA
 from test_kill import AT_ONCE, KILLS
 
@@ -84,6 +85,16 @@ def test_the_readmes_example_runs():
     active = spectrum.basis(sae.cfg.metadata.subspace_init["d_init"])
     assert active.shape[1] < spectrum.d
     assert saesub.overlap(sae.W_dec.detach(), active).min() > 0.999
+
+
+def test_the_recipes_example_runs():
+    first = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "recipe.md").read_text(), re.S)
+    assert first
+    torch.manual_seed(0)
+    names: dict[str, Any] = {"train": torch.randn(70_000, 16)}
+    exec(first[1], names)
+    assert names["cfg"].lr == names["recipe"].lr
+    assert names["sae"].cfg.metadata.decoder_refit["n_tokens"] == 70_000
 
 
 def _tried(module: Path) -> list[str]:

@@ -86,6 +86,7 @@ def test_it_is_applied_to_the_runners_config() -> None:
     saesub.recommend(_spectrum(), sae.cfg, 64_000).apply(sae, cfg, _activations())
     assert (cfg.training_tokens, cfg.train_batch_size_tokens) == (64_000, 1024)
     assert (cfg.lr, cfg.lr_end, cfg.lr_decay_steps) == (0.002, 0.002, 31)
+    assert cfg.n_batches_for_norm_estimate == 20
 
 
 WITHHELD = {

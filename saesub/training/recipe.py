@@ -33,6 +33,7 @@ from saesub.topk.optim import OptimizerName
 BATCH_SIZE = 1024
 LOW_RANK = 0.05  # effective rank of the variances, as a share of the width
 LR, LR_AT_LOW_RANK = 0.002, 0.0035
+NORM_BATCHES = 20  # that SAELens reads before training
 WARM_UP, DECAY = 0.05, 0.5  # shares of the steps
 _SAE_SETTINGS: dict[str, Any] = {
     "normalize_activations": "expected_average_only_in",
@@ -135,6 +136,7 @@ class Recipe:
             "lr_decay_steps": self.decay_steps,
             "adam_beta1": 0.9,
             "adam_beta2": 0.999,
+            "n_batches_for_norm_estimate": NORM_BATCHES,
         }
         for name, value in settings.items():
             setattr(cfg, name, value)
