@@ -2,14 +2,16 @@
 
     python notebooks/studies/recipe.py baselines smollm2-135m gemma3-270m
     python notebooks/studies/recipe.py recipe smollm2-135m gemma3-270m
+    python notebooks/studies/recipe.py refitted qwen2.5-coder-0.5b
 
-Writes data/results/studies/baselines.json and recipe.json. In each regime of `regimes.py` three
+Writes data/results/studies/baselines.json, recipe.json and refitted.json. In each regime of `regimes.py` three
 baselines, each at its own best learning rate: random directions under Adam, the subspace under Adam
 and the subspace under SparseAdam, all with the bias at the mean, the fitted norm and the schedule
 of `protocol.py`; four rates, further where the best is at an edge.
 
 The recipe is what `saesub.recommend` says, at its rate and at the half and the double of it.
-`fvu_unrefitted` is what it has before its last step, the refit of the decoder.
+`fvu_unrefitted` is what it has before its last step, the refit of the decoder. The third command
+gives the baselines that step as well, swept with it, so that one sees what is the refit's alone.
 
 The models are named, so that those that the recipe is developed on come first.
 """
@@ -31,13 +33,14 @@ BASELINES = (
     ("subspace", "adam", "ASI"),
     ("subspace", "sparse_adam", "ASI + SparseAdam"),
 )
+REFIT = " + refit"
 FACTORS = (1.0, 0.5, 2.0)  # of the recipe's rate
 
 
-def baselines(regime: Regime) -> list[InRegime]:
-    """The three baselines of a regime."""
+def baselines(regime: Regime, suffix: str = "") -> list[InRegime]:
+    """The three baselines of a regime, with a suffix to their names."""
     return [
-        regime.trial(start, optimizer, condition=condition)
+        regime.trial(start, optimizer, condition=condition + suffix)
         for start, optimizer, condition in BASELINES
     ]
 
@@ -62,7 +65,7 @@ def outcome(trial: InRegime) -> dict[str, Any]:
     sae, spectrum = untrained(trial, at), at.spectrum
     train(trial, sae, at)
     row = judged(trial, sae, at)
-    if trial.condition == "recipe":
+    if trial.condition == "recipe" or trial.condition.endswith(REFIT):
         before = {name + "_unrefitted": row[name] for name in ("fvu", "validation_fvu")}
         saesub.refit_decoder(sae, at.blocks(0, trial.n_train), progress=False)
         row = judged(trial, sae, at) | before
@@ -79,6 +82,9 @@ if __name__ == "__main__":
     if what == "baselines":
         conditions = [trial for regime in chosen for trial in baselines(regime)]
         sweep("baselines", conditions, n_seeds=1, outcome=outcome)
+    elif what == "refitted":
+        conditions = [trial for regime in chosen for trial in baselines(regime, REFIT)]
+        sweep("refitted", conditions, (1e-3, 2e-3, 4e-3), n_seeds=1, outcome=outcome)
     elif what == "recipe":
         harvest([regime.trial("subspace") for regime in chosen])
         spectra = [site_of(regime.trial("subspace")).spectrum for regime in chosen]
