@@ -4,10 +4,10 @@
     python notebooks/studies/recipe.py recipe smollm2-135m gemma3-270m
     python notebooks/studies/recipe.py refitted qwen2.5-coder-0.5b
 
-Writes data/results/studies/baselines.json, recipe.json and refitted.json. In each regime of `regimes.py` three
-baselines, each at its own best learning rate: random directions under Adam, the subspace under Adam
-and the subspace under SparseAdam, all with the bias at the mean, the fitted norm and the schedule
-of `protocol.py`; four rates, further where the best is at an edge.
+Writes data/results/studies/baselines.json, recipe.json and refitted.json. In each regime of
+`regimes.py` three baselines, each at its own best learning rate: random directions under Adam, the
+subspace under Adam and the subspace under SparseAdam, all with the bias at the mean, the fitted
+norm and the schedule of `protocol.py`; four rates, further where the best is at an edge.
 
 The recipe is what `saesub.recommend` says, at its rate and at the half and the double of it.
 `fvu_unrefitted` is what it has before its last step, the refit of the decoder. The third command
