@@ -52,7 +52,7 @@ def test_it_is_the_five_lines() -> None:
 def test_it_says_why() -> None:
     said = str(saesub.recommend(_spectrum(), _cfg(), 64_000))
     assert "2,000 times" in said  # 64,000 tokens × 32 / 1,024 features
-    assert "this one has 62" in said
+    assert "This run has 62" in said
     assert said.count("\n- ") == 5
     low = str(saesub.recommend(_spectrum(high=False), _cfg(), 64_000))
     share = _spectrum(high=False).effective_rank("variance") / D
@@ -87,6 +87,8 @@ def test_it_is_applied_to_the_runners_config() -> None:
     assert (cfg.training_tokens, cfg.train_batch_size_tokens) == (64_000, 1024)
     assert (cfg.lr, cfg.lr_end, cfg.lr_decay_steps) == (0.002, 0.002, 31)
     assert cfg.n_batches_for_norm_estimate == 20
+    assert cfg.sae.normalize_activations == sae.cfg.normalize_activations
+    assert cfg.sae.aux_loss_coefficient == sae.cfg.aux_loss_coefficient == 0
 
 
 WITHHELD = {

@@ -39,8 +39,8 @@ def _sae(kind: Any = TopKTrainingSAE, config: Any = TopKTrainingSAEConfig, setti
     sae = kind(config(d_in=D, d_sae=D_SAE, **({"k": K} if settings is None else settings)))
     with torch.no_grad():
         sae.W_dec.mul_(torch.rand(D_SAE, 1) + 0.5)
-        sae.b_dec.normal_(std=0.1)
-        sae.b_enc.normal_(std=0.1)
+        sae.b_dec.fill_(0.3)  # the mean of the tokens
+        sae.b_enc.normal_(std=0.01)
         sae.b_enc[3] = -1e4  # never fires
     return sae
 
@@ -153,6 +153,8 @@ REFUSED = {
     "iterations": (_sae, [_tokens()], {"iterations": 0}),
     "NaN": (_sae, [_tokens() * float("nan")], {}),
     "reads activations of shape": (_sae, [torch.randn(5, D + 1)], {}),
+    "worse than their mean": (_sae, [100 + _tokens()], {}),
+    "fires 20 times": (_sae, [_tokens(200)], {}),
     "too coarse": (lambda: _sae().to(dtype=torch.bfloat16), [_tokens()], {}),
 }
 

@@ -52,9 +52,7 @@ def outcome(trial: Centred) -> dict[str, Any]:
     train(trial, sae, at)
     return judged(trial, sae, at) | {
         "norm_at_start": norm,
-        "offset": (spectrum.mean.norm() / spectrum.eigenvalues.sum().sqrt()).item(),
-        "rank": spectrum.rank_at(0.99) / spectrum.d,
-        "effective_rank": spectrum.effective_rank("variance") / spectrum.d,
+        **protocol.known_before(spectrum),
         "inside": saesub.choose_d_init(spectrum) / spectrum.d,
     }
 

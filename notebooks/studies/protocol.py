@@ -322,6 +322,16 @@ def outcome(trial: Trial) -> dict[str, Any]:
     }
 
 
+def known_before(spectrum: saesub.Spectrum) -> dict[str, float]:
+    """What is known of a site before training: γ = ‖mean‖ / ‖standard deviation‖, and the rank at
+    99 % of the variance and the effective rank of the variances as shares of the width."""
+    return {
+        "offset": (spectrum.mean.norm() / spectrum.eigenvalues.sum().sqrt()).item(),
+        "rank": spectrum.rank_at(0.99) / spectrum.d,
+        "effective_rank": spectrum.effective_rank("variance") / spectrum.d,
+    }
+
+
 def recorded(name: str) -> list[dict[str, Any]]:
     """The rows of a record; none if there is none yet."""
     path = RESULTS / f"{name}.json"

@@ -22,7 +22,7 @@ import sys
 from dataclasses import replace
 from typing import Any
 
-from protocol import harvest, judged, run, site_of, sweep, train, untrained
+from protocol import harvest, judged, known_before, run, site_of, sweep, train, untrained
 from regimes import REGIMES, InRegime, Regime
 from sae_lens import TopKTrainingSAEConfig
 
@@ -69,11 +69,7 @@ def outcome(trial: InRegime) -> dict[str, Any]:
         before = {name + "_unrefitted": row[name] for name in ("fvu", "validation_fvu")}
         saesub.refit_decoder(sae, at.blocks(0, trial.n_train), progress=False)
         row = judged(trial, sae, at) | before
-    return row | {
-        "offset": (spectrum.mean.norm() / spectrum.eigenvalues.sum().sqrt()).item(),
-        "rank": spectrum.rank_at(0.99) / spectrum.d,
-        "effective_rank": spectrum.effective_rank("variance") / spectrum.d,
-    }
+    return row | known_before(spectrum)
 
 
 if __name__ == "__main__":

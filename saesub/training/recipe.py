@@ -140,6 +140,8 @@ class Recipe:
         }
         for name, value in settings.items():
             setattr(cfg, name, value)
+        if isinstance(cfg, LanguageModelSAERunnerConfig):  # it has an SAE's config of its own
+            vars(cfg.sae).update(_SAE_SETTINGS)
         return done
 
 
@@ -179,17 +181,13 @@ def recommend(spectrum: Spectrum, sae_cfg: Any, n_tokens: int) -> Recipe:
             f"Effective rank {100 * rank:.1f} % of the width, "
             + ("below" if low else "not below")
             + f" {100 * LOW_RANK:.0f} %: "
-            + (
-                "a few directions hold most of the variance, and features that start away from "
-                "them take too long to fit them, so they start in the active subspace."
-                if low
-                else "features start at whitened tokens, at what sets a token apart."
-            ),
+            + ("the active subspace" if low else "whitened tokens")
+            + " fitted better there in pilots on two models.",
             "SparseAdam: a feature that is silent stands still, and so does not drift away.",
-            f"Rate {lr:g}: with the refit it fits best, or nearly so, in runs of 62 and of 250 "
-            f"steps; this one has {steps:,}.",
-            "It falls over the last half: over the last fifth it ends too noisy, over all steps it "
-            "learns too little where the effective rank is low.",
+            f"Rate {lr:g}: close to the best of its half, itself and its double in most regimes of "
+            f"62 and 250 steps; in some of 62 the double fits better. This run has {steps:,}.",
+            "It falls over the last half: in the same pilots that was better than over the last "
+            "fifth, and than over all steps where the effective rank is low.",
             "The refit: each feature fires about "
             f"{n_tokens * sae_cfg.k / sae_cfg.d_sae:,.0f} times, too few for gradient steps to "
             "find the best decoder; it changes no feature's firings.",

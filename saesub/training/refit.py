@@ -28,7 +28,8 @@ from saesub.topk.encode import encoder_of
 from saesub.topk.ops import Selected, decode_at, sum_rows_by_feature
 
 _TOKENS_PER_BLOCK = 4096
-_PULL = 10.0  # firings as strong as the pull on a row to stay where training left it
+_RIDGE = 10.0  # firings as strong as the penalty on a row's distance from where training left it
+_LEAST_FIRINGS = 100  # of a feature, on average
 _FOLDED_AT_END = ("expected_average_only_in", "covariance_whitening")
 _NOT_LINEAR = {
     "matching_pursuit": "its decoder is its encoder",
@@ -64,10 +65,11 @@ def refit_decoder(
 ) -> DecoderRefit:
     """Replace the decoder rows of a trained SAE by those that rebuild `batches` best, in place.
 
-    Minimises, over the decoder rows alone, the squared error of all tokens, plus a pull on each row
-    to where it is, as strong as ten average firings of the feature; so a feature that fires
-    rarely moves little, and one that never fires not at all. Features, their values and the bias
-    stay. Call it after training: an optimizer's moments would belong to other weights.
+    Minimises, over the decoder rows alone, the squared error of all tokens plus a ridge penalty on
+    each row's distance from where it is, which weighs as much as ten average firings of the
+    feature. A feature that fires rarely moves little, and one that never fires not at all.
+    Features, their values and the bias stay. Call it after training: an optimizer's moments would
+    belong to other weights.
 
     Where a TopK SAE ranks features by the norms of their rows, these are folded into the encoder
     first, as SAELens does on saving, and `rescale_acts_by_decoder_norm` is then False.
@@ -80,14 +82,15 @@ def refit_decoder(
         batches: activations (n, d_in) of the SAE's hook point, unscaled, read once: all the
             training tokens, or enough that each feature fires 1,000 times. With few tokens the
             decoder would fit their noise.
-        iterations: of conjugate gradients; each takes about a fifth of a training epoch.
+        iterations: of conjugate gradients.
         progress: whether to show a bar.
 
     Raises:
         SaesubError: a transcoder, a matching pursuit, Matryoshka or temporal SAE, one that scales
             each token or has not yet folded a scale into its weights, has hooks or is coarser than
-            float32, no activations, or such as are not finite or of another width. The SAE is then
-            left as it was.
+            float32; no activations, such as are not finite or of another width, fewer than 100
+            firings of a feature on average, or activations that the SAE rebuilds worse than their
+            mean would. The SAE is then left as it was.
 
     Example:
         >>> saesub.refit_decoder(sae, store.rows(0, 250_000).split(4096))  # doctest: +SKIP
@@ -96,8 +99,9 @@ def refit_decoder(
     iterations = whole_number(iterations, "iterations", 1)
     folds = getattr(sae.cfg, "rescale_acts_by_decoder_norm", False)
     rows = F.normalize(sae.W_dec, dim=-1) if folds else sae.W_dec
-    codes, right, squares, firings, error = _read(sae, rows, batches, progress)
-    damping = (_PULL * squares / firings.clamp(min=1)).unsqueeze(-1)
+    codes, right, squares, firings, error, variation = _read(sae, rows, batches, progress)
+    _check_fit(firings, error, variation)
+    damping = (_RIDGE * squares / firings.clamp(min=1)).unsqueeze(-1)
     step, fall = _solve(codes, right, squares.unsqueeze(-1), damping, iterations, progress)
     require_finite(step, "The refitted decoder rows", "scale the activations down")
     if folds:
@@ -136,15 +140,30 @@ def _check(sae: Any) -> None:
     check_unhooked(sae)
 
 
+def _check_fit(firings: Tensor, error: float, variation: float) -> None:
+    """Refuse what would be fitted to noise, or to activations of another place."""
+    if error > variation:
+        raise SaesubError(
+            "The SAE rebuilds these activations worse than their mean would, so they are not what "
+            "it was trained on: pass activations of its own hook point, model and scale."
+        )
+    if (mean := firings.double().mean().item()) < _LEAST_FIRINGS:
+        raise SaesubError(
+            f"A feature fires {mean:,.0f} times on average in these activations, and the decoder "
+            f"would fit their noise: pass {_LEAST_FIRINGS / max(mean, 1e-9):,.1f} times as many."
+        )
+
+
 def _read(
     sae: SAE[Any], rows: Tensor, batches: Iterable[Tensor], progress: bool
-) -> tuple[list[Selected], Tensor, Tensor, Tensor, float]:
+) -> tuple[list[Selected], Tensor, Tensor, Tensor, float, float]:
     """Active entries of all tokens; of each feature the errors at its firings times its values,
-    summed, (d_sae, d), the sum of its squared values and the number of its firings, (d_sae,); and
-    the squared error of all tokens."""
+    summed, (d_sae, d), the sum of its squared values and the number of its firings, (d_sae,); the
+    squared error of all tokens, and their squared distance from their mean."""
     encode, codes, error = encoder_of(sae), [], 0.0
     right, squares = torch.zeros_like(sae.W_dec), sae.W_dec.new_zeros(sae.cfg.d_sae)
     firings = torch.zeros_like(squares, dtype=torch.int64)
+    total, length, n = torch.zeros_like(sae.b_dec, dtype=torch.float64), 0.0, 0
     with tqdm(desc="encoding", unit="tok", unit_scale=True, disable=not progress) as bar:
         for batch in batches:
             for x in batch_of(batch).flatten(1).split(_TOKENS_PER_BLOCK):
@@ -156,11 +175,16 @@ def _read(
                 squares.index_add_(0, active.features, active.pre.square())
                 firings += active.times_fired()
                 error += missing.double().square().sum().item()
+                from_bias = (x - sae.b_dec).double()  # near the mean, so that nothing cancels
+                total += from_bias.sum(0)
+                length += from_bias.square().sum().item()
+                n += len(x)
                 codes.append(active)
                 bar.update(len(x))
     if not codes:
         raise SaesubError("There are no activations to refit the decoder to: pass some batches.")
-    return codes, right, squares, firings, error
+    variation = length - total.square().sum().item() / n
+    return codes, right, squares, firings, error, variation
 
 
 def _active(features: Tensor) -> Selected:
