@@ -21,6 +21,7 @@ from saesub.topk import cuda_search, triton_backend
 
 K = 32
 _JUDGED_AT_ONCE = 16_384
+_MOST_DRAWN_FROM = 2**22  # tokens among which a start at tokens chooses
 _FIRST_WINDOW = 8192
 _RECALL_TOKENS = 4096
 
@@ -31,9 +32,10 @@ class OutOfTimeError(Exception):
 
 @dataclass(frozen=True)
 class Arm:
-    """How an SAE is trained. `start` is "random" or "subspace"; `fitted` says whether its norm is
-    the one of least error before training, else it is 1; `cooled` whether the rate falls over the
-    last fifth, to 1/32."""
+    """How an SAE is trained. `start` is "random", "subspace" or "whitened_data"; `fitted` says
+    whether its norm is the one of least error before training, else it is 1; the rate falls to
+    1/32 over the last share of the steps that `cooling` is; the decoder is refitted to the first
+    `refitted` training tokens, if any."""
 
     start: str
     optimizer: str
@@ -42,12 +44,17 @@ class Arm:
     batch: int
     steps: int
     fitted: bool = True
-    cooled: bool = True
+    cooling: float = 0.2
+    refitted: int = 0
     seed: int = 0
 
     @property
     def tokens(self) -> int:
         return self.steps * self.batch
+
+    @property
+    def cooling_steps(self) -> int:
+        return int(self.cooling * self.steps)
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,10 @@ class Untrained:
         if arm.start == "subspace":
             saesub.initialize_in_subspace(sae, place.spectrum, "auto", norm=norm, **given)
             return sae
+        if arm.start == "whitened_data":
+            given |= {"activations": _drawn_from(place.train), "directions": arm.start}
+            saesub.initialize_in_subspace(sae, place.spectrum, norm=norm, **given)
+            return sae
         saesub.center_biases(sae, place.spectrum)
         if arm.fitted:
             saesub.fit_norm(sae, place.spectrum, **given)
@@ -111,16 +122,16 @@ def trainer_of(
     sae: TopKTrainingSAE, arm: Arm, device: str, backend: str, window: int
 ) -> saesub.SubspaceSAETrainer:
     """The trainer of an arm that has made no step. Its counts of firing are never set back."""
-    cooling = {"lr_end": arm.lr / 32, "lr_decay_steps": arm.steps // 5}
+    cooling = {"lr_end": arm.lr / 32, "lr_decay_steps": arm.cooling_steps}
     cfg = SAETrainerConfig(
         total_training_samples=arm.tokens,
         train_batch_size_samples=arm.batch,
         lr=arm.lr,
-        lr_warm_up_steps=min(10, arm.steps - 1) if not arm.cooled else max(1, arm.steps // 20),
+        lr_warm_up_steps=max(1, arm.steps // 20) if arm.cooling else min(10, arm.steps - 1),
         n_batches_for_norm_estimate=20,
         feature_sampling_window=arm.steps + 1,
         device=device,
-        **(cooling if arm.cooled else {"lr_end": arm.lr / 10}),
+        **(cooling if arm.cooling else {"lr_end": arm.lr / 10}),
     )
     given: dict[str, Any] = {"optimizer": arm.optimizer, "backend": backend}
     return saesub.SubspaceSAETrainer(cfg, sae, iter(()), dead_window_tokens=window, **given)
@@ -172,6 +183,8 @@ def outcome(arm: Arm, place: Site, untrained: Untrained, backend: str, seconds: 
         "peak_bytes": _peak(untrained.device),
         "recall": _recall(trainer.sae, place.held_out) if backend == "triton" else None,
     }
+    if arm.refitted:
+        about |= _refitted(trainer.sae, place, arm.refitted)
     counts = {"training": fires, "held_out": found.counts}
     if cooling is not None:
         counts["cooling"] = fires - cooling
@@ -182,7 +195,7 @@ def seconds_per_step(
     arm: Arm, place: Site, untrained: Untrained, backend: str, n: tuple[int, int] = (5, 15)
 ) -> float:
     """Seconds of a step of the arm, over the last `n[1]` of `n[0] + n[1]` steps."""
-    arm = replace(arm, steps=sum(n), fitted=False, cooled=False)
+    arm = replace(arm, steps=sum(n), fitted=False, cooling=0.0)
     trainer = trainer_of(untrained(arm, place), arm, untrained.device, backend, arm.tokens)
     trainer.activation_scaler.scaling_factor = 1.0
     batches = place.train.batches(arm.batch, seed=arm.seed)
@@ -205,7 +218,7 @@ def _train(
     The batches are those of the CPU's studies: `train_together` on one condition.
     """
     clock, at_cooling = stage.Clock(seconds), []
-    first = arm.steps - arm.steps // 5 if arm.cooled else None
+    first = arm.steps - arm.cooling_steps if arm.cooling else None
 
     def batches(step: int) -> Iterator[dict[str, Tensor]]:
         # Not `joint_batches`, which computes a checksum of all rows.
@@ -219,6 +232,17 @@ def _train(
 
     saesub.train_together({"arm": trainer}, batches)
     return at_cooling[0] if at_cooling else None
+
+
+def _refitted(sae: TopKTrainingSAE, place: Site, n_tokens: int) -> dict[str, Any]:
+    """The error on held-out tokens once the decoder is refitted, and what that takes."""
+    start = time.monotonic()
+    blocks = _blocks(place.train, min(n_tokens, place.train.n_tokens))
+    report = saesub.refit_decoder(sae, blocks, progress=False)
+    seconds = time.monotonic() - start
+    found = saesub.judge(sae, _blocks(place.held_out), n_tokens=place.held_out.n_tokens)
+    about = {"fvu": found.fvu, "dead": list(found.silent.values())[-1], "seconds": seconds}
+    return {"after_refit": about | asdict(report)}
 
 
 @torch.no_grad()
@@ -239,9 +263,17 @@ def _recall(sae: TopKTrainingSAE, held_out: saesub.ActivationStore) -> dict[str,
     return found
 
 
-def _blocks(store: saesub.ActivationStore) -> Iterator[Tensor]:
-    for start in range(0, store.n_tokens, _JUDGED_AT_ONCE):
-        yield store.rows(start, min(start + _JUDGED_AT_ONCE, store.n_tokens))
+def _blocks(store: saesub.ActivationStore, n_tokens: int | None = None) -> Iterator[Tensor]:
+    """The first `n_tokens` rows, or all of them."""
+    n = store.n_tokens if n_tokens is None else n_tokens
+    for start in range(0, n, _JUDGED_AT_ONCE):
+        yield store.rows(start, min(start + _JUDGED_AT_ONCE, n))
+
+
+def _drawn_from(store: saesub.ActivationStore) -> Tensor:
+    """At most `_MOST_DRAWN_FROM` rows, evenly spaced over the text, float32 on their device."""
+    step = -(-store.n_tokens // _MOST_DRAWN_FROM)
+    return torch.cat([block[::step] for block in _blocks(store)])
 
 
 def _silent(since_fired: Tensor, tokens: int) -> dict[int, float]:

@@ -1,10 +1,12 @@
 """The headline: 2^20 features, a random and an active-subspace start, Adam and SparseAdam.
 
-    python benchmarks/gpu/headline.py          # the bridge to the CPU's record, then three arms
+    python benchmarks/gpu/headline.py          # the bridge to the CPU's record, then four arms
     python benchmarks/gpu/headline.py rates    # 131,072 features at several rates
 
 The bridge repeats the first row of data/results/studies/million.json. The arms share a norm search,
-a cool-down, batches and the number of tokens, as many as the time allows. Each outcome is in
+a cool-down, batches and the number of tokens, as many as the time allows. The fourth arm has the
+start and the schedule of `saesub.recommend` (its batches are larger, and its rate is that of the
+others); at 131,072 features its decoder is refitted after judging. Each outcome is in
 `$OUT/headline.json` as soon as it is known; counts of firing are in `$OUT/fires.npz`.
 """
 
@@ -21,10 +23,11 @@ import numpy as np
 import stage
 from arms import Arm, Outcome, Site, Untrained
 
-_CONDITIONS = {
-    "random, Adam": ("random", "adam"),
-    "subspace, Adam": ("subspace", "adam"),
-    "subspace, SparseAdam": ("subspace", "sparse_adam"),
+_CONDITIONS: dict[str, dict[str, Any]] = {
+    "random, Adam": {"start": "random", "optimizer": "adam"},
+    "subspace, Adam": {"start": "subspace", "optimizer": "adam"},
+    "subspace, SparseAdam": {"start": "subspace", "optimizer": "sparse_adam"},
+    "recipe": {"start": "whitened_data", "optimizer": "sparse_adam", "cooling": 0.5},
 }
 FIRES = {"arms": "fires.npz", "rates": "fires_rates.npz"}
 _RATES = (1e-3, 5e-4, 2e-3, 4e-3)
@@ -32,14 +35,16 @@ _MOST_FIRES_BYTES = 14_000_000
 _HARVEST_SECONDS = 60.0
 _BESIDE = 20.0  # seconds that an arm takes beside its steps, until one was seen
 _BESIDE_NARROWER = 3.0
-_PATIENCE = 1.25  # times its share of the time that an arm may train
+_REFIT_SECONDS = 9.0
+_SLOWER = 1.1  # times the trial's seconds that a step of a whole arm may take
+_PATIENCE = 1.25  # times its expected seconds that an arm may train
 _END_SECONDS = 15.0  # to write counts, and for what a process takes to end
 
 
 @dataclass(frozen=True)
 class Sizes:
     """Tokens of the bridge (training, held out), its steps and batch, held-out tokens of the rest,
-    both widths, batch, and the most steps of an arm."""
+    both widths, batch, the most steps of an arm, and the tokens of a refit."""
 
     bridge: tuple[int, int] = (1_024_000, 512_000)
     bridge_steps: int = 500
@@ -49,10 +54,11 @@ class Sizes:
     narrower: int = 2**17
     batch: int = 4096
     most_steps: int = 20_000
+    refitted: int = 1_500_000
 
 
 FULL = Sizes()
-SMALL = Sizes((3_000, 2_000), 4, 512, 2_000, 4096, 2048, 512, 4)
+SMALL = Sizes((3_000, 2_000), 4, 512, 800, 4096, 1024, 512, 4)
 
 
 class Counts:
@@ -99,7 +105,7 @@ class Headline:
         if self.device == "cpu":
             return "torch"
         place = self._site(*self.sizes.bridge, 20_000)
-        arm = Arm("random", "adam", 1e-3, 4096, 1024, 8, fitted=False, cooled=False)
+        arm = Arm("random", "adam", 1e-3, 4096, 1024, 8, fitted=False, cooling=0.0)
         losses = {}
         for backend in ("triton", "torch"):
             found = arms.outcome(arm, place, self.untrained, backend, 60)
@@ -132,40 +138,47 @@ class Headline:
     def bridge(self) -> None:
         """The CPU's record again: random start of unit norm, Adam, its very rows and order."""
         s = self.sizes
-        arm = Arm("random", "adam", 1e-3, s.d_sae, s.bridge_batch, s.bridge_steps, False, False)
+        arm = Arm("random", "adam", 1e-3, s.d_sae, s.bridge_batch, s.bridge_steps, False, 0.0)
         found = self.run("bridge", arm, self._site(*s.bridge), self.clock.left / 3)
         if found is not None:
             took = found.about["seconds"]
             self.beside = took["made"] + took["judged"]
 
     def conditions(self, names: list[str], place: Site, first: Arm, seconds: float) -> None:
-        """Arms of equal tokens, as many as fit into the seconds at the pace of the slowest."""
-        made = self._with_steps(names, first, place, seconds)
-        for i, (name, arm) in enumerate(made):
-            share = self.clock.left / (len(made) - i)
-            if self.clock.left < seconds / len(made) / 2:
+        """Arms of equal tokens, as many as fit into the seconds at the pace of each optimizer."""
+        for name, arm, expected in self._with_steps(names, first, place, seconds):
+            if self.clock.left < expected + self.beside / 2:
                 self.results.add(name, {"left out": "no time"})
                 continue
-            self.run(name, arm, place, min(self.clock.left, _PATIENCE * share))
+            self.run(name, arm, place, min(self.clock.left, _PATIENCE * expected))
 
     def _with_steps(
         self, names: list[str], first: Arm, place: Site, seconds: float
-    ) -> list[tuple[str, Arm]]:
-        steps = self.sizes.most_steps
-        if not stage.REHEARSAL:
-            clock = stage.Clock(seconds)
-            trial = arms.seconds_per_step(first, place, self.untrained, self.backend)
+    ) -> list[tuple[str, Arm, float]]:
+        """Name, arm, and the seconds that its training should take."""
+        made = [(name, self._arm(name, first)) for name in names]
+        if stage.REHEARSAL:
+            steps = self.sizes.most_steps
+            return [(name, replace(arm, steps=steps), seconds / len(made)) for name, arm in made]
+        clock, pace = stage.Clock(seconds), {}
+        for optimizer in ("adam", "sparse_adam"):
+            trial = replace(first, optimizer=optimizer)
+            of_a_step = arms.seconds_per_step(trial, place, self.untrained, self.backend)
+            pace[optimizer] = _SLOWER * of_a_step
             stage.free()
-            share = clock.left / len(names) - self.beside
-            steps = max(50, min(steps, int(share / (1.1 * trial))))
-            self.results.add(f"pace, {first.d_sae} features", {"seconds": trial, "steps": steps})
-        made = []
-        for name in names:
-            start, optimizer = _CONDITIONS[name.split(" at ")[0]]
-            rate = float(name.split(" at ")[1]) if " at " in name else first.lr
-            arm = replace(first, start=start, optimizer=optimizer, lr=rate, steps=steps)
-            made.append((name, arm))
-        return made
+        refits = sum(arm.refitted > 0 for _, arm in made)
+        left = clock.left - len(names) * self.beside - refits * _REFIT_SECONDS
+        steps = int(left / sum(pace[arm.optimizer] for _, arm in made))
+        steps = max(50, min(steps, self.sizes.most_steps))
+        self.results.add(f"pace, {first.d_sae} features", {"seconds": pace, "steps": steps})
+        return [(n, replace(arm, steps=steps), steps * pace[arm.optimizer]) for n, arm in made]
+
+    def _arm(self, name: str, first: Arm) -> Arm:
+        """The arm of a condition, with the rate that the name ends with, if any."""
+        condition, _, rate = name.partition(" at ")
+        refits = condition == "recipe" and first.d_sae == self.sizes.narrower
+        settings = _CONDITIONS[condition] | ({"lr": float(rate)} if rate else {})
+        return replace(first, **settings, refitted=self.sizes.refitted if refits else 0)
 
 
 def main() -> None:

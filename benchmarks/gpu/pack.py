@@ -34,7 +34,7 @@ from saesub.loading.download import fetch
 from saesub.loading.models import context_tokens, load_model
 
 MODEL, CORPUS = "smollm2-135m", "english-mix"
-MOST_BYTES = 60 * 2**20
+MOST_BYTES = 63 * 2**20
 LOCKED = (
     "sae-lens",
     "transformer-lens",

@@ -98,10 +98,10 @@ def tables(record: dict[str, Any]) -> str:
         elif isinstance(row, dict) and "name" in row:
             lines.append(_speed_row(row))
     columns = "arm | backend | features | rate | tokens | silent held out | never fired | FVU"
-    lines += ["", f"| {columns} |", "|---|---|" + "---:|" * 6]
+    lines += ["", f"| {columns} | after a refit |", "|---|---|" + "---:|" * 7]
     for name, row in record.get("headline", {}).items():
         if missing := _missing(row):
-            lines.append(f"| {name} | {missing} | | | | | | |")
+            lines.append(f"| {name} | {missing} | | | | | | | |")
         elif isinstance(row, dict) and "fvu" in row:
             lines.append(_arm_row(name, row))
     cpu = json.loads(_BRIDGED.read_text())["rows"][0]
@@ -136,9 +136,10 @@ def _missing(row: Any) -> str | None:
 
 def _arm_row(name: str, row: dict[str, Any]) -> str:
     silent = list(row["silent_held_out"].values())[-1]
+    refitted = f"{row['after_refit']['fvu']:.4f}" if "after_refit" in row else ""
     return (
         f"| {name} | {row['backend']} | {row['d_sae']:,} | {row['lr']:g} | {row['tokens']:,} | "
-        f"{silent:.2%} | {row['never_fired_in_training']:.2%} | {row['fvu']:.4f} |"
+        f"{silent:.2%} | {row['never_fired_in_training']:.2%} | {row['fvu']:.4f} | {refitted} |"
     )
 
 

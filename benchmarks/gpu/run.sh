@@ -56,9 +56,9 @@ for letter in "$@"; do
       stage 60 check.py tests
       ;;
     B)
-      budget=420
+      budget=450
       stage 70 harvest.py
-      stage 270 headline.py
+      stage 290 headline.py
       stage 70 speed.py ours
       stage 60 speed.py sparsify
       ;;

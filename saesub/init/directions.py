@@ -61,7 +61,8 @@ def draw_tokens(
     tokens = torch.randperm(len(activations), generator=generator)[: _CANDIDATES * n]
     drawn = activations[tokens.to(activations.device)]
     rows, lost = _coordinates(spectrum, rank, directions, drawn)
-    return tokens[_likeness(rows).masked_fill_(lost, torch.inf).argsort(stable=True)[:n]]
+    likeness = _likeness(rows.to(activations.device)).cpu()  # the long part, on a GPU if they are
+    return tokens[likeness.masked_fill_(lost, torch.inf).argsort(stable=True)[:n]]
 
 
 def directions_at(
@@ -96,13 +97,13 @@ def _coordinates(
 
 def _likeness(rows: Float[Tensor, "n rank"]) -> Float[Tensor, " n"]:
     """The largest cosine of each unit row with any of the `_COMPARED` rows before it."""
-    likeness = torch.full((len(rows),), -1.0)
+    likeness = rows.new_full((len(rows),), -1.0)
     for start in range(0, len(rows), _ROWS):
         block = rows[start : start + _ROWS]
         first = max(0, start - _COMPARED)
         cosine = block @ rows[first : start + len(block)].T
-        itself = torch.arange(start - first, start - first + len(block)).unsqueeze(-1)
-        later = torch.arange(cosine.shape[1]) >= itself
+        column = torch.arange(cosine.shape[1], device=rows.device)
+        later = column >= column[start - first :].unsqueeze(-1)
         likeness[start : start + len(block)] = cosine.masked_fill_(later, -1).amax(-1)
     return likeness
 
