@@ -360,9 +360,9 @@ def test_run_sh_without_a_part_or_a_load_begins_nothing(tmp_path):
     said = [_run_sh(tmp_path, *parts) for parts in ((), ("D",), ("A", "b"), ("A",))]
     assert [run.returncode for run in said] == [2] * 4
     assert [run.stderr for run in said] == [
-        "no part: give A, B or C\n",
-        "unknown part D: give A, B or C\n",
-        "unknown part b: give A, B or C\n",
+        "no part: give A, B, C or D\n",
+        "unknown part E: give A, B, C or D\n",
+        "unknown part b: give A, B, C or D\n",
         f"no load in {tmp_path}: run pack.py first\n",
     ]
     assert not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
 python benchmarks/gpu/check.py kernels    # the checks of `saesub check-gpu`
 python benchmarks/gpu/check.py steps      # ceilings, steps at 2^20 features, a profile
+python benchmarks/gpu/check.py profiles   # the kernels' steps at each width, a profile
 python benchmarks/gpu/check.py tests      # the tests that run on CUDA, without conftest.py
 """
 
@@ -87,13 +88,26 @@ def steps(results: stage.Results, device: str) -> None:
     results.attempt("ceilings", lambda: ceilings(device))
     for backend in speed.BACKENDS:
         for optimizer in speed.OPTIMIZERS:
-            name = f"{STEPS} steps at {D_SAE} features, {backend} {optimizer}"
-            results.attempt(name, lambda b=backend, o=optimizer: _profiled(b, o, device))
+            _profile(results, D_SAE, backend, optimizer, device)
 
 
-def _profiled(backend: str, optimizer: str, device: str) -> dict[str, Any]:
+def profiles(results: stage.Results, device: str) -> None:
+    """Steps at each width, profiled; not by torch's operators."""
+    (stage.OUT / PROFILE).unlink(missing_ok=True)
+    for d_sae in speed.WIDTHS:
+        for backend in speed.BACKENDS[: 1 if stage.REHEARSAL else 2]:
+            for optimizer in speed.OPTIMIZERS:
+                _profile(results, d_sae, backend, optimizer, device)
+
+
+def _profile(results: stage.Results, d_sae: int, backend: str, optimizer: str, device: str) -> None:
+    name = f"{STEPS} steps at {d_sae} features, {backend} {optimizer}"
+    results.attempt(name, lambda: _profiled(d_sae, backend, optimizer, device))
+
+
+def _profiled(d_sae: int, backend: str, optimizer: str, device: str) -> dict[str, Any]:
     """Figures and the loss of steps; the longest kernels go to `$OUT/profile.txt`."""
-    step = speed.saesub_step(D_SAE, speed.BATCH, backend, optimizer, device)
+    step = speed.saesub_step(d_sae, speed.BATCH, backend, optimizer, device)
     source = speed.batches(speed.BATCH, device)
     found = speed.timed(step, source, speed.BATCH)
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -107,7 +121,7 @@ def _profiled(backend: str, optimizer: str, device: str) -> dict[str, Any]:
             torch.cuda.synchronize()
     table = profile.key_averages().table(sort_by=by, row_limit=_LONGEST, max_name_column_width=60)
     with (stage.OUT / PROFILE).open("a") as file:
-        file.write(f"{D_SAE} features, batch {speed.BATCH}, {backend}, {optimizer}\n{table}\n")
+        file.write(f"{d_sae} features, batch {speed.BATCH}, {backend}, {optimizer}\n{table}\n")
     return found
 
 
@@ -136,7 +150,7 @@ def tests(results: stage.Results, device: str) -> None:
 
 
 def main() -> None:
-    parts = {"kernels": kernels, "steps": steps, "tests": tests}
+    parts = {"kernels": kernels, "steps": steps, "profiles": profiles, "tests": tests}
     part = stage.part(__doc__, parts)
     device, results = stage.device(), stage.Results("check", [PROFILE])
     results.attempt(f"part {part}", lambda: parts[part](results, device))

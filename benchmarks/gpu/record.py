@@ -21,7 +21,7 @@ import stage
 RECORDS = stage.ROOT / "data" / "results" / "gpu"
 # On two cores, before the studies had their present protocol; it names its commit.
 _BRIDGED = stage.ROOT / "data" / "results" / "studies" / "million.json"
-PARTS = ("check", "harvest", "headline", "speed")
+PARTS = ("check", "api", "harvest", "headline", "speed")
 _FIRES = ("fires", "fires_rates")
 
 

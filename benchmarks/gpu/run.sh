@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Run the kit on a card: correctness (A), the headline and speed (B), several rates (C).
+# Run the kit on a card: correctness (A), the headline and speed (B), several rates (C), and, where
+# there is time, profiles and tests (D).
 #
 #   python3 benchmarks/gpu/pack.py         # before, on any CPU: makes benchmarks/gpu/load/
 #   OUT=out bash benchmarks/gpu/run.sh A   # then B, then C; or several in one call
@@ -13,9 +14,9 @@ refuse() {
   echo "$1" >&2
   exit 2
 }
-[ $# -gt 0 ] || refuse "no part: give A, B or C"
+[ $# -gt 0 ] || refuse "no part: give A, B, C or D"
 for letter in "$@"; do
-  [[ "$letter" =~ ^[ABC]$ ]] || refuse "unknown part $letter: give A, B or C"
+  [[ "$letter" =~ ^[ABCD]$ ]] || refuse "unknown part $letter: give A, B, C or D"
 done
 LOAD="${GPU_LOAD:-benchmarks/gpu/load}"
 [ -f "$LOAD/site.tar.xz" ] || refuse "no load in $LOAD: run pack.py first"
@@ -50,10 +51,10 @@ stage() { # seconds, script, arguments
 for letter in "$@"; do
   case "$letter" in
     A)
-      budget=200
+      budget=210
       stage 90 check.py kernels
-      stage 70 check.py steps
-      stage 60 check.py tests
+      stage 60 check.py steps
+      stage 60 api.py
       ;;
     B)
       budget=450
@@ -65,6 +66,11 @@ for letter in "$@"; do
     C)
       budget=${GPU_BUDGET_C:-170}
       stage "$budget" headline.py rates
+      ;;
+    D)
+      budget=300
+      stage 60 check.py profiles
+      stage 240 check.py tests
       ;;
   esac
   if command -v nvidia-smi >/dev/null; then

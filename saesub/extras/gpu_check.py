@@ -48,7 +48,7 @@ About = Literal["kernels", "torch"]
 Outcome = Literal["passed", "failed", "left out"]
 _Waiting = tuple[str, About, Callable[[], str]]  # name and function of a check
 OPTIMIZERS: tuple[OptimizerName, ...] = ("adam", "sparse_adam")
-_LR, _STEPS = 1e-3, 5
+_LR, _STEPS = 1e-3, 8
 # A search that takes another feature for one as good changes that feature's weights.
 _MOST_OTHER_WEIGHTS, _MOST_LOSS_DIFFERENCE = 0.01, 1e-3
 _FAR_TABLES, _FAR_REST = 6, 6 * 10**9  # weights and moments of both sides; bytes for what else is

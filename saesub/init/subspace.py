@@ -216,14 +216,14 @@ def _draw(
 
 
 def _set_directions(sae: SAE[Any], drawn: _Drawn, *, keep_norms: bool) -> None:
-    decoder, encoder = drawn.rows.to(sae.W_dec), drawn.columns.to(sae.W_enc)
+    decoder, encoder = drawn.rows.to(sae.W_dec), (drawn.columns * drawn.factors).to(sae.W_enc)
     if keep_norms:
         lengths = sae.W_dec.norm(dim=-1, keepdim=True)
         encoder = encoder * (lengths if drawn.tied else sae.W_enc.norm(dim=0).unsqueeze(-1))
         decoder = decoder * lengths
     sae.W_dec.copy_(decoder)
     if "W_enc" in dict(sae.named_parameters()):  # matching pursuit has no encoder of its own
-        sae.W_enc.copy_((encoder * drawn.factors).T)
+        sae.W_enc.copy_(encoder.T)
 
 
 def _pairs(sae: SAE[Any], written: _Space, read: _Space | None, seed: int) -> Pairs:

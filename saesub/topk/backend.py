@@ -47,9 +47,12 @@ class Decoded:
 
 @dataclass(frozen=True)
 class AdamSettings:
-    """Adam's settings in one step, as a group of torch's optimizer has them."""
+    """Adam's settings in one step, as a group of torch's optimizer has them.
 
-    lr: float
+    The rate of a step that a graph repeats is a tensor, which lies on the device.
+    """
+
+    lr: float | Tensor
     beta1: float
     beta2: float
     eps: float

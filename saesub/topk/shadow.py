@@ -22,7 +22,8 @@ from saesub.topk.backend import check
 from saesub.topk.ops import Selected, top_k
 from saesub.topk.triton_launch import block_of, kernels, launch, row_shapes
 
-_TOKENS_PER_BLOCK = 2048  # bounds the maxima: 2048 × 2^20 / 8 numbers are 0.5 GB
+_MOST_MAXIMA = 2**28  # of groups at once: 0.5 GB
+_LEAST_TOKENS, _MOST_TOKENS = 2048, 16_384  # at once
 _REFRESHES = 64  # steps in which every row is written once more
 _GROUPS_PER_CHOSEN = 8  # with fewer groups the best are no small part of them
 _MEMBERS_PER_PROGRAM, _MEMBERS_AT_ONCE = 64, 4
@@ -97,10 +98,11 @@ class EncoderShadow:
     def keep_up(self, W_enc: Tensor, W_dec: Tensor) -> None:
         """Before a step: write all rows if the weights were changed by others, else the next few.
 
-        A change through `.data` leaves no trace in torch. The search sees one of many rows, and the
-        next step or the one after writes all; any other row is written again within `_REFRESHES`
+        A change through `.data` leaves no trace in torch. The search sees one of many rows, and one
+        of the next three steps writes all; any other row is written again within `_REFRESHES`
         steps.
         """
+        self._pending.note(self.stale)
         if self._key != _key_of(W_enc, W_dec) or self._pending.arrived():
             return self.rebuild(W_enc, W_dec)
         left = len(self.rows) - self._at
@@ -149,8 +151,9 @@ class EncoderShadow:
         bias = _scaled(b_enc, feature_scale) * self.factor
         features = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
         pre = x.new_empty(len(x), k)
-        for start in range(0, len(x), _TOKENS_PER_BLOCK):
-            block = slice(start, start + _TOKENS_PER_BLOCK)
+        at_once = min(_MOST_TOKENS, max(_LEAST_TOKENS, _MOST_MAXIMA // n_groups))
+        for start in range(0, len(x), at_once):
+            block = slice(start, start + at_once)
             found, few = self._candidates(x[block], bias, width)
             exact = self._products(x[block], Selected.equally(found, found, 0), W_enc.T)
             exact = torch.where(few == -torch.inf, few, exact.view_as(found) + b_enc[found])
@@ -158,7 +161,6 @@ class EncoderShadow:
             best = scores.topk(k, dim=-1, sorted=False).indices
             features[block], pre[block] = found.gather(1, best), exact.gather(1, best)
             self._compare(features[block], few, scores)
-        self._pending.note(self.stale)
         return features, pre
 
     def _candidates(

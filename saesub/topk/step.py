@@ -36,6 +36,7 @@ from saesub.topk.optim import SparseAdam, found_inf, moments
 
 if TYPE_CHECKING:
     from saesub.topk.backend import Shadow
+    from saesub.topk.step_graph import StepGraph
 
 MAX_NORM = 1.0  # SAELens' trainer clips the norm of all gradients here
 
@@ -191,20 +192,64 @@ def row_step(
     exact_search: bool = False,
     dictionary: WholeDictionary = WHOLE,
     shadow: Shadow | None = None,
+    graph: StepGraph | None = None,
 ) -> SparseStepOutput:
     """Forward, backward, clipping and update in float32, by the loops of `backend`.
 
     The optimizer is torch's Adam or `SparseAdam`; its state is used and advanced in place. The
     SAE's `W_enc` must lie feature-major in memory. With a `shadow` the step searches by it, and
-    does not wait for the device (a BatchTopK SAE's does, where it cuts the batch's entries).
+    does not wait for the device (a BatchTopK SAE's does, where it cuts the batch's entries); such a
+    step may be recorded in a `graph`, which then repeats it.
     """
     x = sae_in.to(sae.dtype).contiguous()
-    n, b_in = len(x), input_bias(sae)
     search = search_of(backend, exact_search) if shadow is None or exact_search else shadow.search
-    scale = feature_scale(sae) if shadow is None else shadow.norms
     # Several processes have to agree on a number.
     waits = shadow is None or shadow.waits or dictionary is not WHOLE
-    selected, aux = _select(sae, x, dead, scale, search, dictionary, waits=waits)
+
+    def compute(x: Tensor, dead: Tensor | None, lr: float | Tensor) -> Computed:
+        scale = feature_scale(sae) if shadow is None else shadow.norms
+        selected, aux = _select(sae, x, dead, scale, search, dictionary, waits=waits)
+        return _computed(backend, sae, optimizer, x, selected, aux, scale, dictionary, shadow, lr)
+
+    lr = float(optimizer.param_groups[0]["lr"])
+    if graph is None or waits or isinstance(sae, BatchTopKTrainingSAE):
+        done = compute(x, dead, lr)
+    else:
+        done = graph.run(compute, (x, dead, lr), _fixed_in_a_graph(sae, optimizer, shadow))
+    _note_changes(sae, optimizer, shadow, done)
+    losses = done.mse_loss, done.aux_loss
+    return entries_output(sae, x, done.x_hat, done.selected, done.acts, *losses, done.skipped)
+
+
+class Computed(NamedTuple):
+    """What the device has computed in a step, which has then updated all features.
+
+    `g_b_dec` is the clipped gradient of the decoder's bias, which is not yet updated. `skipped` is
+    1 if the step changes nothing.
+    """
+
+    selected: Selected
+    acts: Float[Tensor, " m"]
+    x_hat: Float[Tensor, "n d_in"]
+    g_b_dec: Float[Tensor, " d_in"]
+    mse_loss: Float[Tensor, ""]
+    aux_loss: Float[Tensor, ""]
+    skipped: Float[Tensor, ""] | None
+
+
+def _computed(
+    backend: RowBackend,
+    sae: TopKTrainingSAE,
+    optimizer: torch.optim.Adam,
+    x: Float[Tensor, "n d_in"],
+    selected: Selected,
+    aux: AuxEntries | None,
+    scale: Float[Tensor, " d_sae"] | None,
+    dictionary: WholeDictionary,
+    shadow: Shadow | None,
+    lr: float | Tensor,
+) -> Computed:
+    n, b_in = len(x), input_bias(sae)
     entries, values = selected, selected.pre.relu()
     decoded = dictionary.decode(backend, selected, values, sae.W_dec, sae.b_dec, x, 1 / n)
     g_pre, g_out, aux_loss = decoded.g_pre, decoded.g_out, x.new_zeros(())
@@ -234,9 +279,9 @@ def row_step(
     if backend.skips_nan:
         finite = squared_norm.isfinite()
         clip, skipped = torch.where(finite, clip, torch.nan), (~finite).float()
-    update_rows(sae, optimizer, gradients, g_b_dec, clip, shadow, skipped)
+    _update_rows(sae, optimizer, gradients, lr, clip, shadow, skipped)
     mse_loss = decoded.squared_error / n
-    return entries_output(sae, x, decoded.x_hat, selected, acts, mse_loss, aux_loss, skipped)
+    return Computed(selected, acts, decoded.x_hat, g_b_dec * clip, mse_loss, aux_loss, skipped)
 
 
 def clip_factor(squared_norm: Float[Tensor, ""]) -> Float[Tensor, ""]:
@@ -244,22 +289,22 @@ def clip_factor(squared_norm: Float[Tensor, ""]) -> Float[Tensor, ""]:
     return (MAX_NORM / (squared_norm.sqrt() + 1e-6)).clamp(max=1.0)  # reading it would wait
 
 
-def update_rows(
+def _update_rows(
     sae: TopKTrainingSAE,
     optimizer: torch.optim.Adam,
     gradients: RowGradients,
-    g_b_dec: Float[Tensor, " d_in"],
+    lr: float | Tensor,
     clip: Float[Tensor, ""],
-    shadow: Shadow | None = None,
-    skipped: Float[Tensor, ""] | None = None,
+    shadow: Shadow | None,
+    skipped: Float[Tensor, ""] | None,
 ) -> None:
-    """One step of Adam or `SparseAdam` on all parameters, the gradients multiplied by `clip`.
+    """One step of Adam or `SparseAdam` on all features, the gradients multiplied by `clip`.
 
     If `skipped` is 1, as where `clip` is NaN, the step changes nothing.
     """
     group = optimizer.param_groups[0]
     steps, tensors = [], []
-    for parameter in (sae.W_enc, sae.W_dec, sae.b_enc):
+    for parameter in _by_feature(sae):
         step, *averages = moments(optimizer, parameter)
         steps.append(step)
         tensors += [t.T if parameter is sae.W_enc else t for t in (parameter.data, *averages)]
@@ -270,21 +315,45 @@ def update_rows(
         moved = counters[0]
     for step in steps:
         step += 1 if skipped is None else 1 - skipped
-    settings = AdamSettings(*(float(v) for v in (group["lr"], *group["betas"], group["eps"])))
+    settings = AdamSettings(lr, *(float(v) for v in (*group["betas"], group["eps"])))
     gradients.adam(settings, steps[0], clip, *tensors, moved=moved, shadow=shadow)
-    # The backends write memory, of which torch keeps no count.
-    for parameter in (sae.W_enc, sae.W_dec, sae.b_enc):
-        increment_version(parameter)
-    if shadow is not None:
-        shadow.written(sae)
     if moved is not None:
         for other in counters[1:]:
             other.copy_(moved)
 
-    sae.b_dec.grad = g_b_dec * clip
-    with found_inf(optimizer, skipped):
+
+def _note_changes(
+    sae: TopKTrainingSAE, optimizer: torch.optim.Adam, shadow: Shadow | None, done: Computed
+) -> None:
+    """Update the decoder's bias, and tell torch and the shadow what the device has changed."""
+    # The backends write memory, of which torch keeps no count.
+    for parameter in _by_feature(sae):
+        increment_version(parameter)
+    if shadow is not None:
+        shadow.written(sae)
+    sae.b_dec.grad = done.g_b_dec
+    with found_inf(optimizer, done.skipped):
         optimizer.step()  # the only parameter with a gradient
     sae.b_dec.grad = None
+
+
+def _by_feature(sae: TopKTrainingSAE) -> tuple[Tensor, Tensor, Tensor]:
+    """The parameters of which each feature has its part."""
+    return sae.W_enc, sae.W_dec, sae.b_enc
+
+
+def _fixed_in_a_graph(
+    sae: TopKTrainingSAE, optimizer: torch.optim.Adam, shadow: Shadow | None
+) -> tuple[Any, ...]:
+    """What a recorded step has in it: where tensors lie, and numbers that are no tensors."""
+    group, cfg = optimizer.param_groups[0], sae.cfg
+    kept = [t for p in _by_feature(sae) for t in (p, *moments(optimizer, p))]
+    if isinstance(optimizer, SparseAdam):
+        kept += [optimizer.moved(p, int(p is sae.W_enc)) for p in _by_feature(sae)]
+    numbers = (*group["betas"], group["eps"], sae.activation_fn.k, cfg.aux_loss_coefficient)  # pyright: ignore
+    kinds = (type(optimizer), cfg.apply_b_dec_to_input, cfg.rescale_acts_by_decoder_norm)
+    places = tuple(t.data_ptr() for t in (*kept, sae.b_dec))
+    return places, numbers, kinds, id(shadow), getattr(shadow, "factor", None)
 
 
 class AuxEntries(NamedTuple):

@@ -17,6 +17,7 @@ from saesub.topk.eligibility import PARAMETERS, lay_out_by_feature, other_pass, 
 from saesub.topk.optim import SparseAdam, has_foreign_hooks
 from saesub.topk.sae import SparseTopKTrainingSAE
 from saesub.topk.step import SparseStepOutput, row_backend, row_step
+from saesub.topk.step_graph import StepGraph
 
 if TYPE_CHECKING:  # the trainer imports this module
     from torch import Tensor
@@ -63,6 +64,7 @@ class NativeStep:
         self.fused = False
         self.equal_steps = True
         self._shadow: Shadow | None = None
+        self._graph: StepGraph | None = None
         self._said: set[str] = set()
 
     def invalidate(self) -> None:
@@ -139,6 +141,8 @@ class NativeStep:
             self._shadow = None
         else:
             self._shadow = rows.shadow(sae, self._shadow, in_subspace=sae.in_subspace)
+        if sae.W_enc.device.type == "cuda":
+            self._graph = self._graph or StepGraph()
         return row_step(
             rows,
             sae,
@@ -148,6 +152,7 @@ class NativeStep:
             exact_search=exact,
             dictionary=trainer.dictionary,
             shadow=self._shadow,
+            graph=self._graph,
         )
 
 
