@@ -73,7 +73,11 @@ class StepGraph:
         return _copied(self._made)
 
     def _start(self, compute: Compute, x: Tensor, dead: Tensor | None, lr: float) -> None:
-        given = x.clone(), None if dead is None else dead.clone(), x.new_tensor(lr).double()
+        given = (
+            x.clone(),
+            None if dead is None else dead.clone(),
+            torch.full_like(x[0, 0], lr, dtype=torch.float64),
+        )
         try:
             self._made, self._repeat = self._record(lambda: compute(*given), x.device)
             self._given = given
