@@ -57,8 +57,8 @@ def what_it_says() -> str:
             f"- Split by features it takes {held['features, SparseAdam']:.1f} GB, which leaves "
             "an 80 GB card next to nothing for the allocator: take 141 GB cards, or "
             "`rescale_acts_by_decoder_norm=False`, which saves "
-            f'{parts["encoder scaled by decoder norms"] / 1e9:.1f} GB. `backend="triton"`, which '
-            f"has not run on a GPU, holds no gradients ({parts['gradients'] / 1e9:.1f} GB).",
+            f'{parts["encoder scaled by decoder norms"] / 1e9:.1f} GB. `backend="triton"` '
+            f"holds no gradients ({parts['gradients'] / 1e9:.1f} GB).",
             f"- A checkpoint is {state(JOB) * JOB.processes / 1e9:.0f} GB on disk, of which each "
             f"process writes {state(JOB) / 1e9:.0f} GB and holds a copy in host memory meanwhile. "
             f"The gathered SAE is {whole / 1e9:.0f} GB, of which the first process holds two "

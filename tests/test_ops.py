@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sae_lens.saes.batchtopk_sae import BatchTopK
 
-from saesub.topk.ops import decode_at, encode_at, select_batch_topk, select_topk, top_k
+from saesub.topk.ops import (
+    _best_in,
+    decode_at,
+    encode_at,
+    select_batch_topk,
+    select_topk,
+    top_k,
+)
 
 
 def _weights(d_in: int, d_sae: int, seed: int, dtype: torch.dtype = torch.float32):
@@ -80,6 +87,18 @@ def test_two_stage_top_k_finds_the_same_values_also_with_ties(n, k, tiles, level
     found = scores.gather(1, top_k(scores, k)).sort(-1).values
     torch.testing.assert_close(found, scores.topk(k, -1).values.sort(-1).values)
     assert all(len(set(row.tolist())) == k for row in top_k(scores, k))
+
+
+@settings(max_examples=30, deadline=None)
+@given(n=st.integers(1, 5), k=st.integers(1, 12), levels=st.integers(1, 50))
+def test_tiles_that_lie_apart_hold_the_same_best(n, k, levels):
+    """As a GPU reads them, of scores that are not copied."""
+    scores = torch.randint(-levels, levels, (n, 64 * 32)).float()
+    tile, offset = _best_in(scores.view(n, 32, 64).transpose(1, 2), k)
+    chosen = offset * 64 + tile
+    found = scores.gather(1, chosen).sort(-1).values
+    torch.testing.assert_close(found, scores.topk(k, -1).values.sort(-1).values)
+    assert all(len(set(row.tolist())) == k for row in chosen)
 
 
 @settings(max_examples=40, deadline=None)

@@ -273,6 +273,46 @@ def test_a_trainer_writes_the_whole_shadow_only_where_others_changed_the_weights
     assert counts == [1, 1, 1, 2, 2, 3, 3]  # the step at 10 tokens resamples
 
 
+def test_wide_dictionaries_are_searched_in_eight_bits_where_that_pays(monkeypatch):
+    """On a Hopper, from a width on; and wherever it is asked for."""
+    sae = _sae(8, 96)
+
+    def dtype(backend: triton_backend.TritonBackend) -> torch.dtype:
+        return backend.shadow(sae, None).rows.dtype
+
+    for hopper in (False, True):
+        monkeypatch.setattr(triton_backend, "_is_hopper", lambda _, hopper=hopper: hopper)
+        for least, few in ((96, torch.float8_e4m3fn), (97, torch.float16)):
+            monkeypatch.setattr(triton_backend, "LEAST_FOR_EIGHT_BITS", least)
+            expected = few if hopper else torch.float16
+            assert dtype(triton_backend.TritonBackend()) == expected
+    assert dtype(triton_backend.TritonBackend(eight_bits=True)) == torch.float8_e4m3fn
+    monkeypatch.setattr(triton_backend, "LEAST_FOR_EIGHT_BITS", 1)
+    assert dtype(triton_backend.TritonBackend(eight_bits=False)) == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("n", "d_sae", "blocks"), [(5000, 2**20, [2048, 2048, 904]), (5000, 2**16, [5000])]
+)
+def test_so_many_tokens_are_searched_at_once(monkeypatch, n, d_sae, blocks):
+    """As few blocks as the memory of the groups' maxima allows."""
+    seen = []
+
+    def candidates(self, x, bias, width):
+        seen.append(len(x))
+        return torch.zeros(len(x), width, dtype=torch.int64), torch.zeros(len(x), width)
+
+    monkeypatch.setattr(EncoderShadow, "_candidates", candidates)
+    monkeypatch.setattr(EncoderShadow, "_compare", lambda *_: None)
+    monkeypatch.setattr(EncoderShadow, "_write", lambda *_: None)
+    monkeypatch.setattr(maxima, "STRIDE", 256)
+    W_enc, W_dec = torch.zeros(d_sae, 1).T, torch.zeros(d_sae, 1)
+    products = lambda x, selected, table: torch.zeros(len(selected.features))  # noqa: E731
+    kept = EncoderShadow(W_enc, W_dec, scaled=False, products=products)
+    kept.search(torch.zeros(n, 1), W_enc, torch.zeros(d_sae), 2)
+    assert seen == blocks
+
+
 def test_rows_that_outgrow_the_range_are_seen_and_written_again(monkeypatch):
     monkeypatch.setattr(shadow, "_REFRESHES", 1)
     sae = _sae(8, 96)

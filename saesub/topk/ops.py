@@ -190,19 +190,25 @@ def top_k(scores: Float[Tensor, "n d_sae"], k: int) -> Int[Tensor, "n k"]:
     n, d_sae = scores.shape
     if d_sae % _FEATURES_PER_TILE or d_sae < 4 * k * _FEATURES_PER_TILE:
         return scores.topk(k, dim=-1, sorted=False).indices
-    # A tile is 32 neighbours, or on CUDA 32 features far apart: torch's reduction over a last
-    # dimension so short took 18 times as long there as reading the scores (H200, 2^17 columns).
-    apart = scores.device.type == "cuda"
-    tiles = scores.view(n, -1, _FEATURES_PER_TILE)
-    if apart:
-        tiles = scores.view(n, _FEATURES_PER_TILE, -1).transpose(1, 2)
+    n_tiles = d_sae // _FEATURES_PER_TILE
+    if scores.device.type == "cuda":
+        # Features far apart: of neighbours torch's maxima took 18 times as long as reading the
+        # scores (2,048 × 2^17 in bfloat16 on an H200), of these 0.4 times as long.
+        tiles = scores.view(n, _FEATURES_PER_TILE, n_tiles).transpose(1, 2)
+        tile, offset = _best_in(tiles, k)
+        return offset * n_tiles + tile
+    tile, offset = _best_in(scores.view(n, n_tiles, _FEATURES_PER_TILE), k)
+    return tile * _FEATURES_PER_TILE + offset
+
+
+def _best_in(
+    tiles: Float[Tensor, "n tiles features"], k: int
+) -> tuple[Int[Tensor, "n k"], Int[Tensor, "n k"]]:
+    """The tiles of each row's k largest scores, and where they are in them."""
     best = tiles.amax(-1).topk(k, dim=-1, sorted=False).indices
     candidates = tiles.gather(1, best.unsqueeze(-1).expand(-1, -1, _FEATURES_PER_TILE))
-    inside = candidates.reshape(n, -1).topk(k, dim=-1, sorted=False).indices
-    tile, offset = best.gather(1, inside // _FEATURES_PER_TILE), inside % _FEATURES_PER_TILE
-    if apart:
-        return offset * (d_sae // _FEATURES_PER_TILE) + tile
-    return tile * _FEATURES_PER_TILE + offset
+    inside = candidates.reshape(len(tiles), -1).topk(k, dim=-1, sorted=False).indices
+    return best.gather(1, inside // _FEATURES_PER_TILE), inside % _FEATURES_PER_TILE
 
 
 def encode_at(

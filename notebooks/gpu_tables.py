@@ -1,0 +1,201 @@
+"""The tables of docs/gpu.md, from the records in data/results/gpu/."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from saesub.topk.triton_backend import LEAST_FOR_EIGHT_BITS as EIGHT_BITS_FROM
+
+RECORDS = Path(__file__).resolve().parent.parent / "data" / "results" / "gpu"
+BRIDGED = RECORDS.parent / "studies" / "million.json"
+BATCH, D_IN = 4096, 576
+_STEPS = re.compile(r"\d+ steps at (\d+) features, (.+) (adam|sparse_adam)")
+_OPTIMIZERS = {"adam": "Adam", "sparse_adam": "SparseAdam"}
+_CONTENDERS = {
+    "sae-lens": "SAELens",
+    "sparsify": "sparsify",
+    "saesub torch": "saesub, torch's operators",
+    "saesub triton": "saesub, 16 bits",
+    "saesub triton in 8 bits": "saesub, 8 bits",
+}
+
+
+def tables() -> dict[str, str]:
+    """Markdown by the names of the page's marks."""
+    records = _records()
+    return {
+        "gpu-checked": _checked(records),
+        "gpu-speed": _speed(records),
+        "gpu": _in_short(records),
+        "gpu-ratios": _ratios(records),
+        "gpu-floor": _floor(records),
+        "gpu-recall": _recall(records),
+        "gpu-arms": _arms(records),
+        "gpu-bridge": _bridge(records),
+    }
+
+
+def _records() -> list[dict[str, Any]]:
+    """All records, the oldest first."""
+    found = [json.loads(path.read_text()) for path in RECORDS.glob("*.json")]
+    return sorted(found, key=lambda record: record["facts"]["date"])
+
+
+def _checked(records: list[dict[str, Any]]) -> str:
+    lines = ["| card | date | commit | kernels | public functions |", "|---|---|---|---|---|"]
+    for record in records:
+        facts, check, api = record["facts"], record.get("check", {}), record.get("api", {})
+        outcomes = [row["outcome"] for row in check.values() if "outcome" in _fields(row)]
+        passed = "not checked"
+        if outcomes:
+            n = outcomes.count("passed")
+            passed = f"{n} of {len(outcomes)} checks passed"
+        ran = "not tried"
+        if api:
+            n = sum("error" not in _fields(row) for row in api.values())
+            ran = f"{n} of {len(api)} calls ran"
+        where = f"{facts['card']}, torch {facts['versions']['torch']}"
+        date, commit = facts["date"].split()[0], record["commit"][:7]
+        lines.append(f"| {where} | {date} | `{commit}` | {passed} | {ran} |")
+    return "\n".join(lines)
+
+
+def _speeds(records: list[dict[str, Any]]) -> dict[tuple[str, str, int], dict[str, Any]]:
+    """By contender, optimizer and features, at `BATCH` tokens; the newest."""
+    found = {}
+    for record in records:
+        for row in record.get("speed", {}).values():
+            if _fields(row).get("batch") == BATCH and "ms" in row:
+                contender, optimizer = _parts(row["name"])
+                found[contender, optimizer, row["d_sae"]] = row
+        for name, row in record.get("check", {}).items():
+            if (said := _STEPS.fullmatch(name)) and "ms" in _fields(row):
+                found[f"saesub {said[2]}", _OPTIMIZERS[said[3]], int(said[1])] = row
+    return found
+
+
+def _parts(name: str) -> tuple[str, str]:
+    """Contender and optimizer; the peers have Adam."""
+    for key, optimizer in _OPTIMIZERS.items():
+        if name.endswith(f" {key}"):
+            return name.removesuffix(f" {key}"), optimizer
+    return name, "Adam"
+
+
+def _speed(records: list[dict[str, Any]]) -> str:
+    speeds = _speeds(records)
+    widths = sorted({width for _, _, width in speeds})
+    titles = [f"{width:,} features" for width in widths]
+    lines = [f"| | optimizer | {' | '.join(titles)} |", "|---|---|" + "---:|" * len(widths)]
+    for contender, title in _CONTENDERS.items():
+        for optimizer in _OPTIMIZERS.values():
+            rows = [speeds.get((contender, optimizer, width)) for width in widths]
+            if any(rows):
+                cells = " | ".join(_cell(row) for row in rows)
+                lines.append(f"| {title} | {optimizer} | {cells} |")
+    return "\n".join(lines)
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    return f"{row['tokens_per_second'] / 1000:,.0f}, {row['peak_bytes'] / 1e9:.1f} GB"
+
+
+def _ratios(records: list[dict[str, Any]]) -> str:
+    """How many times a peer's tokens a second saesub takes, in its default bits, by width."""
+    speeds = _speeds(records)
+    widths = sorted({width for _, _, width in speeds})
+    titles = [f"{width:,} features" for width in widths]
+    lines = [f"| saesub's speed, times | {' | '.join(titles)} |", "|---|" + "---:|" * len(widths)]
+    for peer in ("sparsify", "sae-lens"):
+        for optimizer in _OPTIMIZERS.values():
+            cells = []
+            for width in widths:
+                own = "saesub triton in 8 bits" if width >= EIGHT_BITS_FROM else "saesub triton"
+                rows = speeds[own, optimizer, width], speeds[peer, "Adam", width]
+                cells.append("{:.1f}".format(rows[1]["ms"] / rows[0]["ms"]))
+            lines.append(f"| {_CONTENDERS[peer]}'s, with {optimizer} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _in_short(records: list[dict[str, Any]]) -> str:
+    """For the README: SparseAdam's speed at the least and the largest width, and the peers'."""
+    speeds = _speeds(records)
+    widths = sorted({width for _, _, width in speeds})
+    ends, own = (widths[0], widths[-1]), []
+    for width in ends:
+        bits = " in 8 bits" if width >= EIGHT_BITS_FROM else ""
+        own.append(speeds[f"saesub triton{bits}", "SparseAdam", width]["tokens_per_second"])
+    said = [
+        f"{own[0] / s:.1f} and {own[1] / b:.0f} × {_CONTENDERS[peer]}"
+        for peer in ("sparsify", "sae-lens")
+        for s, b in [[speeds[peer, "Adam", w]["tokens_per_second"] for w in ends]]
+    ]
+    return (
+        f"On an [H200](docs/gpu.md), after `saesub check-gpu`: {own[0] / 1e6:.1f}M tokens/s at "
+        f"{ends[0]:,} features, {own[1] / 1e6:.2f}M at {ends[1]:,}; {', '.join(said)}."
+    )
+
+
+def _floor(records: list[dict[str, Any]]) -> str:
+    """A step at the largest width beside the product that it has to take."""
+    speeds = _speeds(records)
+    width = max(width for _, _, width in speeds)
+    teraflops = next(r["check"]["ceilings"] for r in records if "ceilings" in r["check"])
+    rate = teraflops["float16 TFLOP/s"]
+    product = 2 * BATCH * D_IN * width / rate / 1e9
+    ms = [speeds[f"saesub triton{b}", "SparseAdam", width]["ms"] for b in ("", " in 8 bits")]
+    return (
+        f"At {width:,} features the product of tokens and encoder alone would take {product:.1f} "
+        f"ms in 16 bits, at the {rate:.0f} TFLOP/s that torch's product of two matrices of side "
+        f"8,192 reaches there. The whole step takes {ms[0]:.1f} ms with SparseAdam, and "
+        f"{ms[1]:.1f} ms in 8 bits."
+    )
+
+
+def _recall(records: list[dict[str, Any]]) -> str:
+    """The least share of the float32 top 32 that the searches find on trained weights."""
+    found = [row["recall"] for _, row in _trained(records) if row.get("recall")]
+    said = " and ".join(f"{min(r[b] for r in found):.3%} in {b}" for b in ("16 bits", "8 bits"))
+    return f"On the {len(found)} SAEs that were trained there it found at least {said}."
+
+
+def _bridge(records: list[dict[str, Any]]) -> str:
+    """The SAE that was trained on a CPU as well, there and on the card."""
+    cpu = json.loads(BRIDGED.read_text())["rows"][0]
+    row = next(row for record in records for n, row in record["headline"].items() if n == "bridge")
+    dead = list(row["silent_held_out"].values())[-1]
+    return (
+        f"The same SAE, trained on the same rows, has {dead:.1%} dead and FVU {row['fvu']:.4f} on "
+        f"the card, {cpu['dead_share']:.1%} and {cpu['fvu']:.4f} on a CPU."
+    )
+
+
+def _arms(records: list[dict[str, Any]]) -> str:
+    titles = "features | condition | rate | tokens | firings of a feature | dead | FVU"
+    lines = [f"| {titles} | after a refit |", "|---:|---|" + "---:|" * 6]
+    for name, row in sorted(_trained(records), key=lambda named: -named[1]["d_sae"]):
+        dead = list(row["silent_held_out"].values())[-1]
+        refitted = f"{row['after_refit']['fvu']:.4f}" if "after_refit" in row else ""
+        lines.append(
+            f"| {row['d_sae']:,} | {name.split(' at ')[0]} | {row['lr']:g} | {row['tokens']:,} | "
+            f"{row['mean_fires_in_training']:.0f} | {dead:.1%} | {row['fvu']:.4f} | {refitted} |"
+        )
+    return "\n".join(lines)
+
+
+def _trained(records: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for record in records:
+        for name, row in record.get("headline", {}).items():
+            if "fvu" in _fields(row):
+                yield name, row
+
+
+def _fields(row: Any) -> dict[str, Any]:
+    """A result that is a table, or nothing."""
+    return row if isinstance(row, dict) else {}
