@@ -166,7 +166,7 @@ def test_the_kits_rows_are_those_of_the_package(rehearsal, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.model
-@pytest.mark.parametrize("name", ["check", "harvest", "headline", "speed"])
+@pytest.mark.parametrize("name", ["check", "api", "harvest", "headline", "speed"])
 def test_every_result_of_a_rehearsal_is_there(rehearsal, name):
     results = _results(rehearsal, name)
     failed = {key: r for key, r in results.items() if isinstance(r, dict) and "error" in r}
@@ -191,7 +191,6 @@ def test_the_rehearsal_judges_what_it_trained(rehearsal):
     assert check["kernels passed"] == "left out: rehearsal, the CPU's backend"
     log = (rehearsal / "log.txt").read_text()
     assert "kernels: left out: rehearsal, the CPU's backend" in log
-    assert check["tests"]["exit"] == 0
     assert "sparsify" in str(_results(rehearsal, "speed"))
 
 
@@ -241,6 +240,7 @@ def test_a_records_tables_show_what_failed_and_its_command_what_ran():
         check |= {"kernels passed": False, "tests": {"exit": 0, "said": []}}
         slow = "sparsify, 8 features, batch 4"
         found = {"facts": {"card": "NVIDIA A", "date": "2026-01-02 03:04 UTC"}, "check": check}
+        found["facts"]["code"] = "0123456789"
         found["speed"] = {"activations": "random", slow: {"left out": "no time"}}
         arm = {"backend": "torch", "d_sae": 8, "lr": 1e-3, "tokens": 4, "fvu": 0.5}
         arm |= {"silent_held_out": {"4": 0.25}, "never_fired_in_training": 0.125}
@@ -259,7 +259,7 @@ def test_a_records_tables_show_what_failed_and_its_command_what_ran():
     assert "| bridge | torch | 8 | 0.001 | 4 | 25.00% | 12.50% | 0.5000 | 0.2500 |" in said
     assert "| random, Adam | failed: OutOfMemoryError | | | | | | | |" in said
     assert said[-2:] == [
-        "bash benchmarks/gpu/run.sh A B nvidia-a-2026-01-02.json",
+        "bash benchmarks/gpu/run.sh A B nvidia-a-2026-01-02-0123456.json",
         "bash benchmarks/gpu/run.sh C",
     ]
 
@@ -349,7 +349,7 @@ def _run_sh(place: Path, *parts: str, ends_with: int = 0) -> subprocess.Complete
 @pytest.mark.parametrize("ends_with", [0, 1])
 def test_run_sh_ends_with_1_if_a_stage_did_and_goes_on(tmp_path, ends_with):
     (tmp_path / "site.tar.xz").touch()
-    found = _run_sh(tmp_path, "A", "B", ends_with=ends_with)
+    found = _run_sh(tmp_path, "D", "B", ends_with=ends_with)
     assert found.returncode == ends_with
     log = (tmp_path / "out" / "log.txt").read_text()
     assert f"check.py tests ended with {ends_with}" in log
@@ -357,7 +357,7 @@ def test_run_sh_ends_with_1_if_a_stage_did_and_goes_on(tmp_path, ends_with):
 
 
 def test_run_sh_without_a_part_or_a_load_begins_nothing(tmp_path):
-    said = [_run_sh(tmp_path, *parts) for parts in ((), ("D",), ("A", "b"), ("A",))]
+    said = [_run_sh(tmp_path, *parts) for parts in ((), ("E",), ("A", "b"), ("A",))]
     assert [run.returncode for run in said] == [2] * 4
     assert [run.stderr for run in said] == [
         "no part: give A, B, C or D\n",

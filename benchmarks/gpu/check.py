@@ -93,7 +93,6 @@ def steps(results: stage.Results, device: str) -> None:
 
 def profiles(results: stage.Results, device: str) -> None:
     """Steps at each width, profiled; not by torch's operators."""
-    (stage.OUT / PROFILE).unlink(missing_ok=True)
     for d_sae in speed.WIDTHS:
         for backend in speed.BACKENDS[: 1 if stage.REHEARSAL else 2]:
             for optimizer in speed.OPTIMIZERS:

@@ -114,8 +114,8 @@ def _checked(check: dict[str, Any]) -> str:
     kernels = (
         "passed" if check.get("kernels passed") is True else "failed or not checked to the end"
     )
-    tests = check.get("tests", {"exit": "not run"})
-    said = "passed" if tests["exit"] == 0 else f"failed ({tests['exit']})"
+    status = check["tests"]["exit"] if "tests" in check else None
+    said = {None: "not run", 0: "passed"}.get(status, f"failed ({status})")
     line = f"kernels: {kernels}; tests: {said}"
     failed = [
         name
@@ -154,7 +154,7 @@ def command(record: dict[str, Any]) -> str:
     """The call whose parts the record holds."""
     arms = record.get("headline", {})
     there = {
-        "A": "check" in record,
+        "A": "check" in record or "api" in record,
         "B": "bridge" in arms or bool({"harvest", "speed"} & set(record)),
         "C": any(" at " in name for name in arms),
     }
@@ -162,9 +162,9 @@ def command(record: dict[str, Any]) -> str:
 
 
 def file_name(facts: dict[str, Any]) -> str:
-    """A name for the record of this card and day."""
+    """A name for the record of this card, day and code."""
     slug = re.sub(r"[^a-z0-9]+", "-", facts["card"].lower()).strip("-")
-    return f"{slug}-{facts['date'].split()[0]}.json"
+    return f"{slug}-{facts['date'].split()[0]}-{facts['code'][:7]}.json"
 
 
 def main() -> None:
@@ -179,7 +179,7 @@ def main() -> None:
     record["command"] = command(record)
     print(tables(record))
     path = RECORDS / file_name(record["facts"])
-    done = "replaced the earlier record of that day:" if path.exists() else "written to"
+    done = "replaced the earlier record of that day and code:" if path.exists() else "written to"
     RECORDS.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"\n{done} {path.relative_to(stage.ROOT)}")
