@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
+from saesub.reproduce import studies
 from saesub.topk.triton_backend import LEAST_FOR_EIGHT_BITS as EIGHT_BITS_FROM
 
 RECORDS = Path(__file__).resolve().parent.parent / "data" / "results" / "gpu"
@@ -34,8 +36,8 @@ def tables() -> dict[str, str]:
         "gpu-ratios": _ratios(records),
         "gpu-floor": _floor(records),
         "gpu-recall": _recall(records),
-        "gpu-arms": _arms(records),
-        "gpu-bridge": _bridge(records),
+        "gpu-arms": _arms(),
+        "gpu-bridge": _bridge(),
     }
 
 
@@ -146,7 +148,7 @@ def _floor(records: list[dict[str, Any]]) -> str:
     """A step at the largest width beside the product that it has to take."""
     speeds = _speeds(records)
     width = max(width for _, _, width in speeds)
-    teraflops = next(r["check"]["ceilings"] for r in records if "ceilings" in r["check"])
+    teraflops = next(r["check"]["ceilings"] for r in records if "ceilings" in r.get("check", {}))
     rate = teraflops["float16 TFLOP/s"]
     product = 2 * BATCH * D_IN * width / rate / 1e9
     ms = [speeds[f"saesub triton{b}", "SparseAdam", width]["ms"] for b in ("", " in 8 bits")]
@@ -160,40 +162,34 @@ def _floor(records: list[dict[str, Any]]) -> str:
 
 def _recall(records: list[dict[str, Any]]) -> str:
     """The least share of the float32 top 32 that the searches find on trained weights."""
-    found = [row["recall"] for _, row in _trained(records) if row.get("recall")]
+    rows = [_fields(row) for record in records for row in record.get("headline", {}).values()]
+    found = [row["recall"] for row in rows if row.get("recall")]
     said = " and ".join(f"{min(r[b] for r in found):.3%} in {b}" for b in ("16 bits", "8 bits"))
     return f"On the {len(found)} SAEs that were trained there it found at least {said}."
 
 
-def _bridge(records: list[dict[str, Any]]) -> str:
+def _bridge() -> str:
     """The SAE that was trained on a CPU as well, there and on the card."""
     cpu = json.loads(BRIDGED.read_text())["rows"][0]
-    row = next(row for record in records for n, row in record["headline"].items() if n == "bridge")
-    dead = list(row["silent_held_out"].values())[-1]
+    trained = studies.trained_on_gpu()
+    row = trained[trained["name"] == "bridge"].iloc[-1]
     return (
-        f"The same SAE, trained on the same rows, has {dead:.1%} dead and FVU {row['fvu']:.4f} on "
-        f"the card, {cpu['dead_share']:.1%} and {cpu['fvu']:.4f} on a CPU."
+        f"The same SAE, trained on the same rows, has {row['dead_share']:.1%} dead and FVU "
+        f"{row['fvu']:.4f} on the card, {cpu['dead_share']:.1%} and {cpu['fvu']:.4f} on a CPU."
     )
 
 
-def _arms(records: list[dict[str, Any]]) -> str:
+def _arms() -> str:
     titles = "features | condition | rate | tokens | firings of a feature | dead | FVU"
     lines = [f"| {titles} | after a refit |", "|---:|---|" + "---:|" * 6]
-    for name, row in sorted(_trained(records), key=lambda named: -named[1]["d_sae"]):
-        dead = list(row["silent_held_out"].values())[-1]
-        refitted = f"{row['after_refit']['fvu']:.4f}" if "after_refit" in row else ""
+    trained = studies.trained_on_gpu().sort_values("d_sae", ascending=False, kind="stable")
+    for row in trained.itertuples():
+        refitted = "" if pd.isna(row.refitted_fvu) else f"{row.refitted_fvu:.4f}"
         lines.append(
-            f"| {row['d_sae']:,} | {name.split(' at ')[0]} | {row['lr']:g} | {row['tokens']:,} | "
-            f"{row['mean_fires_in_training']:.0f} | {dead:.1%} | {row['fvu']:.4f} | {refitted} |"
+            f"| {row.d_sae:,} | {row.name.split(' at ')[0]} | {row.lr:g} | {row.tokens:,} | "
+            f"{row.firings:.0f} | {row.dead_share:.1%} | {row.fvu:.4f} | {refitted} |"
         )
     return "\n".join(lines)
-
-
-def _trained(records: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    for record in records:
-        for name, row in record.get("headline", {}).items():
-            if "fvu" in _fields(row):
-                yield name, row
 
 
 def _fields(row: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -166,13 +167,17 @@ def test_what_is_fixed_in_a_recording_makes_a_new_one():
 
 @pytest.mark.parametrize("kind", ["adam", "sparse_adam"])
 def test_what_a_step_depends_on_is_fixed(kind):
-    """Where weights and moments lie, and the settings; not the rate, nor the weights' values."""
+    """Where weights, moments and a shadow lie, and the settings; not the rate, nor the weights'
+    values."""
     torch.manual_seed(0)
     sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=D, d_sae=D_SAE, k=4))
     optimizer = make_optimizer(kind, sae, lr=1e-2, betas=(0.9, 0.999))
 
+    held: list[Any] = [torch.zeros(3), None, torch.zeros(1), 1.0]
+    copy_in_few_bits: Any = SimpleNamespace(given=lambda: held, shape=lambda: {"WIDTH": 8})
+
     def now() -> Any:
-        return _fixed_in_a_graph(sae, optimizer, None)
+        return _fixed_in_a_graph(sae, optimizer, copy_in_few_bits)
 
     seen = [now()]
     optimizer.param_groups[0]["lr"] = 1e-3
@@ -185,6 +190,8 @@ def test_what_a_step_depends_on_is_fixed(kind):
         lambda: vars(sae.cfg).update(apply_b_dec_to_input=not sae.cfg.apply_b_dec_to_input),
         lambda: setattr(sae.b_dec, "data", sae.b_dec.data.clone()),
         lambda: setattr(sae.activation_fn, "k", 5),
+        lambda: held.__setitem__(0, torch.zeros(3)),
+        lambda: held.__setitem__(3, 2.0),
     ):
         change()
         assert now() not in seen

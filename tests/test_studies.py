@@ -376,3 +376,34 @@ def test_starts_at_data_are_of_all_training_documents_and_of_no_other(protocol):
     assert len(eighths) == 8
     assert (eighths > 128 / 2).all()
     assert torch.equal(protocol.sample_for(_trial(protocol), at), rows[:4096])
+
+
+def test_saes_that_a_gpu_trained_are_those_of_all_records(tmp_path, monkeypatch):
+    """The oldest first; what is no SAE, or was left out, is no row."""
+    arm = {"start": "random", "optimizer": "adam", "d_sae": 8, "lr": 0.5, "tokens": 4, "fvu": 0.25}
+    arm |= {"mean_fires_in_training": 2.0, "silent_held_out": {"2": 0.75, "4": 0.5}}
+    refitted = arm | {"after_refit": {"fvu": 0.125}}
+    rest = {"backend": "triton", "activations": {"tokens": 4}, "late": {"left out": "no time"}}
+    for name, date, arms in [
+        ("b", "2026-01-02", {"first": arm}),
+        ("a", "2026-01-03", {"second": refitted}),
+        ("c", "2026-01-01", None),
+    ]:
+        record = {"facts": {"card": "NVIDIA A", "date": date}, "commit": "0123456789ab"}
+        record |= {} if arms is None else {"headline": rest | arms}
+        (tmp_path / f"{name}.json").write_text(json.dumps(record))
+    monkeypatch.setattr(studies, "data_file", lambda name: tmp_path)
+    found = studies.trained_on_gpu()
+    assert found["name"].tolist() == ["first", "second"]
+    assert set(found["commit"]) == {"012345678"}
+    assert (
+        found[["window", "dead_share", "fvu", "firings"]].values.tolist() == [[4, 0.5, 0.25, 2]] * 2
+    )
+    assert found["refitted_fvu"].isna().tolist() == [True, False]
+    assert found["refitted_fvu"].iloc[1] == 0.125
+
+
+def test_without_a_record_of_a_gpu_it_says_what_makes_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(studies, "data_file", lambda name: tmp_path)
+    with pytest.raises(SaesubError, match="run the kit in benchmarks/gpu"):
+        studies.trained_on_gpu()

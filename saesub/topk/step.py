@@ -343,17 +343,23 @@ def _by_feature(sae: TopKTrainingSAE) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _fixed_in_a_graph(
-    sae: TopKTrainingSAE, optimizer: torch.optim.Adam, shadow: Shadow | None
+    sae: TopKTrainingSAE, optimizer: torch.optim.Adam, shadow: Any
 ) -> tuple[Any, ...]:
-    """What a recorded step has in it: where tensors lie, and numbers that are no tensors."""
+    """What a recorded step has in it: where tensors lie, and numbers that are no tensors.
+
+    `shadow` is an `EncoderShadow`. Another one in the same memory has the rows of its weights.
+    """
     group, cfg = optimizer.param_groups[0], sae.cfg
     kept = [t for p in _by_feature(sae) for t in (p, *moments(optimizer, p))]
     if isinstance(optimizer, SparseAdam):
         kept += [optimizer.moved(p, int(p is sae.W_enc)) for p in _by_feature(sae)]
-    numbers = (*group["betas"], group["eps"], sae.activation_fn.k, cfg.aux_loss_coefficient)  # pyright: ignore
+    kept.append(sae.b_dec)
+    held = [*shadow.given(), *shadow.shape().values()]
+    kept += [t for t in held if isinstance(t, Tensor)]
+    numbers = [n for n in held if not isinstance(n, Tensor)]
+    numbers += [*group["betas"], group["eps"], sae.activation_fn.k, cfg.aux_loss_coefficient]  # pyright: ignore
     kinds = (type(optimizer), cfg.apply_b_dec_to_input, cfg.rescale_acts_by_decoder_norm)
-    places = tuple(t.data_ptr() for t in (*kept, sae.b_dec))
-    return places, numbers, kinds, id(shadow), getattr(shadow, "factor", None)
+    return tuple(t.data_ptr() for t in kept), tuple(numbers), kinds
 
 
 class AuxEntries(NamedTuple):
