@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ def tables() -> dict[str, str]:
         "gpu-speed": _speed(records),
         "gpu": _in_short(records),
         "gpu-ratios": _ratios(records),
+        "gpu-spread": _spread(records),
         "gpu-floor": _floor(records),
         "gpu-recall": _recall(records),
         "gpu-arms": _arms(),
@@ -68,16 +70,32 @@ def _checked(records: list[dict[str, Any]]) -> str:
 
 def _speeds(records: list[dict[str, Any]]) -> dict[tuple[str, str, int], dict[str, Any]]:
     """By contender, optimizer and features, at `BATCH` tokens; the newest."""
-    found = {}
+    return dict(_timed(records))
+
+
+def _timed(records: list[dict[str, Any]]) -> Iterator[tuple[tuple[str, str, int], dict[str, Any]]]:
+    """Every timing of steps of `BATCH` tokens; those in the table of speeds after the others."""
     for record in records:
+        commit = {"commit": record["commit"][:7]}
+        for name, row in record.get("check", {}).items():
+            if (said := _STEPS.fullmatch(name)) and "ms" in _fields(row):
+                yield (f"saesub {said[2]}", _OPTIMIZERS[said[3]], int(said[1])), row | commit
         for row in record.get("speed", {}).values():
             if _fields(row).get("batch") == BATCH and "ms" in row:
                 contender, optimizer = _parts(row["name"])
-                found[contender, optimizer, row["d_sae"]] = row
-        for name, row in record.get("check", {}).items():
-            if (said := _STEPS.fullmatch(name)) and "ms" in _fields(row):
-                found[f"saesub {said[2]}", _OPTIMIZERS[said[3]], int(said[1])] = row
-    return found
+                yield (contender, optimizer, row["d_sae"]), row | commit
+
+
+def _spread(records: list[dict[str, Any]]) -> str:
+    """How far two timings of the same code, made minutes apart, differ."""
+    found: dict[Any, list[float]] = {}
+    for key, row in _timed(records):
+        found.setdefault((key, row["commit"]), []).append(row["ms"])
+    ratios = [max(ms) / min(ms) - 1 for ms in found.values() if len(ms) > 1]
+    return (
+        f"{len(ratios)} of these steps were timed twice by the same code, minutes apart: the two "
+        f"differ by {min(ratios):.0%} to {max(ratios):.0%}."
+    )
 
 
 def _parts(name: str) -> tuple[str, str]:
@@ -92,13 +110,15 @@ def _speed(records: list[dict[str, Any]]) -> str:
     speeds = _speeds(records)
     widths = sorted({width for _, _, width in speeds})
     titles = [f"{width:,} features" for width in widths]
-    lines = [f"| | optimizer | {' | '.join(titles)} |", "|---|---|" + "---:|" * len(widths)]
+    lines = [f"| | optimizer | {' | '.join(titles)} | commit |"]
+    lines.append("|---|---|" + "---:|" * len(widths) + "---|")
     for contender, title in _CONTENDERS.items():
         for optimizer in _OPTIMIZERS.values():
             rows = [speeds.get((contender, optimizer, width)) for width in widths]
             if any(rows):
                 cells = " | ".join(_cell(row) for row in rows)
-                lines.append(f"| {title} | {optimizer} | {cells} |")
+                commit = next(row["commit"] for row in rows if row)
+                lines.append(f"| {title} | {optimizer} | {cells} | `{commit}` |")
     return "\n".join(lines)
 
 
@@ -113,7 +133,10 @@ def _ratios(records: list[dict[str, Any]]) -> str:
     speeds = _speeds(records)
     widths = sorted({width for _, _, width in speeds})
     titles = [f"{width:,} features" for width in widths]
-    lines = [f"| saesub's speed, times | {' | '.join(titles)} |", "|---|" + "---:|" * len(widths)]
+    lines = [
+        f"| saesub's speed as a multiple of | {' | '.join(titles)} |",
+        "|---|" + "---:|" * len(widths),
+    ]
     for peer in ("sparsify", "sae-lens"):
         for optimizer in _OPTIMIZERS.values():
             cells = []
@@ -121,7 +144,7 @@ def _ratios(records: list[dict[str, Any]]) -> str:
                 own = "saesub triton in 8 bits" if width >= EIGHT_BITS_FROM else "saesub triton"
                 rows = speeds[own, optimizer, width], speeds[peer, "Adam", width]
                 cells.append("{:.1f}".format(rows[1]["ms"] / rows[0]["ms"]))
-            lines.append(f"| {_CONTENDERS[peer]}'s, with {optimizer} | {' | '.join(cells)} |")
+            lines.append(f"| {_CONTENDERS[peer]}, with {optimizer} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -139,8 +162,9 @@ def _in_short(records: list[dict[str, Any]]) -> str:
         for s, b in [[speeds[peer, "Adam", w]["tokens_per_second"] for w in ends]]
     ]
     return (
-        f"On an [H200](docs/gpu.md), after `saesub check-gpu`: {own[0] / 1e6:.1f}M tokens/s at "
-        f"{ends[0]:,} features, {own[1] / 1e6:.2f}M at {ends[1]:,}; {', '.join(said)}."
+        f"On an [H200](docs/gpu.md), after `saesub check-gpu`, without AuxK: {own[0] / 1e6:.1f}M "
+        f"tokens/s at 2^{ends[0].bit_length() - 1} features, {own[1] / 1e6:.2f}M at "
+        f"2^{ends[1].bit_length() - 1}; {', '.join(said)}."
     )
 
 
@@ -155,8 +179,8 @@ def _floor(records: list[dict[str, Any]]) -> str:
     return (
         f"At {width:,} features the product of tokens and encoder alone would take {product:.1f} "
         f"ms in 16 bits, at the {rate:.0f} TFLOP/s that torch's product of two matrices of side "
-        f"8,192 reaches there. The whole step takes {ms[0]:.1f} ms with SparseAdam, and "
-        f"{ms[1]:.1f} ms in 8 bits."
+        f"8,192 reached on the first of the machines. The whole step takes {ms[0]:.1f} ms "
+        f"with SparseAdam, and {ms[1]:.1f} ms in 8 bits, on the second."
     )
 
 
@@ -164,8 +188,11 @@ def _recall(records: list[dict[str, Any]]) -> str:
     """The least share of the float32 top 32 that the searches find on trained weights."""
     rows = [_fields(row) for record in records for row in record.get("headline", {}).values()]
     found = [row["recall"] for row in rows if row.get("recall")]
-    said = " and ".join(f"{min(r[b] for r in found):.3%} in {b}" for b in ("16 bits", "8 bits"))
-    return f"On the {len(found)} SAEs that were trained there it found at least {said}."
+    least = {bits: min(row[bits] for row in found) for bits in ("16 bits", "8 bits")}
+    said = (f"{share:.3%} in {bits}".replace("100.000%", "all") for bits, share in least.items())
+    return (
+        f"On the {len(found)} SAEs that were trained there it found at least {' and '.join(said)}."
+    )
 
 
 def _bridge() -> str:
@@ -181,13 +208,18 @@ def _bridge() -> str:
 
 def _arms() -> str:
     titles = "features | condition | rate | tokens | firings of a feature | dead | FVU"
-    lines = [f"| {titles} | after a refit |", "|---:|---|" + "---:|" * 6]
-    trained = studies.trained_on_gpu().sort_values("d_sae", ascending=False, kind="stable")
+    lines = [f"| {titles} | after a refit | commit |", "|---:|---|" + "---:|" * 6 + "---|"]
+    trained = (
+        studies.trained_on_gpu()
+        .query("name != 'bridge'")
+        .sort_values("d_sae", ascending=False, kind="stable")
+    )
     for row in trained.itertuples():
         refitted = "" if pd.isna(row.refitted_fvu) else f"{row.refitted_fvu:.4f}"
         lines.append(
             f"| {row.d_sae:,} | {row.name.split(' at ')[0]} | {row.lr:g} | {row.tokens:,} | "
-            f"{row.firings:.0f} | {row.dead_share:.1%} | {row.fvu:.4f} | {refitted} |"
+            f"{row.firings:.0f} | {row.dead_share:.1%} | {row.fvu:.4f} | {refitted} | "
+            f"`{row.commit[:7]}` |"
         )
     return "\n".join(lines)
 

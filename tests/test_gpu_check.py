@@ -66,6 +66,7 @@ def test_the_checks_pass_for_the_cpus_backend():
 def test_the_checks_pass_for_the_kernels_in_the_interpreter(monkeypatch):
     backend = triton_backend.BACKEND
     monkeypatch.setattr(native_step, "row_backend", lambda *given, **more: backend)
+    monkeypatch.setattr(gpu_check, "_STEPS", 4)
     checks = run_checks(CPU, backend=backend, named="triton", sizes=TINY)
     assert {c.name: c.detail for c in checks if c.outcome == "failed"} == {}
     assert kernels_passed(checks)

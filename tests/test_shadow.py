@@ -273,6 +273,25 @@ def test_a_trainer_writes_the_whole_shadow_only_where_others_changed_the_weights
     assert counts == [1, 1, 1, 2, 2, 3, 3]  # the step at 10 tokens resamples
 
 
+def test_a_stale_copy_is_heard_of_while_the_gpu_is_behind(monkeypatch):
+    """An answer that has come is read before the question is asked again, which forgets it."""
+    sae = _sae(8, 96)
+    kept, whole = _shadow(sae), []
+    monkeypatch.setattr(EncoderShadow, "rebuild", lambda self, *w: whole.append(1))
+    monkeypatch.setattr(shadow, "reading_waits", lambda _: True)
+    answers = [False, False, False, True]  # to the three questions of the first step
+
+    class Event:
+        def query(self) -> bool:
+            return bool(answers) and answers.pop(0)
+
+    kept._pending._here, kept._pending._event = torch.ones(1, dtype=torch.int32), Event()
+    kept.keep_up(sae.W_enc, sae.W_dec)
+    assert not whole
+    kept.keep_up(sae.W_enc, sae.W_dec)
+    assert whole
+
+
 def test_wide_dictionaries_are_searched_in_eight_bits_where_that_pays(monkeypatch):
     """On a Hopper, from a width on; and wherever it is asked for."""
     sae = _sae(8, 96)
@@ -281,7 +300,7 @@ def test_wide_dictionaries_are_searched_in_eight_bits_where_that_pays(monkeypatc
         return backend.shadow(sae, None).rows.dtype
 
     for hopper in (False, True):
-        monkeypatch.setattr(triton_backend, "_is_hopper", lambda _, hopper=hopper: hopper)
+        monkeypatch.setattr(triton_backend, "is_hopper", lambda _, hopper=hopper: hopper)
         for least, few in ((96, torch.float8_e4m3fn), (97, torch.float16)):
             monkeypatch.setattr(triton_backend, "LEAST_FOR_EIGHT_BITS", least)
             expected = few if hopper else torch.float16

@@ -90,7 +90,7 @@ class Run:
 def test_repeated_steps_are_those_that_are_launched(small, monkeypatch):
     """With other tokens, dead features and rates each time, which are no part of the recording;
     outputs stay what they were when later steps are taken."""
-    monkeypatch.setattr(step_graph, "_STEPS_BEFORE", 1)
+    monkeypatch.setattr(step_graph, "_LAUNCHED_FIRST", 1)
     plain, repeated = (Run(graph=graph) for graph in (False, True))
     torch.manual_seed(1)
     kept = []
@@ -155,14 +155,24 @@ class Adding:
 
 
 def test_what_is_fixed_in_a_recording_makes_a_new_one():
-    """Another number of tokens, or anything else that is fixed; the rate and the batch are not."""
-    adding, whole = Adding(), step_graph._STEPS_BEFORE + 2
-    assert adding.steps(step_graph._STEPS_BEFORE) == 0
+    """Another number of tokens, or anything else that is fixed; the rate and the batch are not.
+
+    Before each recording twice as many steps are launched as before the last.
+    """
+    adding, first = Adding(), step_graph._LAUNCHED_FIRST
+    assert adding.steps(first) == 0
     assert adding.steps(3) == 1
-    assert adding.steps(1, n=3) == 1  # a last batch that is shorter is taken as it is
-    assert adding.steps(whole) == 2
-    assert adding.steps(whole, fixed=1) == 3
-    assert adding.steps(whole, fixed=1, dead=torch.ones(4, dtype=torch.bool)) == 4
+    repeat = adding.graph._repeat
+    assert adding.steps(1, n=3) == 1  # a last batch that is shorter is launched as it is,
+    assert adding.steps(1) == 1
+    assert adding.graph._repeat is repeat  # and the recording is still there
+    assert adding.steps(2 * first, n=3) == 1
+    assert adding.steps(2, n=3) == 2
+    assert adding.steps(4 * first, fixed=1) == 2
+    assert adding.graph._repeat is None
+    assert adding.steps(2, fixed=1) == 3
+    assert adding.steps(8 * first + 1, fixed=1, dead=torch.ones(4, dtype=torch.bool)) == 4
+    assert adding.steps(2, fixed=1, dead=torch.arange(4) > 1) == 4
 
 
 @pytest.mark.parametrize("kind", ["adam", "sparse_adam"])
@@ -205,7 +215,7 @@ def test_a_step_that_cannot_be_recorded_is_taken_with_one_warning():
         raise RuntimeError("operation not permitted when stream is capturing")
 
     adding.graph = StepGraph(refuse)
-    adding.steps(step_graph._STEPS_BEFORE)
+    adding.steps(step_graph._LAUNCHED_FIRST)
     with pytest.warns(UserWarning, match="cannot be recorded as a CUDA graph"):
         adding.steps(1)
     with warnings.catch_warnings():

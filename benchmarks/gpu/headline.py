@@ -113,7 +113,7 @@ class Headline:
             self._compare()
         except ArithmeticError as error:
             self.results.add("graphs", {"error": "ArithmeticError", "message": str(error)})
-            step_graph._STEPS_BEFORE = 10**9
+            step_graph._LAUNCHED_FIRST = 10**9
             self._compare()
         encode.row_backend = partial(encode.row_backend, triton=True)
         return "triton"

@@ -54,7 +54,8 @@ _MOST_OTHER_WEIGHTS, _MOST_LOSS_DIFFERENCE = 0.01, 1e-3
 _FAR_TABLES, _FAR_REST = 6, 6 * 10**9  # weights and moments of both sides; bytes for what else is
 
 
-_STEP, _ON_CPU = Size(2048, 576, 16_384, 32), Size(256, 64, 1024, 8)
+# Wide enough for AuxK, too, to be searched in few bits.
+_STEP, _ON_CPU = Size(2048, 576, 32_768, 32), Size(256, 64, 1024, 8)
 _FAR = Size(64, 4096, 1024, 32, offset=2**19)
 
 
@@ -277,7 +278,10 @@ def _as_on_cpu(device: torch.device, size: Size) -> str:
 def _agree(ours: SubspaceSAETrainer, theirs: SubspaceSAETrainer, size: Size) -> str:
     worst, revived = 0.0, False
     first, second = ours.sae.W_enc.device, theirs.sae.W_enc.device
-    for _, batch in zip(range(_STEPS), _batches(size, first), strict=False):
+    for step, batch in zip(range(_STEPS), _batches(size, first), strict=False):
+        for trainer in (ours, theirs):  # a recorded step takes the rate and the batch of each
+            trainer.optimizer.param_groups[0]["lr"] = _LR / (1 + step % 3)
+        batch = batch[: size.n // 2] if step == _STEPS - 2 else batch
         pairs = zip(_take(ours, batch), _take(theirs, batch.to(second)), strict=True)
         for at, (a, b) in enumerate(pairs):
             a, b = float(a), float(b)

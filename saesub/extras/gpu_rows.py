@@ -15,7 +15,7 @@ from torch import Tensor
 
 from saesub.topk.backend import AdamSettings, RowBackend
 from saesub.topk.ops import Selected
-from saesub.topk.triton_backend import FLOAT8_CAPABILITY, TritonBackend
+from saesub.topk.triton_backend import TritonBackend, is_hopper
 
 MOST_DIFFERENCE = 1e-4  # relative to the number and to the root mean square of its tensor
 LEAST_RECALL = 0.999
@@ -176,20 +176,20 @@ def check_search(backend: RowBackend, problem: Problem) -> str:
 
 
 def check_shadow(backend: RowBackend, problem: Problem) -> str:
-    """The recall of the search by the encoder in few bits, as a step takes it; in 16 and in 8 bits
-    where the card has both."""
+    """The recall of the search by the encoder in few bits, as a step takes it: in 16 bits, and in 8
+    where wide dictionaries take these."""
     W_enc, W_dec = problem.whole(problem.enc).T, problem.whole(problem.dec)
     b_enc, k = problem.whole(problem.b_enc, -1e3), problem.size.k
     config = SimpleNamespace(rescale_acts_by_decoder_norm=True, k=k)
     sae = SimpleNamespace(W_enc=W_enc, W_dec=W_dec, b_enc=b_enc, cfg=config)
-    given: list[RowBackend] = [backend]
-    if isinstance(backend, TritonBackend) and _has_float8(W_enc.device):
-        given = [TritonBackend(eight_bits=eight_bits) for eight_bits in (False, True)]
+    backends: list[RowBackend] = [backend]
+    if isinstance(backend, TritonBackend) and is_hopper(W_enc.device):
+        backends = [TritonBackend(eight_bits=eight_bits) for eight_bits in (False, True)]
     exact = problem.x.double() @ problem.enc.double().T + problem.b_enc.double()
     best = (exact * problem.dec.double().norm(dim=1)).topk(k).indices
     recalls, found = [], _Differences()
-    for one in given:
-        shadow = one.shadow(sae, None, in_subspace=False)
+    for each in backends:
+        shadow = each.shadow(sae, None, in_subspace=False)
         if shadow is None:
             raise LeftOutError("this backend searches by the weights themselves")
         features, pre = shadow.search(problem.x, W_enc, b_enc, k, shadow.norms)
@@ -199,11 +199,6 @@ def check_shadow(backend: RowBackend, problem: Problem) -> str:
     if min(recalls) < LEAST_RECALL:
         raise CheckError(f"the search finds {min(recalls):.4f} of the top {k}")
     return f"recall {min(recalls):.5f}, {found}"
-
-
-def _has_float8(device: torch.device) -> bool:
-    capable = device.type == "cuda" and torch.cuda.get_device_capability(device)
-    return bool(capable and capable >= FLOAT8_CAPABILITY)
 
 
 def check_decode(backend: RowBackend, problem: Problem) -> str:

@@ -55,7 +55,8 @@ def draw_tokens(
     activations: Float[Tensor, "tokens d"],
 ) -> Int[Tensor, " n"]:
     """`n` different tokens to start at: any for "data"; for "whitened_data" the n of twice as many
-    that are least like any drawn before them, since many tokens of a text are nearly the same."""
+    that are least like any drawn before them, since many tokens of a text are nearly the same. They
+    are compared on the activations' device, whose rounding decides among those that are as like."""
     if directions == "data":
         return torch.randperm(len(activations), generator=generator)[:n]
     tokens = torch.randperm(len(activations), generator=generator)[: _CANDIDATES * n]

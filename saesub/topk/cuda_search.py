@@ -33,8 +33,8 @@ def search(
     """`dense_search`, for a `W_enc` that lies feature-major in memory.
 
     The 2 k + 32 best by bfloat16 products are ranked again by `products` in the precision of `x`.
-    Unlike the 8-bit search on the CPU there is no bound on what that misses: its recall of the
-    float32 ranking is yet to be measured on CUDA. `exact` finds the k best by whole products in
+    Unlike the 8-bit search on the CPU there is no bound on what that misses; `saesub check-gpu`
+    measures its recall of the float32 ranking. `exact` finds the k best by whole products in
     the precision of `x`, with TF32 if torch is set to allow it.
     """
     d_sae = W_enc.shape[1]

@@ -22,7 +22,7 @@ from saesub.topk.backend import check
 from saesub.topk.ops import Selected, top_k
 from saesub.topk.triton_launch import block_of, kernels, launch, row_shapes
 
-_MOST_MAXIMA = 2**28  # of groups at once: 0.5 GB
+_MOST_SCORES = 2**28  # at once: groups' maxima are then 0.5 GB, or their members' scores 1 GB
 _LEAST_TOKENS, _MOST_TOKENS = 2048, 16_384  # at once
 _REFRESHES = 64  # steps in which every row is written once more
 _GROUPS_PER_CHOSEN = 8  # with fewer groups the best are no small part of them
@@ -98,12 +98,14 @@ class EncoderShadow:
     def keep_up(self, W_enc: Tensor, W_dec: Tensor) -> None:
         """Before a step: write all rows if the weights were changed by others, else the next few.
 
-        A change through `.data` leaves no trace in torch. The search sees one of many rows, and one
-        of the next three steps writes all; any other row is written again within `_REFRESHES`
+        A change through `.data` leaves no trace in torch. The search sees one of many rows, and the
+        first step that hears of it writes all; any other row is written again within `_REFRESHES`
         steps.
         """
+        stale = self._pending.arrived()  # before it is asked for again, which forgets the answer
         self._pending.note(self.stale)
-        if self._key != _key_of(W_enc, W_dec) or self._pending.arrived():
+        stale |= self._pending.arrived()  # on a CPU it is there at once
+        if stale or self._key != _key_of(W_enc, W_dec):
             return self.rebuild(W_enc, W_dec)
         left = len(self.rows) - self._at
         chunk = min(-(-len(self.rows) // _REFRESHES), left)
@@ -151,7 +153,8 @@ class EncoderShadow:
         bias = _scaled(b_enc, feature_scale) * self.factor
         features = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
         pre = x.new_empty(len(x), k)
-        at_once = min(_MOST_TOKENS, max(_LEAST_TOKENS, _MOST_MAXIMA // n_groups))
+        most = _MOST_SCORES // max(n_groups, maxima.MEMBERS * width)
+        at_once = min(_MOST_TOKENS, max(_LEAST_TOKENS, most))
         for start in range(0, len(x), at_once):
             block = slice(start, start + at_once)
             found, few = self._candidates(x[block], bias, width)

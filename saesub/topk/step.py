@@ -215,7 +215,8 @@ def row_step(
     if graph is None or waits or isinstance(sae, BatchTopKTrainingSAE):
         done = compute(x, dead, lr)
     else:
-        done = graph.run(compute, (x, dead, lr), _fixed_in_a_graph(sae, optimizer, shadow))
+        fixed = (exact_search, *_fixed_in_a_graph(sae, optimizer, shadow))
+        done = graph.run(compute, (x, dead, lr), fixed)
     _note_changes(sae, optimizer, shadow, done)
     losses = done.mse_loss, done.aux_loss
     return entries_output(sae, x, done.x_hat, done.selected, done.acts, *losses, done.skipped)
@@ -359,7 +360,7 @@ def _fixed_in_a_graph(
     numbers = [n for n in held if not isinstance(n, Tensor)]
     numbers += [*group["betas"], group["eps"], sae.activation_fn.k, cfg.aux_loss_coefficient]  # pyright: ignore
     kinds = (type(optimizer), cfg.apply_b_dec_to_input, cfg.rescale_acts_by_decoder_norm)
-    return tuple(t.data_ptr() for t in kept), tuple(numbers), kinds
+    return tuple((t.data_ptr(), t.shape) for t in kept), tuple(numbers), kinds
 
 
 class AuxEntries(NamedTuple):

@@ -23,11 +23,14 @@ if TYPE_CHECKING:
     Recording = tuple[Computed, Callable[[], None]]
     Record = Callable[[Callable[[], Computed], torch.device], Recording]
 
-_STEPS_BEFORE = 3  # that are taken as they are: they compile kernels and make the optimizer's state
+_LAUNCHED_FIRST = 3  # steps before a recording: they compile kernels and make the optimizer's state
 
 
 class StepGraph:
-    """The recording of one trainer's steps, made anew when something that is fixed in it changes.
+    """The recording of one trainer's steps.
+
+    Before each new recording twice as many steps are launched one by one as before the last, so
+    that what changes often costs little.
 
     Args:
         record: records a function on a device, without running it: gives what it will compute, and
@@ -36,58 +39,68 @@ class StepGraph:
 
     def __init__(self, record: Record | None = None) -> None:
         self._record = record or _cuda_graph
-        self._fixed: Any = None
-        self._steps = 0
+        self._launch_first = _LAUNCHED_FIRST
+        self._seen: Any = None  # the kind of the last step, and how many came in a row
+        self._in_a_row = 0
+        self._recorded: Any = None  # the kind of step that the recording repeats
         self._repeat: Callable[[], None] | None = None
-        self._given: tuple[Tensor, Tensor | None, Tensor] | None = None
-        self._made: Computed | None = None
-        self._refused = False
+        self._inputs: tuple[Tensor, Tensor | None, Tensor] | None = None
+        self._outputs: Computed | None = None
+        self._impossible = False
 
     def run(
         self, compute: Compute, given: tuple[Tensor, Tensor | None, float], fixed: Any
     ) -> Computed:
-        """`compute(*given)`, by the recording if there is one.
+        """`compute(*given)`, by the recording if there is one of this kind of step.
 
-        `fixed` is what else it depends on: if it differs from the last step's, or the shape of the
-        batch does, the recording is dropped. A step that cannot be recorded is taken as it is, and
-        so are all later ones, with one warning.
+        A kind is `fixed`, what else `compute` depends on, and the batch's shape. A recording with
+        another `fixed` is dropped; one of another shape is kept, for a shorter batch may be the
+        last of an epoch. A step that cannot be recorded is launched as it is, and so are all later
+        ones, with one warning.
         """
         x, dead, lr = given
-        fixed = (fixed, x.shape, x.dtype, dead is None)
-        if fixed != self._fixed:
-            self._fixed, self._steps = fixed, 0
-            self._repeat = self._given = self._made = None
-        self._steps += 1
-        if self._refused or self._steps <= _STEPS_BEFORE:
+        kind = (fixed, x.shape, x.dtype, dead is None)
+        if self._impossible:
             return compute(*given)
-        if self._repeat is None:
-            self._start(compute, x, dead, lr)
-        if self._repeat is None or self._given is None or self._made is None:
+        if self._recorded is not None and self._recorded[0] != fixed:
+            self._recorded = self._repeat = self._inputs = self._outputs = None
+        self._in_a_row = self._in_a_row + 1 if kind == self._seen else 1
+        self._seen = kind
+        if kind != self._recorded:
+            if self._in_a_row <= self._launch_first:
+                # From memory like a recording's, so that all kernels are compiled for it.
+                return compute(x.clone(), None if dead is None else dead.clone(), lr)
+            self._start(compute, given, kind)
+        if self._repeat is None or self._inputs is None or self._outputs is None:
             return compute(*given)
-        kept_x, kept_dead, kept_lr = self._given
-        kept_x.copy_(x)
-        kept_lr.fill_(lr)
-        if kept_dead is not None and dead is not None:
-            kept_dead.copy_(dead)
+        own_x, own_dead, own_lr = self._inputs
+        own_x.copy_(x)
+        own_lr.fill_(lr)
+        if own_dead is not None and dead is not None:
+            own_dead.copy_(dead)
         self._repeat()
-        return _copied(self._made)
+        return _copied(self._outputs)
 
-    def _start(self, compute: Compute, x: Tensor, dead: Tensor | None, lr: float) -> None:
-        given = (
-            x.clone(),
-            None if dead is None else dead.clone(),
-            torch.full_like(x[0, 0], lr, dtype=torch.float64),
-        )
+    def _start(
+        self, compute: Compute, given: tuple[Tensor, Tensor | None, float], kind: Any
+    ) -> None:
+        x, dead, lr = given
+        self._recorded = self._repeat = self._inputs = self._outputs = None
         try:
-            self._made, self._repeat = self._record(lambda: compute(*given), x.device)
-            self._given = given
-        except Exception as error:  # a version of torch or of Triton that does not record it
-            self._refused = True
+            own_dead = None if dead is None else dead.clone()
+            own = x.clone(), own_dead, torch.full_like(x[0, 0], lr, dtype=torch.float64)
+            self._outputs, self._repeat = self._record(lambda: compute(*own), x.device)
+        except Exception as error:  # too little memory, or a version of torch or of Triton
+            self._impossible = True
             warnings.warn(
                 "The training step cannot be recorded as a CUDA graph, so each is launched by "
-                f"Python ({type(error).__name__}: {str(error).strip()[-300:]}).",
+                f"Python, as fast as without graphs ({type(error).__name__}: "
+                f"{str(error).strip()[-300:]}). If memory runs short later, start a new process.",
                 stacklevel=2,
             )
+            return
+        self._inputs, self._recorded = own, kind
+        self._launch_first *= 2
 
 
 def _cuda_graph(compute: Callable[[], Computed], device: torch.device) -> Recording:
@@ -99,7 +112,7 @@ def _cuda_graph(compute: Callable[[], Computed], device: torch.device) -> Record
             # GPU meanwhile: a loader of batches, say.
             given: Any = {"stream": torch.cuda.Stream(), "capture_error_mode": "thread_local"}
             with torch.cuda.graph(graph, **given):
-                made = compute()
+                outputs = compute()
         finally:
             torch.cuda.set_stream(before)  # a recording that fails leaves its own
 
@@ -107,15 +120,14 @@ def _cuda_graph(compute: Callable[[], Computed], device: torch.device) -> Record
         with torch.cuda.device(device):
             graph.replay()
 
-    return made, repeat
+    return outputs, repeat
 
 
-def _copied(made: Computed) -> Computed:
+def _copied(outputs: Computed) -> Computed:
     """Copies of all tensors, over which the next repetition writes."""
-    selected = made.selected
+    selected = outputs.selected
     features, offsets, pre = (
         t.clone() for t in (selected.features, selected.offsets, selected.pre)
     )
     own = replace(selected, features=features, offsets=offsets, pre=pre)
-    others = (None if t is None else t.clone() for t in made[1:])
-    return type(made)(own, *others)
+    return type(outputs)(own, *(None if t is None else t.clone() for t in outputs[1:]))

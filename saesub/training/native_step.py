@@ -71,6 +71,10 @@ class NativeStep:
         """Forget what was kept of the weights, which others have changed."""
         self._shadow = None
 
+    def end(self) -> None:
+        """Give back what is kept on the device for further steps."""
+        self._shadow = self._graph = None
+
     def rows(self, trainer: SubspaceSAETrainer) -> RowBackend | None:
         """The backend of the next step; None if SAELens' step and autograd take it.
 

@@ -342,6 +342,7 @@ class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CON
 
         SAELens calls it when training is over, so the weights become contiguous again here.
         """
+        self.native_step.end()
         if isinstance(self.sae, SparseTopKTrainingSAE):
             lay_out_contiguous(self.sae)
         super().set_final_sae_metadata()
