@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from sae_lens import BatchTopKTrainingSAE, TopKTrainingSAE
 from sae_lens.saes.sae import TrainStepOutput
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from saesub.errors import SaesubError
@@ -338,7 +338,7 @@ def _note_changes(
     sae.b_dec.grad = None
 
 
-def _by_feature(sae: TopKTrainingSAE) -> tuple[Tensor, Tensor, Tensor]:
+def _by_feature(sae: TopKTrainingSAE) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
     """The parameters of which each feature has its part."""
     return sae.W_enc, sae.W_dec, sae.b_enc
 

@@ -130,4 +130,5 @@ def _copied(outputs: Computed) -> Computed:
         t.clone() for t in (selected.features, selected.offsets, selected.pre)
     )
     own = replace(selected, features=features, offsets=offsets, pre=pre)
-    return type(outputs)(own, *(None if t is None else t.clone() for t in outputs[1:]))
+    others: Any = (None if t is None else t.clone() for t in outputs[1:])
+    return type(outputs)(own, *others)
