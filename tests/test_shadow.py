@@ -28,6 +28,7 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is n
 
 BACKEND = triton_backend.BACKEND
 DEVICE = BACKEND.device_type
+D, D_SAE = 12, 70  # of most tests: the interpreter takes a millisecond for each row
 
 
 def _sae(d: int, d_sae: int, *, scaled: bool = True, seed: int = 0, **more) -> TopKTrainingSAE:
@@ -106,13 +107,13 @@ def test_maxima_are_those_of_features_that_lie_a_stride_apart(monkeypatch, dtype
 @pytest.mark.parametrize("n_dead", [None, 22])
 def test_steps_by_a_shadow_equal_those_by_autograd(optimizer, n_dead):
     """Also AuxK; and rows are written as they move."""
-    sae = _sae(24, 130, aux_loss_coefficient=1 / 32)
+    sae = _sae(D, D_SAE, aux_loss_coefficient=1 / 32)
     twin = copy.deepcopy(sae)
     ours, theirs = (make_optimizer(optimizer, s, lr=1e-2, betas=(0.9, 0.999)) for s in (sae, twin))
-    dead = torch.arange(130, device=DEVICE) % 6 == 0 if n_dead else None
+    dead = torch.arange(D_SAE, device=DEVICE) % 6 == 0 if n_dead else None
     kept = None
     for _ in range(3):
-        x = torch.randn(6, 24, device=DEVICE)
+        x = torch.randn(6, D, device=DEVICE)
         kept = BACKEND.shadow(sae, kept)
         found = row_step(BACKEND, sae, ours, x, dead, shadow=kept)
         expected = autograd_pass(twin, x, dead)
@@ -137,10 +138,10 @@ def test_steps_by_a_shadow_equal_those_by_autograd(optimizer, n_dead):
 
 @pytest.mark.parametrize("optimizer", ["adam", "sparse_adam"])
 def test_a_step_waits_for_the_device_nowhere(monkeypatch, optimizer):
-    sae = _sae(24, 130, aux_loss_coefficient=1 / 32)
+    sae = _sae(D, D_SAE, aux_loss_coefficient=1 / 32)
     made = make_optimizer(optimizer, sae, lr=1e-2, betas=(0.9, 0.999))
-    dead = torch.arange(130, device=DEVICE) % 6 == 0
-    x = torch.randn(6, 24, device=DEVICE)
+    dead = torch.arange(D_SAE, device=DEVICE) % 6 == 0
+    x = torch.randn(6, D, device=DEVICE)
     kept = BACKEND.shadow(sae, None)
     row_step(BACKEND, sae, made, x, dead, shadow=kept)  # makes the optimizer's state
     # On a card the number is asked for and read when it has come.
@@ -152,18 +153,18 @@ def test_a_step_waits_for_the_device_nowhere(monkeypatch, optimizer):
 
 @pytest.mark.parametrize("optimizer", ["adam", "sparse_adam"])
 def test_a_batch_that_is_not_finite_changes_nothing(optimizer):
-    sae = _sae(24, 130)
+    sae = _sae(D, D_SAE)
     made = make_optimizer(optimizer, sae, lr=1e-2, betas=(0.9, 0.999))
     kept = BACKEND.shadow(sae, None)
-    row_step(BACKEND, sae, made, torch.randn(6, 24, device=DEVICE), None, shadow=kept)
+    row_step(BACKEND, sae, made, torch.randn(6, D, device=DEVICE), None, shadow=kept)
     before = copy.deepcopy((sae.state_dict(), made.state_dict()["state"], kept.rows.float()))
     for bad in (torch.nan, torch.inf):
-        x = torch.randn(6, 24, device=DEVICE)
+        x = torch.randn(6, D, device=DEVICE)
         x[3, 5] = bad
         row_step(BACKEND, sae, made, x, None, shadow=kept)
         after = (sae.state_dict(), made.state_dict()["state"], kept.rows.float())
         torch.testing.assert_close(after, before, rtol=0, atol=0)
-    row_step(BACKEND, sae, made, torch.randn(6, 24, device=DEVICE), None, shadow=kept)
+    row_step(BACKEND, sae, made, torch.randn(6, D, device=DEVICE), None, shadow=kept)
     assert not torch.equal(sae.W_dec, before[0]["W_dec"])
 
 
@@ -171,8 +172,8 @@ def test_a_batch_that_is_not_finite_changes_nothing(optimizer):
 def test_few_dead_features_are_each_taken_once(n_dead):
     """AuxK asks for 12. The first feature is among the dead, and members that do not exist are
     numbered as it is."""
-    sae, x = _sae(24, 130, aux_loss_coefficient=1 / 32), torch.randn(3, 24, device=DEVICE)
-    kept, dead = _shadow(sae), torch.arange(130, device=DEVICE) < n_dead
+    sae, x = _sae(D, D_SAE, aux_loss_coefficient=1 / 32), torch.randn(3, D, device=DEVICE)
+    kept, dead = _shadow(sae), torch.arange(D_SAE, device=DEVICE) < n_dead
     _, aux = _select(sae, x, dead, kept.norms, kept.search, WHOLE, waits=False)
     assert aux is not None
     used = aux.selected.pre != 0
@@ -181,8 +182,8 @@ def test_few_dead_features_are_each_taken_once(n_dead):
 
 
 def test_other_weights_are_not_searched_by_the_shadow():
-    sae, x = _sae(24, 130), torch.randn(5, 24, device=DEVICE)
-    other = torch.randn(130, 24, device=DEVICE).T
+    sae, x = _sae(D, D_SAE), torch.randn(5, D, device=DEVICE)
+    other = torch.randn(D_SAE, D, device=DEVICE).T
     features, _ = _shadow(sae).search(x, other, sae.b_enc.detach() * 0, 4)
     assert torch.equal(features.sort().values, (x @ other).topk(4).indices.sort().values)
 
@@ -190,7 +191,7 @@ def test_other_weights_are_not_searched_by_the_shadow():
 def test_small_dictionaries_are_left_to_the_other_search(monkeypatch):
     """Of fewer features than candidates some would be missing."""
     monkeypatch.setattr(shadow, "_GROUPS_PER_CHOSEN", 8)
-    sae, x = _sae(24, 60), torch.randn(5, 24, device=DEVICE)
+    sae, x = _sae(D, 60), torch.randn(5, D, device=DEVICE)
     kept = _shadow(sae)
     monkeypatch.setattr(kept, "_candidates", None)
     given_ = x, sae.W_enc.detach(), sae.b_enc.detach(), 4, kept.norms
@@ -206,7 +207,7 @@ def test_a_shadow_of_another_ranking_is_made_anew():
 
 
 def test_a_token_of_zeros_has_the_features_of_the_largest_biases():
-    sae, x = _sae(24, 130, scaled=False), torch.zeros(2, 24, device=DEVICE)
+    sae, x = _sae(D, D_SAE, scaled=False), torch.zeros(2, D, device=DEVICE)
     bias = sae.b_enc.detach()
     features, _ = _shadow(sae).search(x, sae.W_enc.detach(), bias, 4)
     assert torch.equal(features[0].sort().values, bias.topk(4).indices.sort().values)
@@ -214,7 +215,7 @@ def test_a_token_of_zeros_has_the_features_of_the_largest_biases():
 
 @pytest.mark.parametrize("change", ["encoder", "decoder"])
 def test_a_change_that_torch_does_not_count_is_seen_by_the_search(change):
-    sae, x = _sae(24, 130), torch.randn(5, 24, device=DEVICE)
+    sae, x = _sae(D, D_SAE), torch.randn(5, D, device=DEVICE)
     kept, bias = _shadow(sae), sae.b_enc.detach()
     kept.search(x, sae.W_enc.detach(), bias, 4, kept.norms)
     assert not kept.stale
@@ -228,7 +229,7 @@ def test_a_change_that_torch_does_not_count_is_seen_by_the_search(change):
 
 
 def test_weights_in_another_layout_are_refused():
-    sae = _sae(24, 130)
+    sae = _sae(D, D_SAE)
     with pytest.raises(TypeError, match="contiguous"):
         EncoderShadow(
             sae.W_enc, sae.W_dec.T.contiguous().T, scaled=True, products=BACKEND.row_products

@@ -21,7 +21,7 @@ from saesub.topk.step_graph import StepGraph
 
 BACKEND = triton_backend.BACKEND
 DEVICE = BACKEND.device_type
-D, D_SAE, N = 8, 130, 3
+D, D_SAE, N = 8, 70, 3
 
 
 @pytest.fixture
