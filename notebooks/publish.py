@@ -63,6 +63,7 @@ BOUNDS_FILE = RESULTS / "bounds.json"
 REGISTRY = ROOT / "data" / "registry.toml"
 ERROR_INDEX = runpy.run_path(str(ROOT / "notebooks" / "error_index.py"))
 GPU_TABLES = runpy.run_path(str(ROOT / "notebooks" / "gpu_tables.py"))
+RECIPE_TABLES = runpy.run_path(str(ROOT / "notebooks" / "recipe_tables.py"))
 BOUNDS = runpy.run_path(str(ROOT / "notebooks" / "bounds.py"))
 # The packaged files that the notebooks ask for at `full`, by kind, and those of them that `quick`
 # leaves out.
@@ -252,6 +253,7 @@ def with_tables(page: str, records: dict) -> str:
         ),
         "errors": ERROR_INDEX["tables"](),
         **GPU_TABLES["tables"](),
+        **RECIPE_TABLES["tables"](),
     }
     for name, table in tables.items():
         mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)

@@ -1,0 +1,66 @@
+"""The table of docs/recipe.md, on records of a few rows."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+
+from saesub.errors import SaesubError
+from saesub.reproduce import studies
+
+TABLES = Path(__file__).resolve().parent.parent / "notebooks" / "recipe_tables.py"
+
+
+def _row(n_train: int, condition: str, lr: float, fvu: float, **more: float) -> dict:
+    regime = {"model": "m", "corpus": "c", "hook_name": "blocks.1.hook_mlp_out", "d_sae": 2048}
+    about = {"condition": condition, "lr": lr, "fvu": fvu, "validation_fvu": fvu + 0.01}
+    return regime | {"k": 32, "n_train": n_train, "dead_share": 0.0} | about | more
+
+
+RECORDS = {
+    "recipe": [
+        _row(100, "recipe", 0.002, 0.3, fvu_unrefitted=0.5, dead_share=0.0012),
+        _row(100, "recipe", 0.001, 0.1, fvu_unrefitted=0.1),  # its half is no part of the table
+        _row(200, "recipe", 0.002, 0.44, fvu_unrefitted=0.46),
+    ],
+    "baselines": [
+        _row(100, "random", 0.004, 0.45),
+        _row(100, "ASI", 0.002, 0.4),
+        _row(200, "random", 0.001, 0.42),
+        _row(200, "ASI", 0.002, 0.4, validation_fvu=0.6),  # the validation part chooses
+    ],
+    "refitted": [_row(100, "ASI + refit", 0.008, 0.24)],
+}
+
+
+def _tables(monkeypatch, **records) -> dict[str, str]:
+    def recorded(name):
+        if name not in records:
+            raise SaesubError("there is no whole record of the study: run it")
+        return SimpleNamespace(rows=pd.DataFrame(records[name]))
+
+    monkeypatch.setattr(studies, "recorded", recorded)
+    return runpy.run_path(str(TABLES))["tables"]()
+
+
+def test_the_recipe_stands_beside_the_baseline_that_fits_best(monkeypatch):
+    made = _tables(monkeypatch, **RECORDS)
+    first, second = made["recipe"].splitlines()[2:]
+    assert first == (
+        "| m | c | 1.hook_mlp_out | 2,048 | 100 | ASI, 0.002 | 0.4000 | 0.2400 (ASI, 0.008) | "
+        "0.5000 | 0.3000 | 0.12% |"
+    )
+    assert "| random, 0.001 | 0.4200 |  | 0.4600 | 0.4400 | 0.00% |" in second
+    assert made["recipe-summary"] == (
+        "The recipe's FVU is lower than the best baseline's in 1 of 2 regimes (-25.0% to +4.8%); "
+        "before its refit in 0 of 2 regimes (+9.5% to +25.0%); than the best baseline's with a "
+        "refit in 0 of 1 regimes (+25.0% to +25.0%)."
+    )
+
+
+def test_without_refitted_baselines_nothing_is_said_of_them(monkeypatch):
+    made = _tables(monkeypatch, recipe=RECORDS["recipe"], baselines=RECORDS["baselines"])
+    assert "with a refit" not in made["recipe-summary"]
