@@ -38,6 +38,7 @@ STUDIES_OF_SAES = [
     "mitigations",
     "baselines",
     "recipe",
+    "refitted",
 ]
 
 
