@@ -51,7 +51,8 @@ def merged(folders: list[Path]) -> dict[str, Any]:
             raise RecordError(f"the results differ in {key}: record each by itself")
     record: dict[str, Any] = {"facts": facts[0], "calls": len(folders)}
     for path, content in found:
-        record[path.stem] = record.get(path.stem, {}) | content["results"]
+        results = {name: _without_trace(row) for name, row in content["results"].items()}
+        record[path.stem] = record.get(path.stem, {}) | results
     fires = [f / f"{name}.npz" for f in folders for name in _FIRES]
     record["features by fires"] = histograms([path for path in fires if path.is_file()])
     profiles = [f / "profile.txt" for f in folders]
@@ -59,6 +60,11 @@ def merged(folders: list[Path]) -> dict[str, Any]:
         line for p in profiles if p.is_file() for line in p.read_text().split("\n")
     ]
     return record
+
+
+def _without_trace(row: Any) -> Any:
+    """A result; of an error its kind and message, without the paths of that machine."""
+    return {k: v for k, v in row.items() if k != "trace"} if isinstance(row, dict) else row
 
 
 def histograms(paths: list[Path]) -> dict[str, dict[str, int]]:
