@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -13,8 +11,6 @@ import pandas as pd
 from saesub.reproduce import studies
 from saesub.topk.triton_backend import LEAST_FOR_EIGHT_BITS as EIGHT_BITS_FROM
 
-RECORDS = Path(__file__).resolve().parent.parent / "data" / "results" / "gpu"
-BRIDGED = RECORDS.parent / "studies" / "million.json"
 BATCH, D_IN = 4096, 576
 _STEPS = re.compile(r"\d+ steps at (\d+) features, (.+) (adam|sparse_adam)")
 _OPTIMIZERS = {"adam": "Adam", "sparse_adam": "SparseAdam"}
@@ -29,7 +25,7 @@ _CONTENDERS = {
 
 def tables() -> dict[str, str]:
     """Markdown by the names of the page's marks."""
-    records = _records()
+    records = studies.on_gpu()
     return {
         "gpu-checked": _checked(records),
         "gpu-speed": _speed(records),
@@ -41,12 +37,6 @@ def tables() -> dict[str, str]:
         "gpu-arms": _arms(),
         "gpu-bridge": _bridge(),
     }
-
-
-def _records() -> list[dict[str, Any]]:
-    """All records, the oldest first."""
-    found = [json.loads(path.read_text()) for path in RECORDS.glob("*.json")]
-    return sorted(found, key=lambda record: record["facts"]["date"])
 
 
 def _checked(records: list[dict[str, Any]]) -> str:
@@ -149,22 +139,23 @@ def _ratios(records: list[dict[str, Any]]) -> str:
 
 
 def _in_short(records: list[dict[str, Any]]) -> str:
-    """For the README: SparseAdam's speed at the least and the largest width, and the peers'."""
+    """For the README: the speed with Adam, which the peers have too, at the least and the largest
+    width, and as a multiple of theirs."""
     speeds = _speeds(records)
     widths = sorted({width for _, _, width in speeds})
     ends, own = (widths[0], widths[-1]), []
     for width in ends:
         bits = " in 8 bits" if width >= EIGHT_BITS_FROM else ""
-        own.append(speeds[f"saesub triton{bits}", "SparseAdam", width]["tokens_per_second"])
+        own.append(speeds[f"saesub triton{bits}", "Adam", width]["tokens_per_second"])
     said = [
-        f"{own[0] / s:.1f} and {own[1] / b:.0f} × {_CONTENDERS[peer]}"
-        for peer in ("sparsify", "sae-lens")
+        f"{own[0] / s:.2g} / {own[1] / b:.2g} × {name}"
+        for peer, name in (("sparsify", "sparsify"), ("sae-lens", "float32 SAELens"))
         for s, b in [[speeds[peer, "Adam", w]["tokens_per_second"] for w in ends]]
     ]
     return (
-        f"On an [H200](docs/gpu.md), after `saesub check-gpu`, without AuxK: {own[0] / 1e6:.1f}M "
-        f"tokens/s at 2^{ends[0].bit_length() - 1} features, {own[1] / 1e6:.2f}M at "
-        f"2^{ends[1].bit_length() - 1}; {', '.join(said)}."
+        f"On an [H200](docs/gpu.md), after `saesub check-gpu`: {own[0] / 1e6:.1f}M tok/s at "
+        f"2^{ends[0].bit_length() - 1} features, {own[1] / 1e6:.2f}M at "
+        f"2^{ends[1].bit_length() - 1} (Adam, no AuxK); {', '.join(said)}."
     )
 
 
@@ -179,8 +170,8 @@ def _floor(records: list[dict[str, Any]]) -> str:
     return (
         f"At {width:,} features the product of tokens and encoder alone would take {product:.1f} "
         f"ms in 16 bits, at the {rate:.0f} TFLOP/s that torch's product of two matrices of side "
-        f"8,192 reached on the first of the machines. The whole step takes {ms[0]:.1f} ms "
-        f"with SparseAdam, and {ms[1]:.1f} ms in 8 bits, on the second."
+        f"8,192 reached at the first of the two commits. The whole step takes {ms[0]:.1f} ms "
+        f"with SparseAdam, and {ms[1]:.1f} ms in 8 bits, at the second."
     )
 
 
@@ -189,15 +180,13 @@ def _recall(records: list[dict[str, Any]]) -> str:
     rows = [_fields(row) for record in records for row in record.get("headline", {}).values()]
     found = [row["recall"] for row in rows if row.get("recall")]
     least = {bits: min(row[bits] for row in found) for bits in ("16 bits", "8 bits")}
-    said = (f"{share:.3%} in {bits}".replace("100.000%", "all") for bits, share in least.items())
-    return (
-        f"On the {len(found)} SAEs that were trained there it found at least {' and '.join(said)}."
-    )
+    said = " and ".join(f"{share:.3%} in {bits}" for bits, share in least.items())
+    return f"The least of {len(found)} SAEs that were trained there: {said}."
 
 
 def _bridge() -> str:
     """The SAE that was trained on a CPU as well, there and on the card."""
-    cpu = json.loads(BRIDGED.read_text())["rows"][0]
+    cpu = studies.recorded("million").rows.iloc[0]
     trained = studies.trained_on_gpu()
     row = trained[trained["name"] == "bridge"].iloc[-1]
     return (
@@ -217,7 +206,7 @@ def _arms() -> str:
     for row in trained.itertuples():
         refitted = "" if pd.isna(row.refitted_fvu) else f"{row.refitted_fvu:.4f}"
         lines.append(
-            f"| {row.d_sae:,} | {row.name.split(' at ')[0]} | {row.lr:g} | {row.tokens:,} | "
+            f"| {row.d_sae:,} | {row.condition} | {row.lr:g} | {row.tokens:,} | "
             f"{row.firings:.0f} | {row.dead_share:.1%} | {row.fvu:.4f} | {refitted} | "
             f"`{row.commit[:7]}` |"
         )

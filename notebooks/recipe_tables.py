@@ -72,7 +72,8 @@ def _summary(compared: list[_Compared]) -> str:
     said += f"; before its refit in {_counted(early)}"
     if both:
         said += f"; than the best baseline's with a refit in {_counted(both)}"
-    return f"{said}."
+    (window,) = {int(r.recipe["window"]) for r in compared}
+    return f"{said}. A dead feature fires at none of {window:,} held-out tokens."
 
 
 def _counted(changes: list[float]) -> str:

@@ -312,10 +312,15 @@ def test_wide_dictionaries_are_searched_in_eight_bits_where_that_pays(monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("n", "d_sae", "blocks"), [(5000, 2**20, [2048, 2048, 904]), (5000, 2**16, [5000])]
+    ("n", "d_sae", "width", "blocks"),
+    [(5000, 2**20, 6, [2048, 2048, 904]), (5000, 2**16, 6, [5000]), (25, 2**16, 6000, [10, 10, 5])],
 )
-def test_so_many_tokens_are_searched_at_once(monkeypatch, n, d_sae, blocks):
-    """As few blocks as the memory of the groups' maxima allows."""
+def test_so_many_tokens_are_searched_at_once(monkeypatch, n, d_sae, width, blocks):
+    """As few blocks as the memory of the groups' maxima allows, or of their members' scores."""
+    monkeypatch.setattr(shadow, "width_of", lambda *_: width)
+    if width > 6:
+        monkeypatch.setattr(shadow, "_MOST_SCORES", 10 * MEMBERS * width)
+        monkeypatch.setattr(shadow, "_LEAST_TOKENS", 1)
     seen = []
 
     def candidates(self, x, bias, width):

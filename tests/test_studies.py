@@ -396,6 +396,7 @@ def test_saes_that_a_gpu_trained_are_those_of_all_records(tmp_path, monkeypatch)
     monkeypatch.setattr(studies, "data_file", lambda name: tmp_path)
     found = studies.trained_on_gpu()
     assert found["name"].tolist() == ["first", "second"]
+    assert found["condition"].tolist() == ["random", "random"]
     assert set(found["commit"]) == {"012345678"}
     assert (
         found[["window", "dead_share", "fvu", "firings"]].values.tolist() == [[4, 0.5, 0.25, 2]] * 2

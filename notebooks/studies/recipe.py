@@ -19,7 +19,6 @@ The models are named, so that those that the recipe is developed on come first.
 from __future__ import annotations
 
 import sys
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -68,8 +67,7 @@ def outcome(trial: InRegime) -> dict[str, Any]:
     row = judged(trial, sae, at)
     if trial.condition == "recipe" or trial.condition.endswith(REFIT):
         before = {name + "_unrefitted": row[name] for name in ("fvu", "validation_fvu")}
-        # At a rate that is far too high the SAE is worse than the mean, and stays as it is.
-        with suppress(saesub.SaesubError):
+        if row["validation_fvu"] < 1:  # else the rate was far too high, and a refit is refused
             saesub.refit_decoder(sae, at.blocks(0, trial.n_train), progress=False)
             row = judged(trial, sae, at)
         row |= before

@@ -27,7 +27,7 @@ from saesub.training.native_step import Backend
 
 D_IN, K, BATCH = 576, 32, 4096
 WIDTHS = (16_384, 131_072)
-WARM_UP, TIMED = 5, 10  # steps
+WARM_UP, TIMED = 8, 10  # steps; among the first is the recording of a graph
 
 
 @dataclass(frozen=True)

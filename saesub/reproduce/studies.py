@@ -72,19 +72,31 @@ def recorded(name: str) -> Study:
         ) from error
 
 
-def trained_on_gpu() -> pd.DataFrame:
-    """The SAEs that `benchmarks/gpu` trained on a card, of all its records; the oldest first.
+def on_gpu() -> list[dict[str, Any]]:
+    """What `benchmarks/gpu` recorded on cards; the oldest first.
 
-    Columns: name, card, commit, start, optimizer, d_sae, lr, tokens, firings (of a feature in
-    training, on average), window (held-out tokens), dead_share (silent in it), fvu, refitted_fvu.
+    Raises SaesubError if there is no record.
+    """
+    paths = sorted(data_file("results/gpu").glob("*.json"))
+    if not paths:
+        raise SaesubError("data/results/gpu holds no record: run the kit in benchmarks/gpu")
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    return sorted(found, key=lambda record: record["facts"]["date"])
+
+
+def trained_on_gpu() -> pd.DataFrame:
+    """The SAEs of `on_gpu`, a row each.
+
+    Columns: name, condition, card, commit, start, optimizer, d_sae, lr, tokens, firings (of a
+    feature in training, on average), window (held-out tokens), dead_share (silent in it), fvu,
+    refitted_fvu.
 
     Raises SaesubError if there is no record.
     """
     with needs_extra("saesub.reproduce.studies"):
         import pandas as pd
     rows = []
-    for path in sorted(data_file("results/gpu").glob("*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
+    for record in on_gpu():
         about = {"card": record["facts"]["card"], "commit": record["commit"][:9]}
         for name, row in record.get("headline", {}).items():
             if not (isinstance(row, dict) and "fvu" in row):
@@ -93,10 +105,9 @@ def trained_on_gpu() -> pd.DataFrame:
             kept = {key: row[key] for key in ("start", "optimizer", "d_sae", "lr", "tokens", "fvu")}
             kept |= {"firings": row["mean_fires_in_training"], "window": int(window)}
             kept |= {"dead_share": dead, "refitted_fvu": row.get("after_refit", {}).get("fvu")}
-            rows.append({"name": name, "date": record["facts"]["date"]} | about | kept)
-    if not rows:
-        raise SaesubError("data/results/gpu holds no record: run the kit in benchmarks/gpu")
-    return pd.DataFrame(rows).sort_values("date", kind="stable", ignore_index=True)
+            condition = "recipe" if name.startswith("recipe") else _condition(row)
+            rows.append({"name": name, "condition": condition} | about | kept)
+    return pd.DataFrame(rows)
 
 
 def sweep_of(rows: pd.DataFrame) -> Sweep:
