@@ -42,11 +42,13 @@ def test_it_is_the_five_lines() -> None:
     assert (recipe.directions, recipe.optimizer, recipe.lr) == (
         "whitened_data",
         "sparse_adam",
-        0.002,
+        0.00283,  # 0.002 (250 / 62)^¼
     )
     assert (recipe.batch_size, recipe.warm_up_steps, recipe.decay_steps) == (1024, 3, 31)
     low = saesub.recommend(_spectrum(high=False), _cfg(), 64_000)
-    assert (low.directions, low.lr) == ("flat", 0.0035)
+    assert (low.directions, low.lr) == ("flat", 0.00496)
+    rates = [saesub.recommend(_spectrum(high), _cfg(), 256_000).lr for high in (True, False)]
+    assert rates == [0.002, 0.0035]
 
 
 def test_it_says_why() -> None:
@@ -68,14 +70,14 @@ def test_it_is_applied_to_sae_and_config() -> None:
     assert sae.cfg.normalize_activations == "expected_average_only_in"
     assert sae.cfg.aux_loss_coefficient == 0
     assert (cfg.total_training_samples, cfg.train_batch_size_samples) == (64_000, 1024)
-    assert (cfg.lr, cfg.lr_warm_up_steps, cfg.lr_decay_steps) == (0.002, 3, 31)
+    assert (cfg.lr, cfg.lr_warm_up_steps, cfg.lr_decay_steps) == (0.00283, 3, 31)
     batches = iter([x[:1024]] * 62)
     trainer = saesub.SubspaceSAETrainer(cfg, sae, batches, optimizer=recipe.optimizer)
     rates = [trainer.lr_scheduler.get_last_lr()[0]]
     for _ in range(61):
         trainer.lr_scheduler.step()
         rates.append(trainer.lr_scheduler.get_last_lr()[0])
-    assert max(rates) == rates[31] == 0.002
+    assert max(rates) == rates[31] == 0.00283
     assert rates[32] > rates[45] > rates[61] >= 0
     assert rates[61] < 1e-4
 
@@ -85,7 +87,7 @@ def test_it_is_applied_to_the_runners_config() -> None:
     sae = TopKTrainingSAE(_cfg())
     saesub.recommend(_spectrum(), sae.cfg, 64_000).apply(sae, cfg, _activations())
     assert (cfg.training_tokens, cfg.train_batch_size_tokens) == (64_000, 1024)
-    assert (cfg.lr, cfg.lr_end, cfg.lr_decay_steps) == (0.002, 0.002, 31)
+    assert (cfg.lr, cfg.lr_end, cfg.lr_decay_steps) == (0.00283, 0.00283, 31)
     assert cfg.n_batches_for_norm_estimate == 20
     assert cfg.sae.normalize_activations == sae.cfg.normalize_activations
     assert cfg.sae.aux_loss_coefficient == sae.cfg.aux_loss_coefficient == 0

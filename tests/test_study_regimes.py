@@ -93,12 +93,14 @@ def test_the_recipe_of_the_study_is_the_packages():
     import recipe
     import regimes
 
-    for low, start, lr in ((False, "whitened_data", 0.002), (True, "subspace", 0.0035)):
+    rates = {64_000: (0.00283, 0.00496), 256_000: (0.002, 0.0035)}
+    for low, start in enumerate(("whitened_data", "subspace")):
         x = torch.randn(2000, 48)
         x[:, 0] *= 100 if low else 1
         spectrum = saesub.Spectrum.from_activations(x)
         for regime in regimes.REGIMES:
             trial = recipe.recipe(regime, spectrum)
+            lr = rates[trial.n_train][low]
             assert (trial.start, trial.optimizer, trial.lr) == (start, "sparse_adam", lr)
             cfg = protocol.schedule(trial)
             said = saesub.recommend(spectrum, _cfg(trial, spectrum.d), trial.n_train)

@@ -6,7 +6,8 @@ Five lines, which a reader can apply by hand:
    variances is below a twentieth of the width, in the active subspace (`directions="flat"`).
    The bias at the mean, the norm fitted.
 2. SparseAdam, batches of 1,024 tokens, β = 0.9 and 0.999.
-3. A learning rate of 0.002; 0.0035 where the effective rank is so low.
+3. A learning rate of 0.002 · (250 / steps)^¼; 0.0035 in place of 0.002 where the effective rank is
+   so low.
 4. The rate rises over the first twentieth of the steps and falls to zero over the last half.
 5. After the last step, refit the decoder by least squares (`saesub.refit_decoder`).
 
@@ -32,7 +33,7 @@ from saesub.topk.optim import OptimizerName
 
 BATCH_SIZE = 1024
 LOW_RANK = 0.05  # effective rank of the variances, as a share of the width
-LR, LR_AT_LOW_RANK = 0.002, 0.0035
+LR, LR_AT_LOW_RANK = 0.002, 0.0035  # of 250 steps
 NORM_BATCHES = 20  # that SAELens reads before training
 WARM_UP, DECAY = 0.05, 0.5  # shares of the steps
 _SAE_SETTINGS: dict[str, Any] = {
@@ -168,7 +169,7 @@ def recommend(spectrum: Spectrum, sae_cfg: Any, n_tokens: int) -> Recipe:
     steps = max(1, n_tokens // BATCH_SIZE)
     rank = spectrum.effective_rank("variance") / spectrum.d
     low = rank < LOW_RANK
-    lr = LR_AT_LOW_RANK if low else LR
+    lr = float(f"{(LR_AT_LOW_RANK if low else LR) * (250 / steps) ** 0.25:.3g}")
     return Recipe(
         directions="flat" if low else "whitened_data",
         optimizer="sparse_adam",
@@ -184,8 +185,9 @@ def recommend(spectrum: Spectrum, sae_cfg: Any, n_tokens: int) -> Recipe:
             + ("the active subspace" if low else "whitened tokens")
             + " fitted better there in pilots on two models.",
             "SparseAdam: a feature that is silent stands still, and so does not drift away.",
-            f"Rate {lr:g}: close to the best of its half, itself and its double in most regimes of "
-            f"62 and 250 steps; in some of 62 the double fits better. This run has {steps:,}.",
+            f"Rate {lr:g}: at 250 steps {LR_AT_LOW_RANK if low else LR:g} was close to the best of "
+            "its half, itself and its double, at 62 a rate half as high again; between the two "
+            f"the fourth root of the steps interpolates. This run has {steps:,}.",
             "It falls over the last half: in the same pilots that was better than over the last "
             "fifth, and than over all steps where the effective rank is low.",
             "The refit: each feature fires about "
