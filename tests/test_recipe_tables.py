@@ -7,9 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
+import pytest
 
 from saesub.errors import SaesubError
 from saesub.reproduce import studies
+from saesub.reproduce.in_regimes import in_regimes
 
 TABLES = Path(__file__).resolve().parent.parent / "notebooks" / "recipe_tables.py"
 
@@ -17,32 +19,39 @@ TABLES = Path(__file__).resolve().parent.parent / "notebooks" / "recipe_tables.p
 def _row(n_train: int, condition: str, lr: float, fvu: float, **more: float) -> dict:
     regime = {"model": "m", "corpus": "c", "hook_name": "blocks.1.hook_mlp_out", "d_sae": 2048}
     about = {"condition": condition, "lr": lr, "fvu": fvu, "validation_fvu": fvu + 0.01}
-    return regime | {"k": 32, "n_train": n_train, "dead_share": 0.0, "window": 64} | about | more
+    sizes = {"k": 32, "n_train": n_train, "window": 64, "seed": 0}
+    return regime | sizes | {"dead_share": 0.0} | about | more
 
 
 RECORDS = {
     "recipe": [
         _row(100, "recipe", 0.002, 0.3, fvu_unrefitted=0.5, dead_share=0.0012),
-        _row(100, "recipe", 0.001, 0.1, fvu_unrefitted=0.1),  # its half is no part of the table
-        _row(200, "recipe", 0.002, 0.44, fvu_unrefitted=0.46),
+        # Its half and its double are no part of the table.
+        _row(100, "recipe", 0.001, 0.1, fvu_unrefitted=0.1),
+        _row(100, "recipe", 0.004, 0.35, fvu_unrefitted=0.4),
+        *(_row(200, "recipe", lr, 0.44, fvu_unrefitted=0.46) for lr in (0.002, 0.004, 0.001)),
     ],
     "baselines": [
         _row(100, "random", 0.004, 0.45),
         _row(100, "ASI", 0.002, 0.4),
-        _row(200, "random", 0.001, 0.42),
+        *(_row(200, "random", lr, fvu) for lr, fvu in ((0.001, 0.42), (0.0005, 1), (0.002, 1))),
         _row(200, "ASI", 0.002, 0.4, validation_fvu=0.6),  # the validation part chooses
     ],
     "refitted": [_row(100, "ASI + refit", 0.008, 0.24)],
 }
 
 
-def _tables(monkeypatch, **records) -> dict[str, str]:
+def _record(monkeypatch, **records) -> None:
     def recorded(name):
         if name not in records:
             raise SaesubError("there is no whole record of the study: run it")
         return SimpleNamespace(rows=pd.DataFrame(records[name]))
 
     monkeypatch.setattr(studies, "recorded", recorded)
+
+
+def _tables(monkeypatch, **records) -> dict[str, str]:
+    _record(monkeypatch, **records)
     return runpy.run_path(str(TABLES))["tables"]()
 
 
@@ -65,3 +74,24 @@ def test_the_recipe_stands_beside_the_baseline_that_fits_best(monkeypatch):
 def test_without_refitted_baselines_nothing_is_said_of_them(monkeypatch):
     made = _tables(monkeypatch, recipe=RECORDS["recipe"], baselines=RECORDS["baselines"])
     assert "with a refit" not in made["recipe-summary"]
+
+
+def test_a_row_has_what_the_claims_need(monkeypatch):
+    _record(monkeypatch, **RECORDS)
+    first, second = in_regimes().to_dict("records")
+    assert (first["lr"], first["fvu"], first["least_fvu"]) == (0.002, 0.3, 0.1)
+    assert (first["firings"], first["dead_share"]) == (100 * 32 // 2048, 0.0012)
+    assert (first["baseline"], second["baseline"]) == ("ASI", "random")
+    assert not first["interior"]  # one rate is its own edge
+    one = RECORDS["baselines"][2:-1]
+    _record(monkeypatch, recipe=RECORDS["recipe"][3:], baselines=one)
+    assert in_regimes()["interior"].all()
+
+
+def test_half_a_record_is_refused(monkeypatch):
+    _record(monkeypatch, recipe=RECORDS["recipe"], baselines=RECORDS["baselines"][:2])
+    with pytest.raises(SaesubError, match=r"no whole record of the recipe.*recipe.py baselines"):
+        in_regimes()
+    _record(monkeypatch, recipe=RECORDS["recipe"][:2], baselines=RECORDS["baselines"])
+    with pytest.raises(SaesubError, match="no whole record of the recipe"):
+        in_regimes()

@@ -22,6 +22,7 @@ with needs_extra("saesub.reproduce.plots"):
         dead_by_dictionary,
     )
     from saesub.reproduce.plots.protocol import dead_against_fvu, dead_by_window, firing_counts
+    from saesub.reproduce.plots.regimes import recipe_by_regime
     from saesub.reproduce.plots.spectra import (
         causes_by_layer,
         cumulative_variance,
@@ -61,6 +62,7 @@ __all__ = [
     "rank_by_layer",
     "rank_heatmap",
     "rank_heatmap_by_layer",
+    "recipe_by_regime",
     "shared_features",
     "singular_values",
     "style",
