@@ -34,9 +34,8 @@ def recipe_by_regime(frame: pd.DataFrame, reach: float = 0.4) -> Figure:
     draw.checked(frame, "model", "regime", "baseline_fvu", "fvu", "fvu_unrefitted")
     models, places = frame["model"].to_numpy(), np.arange(len(frame))
     with draw.closed_figure(size=(draw.WIDE, 1.2 + 0.24 * len(frame))) as (figure, (axes,)):
-        changes = pd.DataFrame(
-            {c: frame[c] / frame["baseline_fvu"] - 1 for c in _KINDS if c in frame}
-        )
+        kinds = [column for column in _KINDS if column in frame]
+        changes = pd.DataFrame({c: frame[c] / frame["baseline_fvu"] - 1 for c in kinds})
         for column in kinds:
             label, look = _KINDS[column]
             at = changes[column].clip(-reach, reach)
