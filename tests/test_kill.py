@@ -33,7 +33,8 @@ pytestmark = [
 
 Ask = Callable[..., Any]
 
-# Kills of each job, and the steps (wheels, forward passes, batches, notebooks) one may cost.
+# Kills of each job where the faults are counted for docs/faults.md, a third of them elsewhere; and
+# the steps (wheels, forward passes, batches, notebooks) one may cost.
 KILLS = {
     "fetch": (5, 2),
     "harvest": (6, 1),
@@ -139,6 +140,8 @@ def test_a_killed_job_ends_as_if_it_had_not_been(
     ask: Ask, folder: Path, job: str, faults: Faults
 ) -> None:
     n_kills, may_cost = KILLS[job]
+    if "SAESUB_FAULTS" not in os.environ:
+        n_kills = max(2, n_kills // 3)
     whole = ask(job, folder / f"whole-{job}")
     assert whole["events"] > 0
     rng = np.random.default_rng([8, list(KILLS).index(job)])

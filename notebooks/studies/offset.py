@@ -6,7 +6,7 @@ Writes data/results/studies/offset.json. At 18 sites, three kinds of them in thr
 texts (`regimes.py`), a 2 × 2: the bias at zero, as SAELens makes it, or at the mean; directions at
 random or in the subspace. Besides, the bias at the geometric median (Simon, Adams and Zou 2026,
 arXiv 2605.31518), also with the subspace. 2,048 features, 4,000 firings of each in training, Adam,
-every cell at the same three learning rates, so that no cell's rate is chosen by its deaths. A
+every cell at the same two learning rates, so that no cell's rate is chosen by its deaths. A
 norm is fitted in each cell, to the bias that it has.
 
 Each row has `offset`, which is γ = ‖mean‖ / ‖standard deviation‖, `rank` (at 99 % of the variance)
@@ -27,7 +27,7 @@ from sae_lens import TopKTrainingSAE
 
 import saesub
 
-RATES = (1e-3, 2e-3, 4e-3)
+RATES = (1e-3, 4e-3)
 CENTRES = ("zero", "mean", "geometric median")
 
 
