@@ -59,7 +59,7 @@ def _small(trial, lr: float = 2e-2):
 
 
 def _every(study) -> list:
-    return [t for several in (*study.SWEEPS, *study.SIGN_SWEEPS) for t in several]
+    return [t for several in (*study.SWEEPS, study.SIGN_SWEEP) for t in several]
 
 
 def _of(study, condition: str, lr: float = 2e-2):
@@ -131,7 +131,7 @@ def test_every_condition_has_its_own_name_and_size_and_place(study):
 
 def test_every_rival_that_is_no_start_comes_with_both(study):
     named = {trial.condition: trial for trial in _every(study)}
-    recorded = {"k-annealing", "bias at the median"}  # mitigations.json has them
+    recorded = {"bias at the median"}  # mitigations.json has it
     for trial in named.values():
         if trial.start == "subspace" and (alone := trial.condition[6:]) not in recorded:
             assert replace(trial, start="random", condition=alone) == named[alone]
@@ -144,7 +144,7 @@ def test_a_rival_that_changes_training_starts_as_plain_training_does(study, star
     if start:
         plain = replace(plain, start="subspace")
     usual = study.untrained(plain, at)
-    for rival in ("AuxK of Gao et al., 16,000", "signum", "schedule-free sign"):
+    for rival in ("AuxK of Gao et al.", study.SIGN):
         trial = _of(study, start + rival)
         for one, other in zip(
             study.untrained(trial, at).parameters(), usual.parameters(), strict=True
@@ -163,13 +163,11 @@ def test_a_row_has_the_fields_of_the_mitigations_record(study):
     assert protocol.trial_of(json.loads(json.dumps(row)), study.Mitigated) == trial
 
 
-@pytest.mark.parametrize("name", ["signum", "schedule-free sign"])
-def test_a_rate_of_sign_descent_can_be_swept_to_its_edges(study, name):
-    rates = study.SIGN_RATES[name]
+def test_a_rate_of_sign_descent_can_be_swept_to_its_edges(study):
+    rates = study.SIGN_RATES
     assert all(b == 2 * a for a, b in pairwise(rates))
     authors = 5e-3 / math.sqrt(study.SMALL["d_sae"] / 2**14)
-    if name == "schedule-free sign":
-        assert rates[0] < authors < 2 * rates[-1]
+    assert rates[0] < authors < 2 * rates[-1]
 
 
 # ------------------------------------------------------------------------- aligned
@@ -420,29 +418,12 @@ def test_auxk_of_gao_moves_the_dead(study, condition):
 
 def test_its_window_is_what_the_condition_says(study):
     windows = {t.condition: t.dead_window for t in _every(study) if "Gao" in t.condition}
-    short = "AuxK of Gao et al., 16,000"
-    assert windows == {"AuxK of Gao et al.": 64_000, short: 16_000, f"ASI + {short}": 16_000}
-    trial = replace(_of(study, short), dead_window=777)
+    assert windows == {"AuxK of Gao et al.": 16_000, "ASI + AuxK of Gao et al.": 16_000}
+    trial = replace(_of(study, "AuxK of Gao et al."), dead_window=777)
     assert study.trainer_for(trial, _sae(decoder_init_norm=1.0)).dead_window_tokens == 777
 
 
-# --------------------------------------------------------------- sign descent, k, starts
-
-
-def test_signum_moves_by_the_rate_against_the_sign_of_momentum(methods):
-    weights = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0, 0.5]))
-    optimizer = methods.Signum([weights], lr=0.125)
-    gradients = [[1.0, -1.0, 0.0, 2.0], [-0.05, 4.0, 0.0, -1.0], [0.0, 0.0, 0.0, -5.0]]
-    by_hand, momentum = weights.tolist(), [0.0] * 4
-    for gradient in gradients:
-        weights.grad = torch.tensor(gradient)
-        optimizer.step()
-        momentum = [0.9 * m + 0.1 * g for m, g in zip(momentum, gradient, strict=True)]
-        signs = [(m > 0) - (m < 0) for m in momentum]
-        by_hand = [w - 0.125 * sign for w, sign in zip(by_hand, signs, strict=True)]
-        assert weights.tolist() == pytest.approx(by_hand)
-    # The first entry moves twice on after its one gradient, and the third never.
-    assert weights.tolist() == pytest.approx([0.625, -2.125, 3.0, 0.375])
+# --------------------------------------------------------------- sign descent, starts, the recipe
 
 
 def test_schedule_free_sign_is_the_recursion_of_its_paper(methods):
@@ -462,33 +443,22 @@ def test_schedule_free_sign_is_the_recursion_of_its_paper(methods):
     assert y[2].item() == pytest.approx(2.0)
 
 
-@pytest.mark.parametrize("condition", ["signum", "schedule-free sign"])
-def test_a_condition_is_trained_by_its_own_optimizer(study, methods, condition):
-    trial = _of(study, condition, lr=1e-2)
+def test_sign_descent_has_its_own_optimizer_and_no_schedule(study, methods):
+    trial = _of(study, study.SIGN, lr=1e-2)
     at = study.site_of(trial)
     trainer = study.trainer_for(trial, study.untrained(trial, at))
-    rates, moved = [], []
-    given = trainer.step
+    rates, given = set(), trainer.step
 
     def step(batch):
-        before = trainer.sae.W_dec.detach().clone()
-        rates.append(trainer.optimizer.param_groups[0]["lr"])
-        output = given(batch)
-        moved.append((trainer.sae.W_dec.detach() - before).abs().max().item())
-        return output
+        rates.add(trainer.optimizer.param_groups[0]["lr"])
+        return given(batch)
 
     trainer.step = step
     study.fit({"trial": trainer}, trial, at)
     assert not trainer.native_step.fused
-    assert trainer.sae.cfg.metadata.optimizer == condition
-    if condition == "signum":
-        assert type(trainer.optimizer) is methods.Signum
-        assert moved == pytest.approx(rates, rel=1e-3)
-        assert max(rates) == pytest.approx(1e-2)
-        assert rates[-1] < 0.3 * max(rates)
-    else:
-        assert type(trainer.optimizer) is methods.ScheduleFreeSign
-        assert set(rates) == {1e-2}
+    assert trainer.sae.cfg.metadata.optimizer == study.SIGN
+    assert type(trainer.optimizer) is methods.ScheduleFreeSign
+    assert rates == {1e-2}
 
 
 def test_a_schedule_free_run_ends_in_the_average(study):
@@ -500,18 +470,6 @@ def test_a_schedule_free_run_ends_in_the_average(study):
     mean = torch.stack(visited).mean(0)
     assert torch.allclose(trainer.sae.W_dec, mean, atol=1e-5)
     assert (visited[-1] - mean).abs().max() > 0.01
-
-
-def test_k_falls_exponentially_as_in_its_authors_library(study, methods):
-    (acting,) = study.acting(_of(study, "exponential k-annealing"))
-    assert acting == methods.ExponentialKAnnealing(k_start=D, share=0.1)
-    assert acting.k_at(0, 1000, K) == D
-    assert acting.k_at(100, 1000, K) == K == acting.k_at(700, 1000, K)
-    fallen = (1 - math.exp(-3 * 0.25)) / (1 - math.exp(-3))
-    assert acting.k_at(25, 1000, K) == pytest.approx(D - (D - K) * fallen)
-    linear = saesub.KAnnealing(k_start=D, share=0.1)
-    assert study.acting(_of(study, "ASI + k-annealing")) == [linear]
-    assert all(acting.k_at(n, 1000, K) < linear.k_at(n, 1000, K) for n in range(1, 100))
 
 
 def test_rows_of_the_start_at_data_are_mixtures_with_a_data_point(study):
@@ -526,12 +484,8 @@ def test_rows_of_the_start_at_data_are_mixtures_with_a_data_point(study):
     assert cosines.min() > 0.85
 
 
-@pytest.mark.parametrize(
-    "condition",
-    ["ASI + bias at the median", "bias at the median + SparseAdam"],
-)
-def test_the_bias_is_where_the_distances_pull_nowhere(study, condition):
-    trial = _of(study, condition)
+def test_the_bias_is_where_the_distances_pull_nowhere(study):
+    trial = _of(study, "ASI + bias at the median")
     at = study.site_of(trial)
     sae = study.untrained(trial, at)
     x = at.store.rows(0, 4096).double()
@@ -541,12 +495,11 @@ def test_the_bias_is_where_the_distances_pull_nowhere(study, condition):
     assert pull < 1e-4
     assert of_mean > 0.1
     assert not sae.b_enc.any()
-    if condition.startswith("ASI"):
-        basis = at.spectrum.eigenvectors[:, : sae.cfg.d_in // 2].float()
-        kept = (sae.W_dec @ basis).norm(dim=1) / sae.W_dec.norm(dim=1)
-        usual = study.untrained(_of(study, "random"), at)
-        of_random = (usual.W_dec @ basis).norm(dim=1) / usual.W_dec.norm(dim=1)
-        assert kept.mean() > of_random.mean() + 0.1
+    basis = at.spectrum.eigenvectors[:, : sae.cfg.d_in // 2].float()
+    kept = (sae.W_dec @ basis).norm(dim=1) / sae.W_dec.norm(dim=1)
+    usual = study.untrained(_of(study, "random"), at)
+    of_random = (usual.W_dec @ basis).norm(dim=1) / usual.W_dec.norm(dim=1)
+    assert kept.mean() > of_random.mean() + 0.1
 
 
 @pytest.mark.parametrize("condition", ["norm 0.1", "ASI + norm 0.1"])
@@ -566,6 +519,18 @@ def test_sparse_adam_has_auxk_at_its_best_settings(study):
     trainer = _trainer(study, "AuxK + SparseAdam")
     assert trainer.sae.cfg.aux_loss_coefficient == 1.0
     assert type(trainer.optimizer) is saesub.SparseAdam
+
+
+def test_the_recipe_is_the_packages_and_its_last_step_a_refit(study, monkeypatch):
+    from saesub.training import recipe as package
+
+    for name in ("_WIDTHS", "_ACTIVE", "_FIRINGS"):
+        monkeypatch.setattr(package, name, (1, 10**6))
+    trial = study.recipe()
+    assert (trial.start, trial.optimizer, trial.lr) == ("whitened_data", "sparse_adam", 0.00168)
+    assert (trial.condition, trial.decay, trial.d_sae) == ("recipe", 0.5, 4096)
+    row = study.outcome(_small(trial))
+    assert row["fvu"] < row["fvu_unrefitted"] < 1
 
 
 # ---------------------------------------------------------------------------- the cost
@@ -598,8 +563,7 @@ def test_every_kind_of_condition_has_a_cost(study):
     assert names[0] == "random"
     assert names[-1] == "random, again"
     assert len(set(names)) == len(names)
-    missing = kinds(_every(study)) - kinds(study.COSTED)
-    assert missing == {("exponential k-annealing", "")}  # whose cost is the linear one's
+    assert kinds(_every(study)) <= kinds(study.COSTED)
 
 
 def test_steps_of_all_conditions_are_timed_on_the_same_batches(study, monkeypatch):
@@ -625,5 +589,5 @@ def test_memory_counts_weights_moments_and_counters(study):
     counters = 3 * D_SAE  # of RevivalCount, one byte each
     assert held["kept_bytes"] == pytest.approx(3 * weights + counters, abs=64)
     assert held["peak_bytes"] >= 0
-    sign = study.memory(_of(study, "signum"))
+    sign = study.memory(_of(study, study.SIGN))
     assert sign["kept_bytes"] == pytest.approx(2 * weights + counters, abs=64)

@@ -3,8 +3,7 @@
 - Aligned training: `AlignedSAE` and `Aligned`.
 - GroupMax: `GroupMaxSAE`.
 - AuxK as its authors define it: `AuxKOfGao`.
-- An exponential fall of k: `ExponentialKAnnealing`.
-- Sign descent: `Signum`, `ScheduleFreeSign` and `AverageAtEnd`.
+- Sign descent: `ScheduleFreeSign` and `AverageAtEnd`.
 
 None is saved: SAELens would load a `GroupMaxSAE` as TopK.
 """
@@ -13,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import exp
 from typing import Any, ClassVar
 
 import torch
@@ -25,7 +23,7 @@ from saesub.errors import SaesubError
 from saesub.topk.sae import SparseTopKTrainingSAE
 from saesub.topk.sae_search import search_for
 from saesub.topk.step import autograd_pass
-from saesub.training.mitigations import KAnnealing, Mitigation
+from saesub.training.mitigations import Mitigation
 
 
 def aligned(
@@ -181,47 +179,6 @@ class AuxKOfGao(Mitigation):
 def _squared_distances(x: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
     """The sum of the rows' squared distances to their mean."""
     return (x - x.mean(0)).square().sum()
-
-
-@dataclass(frozen=True)
-class ExponentialKAnnealing(KAnnealing):
-    """k falls exponentially, as in the library of the authors of arXiv 2508.16929.
-
-    Their `k_schedule_type="exponential"` (`llamascopium` 2.0.0b34) with its default factor of 3.
-    There k is rounded up, here to the nearest whole number.
-    """
-
-    factor: float = 3.0
-
-    def k_at(self, step: int, n_steps: int, k: float) -> float:
-        """k at a step, counted from 0, of `n_steps` that end at `k`; not yet rounded."""
-        progress = min(1.0, step / max(1, round(self.share * n_steps)))
-        fallen = (1 - exp(-self.factor * progress)) / (1 - exp(-self.factor))
-        return self.k_start + (k - self.k_start) * fallen
-
-
-class Signum(torch.optim.Optimizer):
-    """Every entry moves by the rate, against the sign of its momentum (Bernstein et al. 2018).
-
-    Momentum is the running mean of gradients, 0.9 of the old to 0.1 of the new. A feature without a
-    gradient moves on, at full speed, until its momentum is 0 in float32.
-    """
-
-    def __init__(self, params: Any, lr: float, momentum: float = 0.9) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # pyright: ignore
-        """Update every parameter that has a gradient."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if "momentum" not in state:
-                    state["momentum"] = torch.zeros_like(parameter)
-                mean = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-                parameter.add_(mean.sign(), alpha=-group["lr"])
 
 
 class ScheduleFreeSign(torch.optim.Optimizer):

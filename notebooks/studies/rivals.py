@@ -6,16 +6,17 @@
 The first writes data/results/studies/rivals.json, at the place and size of mitigations.py and by
 the same protocol, so that its rows can be joined with those of mitigations.json and cure.json:
 
-- aligned training, GroupMax, AuxK as Gao et al. define it, and two kinds of sign descent, whose
+- aligned training, GroupMax, AuxK as Gao et al. define it, and schedule-free sign descent, whose
   definitions and sources are in rival_methods.py;
-- k-annealing by both rules of its authors' library;
-- SAELens' AuxK, the start at data and the bias at the geometric median under SparseAdam, and the
-  bias at the median with subspace initialisation;
-- SAELens' default norm of 0.1 in place of the norm search.
+- SAELens' AuxK and the start at data under SparseAdam, and the bias at the geometric median with
+  subspace initialisation;
+- SAELens' default norm of 0.1 in place of the norm search;
+- what `saesub.recommend` says, at its rate without a sweep, before its refit (`fvu_unrefitted`) and
+  after it.
 
-Sign descent moves every entry by the rate, so it is swept about rates of its own. The schedule-free
-kind has no schedule, as its authors train. Aligned training starts at unit norm, where tied rows
-and columns are aligned, so it has no norm search.
+Sign descent moves every entry by the rate, so it is swept about rates of its own, and has no
+schedule, as its authors train. Aligned training starts at unit norm, where tied rows and columns
+are aligned, so it has no norm search.
 
 The second writes data/results/studies/rivals_cost.json, on a machine that does nothing else: the
 time of a step of every kind of condition, those of mitigations.py and cure.py too, and the memory
@@ -37,19 +38,17 @@ from typing import Any
 import mitigations
 import torch
 from mitigations import HOOK, Mitigated, outcome_of, set_start
-from protocol import RESULTS, SMALL, Site, fit, harvest, site_of, sweep, this_run, trainer_of
+from protocol import RESULTS, SMALL, Site, fit, harvest, run, site_of, sweep, this_run, trainer_of
 from protocol import untrained as untrained_of
 from rival_methods import (
     Aligned,
     AlignedSAE,
     AuxKOfGao,
     AverageAtEnd,
-    ExponentialKAnnealing,
     GroupMaxSAE,
     ScheduleFreeSign,
-    Signum,
 )
-from sae_lens import TopKTrainingSAE
+from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from torch.optim.lr_scheduler import LambdaLR
 
 import saesub
@@ -59,9 +58,9 @@ from saesub.reproduce.revival import RevivalCount
 from saesub.training.mitigations import Mitigation
 
 KINDS = {"aligned": AlignedSAE, "GroupMax": GroupMaxSAE}
-OPTIMIZERS = {"signum": Signum, "schedule-free sign": ScheduleFreeSign}
-SIGN_RATES = {"signum": (2.5e-4, 5e-4, 1e-3, 2e-3), "schedule-free sign": (1e-3, 2e-3, 4e-3, 8e-3)}
-COST_RATES = {"signum": 1e-3, "schedule-free sign": 4e-3}
+SIGN = "schedule-free sign"
+SIGN_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+RECIPE = "recipe"
 SHORT = 16_000  # tokens: the dead window with which SAELens' AuxK leaves the fewest dead
 N_BLOCKS = 20  # of a run, each with its ratio of times
 
@@ -83,23 +82,24 @@ SPARSE, MEDIAN = {"optimizer": "sparse_adam"}, {"centre": "geometric median"}
 SWEEPS: list[list[Mitigated]] = [
     _both("aligned", mitigation="aligned", norm=1.0),
     _both("GroupMax", mitigation="GroupMax"),
-    [
-        _trial("random", "AuxK of Gao et al.", mitigation="AuxK of Gao et al."),
-        *_both("AuxK of Gao et al., 16,000", mitigation="AuxK of Gao et al.", dead_window=SHORT),
-    ],
+    _both("AuxK of Gao et al.", mitigation="AuxK of Gao et al.", dead_window=SHORT),
     [
         _trial("data", "data start + SparseAdam", **SPARSE),
         _trial("subspace", "ASI + bias at the median", **MEDIAN),
-        *_both("bias at the median + SparseAdam", **MEDIAN, **SPARSE),
     ],
     _both("norm 0.1", norm=0.1),
-    _both("AuxK + SparseAdam", mitigation="AuxK", coefficient=1.0, dead_window=SHORT, **SPARSE),
     [
-        _trial("subspace", "ASI + k-annealing", mitigation="k-annealing"),
-        *_both("exponential k-annealing", mitigation="exponential k-annealing"),
+        _trial(
+            "random",
+            "AuxK + SparseAdam",
+            mitigation="AuxK",
+            coefficient=1.0,
+            dead_window=SHORT,
+            **SPARSE,
+        )
     ],
 ]
-SIGN_SWEEPS = [_both(name, optimizer=name) for name in OPTIMIZERS]
+SIGN_SWEEP = _both(SIGN, optimizer=SIGN)
 
 COSTED = [
     mitigations.PLAIN,
@@ -108,10 +108,25 @@ COSTED = [
     _trial("subspace", "ASI"),
     _trial("whitened_data", "whitened start"),
     _trial("random", "bias at the median", **MEDIAN),
-    *(several[0] for several in (*SWEEPS[:3], *SIGN_SWEEPS)),
+    *(several[0] for several in (*SWEEPS[:3], SIGN_SWEEP)),
     _trial("random", "random, again"),  # what the measurement itself adds
 ]
-COSTED = [replace(t, lr=COST_RATES.get(t.optimizer, 2e-3)) for t in COSTED]
+COSTED = [replace(t, lr=4e-3 if t.optimizer == SIGN else 2e-3) for t in COSTED]
+
+
+def recipe() -> Mitigated:
+    """What `saesub.recommend` says at this place and size."""
+    plain = _trial("random", RECIPE)
+    spectrum = site_of(plain).spectrum
+    cfg = TopKTrainingSAEConfig(d_in=spectrum.d, d_sae=plain.d_sae, k=plain.k)
+    said = saesub.recommend(spectrum, cfg, n_tokens=plain.n_train)
+    return replace(
+        plain,
+        start="subspace" if said.directions == "flat" else said.directions,
+        optimizer=said.optimizer,
+        lr=said.lr,
+        decay=said.decay_steps / (plain.n_train // plain.batch_size),
+    )
 
 
 def acting(trial: Mitigated) -> list[Mitigation]:
@@ -119,11 +134,8 @@ def acting(trial: Mitigated) -> list[Mitigation]:
     own: dict[str, list[Mitigation]] = {
         "aligned": [Aligned()],
         "AuxK of Gao et al.": [AuxKOfGao()],
-        "exponential k-annealing": [
-            ExponentialKAnnealing(k_start=site_of(trial).spectrum.d, share=0.1)
-        ],
     }
-    at_end = [AverageAtEnd()] if trial.optimizer == "schedule-free sign" else []
+    at_end = [AverageAtEnd()] if trial.optimizer == SIGN else []
     return own.get(trial.mitigation, list(mitigations.acting(trial))) + at_end
 
 
@@ -139,15 +151,13 @@ def trainer_for(trial: Mitigated, sae: TopKTrainingSAE) -> saesub.SubspaceSAETra
     made = trainer_of(
         trial,
         sae,
-        optimizer="adam" if trial.optimizer in OPTIMIZERS else trial.optimizer,
+        optimizer="adam" if trial.optimizer == SIGN else trial.optimizer,
         dead_window_tokens=trial.dead_window,
         mitigations=[RevivalCount(), *acting(trial)],
     )
-    if trial.optimizer in OPTIMIZERS:
-        made.optimizer = OPTIMIZERS[trial.optimizer](sae.parameters(), trial.lr)  # pyright: ignore
+    if trial.optimizer == SIGN:
+        made.optimizer = ScheduleFreeSign(sae.parameters(), trial.lr)  # pyright: ignore
         made.optimizer_name = trial.optimizer  # pyright: ignore
-        made.lr_scheduler = made.new_schedule()
-    if trial.optimizer == "schedule-free sign":
         made.lr_scheduler = LambdaLR(made.optimizer, lambda _: 1.0)
     return made
 
@@ -159,7 +169,12 @@ def outcome(trial: Mitigated) -> dict[str, Any]:
     norm = sae.W_dec.detach().norm(dim=1).mean().item()
     trainer = trainer_for(trial, sae)
     fit({"trial": trainer}, trial, at)
-    return outcome_of(trial, trainer, at, norm)
+    row = outcome_of(trial, trainer, at, norm)
+    if trial.condition == RECIPE:
+        before = {name + "_unrefitted": row[name] for name in ("fvu", "validation_fvu")}
+        saesub.refit_decoder(trainer.sae, at.blocks(0, trial.n_train), progress=False)
+        row = outcome_of(trial, trainer, at, norm) | before
+    return row
 
 
 def seconds(trials: list[Mitigated]) -> list[dict[str, Any]]:
@@ -258,5 +273,5 @@ if __name__ == "__main__":
     else:
         for conditions in SWEEPS:
             sweep("rivals", conditions, outcome=outcome)
-        for conditions in SIGN_SWEEPS:
-            sweep("rivals", conditions, SIGN_RATES[conditions[0].optimizer], outcome=outcome)
+        sweep("rivals", SIGN_SWEEP, SIGN_RATES, outcome=outcome)
+        run("rivals", [replace(recipe(), seed=seed) for seed in range(3)], outcome)
