@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -11,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from saesub.reproduce.plots import drawing as draw
 
 _ASI, _RANDOM = draw.CONDITIONS["asi"], draw.CONDITIONS["random"]
-_KINDS = {  # column, label and look
+_KINDS: dict[str, tuple[str, dict[str, Any]]] = {  # column, label and look
     "fvu": ("recipe", {"marker": "o", "color": _ASI}),
     "fvu_unrefitted": (
         "recipe before its refit",
