@@ -75,4 +75,4 @@ def _rows(
 
 def _of(rows: pd.DataFrame, regime: dict[str, Any]) -> pd.DataFrame:
     """The rows of a regime."""
-    return rows[(rows[list(regime)] == list(regime.values())).all(axis=1)]
+    return rows.loc[(rows[list(regime)] == list(regime.values())).all(axis=1)]
