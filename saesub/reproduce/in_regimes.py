@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from saesub.errors import SaesubError, needs_extra
+from saesub.evaluation.protocol import sweep_of
 from saesub.reproduce import studies
 
 if TYPE_CHECKING:
     import pandas as pd
 
+Row = dict[Any, Any]
 _REGIME = ["model", "corpus", "hook_name", "d_sae", "k", "n_train"]
 _REFIT = " + refit"
 
@@ -33,46 +35,68 @@ def in_regimes() -> pd.DataFrame:
     """
     with needs_extra("saesub.reproduce.in_regimes"):
         import pandas as pd
-    recipe, baselines = (studies.recorded(name).rows for name in ("recipe", "baselines"))
+    recipe, baselines = (_by_regime(name) for name in ("recipe", "baselines"))
     try:
-        refitted = studies.recorded("refitted").rows
+        refitted = _by_regime("refitted")
     except SaesubError:  # that study was not run
-        refitted = baselines.iloc[:0]
-    return pd.DataFrame(list(_rows(recipe, baselines, refitted)))
-
-
-def _rows(
-    recipe: pd.DataFrame, baselines: pd.DataFrame, refitted: pd.DataFrame
-) -> Iterator[dict[str, Any]]:
-    for values, own in recipe.groupby(_REGIME, sort=False):
-        regime = dict(zip(_REGIME, values, strict=True))
-        means = own.groupby("lr")[["fvu", "dead_share", "fvu_unrefitted"]].mean()
-        others = _of(baselines, regime)
-        if len(means) != 3 or others.empty:
+        refitted = {}
+    rows = []
+    for regime, own in recipe.items():
+        if len({row["lr"] for row in own}) != 3 or regime not in baselines:
             raise SaesubError(
                 f"there is no whole record of the recipe in {regime}: run "
                 "python notebooks/studies/recipe.py baselines and recipe with its model"
             )
-        row: dict[str, Any] = regime | {
-            "firings": regime["n_train"] * regime["k"] // regime["d_sae"],
-            "window": int(own["window"].iloc[0]),
-            "lr": means.index[1],  # between its half and its double
-            **means.iloc[1],
-            "least_fvu": means["fvu"].min(),
-        }
-        best = others.loc[others["validation_fvu"].idxmin()]
-        row |= {"baseline": best["condition"], "baseline_lr": best["lr"]}
-        row |= {"baseline_fvu": best["fvu"], "baseline_dead": best["dead_share"]}
-        row["interior"] = all(
-            studies.sweep_of(of).interior for _, of in others.groupby("condition")
-        )
-        if not (again := _of(refitted, regime)).empty:
-            best = again.loc[again["validation_fvu"].idxmin()]
-            row |= {"refitted": best["condition"].removesuffix(_REFIT)}
-            row |= {"refitted_lr": best["lr"], "refitted_fvu": best["fvu"]}
-        yield row
+        rows.append(_recipe(own) | _baseline(baselines[regime]))
+        if regime in refitted:
+            best = _best(refitted[regime])
+            name = best["condition"].removesuffix(_REFIT)
+            rows[-1] |= {"refitted": name, "refitted_lr": best["lr"], "refitted_fvu": best["fvu"]}
+    return pd.DataFrame(rows)
 
 
-def _of(rows: pd.DataFrame, regime: dict[str, Any]) -> pd.DataFrame:
-    """The rows of a regime."""
-    return rows.loc[(rows[list(regime)] == list(regime.values())).all(axis=1)]
+def _by_regime(name: str) -> dict[tuple[Any, ...], list[Row]]:
+    """The rows of a record, by the regime that they are of."""
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for row in studies.recorded(name).rows.to_dict("records"):
+        found.setdefault(tuple(row[column] for column in _REGIME), []).append(row)
+    return found
+
+
+def _recipe(rows: list[Row]) -> Row:
+    """What is said of the recipe in a regime, as means over seeds."""
+    by_rate: dict[float, list[Row]] = {}
+    for row in rows:
+        by_rate.setdefault(row["lr"], []).append(row)
+    _, lr, _ = sorted(by_rate)  # its own is between its half and its double
+    fvu = {rate: fmean(row["fvu"] for row in of) for rate, of in by_rate.items()}
+    first = rows[0]
+    return {name: first[name] for name in _REGIME} | {
+        "firings": first["n_train"] * first["k"] // first["d_sae"],
+        "window": first["window"],
+        "lr": lr,
+        "fvu": fvu[lr],
+        "dead_share": fmean(row["dead_share"] for row in by_rate[lr]),
+        "fvu_unrefitted": fmean(row["fvu_unrefitted"] for row in by_rate[lr]),
+        "least_fvu": min(fvu.values()),
+    }
+
+
+def _baseline(rows: list[Row]) -> Row:
+    """What is said of the baseline that fits best."""
+    best = _best(rows)
+    by_condition: dict[str, list[Row]] = {}
+    for row in rows:
+        by_condition.setdefault(row["condition"], []).append(row)
+    return {
+        "baseline": best["condition"],
+        "baseline_lr": best["lr"],
+        "baseline_fvu": best["fvu"],
+        "baseline_dead": best["dead_share"],
+        "interior": all(sweep_of(of).interior for of in by_condition.values()),
+    }
+
+
+def _best(rows: list[Row]) -> Row:
+    """Of all conditions and rates the row that fits the validation part best."""
+    return min(rows, key=lambda row: row["validation_fvu"])
