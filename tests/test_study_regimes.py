@@ -107,6 +107,13 @@ def test_the_recipe_of_the_study_is_the_packages():
             assert cfg.lr_warm_up_steps == said.warm_up_steps
             assert cfg.lr_decay_steps == said.decay_steps
             assert cfg.train_batch_size_samples == said.batch_size
+            changed = {t.condition: t for t in recipe.parts(trial)}
+            names = ["random start", "subspace start", "Adam", "short fall"]
+            names = [f"recipe, {name}" for name in names if not (low and "subspace" in name)]
+            assert list(changed) == names
+            assert changed["recipe, random start"].start == "random"
+            assert changed["recipe, Adam"].optimizer == "adam"
+            assert changed["recipe, short fall"].decay == protocol.Trial.decay == 0.2
             conditions = [t.condition for t in recipe.baselines(regime)]
             assert conditions == ["random", "ASI", "ASI + SparseAdam"]
             assert {t.n_train for t in recipe.baselines(regime)} == {trial.n_train}

@@ -2,16 +2,19 @@
 
     python notebooks/studies/recipe.py baselines smollm2-135m gemma3-270m
     python notebooks/studies/recipe.py recipe smollm2-135m gemma3-270m
-    python notebooks/studies/recipe.py refitted qwen2.5-coder-0.5b
+    python notebooks/studies/recipe.py refitted smollm2-135m
+    python notebooks/studies/recipe.py parts smollm2-135m
 
-Writes data/results/studies/baselines.json, recipe.json and refitted.json. In each regime of
-`regimes.py` three baselines, each at its own best learning rate: random directions under Adam, the
-subspace under Adam and the subspace under SparseAdam, all with the bias at the mean, the fitted
-norm and the schedule of `protocol.py`; four rates, further where the best is at an edge.
+Writes data/results/studies/baselines.json, recipe.json, refitted.json and parts.json. In each
+regime of `regimes.py` three baselines, each at its own best learning rate: random directions under
+Adam, the subspace under Adam and the subspace under SparseAdam, all with the bias at the mean, the
+fitted norm and the schedule of `protocol.py`; four rates, further where the best is at an edge.
 
 The recipe is what `saesub.recommend` says, at its rate and at the half and the double of it.
 `fvu_unrefitted` is what it has before its last step, the refit of the decoder. The third command
 gives the baselines that step as well, swept with it, so that one sees what is the refit's alone.
+The fourth changes one part of the recipe at a time, at the same three rates: the start (random, or
+in the subspace), Adam in place of SparseAdam, the fall of the rate over the last fifth.
 
 The models are named, so that those that the recipe is developed on come first.
 """
@@ -59,13 +62,25 @@ def recipe(regime: Regime, spectrum: saesub.Spectrum) -> InRegime:
     )
 
 
+def parts(own: InRegime) -> list[InRegime]:
+    """The recipe of a regime with one part at a time replaced by the baselines'."""
+    changed: dict[str, dict[str, Any]] = {
+        "random start": {"start": "random"},
+        "subspace start": {"start": "subspace"},
+        "Adam": {"optimizer": "adam"},
+        "short fall": {"decay": InRegime.decay},
+    }
+    trials = [replace(own, condition=f"recipe, {part}", **new) for part, new in changed.items()]
+    return [t for t in trials if replace(t, condition=own.condition) != own]
+
+
 def outcome(trial: InRegime) -> dict[str, Any]:
     """Train and judge one SAE, before and after a refit if it has one; what was known before."""
     at = site_of(trial)
     sae, spectrum = untrained(trial, at), at.spectrum
     train(trial, sae, at)
     row = judged(trial, sae, at)
-    if trial.condition == "recipe" or trial.condition.endswith(REFIT):
+    if trial.condition.startswith("recipe") or trial.condition.endswith(REFIT):
         before = {name + "_unrefitted": row[name] for name in ("fvu", "validation_fvu")}
         if row["validation_fvu"] < 1:  # else the rate was far too high, and a refit is refused
             saesub.refit_decoder(sae, at.blocks(0, trial.n_train), progress=False)
@@ -83,8 +98,10 @@ if __name__ == "__main__":
     elif what == "refitted":
         conditions = [trial for regime in chosen for trial in baselines(regime, REFIT)]
         sweep("refitted", conditions, (1e-3, 2e-3, 4e-3), n_seeds=1, outcome=outcome)
-    elif what == "recipe":
+    elif what in ("recipe", "parts"):
         harvest([regime.trial("subspace") for regime in chosen])
         spectra = [site_of(regime.trial("subspace")).spectrum for regime in chosen]
         trials = [recipe(*pair) for pair in zip(chosen, spectra, strict=True)]
-        run("recipe", [replace(t, lr=f * t.lr) for f in FACTORS for t in trials], outcome)
+        if what == "parts":
+            trials = [part for own in trials for part in parts(own)]
+        run(what, [replace(t, lr=f * t.lr) for f in FACTORS for t in trials], outcome)
