@@ -79,7 +79,8 @@ def test_without_refitted_baselines_nothing_is_said_of_them(monkeypatch):
 def test_a_row_has_what_the_claims_need(monkeypatch):
     _record(monkeypatch, **RECORDS)
     first, second = in_regimes().to_dict("records")
-    assert (first["lr"], first["fvu"], first["least_fvu"]) == (0.002, 0.3, 0.1)
+    assert (first["lr"], first["fvu"], first["seeds"], first["lower_in"]) == (0.002, 0.3, 1, 1)
+    assert first["above_least"] == pytest.approx(2)
     assert (first["firings"], first["dead_share"]) == (100 * 32 // 2048, 0.0012)
     assert (first["baseline"], second["baseline"]) == ("ASI", "random")
     assert not first["interior"]  # one rate is its own edge
@@ -95,3 +96,19 @@ def test_half_a_record_is_refused(monkeypatch):
     _record(monkeypatch, recipe=RECORDS["recipe"][:2], baselines=RECORDS["baselines"])
     with pytest.raises(SaesubError, match="no whole record of the recipe"):
         in_regimes()
+
+
+def test_seeds_are_averaged_and_paired_and_the_first_one_chooses(monkeypatch):
+    more = [
+        _row(100, "recipe", 0.002, fvu, seed=i, fvu_unrefitted=1) for i, fvu in ((1, 0.6), (2, 0.3))
+    ]
+    others = [_row(100, "ASI", 0.002, fvu, seed=i) for i, fvu in ((1, 0.5), (2, 0.45))]
+    # A condition that fits better with another seed is not chosen by it.
+    others += [_row(100, "random", 0.004, 0.1, seed=1)]
+    baselines = RECORDS["baselines"] + others
+    _record(monkeypatch, recipe=RECORDS["recipe"] + more, baselines=baselines)
+    first = in_regimes().iloc[0]
+    assert (first["baseline"], first["seeds"], first["lower_in"]) == ("ASI", 3, 2)
+    assert first["fvu"] == pytest.approx(0.4)
+    assert first["baseline_fvu"] == pytest.approx(0.45)
+    assert first["above_least"] == pytest.approx(2)

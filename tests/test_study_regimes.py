@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,7 @@ def test_the_two_causes_are_crossed_at_six_sites_of_each_model():
 
     trials = offset.trials(0)
     cells = Counter((t.centre, t.start, t.lr) for t in trials)
-    assert len(cells) == 3 * 2 * 3
+    assert len(cells) == 3 * 2 * 2
     assert set(cells.values()) == {6}
     assert {(t.corpus, t.hook_name) for t in trials} == {
         (regimes.TEXTS[text], regimes.hook(0, text, site)) for text in range(2) for site in range(3)
@@ -117,6 +118,22 @@ def test_the_recipe_of_the_study_is_the_packages():
             conditions = [t.condition for t in recipe.baselines(regime)]
             assert conditions == ["random", "ASI", "ASI + SparseAdam"]
             assert {t.n_train for t in recipe.baselines(regime)} == {trial.n_train}
+
+
+def test_seeds_are_added_to_the_baseline_that_fits_the_validation_part_best(monkeypatch):
+    import recipe
+    import regimes
+
+    regime, other = regimes.REGIMES[:2]
+    swept = [(regime, 0, 0.3), (regime, 1, 0.2), (regime, 2, 0.25), (other, 0, 0.1)]
+    rows = [
+        vars(replace(recipe.baselines(of)[i], lr=0.004)) | {"validation_fvu": fvu}
+        for of, i, fvu in swept
+    ]
+    monkeypatch.setattr(recipe, "recorded", lambda name: rows)
+    found = recipe.best_baseline(regime)
+    assert (found.condition, found.lr, found.seed) == ("ASI", 0.004, 0)
+    assert (found.hook_name, found.n_train) == (regime.hook_name, rows[0]["n_train"])
 
 
 def _cfg(trial, d: int) -> TopKTrainingSAEConfig:

@@ -81,7 +81,7 @@ def row_of(asked: tuple[str, ...], told: tuple[str, ...], rows: list[Row]) -> Ro
 
 
 if __name__ == "__main__":
-    rows = recorded("baselines")
+    rows = [row for row in recorded("baselines") if row["seed"] == 0]
     first, second = ((model,) for model in DEVELOPED)
     pairs = [(first, second), (second, first), (UNTOUCHED, DEVELOPED)]
     found = [row_of(asked, told, rows) | {"run": 0} for asked, told in pairs]

@@ -2,6 +2,7 @@
 
     python notebooks/studies/recipe.py baselines smollm2-135m gemma3-270m
     python notebooks/studies/recipe.py recipe smollm2-135m gemma3-270m
+    python notebooks/studies/recipe.py seeds qwen2.5-coder-0.5b
     python notebooks/studies/recipe.py refitted smollm2-135m
     python notebooks/studies/recipe.py parts smollm2-135m
 
@@ -12,9 +13,12 @@ fitted norm and the schedule of `protocol.py`; four rates, further where the bes
 
 The recipe is what `saesub.recommend` says, at its rate and at the half and the double of it.
 `fvu_unrefitted` is what it has before its last step, the refit of the decoder. The third command
-gives the baselines that step as well, swept with it, so that one sees what is the refit's alone.
-The fourth changes one part of the recipe at a time, at the same three rates: the start (random, or
-in the subspace), Adam in place of SparseAdam, the fall of the rate over the last fifth.
+adds two seeds to the recipe at its own rate and to the best baseline of each regime at its best.
+
+The fourth gives the baselines the refit as well, swept with it, so that one sees what is the
+refit's alone. The fifth changes one part of the recipe at a time, at the same three rates: the
+start (random, or in the subspace), Adam in place of SparseAdam, the fall of the rate over the last
+fifth.
 
 The models are named, so that those that the recipe is developed on come first.
 """
@@ -25,7 +29,18 @@ import sys
 from dataclasses import replace
 from typing import Any
 
-from protocol import harvest, judged, known_before, run, site_of, sweep, train, untrained
+from protocol import (
+    harvest,
+    judged,
+    known_before,
+    recorded,
+    run,
+    site_of,
+    sweep,
+    train,
+    trial_of,
+    untrained,
+)
 from regimes import REGIMES, InRegime, Regime
 from sae_lens import TopKTrainingSAEConfig
 
@@ -74,6 +89,13 @@ def parts(own: InRegime) -> list[InRegime]:
     return [t for t in trials if replace(t, condition=own.condition) != own]
 
 
+def best_baseline(regime: Regime) -> InRegime:
+    """The recorded baseline that fits the regime's validation part best, with its first seed."""
+    plain = [replace(trial, lr=0.0) for trial in baselines(regime)]
+    rows = [r for r in recorded("baselines") if replace(trial_of(r, InRegime), lr=0.0) in plain]
+    return trial_of(min(rows, key=lambda row: row["validation_fvu"]), InRegime)
+
+
 def outcome(trial: InRegime) -> dict[str, Any]:
     """Train and judge one SAE, before and after a refit if it has one; what was known before."""
     at = site_of(trial)
@@ -98,10 +120,14 @@ if __name__ == "__main__":
     elif what == "refitted":
         conditions = [trial for regime in chosen for trial in baselines(regime, REFIT)]
         sweep("refitted", conditions, (1e-3, 2e-3, 4e-3), n_seeds=1, outcome=outcome)
-    elif what in ("recipe", "parts"):
+    else:
         harvest([regime.trial("subspace") for regime in chosen])
         spectra = [site_of(regime.trial("subspace")).spectrum for regime in chosen]
-        trials = [recipe(*pair) for pair in zip(chosen, spectra, strict=True)]
-        if what == "parts":
-            trials = [part for own in trials for part in parts(own)]
-        run(what, [replace(t, lr=f * t.lr) for f in FACTORS for t in trials], outcome)
+        own = [recipe(*pair) for pair in zip(chosen, spectra, strict=True)]
+        if what == "seeds":
+            best = [best_baseline(regime) for regime in chosen]
+            for name, trials in (("baselines", best), ("recipe", own)):
+                run(name, [replace(t, seed=seed) for seed in (1, 2) for t in trials], outcome)
+        elif what in ("recipe", "parts"):
+            trials = own if what == "recipe" else [part for t in own for part in parts(t)]
+            run(what, [replace(t, lr=f * t.lr) for f in FACTORS for t in trials], outcome)

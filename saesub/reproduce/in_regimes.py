@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 Row = dict[Any, Any]
 _REGIME = ["model", "corpus", "hook_name", "d_sae", "k", "n_train"]
+_OF_RECIPE = ("fvu", "dead_share", "fvu_unrefitted")
 _REFIT = " + refit"
 
 
@@ -24,12 +25,16 @@ def in_regimes() -> pd.DataFrame:
     training, on average), window (held-out tokens that decide what is dead);
 
     - of the recipe at its own rate: lr, fvu, dead_share, fvu_unrefitted (before its last step), and
-      least_fvu, the least at half, once and twice its rate;
+      above_least, its FVU divided by the least at half, once and twice its rate, minus 1;
     - of the baseline that fits the validation part best: baseline (its name), baseline_lr,
       baseline_fvu, baseline_dead, and interior, whether no baseline's best rate is at an edge of
       those tried;
+    - seeds, which both have, and lower_in, the seeds in which the recipe's FVU is the lower one;
     - of the best baseline with a refit of its own: refitted, refitted_lr, refitted_fvu; missing
       where none was trained.
+
+    What is said of the recipe and of a baseline are means over seeds; the first seed alone chooses
+    the baseline and compares rates, since the other seeds have one rate.
 
     Raises SaesubError if the recipe or its baselines are not recorded, or not at three rates.
     """
@@ -47,7 +52,7 @@ def in_regimes() -> pd.DataFrame:
                 f"there is no whole record of the recipe in {regime}: run "
                 "python notebooks/studies/recipe.py baselines and recipe with its model"
             )
-        rows.append(_recipe(own) | _baseline(baselines[regime]))
+        rows.append(_compared(own, baselines[regime]))
         if regime in refitted:
             best = _best(refitted[regime])
             name = best["condition"].removesuffix(_REFIT)
@@ -63,37 +68,30 @@ def _by_regime(name: str) -> dict[tuple[Any, ...], list[Row]]:
     return found
 
 
-def _recipe(rows: list[Row]) -> Row:
-    """What is said of the recipe in a regime, as means over seeds."""
-    by_rate: dict[float, list[Row]] = {}
-    for row in rows:
-        by_rate.setdefault(row["lr"], []).append(row)
-    _, lr, _ = sorted(by_rate)  # its own is between its half and its double
-    fvu = {rate: fmean(row["fvu"] for row in of) for rate, of in by_rate.items()}
-    first = rows[0]
-    return {name: first[name] for name in _REGIME} | {
-        "firings": first["n_train"] * first["k"] // first["d_sae"],
-        "window": first["window"],
-        "lr": lr,
-        "fvu": fvu[lr],
-        "dead_share": fmean(row["dead_share"] for row in by_rate[lr]),
-        "fvu_unrefitted": fmean(row["fvu_unrefitted"] for row in by_rate[lr]),
-        "least_fvu": min(fvu.values()),
-    }
-
-
-def _baseline(rows: list[Row]) -> Row:
-    """What is said of the baseline that fits best."""
-    best = _best(rows)
-    by_condition: dict[str, list[Row]] = {}
-    for row in rows:
+def _compared(recipe: list[Row], baselines: list[Row]) -> Row:
+    """What is said of a regime."""
+    first_of = {row["lr"]: row for row in recipe if row["seed"] == 0}
+    _, lr, _ = sorted(first_of)  # its own is between its half and its double
+    own = {row["seed"]: row for row in recipe if row["lr"] == lr}
+    first = [row for row in baselines if row["seed"] == 0]
+    best, by_condition = _best(first), {}
+    for row in first:
         by_condition.setdefault(row["condition"], []).append(row)
-    return {
+    known = ("condition", "lr")
+    others = {r["seed"]: r for r in baselines if all(r[name] == best[name] for name in known)}
+    seeds = sorted(own.keys() & others.keys())
+    return {name: best[name] for name in (*_REGIME, "window")} | {
+        "firings": best["n_train"] * best["k"] // best["d_sae"],
+        "lr": lr,
+        **{name: fmean(own[seed][name] for seed in seeds) for name in _OF_RECIPE},
+        "above_least": first_of[lr]["fvu"] / min(row["fvu"] for row in first_of.values()) - 1,
         "baseline": best["condition"],
         "baseline_lr": best["lr"],
-        "baseline_fvu": best["fvu"],
-        "baseline_dead": best["dead_share"],
+        "baseline_fvu": fmean(others[seed]["fvu"] for seed in seeds),
+        "baseline_dead": fmean(others[seed]["dead_share"] for seed in seeds),
         "interior": all(sweep_of(of).interior for of in by_condition.values()),
+        "seeds": len(seeds),
+        "lower_in": sum(own[seed]["fvu"] < others[seed]["fvu"] for seed in seeds),
     }
 
 
