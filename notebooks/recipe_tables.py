@@ -38,17 +38,40 @@ def _refitted(row: Any) -> str:
 
 
 def _summary(found: pd.DataFrame) -> str:
-    """In how many regimes the recipe's FVU is lower than a baseline's, and by how much."""
-    plain, early = (found[name] / found["baseline_fvu"] - 1 for name in ("fvu", "fvu_unrefitted"))
-    said = f"The recipe's FVU is lower than the best baseline's in {_counted(plain)}"
-    said += f"; before its refit in {_counted(early)}"
-    if "refitted_fvu" in found:
-        both = (found["fvu"] / found["refitted_fvu"] - 1).dropna()
-        said += f"; than the best baseline's with a refit in {_counted(both)}"
+    """What the recipe reaches on the model that it was not made on, and on the others."""
+    groups = {
+        "In the {} regimes of the model that was untouched before": found[found["untouched"]],
+        "In the {} regimes that the recipe was made in": found[~found["untouched"]],
+    }
+    said = [title.format(len(of)) + _reached(of) for title, of in groups.items() if len(of)]
     (window,) = set(found["window"])
-    return f"{said}. A dead feature fires at none of {window:,} held-out tokens."
+    said.append(f"A dead feature fires at none of {window:,} held-out tokens.")
+    return "\n\n".join(said)
+
+
+def _reached(of: pd.DataFrame) -> str:
+    plain, early = (of[name] / of["baseline_fvu"] - 1 for name in ("fvu", "fvu_unrefitted"))
+    long = of[of["firings"] == of["firings"].max()]
+    said = f" the recipe's FVU is lower than the best baseline's in {_counted(plain)}"
+    said += f", and before its refit in {_counted(early)}."
+    if "refitted_fvu" in of and of["refitted_fvu"].notna().any():
+        both = (of["fvu"] / of["refitted_fvu"] - 1).dropna()
+        said += f" It is lower than that of the best baseline with a refit in {_counted(both)}."
+    said += (
+        f" Its rate fits at most {of['above_least'].max():.1%} worse than the best of its half, "
+    )
+    said += f"itself and its double. Where a feature fires {long['firings'].iloc[0]:,} times in "
+    said += f"training, at most {long['dead_share'].max():.2%} of its features are dead, and "
+    said += f"{long['baseline_dead'].max():.1%} of the best baseline's."
+    least, most = of["seeds"].min(), of["seeds"].max()
+    seeds = f"{most}" if least == most else f"{least} to {most}"
+    return said + f" Seeds: {seeds}; with {_pairs(of)} the recipe's FVU is lower."
+
+
+def _pairs(of: pd.DataFrame) -> str:
+    return f"{of['lower_in'].sum()} of {of['seeds'].sum()} pairs of them"
 
 
 def _counted(changes: pd.Series) -> str:
     lower = (changes < 0).sum()
-    return f"{lower} of {len(changes)} regimes ({changes.min():+.1%} to {changes.max():+.1%})"
+    return f"{lower} of {len(changes)} ({changes.min():+.1%} to {changes.max():+.1%})"

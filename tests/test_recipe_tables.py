@@ -64,16 +64,28 @@ def test_the_recipe_stands_beside_the_baseline_that_fits_best(monkeypatch):
     )
     assert "| random, 0.001 | 0.4200 |  | 0.4600 | 0.4400 | 0.00% |" in second
     assert made["recipe-summary"] == (
-        "The recipe's FVU is lower than the best baseline's in 1 of 2 regimes (-25.0% to +4.8%); "
-        "before its refit in 0 of 2 regimes (+9.5% to +25.0%); than the best baseline's with a "
-        "refit in 0 of 1 regimes (+25.0% to +25.0%). A dead feature fires at none of 64 held-out "
-        "tokens."
+        "In the 2 regimes that the recipe was made in the recipe's FVU is lower than the best "
+        "baseline's in 1 of 2 (-25.0% to +4.8%), and before its refit in 0 of 2 (+9.5% to +25.0%). "
+        "It is lower than that of the best baseline with a refit in 0 of 1 (+25.0% to +25.0%). Its "
+        "rate fits at most 200.0% worse than the best of its half, itself and its double. Where a "
+        "feature fires 3 times in training, at most 0.00% of its features are dead, and 0.0% of "
+        "the best baseline's. Seeds: 1; with 1 of 2 pairs of them the recipe's FVU is lower.\n\n"
+        "A dead feature fires at none of 64 held-out tokens."
     )
 
 
 def test_without_refitted_baselines_nothing_is_said_of_them(monkeypatch):
     made = _tables(monkeypatch, recipe=RECORDS["recipe"], baselines=RECORDS["baselines"])
     assert "with a refit" not in made["recipe-summary"]
+
+
+def test_the_untouched_model_stands_apart(monkeypatch):
+    other = {"model": "qwen2.5-coder-0.5b"}
+    more = {name: [row | other for row in RECORDS[name]] for name in ("recipe", "baselines")}
+    made = _tables(monkeypatch, **{name: RECORDS[name] + more[name] for name in more})
+    first, second, _ = made["recipe-summary"].split("\n\n")
+    assert first.startswith("In the 2 regimes of the model that was untouched before the recipe's")
+    assert second.startswith("In the 2 regimes that the recipe was made in the recipe's FVU")
 
 
 def test_a_row_has_what_the_claims_need(monkeypatch):

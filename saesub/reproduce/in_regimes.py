@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Row = dict[Any, Any]
+UNTOUCHED = "qwen2.5-coder-0.5b"  # nothing was trained on it before the recipe was final
 _REGIME = ["model", "corpus", "hook_name", "d_sae", "k", "n_train"]
 _OF_RECIPE = ("fvu", "dead_share", "fvu_unrefitted")
 _REFIT = " + refit"
@@ -22,7 +23,8 @@ def in_regimes() -> pd.DataFrame:
     """A row for each regime (`notebooks/studies/regimes.py`) in which the recipe was trained.
 
     Columns: model, corpus, hook_name, d_sae, k, n_train (tokens), firings (of a feature in
-    training, on average), window (held-out tokens that decide what is dead);
+    training, on average), window (held-out tokens that decide what is dead), untouched (whether
+    nothing was trained on the model before the recipe was final);
 
     - of the recipe at its own rate: lr, fvu, dead_share, fvu_unrefitted (before its last step), and
       above_least, its FVU divided by the least at half, once and twice its rate, minus 1;
@@ -82,6 +84,7 @@ def _compared(recipe: list[Row], baselines: list[Row]) -> Row:
     seeds = sorted(own.keys() & others.keys())
     return {name: best[name] for name in (*_REGIME, "window")} | {
         "firings": best["n_train"] * best["k"] // best["d_sae"],
+        "untouched": best["model"] == UNTOUCHED,
         "lr": lr,
         **{name: fmean(own[seed][name] for seed in seeds) for name in _OF_RECIPE},
         "above_least": first_of[lr]["fvu"] / min(row["fvu"] for row in first_of.values()) - 1,
