@@ -68,6 +68,7 @@ def row_of(asked: tuple[str, ...], told: tuple[str, ...], rows: list[Row]) -> Ro
     test_rows = [row for row in rows if row["model"] in asked]
     error, constant = errors(known_rows, test_rows)
     return {
+        "condition": "logistic line",
         "told": told,
         "asked": asked,
         "n_told": len(known_rows),
