@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -138,37 +137,3 @@ def test_seeds_are_added_to_the_baseline_that_fits_the_validation_part_best(monk
 
 def _cfg(trial, d: int) -> TopKTrainingSAEConfig:
     return TopKTrainingSAEConfig(d_in=d, d_sae=trial.d_sae, k=trial.k)
-
-
-def test_the_forecast_finds_a_law_and_beats_the_constant():
-    import forecast
-
-    told, asked = (
-        [
-            {
-                "lr": lr,
-                "n_train": n,
-                "effective_rank": rank,
-                "start": start,
-                "optimizer": "adam",
-                "dead_share": _law(lr, rank, start),
-            }
-            for lr in (5e-4, 1e-3, 2e-3, 4e-3)
-            for n in (64_000, 256_000)
-            for rank in ranks
-            for start in ("random", "subspace")
-        ]
-        for ranks in ((0.01, 0.3), (0.03, 0.1))
-    )
-    error, constant = forecast.errors(told, asked)
-    assert error < 0.2 * constant
-    shares = [row["dead_share"] for row in asked]
-    median = sorted(row["dead_share"] for row in told)[len(told) // 2 - 1 : len(told) // 2 + 1]
-    expected = sum(abs(share - sum(median) / 2) for share in shares) / len(shares)
-    assert constant == pytest.approx(expected)
-
-
-def _law(lr: float, rank: float, start: str) -> float:
-    """A logistic share, more where the rate is high, the rank low and the start random."""
-    score = math.log2(lr / 2e-3) - 0.7 * math.log2(rank) - 2 * (start == "subspace") - 4
-    return 1 / (1 + math.exp(-score))
