@@ -12,7 +12,8 @@ from saesub.reproduce.in_regimes import in_regimes
 def tables() -> dict[str, str]:
     """Markdown by the names of the page's marks."""
     found = in_regimes()
-    return {"recipe": _table(found), "recipe-summary": _summary(found)}
+    summaries = {"recipe-summary": _summary(found), "recipe-line": _line(found)}
+    return {"recipe": _table(found)} | summaries
 
 
 def _table(found: pd.DataFrame) -> str:
@@ -47,6 +48,20 @@ def _summary(found: pd.DataFrame) -> str:
     (window,) = set(found["window"])
     said.append(f"A dead feature fires at none of {window:,} held-out tokens.")
     return "\n\n".join(said)
+
+
+def _line(found: pd.DataFrame) -> str:
+    """The README's line, on the untouched model."""
+    of = found[found["untouched"]]
+    said = "[`recommend`](docs/recipe.md) gives TopK settings without a sweep"
+    if of.empty:
+        return f"{said}."
+    change = of["fvu"] / of["baseline_fvu"] - 1
+    dead = of.loc[of["firings"] == of["firings"].max(), "dead_share"].max()
+    return (
+        f"{said}. On a model unseen before, its FVU is lower than the best of three swept "
+        f"baselines' in {_counted(change)} regimes; at most {dead:.2%} dead in longer runs."
+    )
 
 
 def _reached(of: pd.DataFrame) -> str:
