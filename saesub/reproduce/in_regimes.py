@@ -20,7 +20,7 @@ _REFIT = " + refit"
 
 
 def in_regimes() -> pd.DataFrame:
-    """A row for each regime (`notebooks/studies/regimes.py`) in which the recipe was trained.
+    """A row for each regime (`notebooks/studies/regimes.py`) with the recipe, the untouched last.
 
     Columns: model, corpus, hook_name, d_sae, k, n_train (tokens), firings (of a feature in
     training, on average), window (held-out tokens that decide what is dead), untouched (whether
@@ -59,6 +59,8 @@ def in_regimes() -> pd.DataFrame:
             best = _best(refitted[regime])
             name = best["condition"].removesuffix(_REFIT)
             rows[-1] |= {"refitted": name, "refitted_lr": best["lr"], "refitted_fvu": best["fvu"]}
+    models = [row["model"] for row in rows]
+    rows.sort(key=lambda row: (row["untouched"], models.index(row["model"])))
     return pd.DataFrame(rows)
 
 
