@@ -119,6 +119,7 @@ if __name__ == "__main__":
         sweep("baselines", conditions, n_seeds=1, outcome=outcome)
     elif what == "refitted":
         conditions = [trial for regime in chosen for trial in baselines(regime, REFIT)]
+        conditions.sort(key=lambda trial: trial.start == "random")  # which fits worst, last
         sweep("refitted", conditions, (1e-3, 2e-3, 4e-3), n_seeds=1, outcome=outcome)
     else:
         harvest([regime.trial("subspace") for regime in chosen])
