@@ -39,15 +39,43 @@ def _refitted(row: Any) -> str:
 
 
 def _summary(found: pd.DataFrame) -> str:
-    """What the recipe reaches on the model that it was not made on, and on the others."""
-    groups = {
-        "In the {} regimes of the model that was untouched before": found[found["untouched"]],
-        "In the {} regimes that the recipe was made in": found[~found["untouched"]],
-    }
-    said = [title.format(len(of)) + _reached(of) for title, of in groups.items() if len(of)]
+    """What the recipe reaches in all regimes, and in those of the model that it was not made on."""
+    groups = {"In all {} regimes": found}
+    if found["untouched"].any():
+        title = "In the {} regimes of the model on which nothing was trained before"
+        groups[title] = found[found["untouched"]]
+    said = [f"{title.format(len(of))}:\n\n{_reached(of)}" for title, of in groups.items()]
     (window,) = set(found["window"])
-    said.append(f"A dead feature fires at none of {window:,} held-out tokens.")
+    said.append(
+        f"A dead feature fires at none of {window:,} held-out tokens. No baseline has AuxK."
+    )
     return "\n\n".join(said)
+
+
+def _reached(of: pd.DataFrame) -> str:
+    """A list of what a group of regimes shows."""
+    plain, early = (of[name] / of["baseline_fvu"] - 1 for name in ("fvu", "fvu_unrefitted"))
+    long = of[of["firings"] == of["firings"].max()]
+    lines = [
+        f"The recipe's FVU is lower than the best baseline's in {_counted(plain)}, and before its "
+        f"refit in {_counted(early)}.",
+        f"With the same seed it is lower in {of['lower_in'].sum()} of {of['seeds'].sum()} pairs.",
+    ]
+    if "against_refitted" in of and (both := of["against_refitted"].dropna()).size:
+        lines.append(
+            f"Where the baselines have a refit of their own, it is lower than the best one's in "
+            f"{_counted(both)}."
+        )
+    lines += [
+        f"It is at most {of['above_least'].max():.1%} above the lowest of three rates, the "
+        f"recipe's, its half and its double. The double fits best in "
+        f"{(of['least_at'] == 2).sum()} regimes, the half in {(of['least_at'] == 0.5).sum()}.",
+        f"Where a feature fires {long['firings'].iloc[0]:,} times in training, at most "
+        f"{long['dead_share'].max():.2%} of the features are dead. Of the baseline that fits best "
+        f"it is up to {long['baseline_dead'].max():.2%}; of the baseline that loses fewest, each "
+        f"at its own best rate, up to {long['fewest_dead'].max():.2%}.",
+    ]
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def _line(found: pd.DataFrame) -> str:
@@ -56,35 +84,11 @@ def _line(found: pd.DataFrame) -> str:
     said = "[`recommend`](docs/recipe.md) gives TopK settings without a sweep"
     if of.empty:
         return f"{said}."
-    change = of["fvu"] / of["baseline_fvu"] - 1
-    dead = of.loc[of["firings"] == of["firings"].max(), "dead_share"].max()
-    return (
-        f"{said}. On a model unseen before, its FVU is lower than the best of three swept "
-        f"baselines' in {_counted(change)} regimes; at most {dead:.2%} dead in longer runs."
-    )
-
-
-def _reached(of: pd.DataFrame) -> str:
     plain, early = (of[name] / of["baseline_fvu"] - 1 for name in ("fvu", "fvu_unrefitted"))
-    long = of[of["firings"] == of["firings"].max()]
-    said = f" the recipe's FVU is lower than the best baseline's in {_counted(plain)}"
-    said += f", and before its refit in {_counted(early)}."
-    if "refitted_fvu" in of and of["refitted_fvu"].notna().any():
-        both = (of["fvu"] / of["refitted_fvu"] - 1).dropna()
-        said += f" It is lower than that of the best baseline with a refit in {_counted(both)}."
-    said += (
-        f" Its rate fits at most {of['above_least'].max():.1%} worse than the best of its half, "
+    return (
+        f"{said}. On a model that it was not made on, FVU is lower than the best of three swept "
+        f"baselines' (no AuxK) in {_counted(plain)} regimes, {(early < 0).sum()} before its refit."
     )
-    said += f"itself and its double. Where a feature fires {long['firings'].iloc[0]:,} times in "
-    said += f"training, at most {long['dead_share'].max():.2%} of its features are dead, and "
-    said += f"{long['baseline_dead'].max():.1%} of the best baseline's."
-    least, most = of["seeds"].min(), of["seeds"].max()
-    seeds = f"{most}" if least == most else f"{least} to {most}"
-    return said + f" Seeds: {seeds}; with {_pairs(of)} the recipe's FVU is lower."
-
-
-def _pairs(of: pd.DataFrame) -> str:
-    return f"{of['lower_in'].sum()} of {of['seeds'].sum()} pairs of them"
 
 
 def _counted(changes: pd.Series) -> str:

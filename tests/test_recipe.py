@@ -17,8 +17,16 @@ from sae_lens.config import SAETrainerConfig
 
 import saesub
 from saesub.errors import SaesubError
+from saesub.reproduce.in_regimes import in_regimes
+from saesub.training import recipe as recipes
 
 D = 64
+
+
+@pytest.fixture(autouse=True)
+def small_activations(monkeypatch) -> None:
+    """Those of the tests are narrower than the studies'."""
+    monkeypatch.setitem(recipes._COVERED, "d_in", (32, 1792))
 
 
 def _spectrum(high: bool = True) -> saesub.Spectrum:
@@ -97,9 +105,11 @@ WITHHELD = {
     "TopK SAEs alone": (BatchTopKTrainingSAEConfig(d_in=D, d_sae=1024, k=32), 64_000),
     "width 32": (_cfg(d_in=32), 64_000),
     "one number": (_cfg(normalize_activations="layer_norm"), 64_000),
-    "d_sae comes to 512": (_cfg(d_sae=512), 64_000),
-    "k comes to 4": (_cfg(k=4), 64_000),
-    "n_tokens comes to 31": (_cfg(), 1000),
+    "d_sae would be 512": (_cfg(d_sae=512), 64_000),
+    "k would be 4,": (_cfg(k=4), 64_000),
+    "d_sae / k would be 256": (_cfg(d_sae=8192), 64_000),
+    "steps would be 0": (_cfg(), 1000),
+    "steps would be 976": (_cfg(), 1_000_000),
     "n_tokens must be": (_cfg(), -5),
 }
 
@@ -109,6 +119,32 @@ def test_it_is_withheld_where_it_was_not_tried(message) -> None:
     cfg, n_tokens = WITHHELD[message]
     with pytest.raises(SaesubError, match=message):
         saesub.recommend(_spectrum(), cfg, n_tokens)
+
+
+def test_it_is_withheld_at_widths_that_were_not_tried(monkeypatch) -> None:
+    monkeypatch.undo()
+    with pytest.raises(SaesubError, match="d_in would be 64, and the studies behind the recipe"):
+        saesub.recommend(_spectrum(), _cfg(), 64_000)
+
+
+def test_what_is_covered_is_a_factor_of_two_around_the_regimes() -> None:
+    found = in_regimes()
+    width = {"smollm2-135m": 576, "gemma3-270m": 640, "qwen2.5-coder-0.5b": 896}
+    values = {
+        "d_in": found["model"].map(width),
+        "d_sae": found["d_sae"],
+        "k": found["k"],
+        "d_sae / k": found["d_sae"] / found["k"],
+        "steps": found["n_train"] // recipes.BATCH_SIZE,
+    }
+    covered = recipes._COVERED | {"d_in": (288, 1792)}
+    for name, (least, most) in covered.items():
+        assert (values[name].min() / 2, values[name].max() * 2) == (least, most)
+
+
+def test_the_reasons_do_not_say_more_than_the_record() -> None:
+    assert 0.06 < in_regimes()["above_least"].max() < 0.08
+    assert (in_regimes()["above_least"] == 0).mean() > 0.5
 
 
 def test_what_cannot_be_applied_changes_nothing() -> None:

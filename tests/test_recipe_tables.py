@@ -34,8 +34,12 @@ RECORDS = {
     "baselines": [
         _row(100, "random", 0.004, 0.45),
         _row(100, "ASI", 0.002, 0.4),
-        *(_row(200, "random", lr, fvu) for lr, fvu in ((0.001, 0.42), (0.0005, 1), (0.002, 1))),
-        _row(200, "ASI", 0.002, 0.4, validation_fvu=0.6),  # the validation part chooses
+        *(
+            _row(200, "random", lr, fvu, dead_share=0.02)
+            for lr, fvu in ((0.001, 0.42), (0.0005, 1), (0.002, 1))
+        ),
+        # The validation part chooses.
+        _row(200, "ASI", 0.002, 0.4, validation_fvu=0.6, dead_share=0.01),
     ],
     "refitted": [_row(100, "ASI + refit", 0.008, 0.24)],
 }
@@ -63,33 +67,40 @@ def test_the_recipe_stands_beside_the_baseline_that_fits_best(monkeypatch):
         "0.5000 | 0.3000 | 0.12% |"
     )
     assert "| random, 0.001 | 0.4200 |  | 0.4600 | 0.4400 | 0.00% |" in second
-    assert made["recipe-summary"] == (
-        "In the 2 regimes that the recipe was made in the recipe's FVU is lower than the best "
-        "baseline's in 1 of 2 (-25.0% to +4.8%), and before its refit in 0 of 2 (+9.5% to +25.0%). "
-        "It is lower than that of the best baseline with a refit in 0 of 1 (+25.0% to +25.0%). Its "
-        "rate fits at most 200.0% worse than the best of its half, itself and its double. Where a "
-        "feature fires 3 times in training, at most 0.00% of its features are dead, and 0.0% of "
-        "the best baseline's. Seeds: 1; with 1 of 2 pairs of them the recipe's FVU is lower.\n\n"
-        "A dead feature fires at none of 64 held-out tokens."
-    )
+    assert made["recipe-summary"].splitlines() == [
+        "In all 2 regimes:",
+        "",
+        "- The recipe's FVU is lower than the best baseline's in 1 of 2 (-25.0% to +4.8%), and "
+        "before its refit in 0 of 2 (+9.5% to +25.0%).",
+        "- With the same seed it is lower in 1 of 2 pairs.",
+        "- Where the baselines have a refit of their own, it is lower than the best one's in 0 of "
+        "1 (+25.0% to +25.0%).",
+        "- It is at most 200.0% above the lowest of three rates, the recipe's, its half and its "
+        "double. The double fits best in 0 regimes, the half in 1.",
+        "- Where a feature fires 3 times in training, at most 0.00% of the features are dead. Of "
+        "the baseline that fits best it is up to 2.00%; of the baseline that loses fewest, each at "
+        "its own best rate, up to 1.00%.",
+        "",
+        "A dead feature fires at none of 64 held-out tokens. No baseline has AuxK.",
+    ]
 
 
 def test_without_refitted_baselines_nothing_is_said_of_them(monkeypatch):
     made = _tables(monkeypatch, recipe=RECORDS["recipe"], baselines=RECORDS["baselines"])
-    assert "with a refit" not in made["recipe-summary"]
+    assert "have a refit" not in made["recipe-summary"]
 
 
 def test_the_untouched_model_stands_apart(monkeypatch):
     other = {"model": "qwen2.5-coder-0.5b"}
     more = {name: [row | other for row in RECORDS[name]] for name in ("recipe", "baselines")}
     made = _tables(monkeypatch, **{name: RECORDS[name] + more[name] for name in more})
-    first, second, _ = made["recipe-summary"].split("\n\n")
-    assert first.startswith("In the 2 regimes of the model that was untouched before the recipe's")
-    assert second.startswith("In the 2 regimes that the recipe was made in the recipe's FVU")
+    first, _, second, *_ = made["recipe-summary"].split("\n\n")
+    assert first == "In all 4 regimes:"
+    assert second == "In the 2 regimes of the model on which nothing was trained before:"
     assert made["recipe-line"] == (
-        "[`recommend`](docs/recipe.md) gives TopK settings without a sweep. On a model unseen "
-        "before, its FVU is lower than the best of three swept baselines' in 1 of 2 (-25.0% to "
-        "+4.8%) regimes; at most 0.00% dead in longer runs."
+        "[`recommend`](docs/recipe.md) gives TopK settings without a sweep. On a model that it was "
+        "not made on, FVU is lower than the best of three swept baselines' (no AuxK) in 1 of 2 "
+        "(-25.0% to +4.8%) regimes, 0 before its refit."
     )
 
 
@@ -97,7 +108,9 @@ def test_a_row_has_what_the_claims_need(monkeypatch):
     _record(monkeypatch, **RECORDS)
     first, second = in_regimes().to_dict("records")
     assert (first["lr"], first["fvu"], first["seeds"], first["lower_in"]) == (0.002, 0.3, 1, 1)
-    assert first["above_least"] == pytest.approx(2)
+    assert (first["above_least"], first["least_at"]) == (pytest.approx(2), 0.5)
+    assert first["against_refitted"] == pytest.approx(0.25)
+    assert (second["baseline_dead"], second["fewest_dead"]) == (0.02, 0.01)
     assert (first["firings"], first["dead_share"]) == (100 * 32 // 2048, 0.0012)
     assert (first["baseline"], second["baseline"]) == ("ASI", "random")
     assert not first["interior"]  # one rate is its own edge
@@ -110,9 +123,10 @@ def test_half_a_record_is_refused(monkeypatch):
     _record(monkeypatch, recipe=RECORDS["recipe"], baselines=RECORDS["baselines"][:2])
     with pytest.raises(SaesubError, match=r"no whole record of the recipe.*recipe.py baselines"):
         in_regimes()
-    _record(monkeypatch, recipe=RECORDS["recipe"][:2], baselines=RECORDS["baselines"])
-    with pytest.raises(SaesubError, match="no whole record of the recipe"):
-        in_regimes()
+    for whole in (RECORDS["recipe"][:2], RECORDS["recipe"][:3]):  # two rates, one regime of two
+        _record(monkeypatch, recipe=whole, baselines=RECORDS["baselines"])
+        with pytest.raises(SaesubError, match="no whole record of the recipe"):
+            in_regimes()
 
 
 def test_seeds_are_averaged_and_paired_and_the_first_one_chooses(monkeypatch):

@@ -11,6 +11,7 @@ import torch
 from sae_lens import TopKTrainingSAEConfig
 
 import saesub
+from saesub.training import recipe as package_recipe
 
 
 @pytest.fixture(autouse=True)
@@ -88,11 +89,12 @@ def test_a_cell_has_its_centre_and_a_norm_fitted_to_it(monkeypatch, centre):
         assert saesub.reconstruction(other, x * scale, progress=False).fvu > found
 
 
-def test_the_recipe_of_the_study_is_the_packages():
+def test_the_recipe_of_the_study_is_the_packages(monkeypatch):
     import protocol
     import recipe
     import regimes
 
+    monkeypatch.setitem(package_recipe._COVERED, "d_in", (1, 100))  # narrower than the studies'
     rates = {64_000: (0.00283, 0.00496), 256_000: (0.002, 0.0035)}
     for low, start in enumerate(("whitened_data", "subspace")):
         x = torch.randn(2000, 48)

@@ -361,7 +361,8 @@ def run(
     harvest(left)
     torch.set_num_threads(n_threads)  # as the workers do, for the record
     this = this_run()
-    if not record["runs"] or record["runs"][-1]["commit"] != this["commit"]:
+    last = record["runs"][-1] if record["runs"] else {}
+    if any(last.get(name) != this[name] for name in ("command", "commit")):
         record["runs"].append(this)
     os.environ["OMP_NUM_THREADS"] = str(n_threads)
     n_workers = max(1, (os.cpu_count() or 1) // n_threads)

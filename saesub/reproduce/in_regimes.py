@@ -26,19 +26,23 @@ def in_regimes() -> pd.DataFrame:
     training, on average), window (held-out tokens that decide what is dead), untouched (whether
     nothing was trained on the model before the recipe was final);
 
-    - of the recipe at its own rate: lr, fvu, dead_share, fvu_unrefitted (before its last step), and
-      above_least, its FVU divided by the least at half, once and twice its rate, minus 1;
+    - of the recipe at its own rate: lr, fvu, dead_share, fvu_unrefitted (before its last step),
+      above_least, its FVU divided by the least at half, once and twice its rate, minus 1, and
+      least_at, where that least is (0.5, 1 or 2);
     - of the baseline that fits the validation part best: baseline (its name), baseline_lr,
-      baseline_fvu, baseline_dead, and interior, whether no baseline's best rate is at an edge of
-      those tried;
-    - seeds, which both have, and lower_in, the seeds in which the recipe's FVU is the lower one;
-    - of the best baseline with a refit of its own: refitted, refitted_lr, refitted_fvu; missing
-      where none was trained.
+      baseline_fvu, baseline_dead;
+    - of all baselines, each at its own best rate: fewest_dead, the least share of dead features,
+      and interior, whether no best rate is at an edge of those tried;
+    - seeds, which the recipe and the best baseline both have, and lower_in, those of them in which
+      the recipe's FVU is the lower one;
+    - of the best baseline with a refit of its own: refitted, refitted_lr, refitted_fvu, and
+      against_refitted, the recipe's FVU divided by it, minus 1; missing where none was trained.
 
-    What is said of the recipe and of a baseline are means over seeds; the first seed alone chooses
-    the baseline and compares rates, since the other seeds have one rate.
+    Shares and FVU of the recipe and of the best baseline are means over seeds. All choices and all
+    else are of the first seed, since the others have one rate.
 
-    Raises SaesubError if the recipe or its baselines are not recorded, or not at three rates.
+    Raises SaesubError if a regime has the recipe without baselines or the reverse, or has not three
+    rates of the recipe.
     """
     with needs_extra("saesub.reproduce.in_regimes"):
         import pandas as pd
@@ -48,7 +52,8 @@ def in_regimes() -> pd.DataFrame:
     except SaesubError:  # that study was not run
         refitted = {}
     rows = []
-    for regime, own in recipe.items():
+    for regime in recipe | baselines:
+        own = recipe.get(regime, [])
         if len({row["lr"] for row in own}) != 3 or regime not in baselines:
             raise SaesubError(
                 f"there is no whole record of the recipe in {regime}: run "
@@ -56,9 +61,7 @@ def in_regimes() -> pd.DataFrame:
             )
         rows.append(_compared(own, baselines[regime]))
         if regime in refitted:
-            best = _best(refitted[regime])
-            name = best["condition"].removesuffix(_REFIT)
-            rows[-1] |= {"refitted": name, "refitted_lr": best["lr"], "refitted_fvu": best["fvu"]}
+            rows[-1] |= _against(refitted[regime], own)
     models = [row["model"] for row in rows]
     rows.sort(key=lambda row: (row["untouched"], models.index(row["model"])))
     return pd.DataFrame(rows)
@@ -74,14 +77,15 @@ def _by_regime(name: str) -> dict[tuple[Any, ...], list[Row]]:
 
 def _compared(recipe: list[Row], baselines: list[Row]) -> Row:
     """What is said of a regime."""
-    first_of = {row["lr"]: row for row in recipe if row["seed"] == 0}
-    _, lr, _ = sorted(first_of)  # its own is between its half and its double
+    first_of = _first_by_rate(recipe)
+    half, lr, _ = sorted(first_of)  # its own is between its half and its double
+    least = min(first_of.values(), key=lambda row: row["fvu"])
     own = {row["seed"]: row for row in recipe if row["lr"] == lr}
     first = [row for row in baselines if row["seed"] == 0]
-    best, by_condition = _best(first), {}
+    by_condition: dict[str, list[Row]] = {}
     for row in first:
         by_condition.setdefault(row["condition"], []).append(row)
-    known = ("condition", "lr")
+    best, known = _best(first), ("condition", "lr")
     others = {r["seed"]: r for r in baselines if all(r[name] == best[name] for name in known)}
     seeds = sorted(own.keys() & others.keys())
     return {name: best[name] for name in (*_REGIME, "window")} | {
@@ -89,15 +93,34 @@ def _compared(recipe: list[Row], baselines: list[Row]) -> Row:
         "untouched": best["model"] == UNTOUCHED,
         "lr": lr,
         **{name: fmean(own[seed][name] for seed in seeds) for name in _OF_RECIPE},
-        "above_least": first_of[lr]["fvu"] / min(row["fvu"] for row in first_of.values()) - 1,
+        "above_least": first_of[lr]["fvu"] / least["fvu"] - 1,
+        "least_at": 1.0 if least["lr"] == lr else 0.5 if least["lr"] == half else 2.0,
         "baseline": best["condition"],
         "baseline_lr": best["lr"],
         "baseline_fvu": fmean(others[seed]["fvu"] for seed in seeds),
         "baseline_dead": fmean(others[seed]["dead_share"] for seed in seeds),
+        "fewest_dead": min(_best(of)["dead_share"] for of in by_condition.values()),
         "interior": all(sweep_of(of).interior for of in by_condition.values()),
         "seeds": len(seeds),
         "lower_in": sum(own[seed]["fvu"] < others[seed]["fvu"] for seed in seeds),
     }
+
+
+def _against(refitted: list[Row], recipe: list[Row]) -> Row:
+    """The recipe against the best refitted baseline, by the first seed of both."""
+    first_of = _first_by_rate(recipe)
+    best = _best([row for row in refitted if row["seed"] == 0])
+    return {
+        "refitted": best["condition"].removesuffix(_REFIT),
+        "refitted_lr": best["lr"],
+        "refitted_fvu": best["fvu"],
+        "against_refitted": first_of[sorted(first_of)[1]]["fvu"] / best["fvu"] - 1,
+    }
+
+
+def _first_by_rate(rows: list[Row]) -> dict[float, Row]:
+    """The rows of the first seed, by rate."""
+    return {row["lr"]: row for row in rows if row["seed"] == 0}
 
 
 def _best(rows: list[Row]) -> Row:

@@ -40,10 +40,14 @@ _SAE_SETTINGS: dict[str, Any] = {
     "normalize_activations": "expected_average_only_in",
     "aux_loss_coefficient": 0.0,
 }
-# What the studies cover, a factor of two beyond on each side for the sizes.
-_WIDTHS = (1024, 8192)
-_ACTIVE = (16, 128)
-_FIRINGS = (500, 8000)  # of a feature in training, on average
+# What the studies cover, and a factor of two beyond on each side.
+_COVERED = {
+    "d_in": (288, 1792),
+    "d_sae": (1024, 8192),
+    "k": (16, 128),
+    "d_sae / k": (32, 128),
+    "steps": (31, 500),
+}
 
 
 @dataclass(frozen=True)
@@ -156,11 +160,11 @@ def recommend(spectrum: Spectrum, sae_cfg: Any, n_tokens: int) -> Recipe:
 
     Raises:
         SaesubError: a config of another width than the spectrum's, or a case that the studies do
-            not cover: another architecture than TopK, fewer or more features, active features or
-            tokens than they had, but for a factor of two.
+            not cover: another architecture than TopK, or a width, number of features, active
+            features or steps more than a factor of two beyond theirs.
 
     Example:
-        >>> recipe = saesub.recommend(spectrum, sae.cfg, n_tokens=1_000_000)  # doctest: +SKIP
+        >>> recipe = saesub.recommend(spectrum, sae.cfg, n_tokens=256_000)  # doctest: +SKIP
         >>> print(recipe)  # doctest: +SKIP
     """
     require_spectrum(spectrum)
@@ -185,9 +189,8 @@ def recommend(spectrum: Spectrum, sae_cfg: Any, n_tokens: int) -> Recipe:
             + ("the active subspace" if low else "whitened tokens")
             + " fitted better there in pilots on two models.",
             "SparseAdam: a feature that is silent stands still, and so does not drift away.",
-            f"Rate {lr:g}: at 250 steps {LR_AT_LOW_RANK if low else LR:g} was close to the best of "
-            "its half, itself and its double, at 62 a rate half as high again; between the two "
-            f"the fourth root of the steps interpolates. This run has {steps:,}.",
+            f"Rate {lr:g}: in regimes of 62 and 250 steps its half and its double fitted at most "
+            f"8 % better, mostly worse; the fourth root joins the two. This run has {steps:,}.",
             "It falls over the last half: in the same pilots that was better than over the last "
             "fifth, and than over all steps where the effective rank is low.",
             "The refit: each feature fires about "
@@ -217,15 +220,18 @@ def _check_covered(spectrum: Spectrum, sae_cfg: Any, n_tokens: int) -> None:
             f"The SAE reads activations of width {sae_cfg.d_in} and the spectrum is of {spectrum.d}"
             ": measure the spectrum at the SAE's hook point."
         )
-    firings = n_tokens * sae_cfg.k / sae_cfg.d_sae
-    covered = {
-        "d_sae": (sae_cfg.d_sae, *_WIDTHS, "features"),
-        "k": (sae_cfg.k, *_ACTIVE, "active features"),
-        "n_tokens": (firings, *_FIRINGS, "firings of a feature (n_tokens × k / d_sae)"),
+    values = {
+        "d_in": spectrum.d,
+        "d_sae": sae_cfg.d_sae,
+        "k": sae_cfg.k,
+        "d_sae / k": sae_cfg.d_sae / sae_cfg.k,
+        "steps": n_tokens // BATCH_SIZE,
     }
-    for name, (value, least, most, what) in covered.items():
+    for name, value in values.items():
+        least, most = _COVERED[name]
         if not least <= value <= most:
             raise SaesubError(
-                f"{name} comes to {value:,.0f} {what}, and the studies behind the recipe reach "
-                f"from {least:,} to {most:,}: take another, or sweep the rate yourself."
+                f"{name} would be {value:,.4g}, and the studies behind the recipe reach from "
+                f"{least:,} to {most:,} (steps are of {BATCH_SIZE:,} tokens): take another, or "
+                "sweep the rate yourself from initialize_in_subspace."
             )
