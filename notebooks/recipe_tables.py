@@ -59,8 +59,10 @@ def _reached(of: pd.DataFrame) -> str:
     lines = [
         f"The recipe's FVU is lower than the best baseline's in {_counted(plain)}, and before its "
         f"refit in {_counted(early)}.",
-        f"With the same seed it is lower in {of['lower_in'].sum()} of {of['seeds'].sum()} pairs.",
     ]
+    if of["seeds"].max() > 1:
+        pairs = f"{of['lower_in'].sum()} of {of['seeds'].sum()}"
+        lines.append(f"Of pairs of SAEs with the same seed, it is lower in {pairs}.")
     if "against_refitted" in of and (both := of["against_refitted"].dropna()).size:
         lines.append(
             f"Where the baselines have a refit of their own, it is lower than the best one's in "

@@ -72,7 +72,6 @@ def test_the_recipe_stands_beside_the_baseline_that_fits_best(monkeypatch):
         "",
         "- The recipe's FVU is lower than the best baseline's in 1 of 2 (-25.0% to +4.8%), and "
         "before its refit in 0 of 2 (+9.5% to +25.0%).",
-        "- With the same seed it is lower in 1 of 2 pairs.",
         "- Where the baselines have a refit of their own, it is lower than the best one's in 0 of "
         "1 (+25.0% to +25.0%).",
         "- It is at most 200.0% above the lowest of three rates, the recipe's, its half and its "
