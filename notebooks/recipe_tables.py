@@ -83,13 +83,14 @@ def _reached(of: pd.DataFrame) -> str:
 def _line(found: pd.DataFrame) -> str:
     """The README's line, on the untouched model."""
     of = found[found["untouched"]]
-    said = "[`recommend`](docs/recipe.md) gives TopK settings without a sweep"
+    said = "[`recommend`](docs/recipe.md): TopK settings without a sweep"
     if of.empty:
         return f"{said}."
-    plain, early = (of[name] / of["baseline_fvu"] - 1 for name in ("fvu", "fvu_unrefitted"))
+    plain, early = (of[name] < of["baseline_fvu"] for name in ("fvu", "fvu_unrefitted"))
     return (
-        f"{said}. On a model that it was not made on, FVU is lower than the best of three swept "
-        f"baselines' (no AuxK) in {_counted(plain)} regimes, {(early < 0).sum()} before its refit."
+        f"{said}. On a model that it was not made on, its FVU is below the best of three swept "
+        f"baselines' (no AuxK) in {plain.sum()} of {len(of)} regimes, {early.sum()} before its "
+        "refit."
     )
 
 

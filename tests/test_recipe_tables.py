@@ -97,9 +97,9 @@ def test_the_untouched_model_stands_apart(monkeypatch):
     assert first == "In all 4 regimes:"
     assert second == "In the 2 regimes of the model on which nothing was trained before:"
     assert made["recipe-line"] == (
-        "[`recommend`](docs/recipe.md) gives TopK settings without a sweep. On a model that it was "
-        "not made on, FVU is lower than the best of three swept baselines' (no AuxK) in 1 of 2 "
-        "(-25.0% to +4.8%) regimes, 0 before its refit."
+        "[`recommend`](docs/recipe.md): TopK settings without a sweep. On a model that it was not "
+        "made on, its FVU is below the best of three swept baselines' (no AuxK) in 1 of 2 regimes, "
+        "0 before its refit."
     )
 
 
