@@ -41,7 +41,11 @@ RECORDS = {
         # The validation part chooses.
         _row(200, "ASI", 0.002, 0.4, validation_fvu=0.6, dead_share=0.01),
     ],
-    "refitted": [_row(100, "ASI + refit", 0.008, 0.24)],
+    "refitted": [
+        _row(100, f"{condition} + refit", lr, fvu)
+        for condition, least in (("ASI", 0.24), ("random", 0.25))
+        for lr, fvu in ((0.004, 0.5), (0.008, least), (0.016, 0.5))
+    ],
 }
 
 
@@ -116,6 +120,12 @@ def test_a_row_has_what_the_claims_need(monkeypatch):
     one = RECORDS["baselines"][2:-1]
     _record(monkeypatch, recipe=RECORDS["recipe"][3:], baselines=one)
     assert in_regimes()["interior"].all()
+
+
+@pytest.mark.parametrize("left", [slice(0, 3), slice(0, 5), slice(1, 6)])
+def test_a_refit_counts_where_all_baselines_are_swept_with_it_to_a_rate_inside(monkeypatch, left):
+    _record(monkeypatch, **RECORDS | {"refitted": RECORDS["refitted"][left]})
+    assert "against_refitted" not in in_regimes()
 
 
 def test_half_a_record_is_refused(monkeypatch):

@@ -36,7 +36,8 @@ def in_regimes() -> pd.DataFrame:
     - seeds, which the recipe and the best baseline both have, and lower_in, those of them in which
       the recipe's FVU is the lower one;
     - of the best baseline with a refit of its own: refitted, refitted_lr, refitted_fvu, and
-      against_refitted, the recipe's FVU divided by it, minus 1; missing where none was trained.
+      against_refitted, the recipe's FVU divided by it, minus 1; missing where not all baselines
+      were swept with it, to a best rate that is not at an edge.
 
     Shares and FVU of the recipe and of the best baseline are means over seeds. All choices and all
     else are of the first seed, since the others have one rate.
@@ -60,8 +61,9 @@ def in_regimes() -> pd.DataFrame:
                 "python notebooks/studies/recipe.py baselines and recipe with its model"
             )
         rows.append(_compared(own, baselines[regime]))
-        if regime in refitted:
-            rows[-1] |= _against(refitted[regime], own)
+        again = [row for row in refitted.get(regime, []) if row["seed"] == 0]
+        if _is_whole(again, {row["condition"] + _REFIT for row in baselines[regime]}):
+            rows[-1] |= _against(again, own)
     models = [row["model"] for row in rows]
     rows.sort(key=lambda row: (row["untouched"], models.index(row["model"])))
     return pd.DataFrame(rows)
@@ -73,6 +75,12 @@ def _by_regime(name: str) -> dict[tuple[Any, ...], list[Row]]:
     for row in studies.recorded(name).rows.to_dict("records"):
         found.setdefault(tuple(row[column] for column in _REGIME), []).append(row)
     return found
+
+
+def _is_whole(rows: list[Row], conditions: set[str]) -> bool:
+    """Whether all conditions have a sweep whose best rate is inside of it."""
+    of = {name: [row for row in rows if row["condition"] == name] for name in conditions}
+    return all(several and sweep_of(several).interior for several in of.values())
 
 
 def _compared(recipe: list[Row], baselines: list[Row]) -> Row:
@@ -109,7 +117,7 @@ def _compared(recipe: list[Row], baselines: list[Row]) -> Row:
 def _against(refitted: list[Row], recipe: list[Row]) -> Row:
     """The recipe against the best refitted baseline, by the first seed of both."""
     first_of = _first_by_rate(recipe)
-    best = _best([row for row in refitted if row["seed"] == 0])
+    best = _best(refitted)
     return {
         "refitted": best["condition"].removesuffix(_REFIT),
         "refitted_lr": best["lr"],
