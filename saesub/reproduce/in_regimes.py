@@ -55,7 +55,7 @@ def in_regimes() -> pd.DataFrame:
     rows = []
     for regime in recipe | baselines:
         own = recipe.get(regime, [])
-        if len({row["lr"] for row in own}) != 3 or regime not in baselines:
+        if len(_first_by_rate(own)) != 3 or regime not in baselines:
             raise SaesubError(
                 f"there is no whole record of the recipe in {regime}: run "
                 "python notebooks/studies/recipe.py baselines and recipe with its model"
