@@ -220,7 +220,14 @@ def test_a_study_continues_and_a_sweep_ends_at_an_interior_rate(protocol, monkey
     assert len(trained) == n  # nothing is trained twice
     record = json.loads((protocol.RESULTS / "tiny.json").read_text())
     assert len(record["rows"]) == n
-    assert {row["run"] for row in record["rows"]} <= set(range(len(record["runs"])))
+    assert {row["run"] for row in record["rows"]} == {0}
+    assert len(record["runs"]) == 1
+    # Another command at the same commit is another run.
+    monkeypatch.setattr(protocol.sys, "argv", ["another.py"])
+    protocol.run("tiny", [replace(condition, lr=1.0)], outcome)
+    record = json.loads((protocol.RESULTS / "tiny.json").read_text())
+    assert [run["command"] for run in record["runs"]][1:] == ["python another.py"]
+    assert record["rows"][-1]["run"] == 1
 
 
 def test_a_sweep_gives_seeds_to_all_rates_that_fit_as_well(protocol, monkeypatch):
