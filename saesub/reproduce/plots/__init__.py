@@ -20,6 +20,7 @@ with needs_extra("saesub.reproduce.plots"):
     from saesub.reproduce.plots.outcomes import (
         dead_against_rank,
         dead_by_dictionary,
+        dead_by_remedy,
     )
     from saesub.reproduce.plots.protocol import dead_against_fvu, dead_by_window, firing_counts
     from saesub.reproduce.plots.regimes import recipe_by_regime
@@ -50,6 +51,7 @@ __all__ = [
     "dead_against_fvu",
     "dead_against_rank",
     "dead_by_dictionary",
+    "dead_by_remedy",
     "dead_by_window",
     "diagnosis",
     "firing_counts",

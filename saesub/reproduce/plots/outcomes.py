@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
@@ -100,3 +101,16 @@ def _by_dictionary(axes: Axes, frame: pd.DataFrame, column: str, names: list[str
         ):
             places = [names.index(str(name)) for name in values.index]
             axes.scatter(values, places, **sizes, **mark)
+
+
+def dead_by_remedy(table: pd.DataFrame) -> Figure:
+    """Share of dead features by site (rows) and remedy (columns), in the order of the table."""
+    draw.checked(table, *table.columns)
+    size = (draw.WIDE, 1.2 + 0.27 * len(table))
+    with draw.closed_figure(size=size) as (figure, (axes,)):
+        text = {"annot": 100 * table, "fmt": ".1f", "annot_kws": {"fontsize": 9}}
+        cells = {"cmap": "cividis_r", "vmin": 0, "vmax": 1, "linewidths": 1, "cbar": False}
+        sns.heatmap(table, ax=axes, **text, **cells)
+        axes.set(xlabel=f"dead features, %; {table.columns.name or 'remedy'}", ylabel="")
+        axes.tick_params(length=0, rotation=0)
+    return figure
