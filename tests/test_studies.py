@@ -39,6 +39,7 @@ STUDIES_OF_SAES = [
     "baselines",
     "recipe",
     "refitted",
+    "offset",
 ]
 
 
