@@ -111,8 +111,9 @@ def _variances() -> pd.DataFrame:
 
 def _remedies() -> pd.DataFrame:
     sites = [f"qwen2.5, english, 16 resid_post (γ {i / 10:.1f}, rank 92%)" for i in range(18)]
-    columns = pd.Index(["none", "mean", "median", "mean,\nsubspace"], name="what is done")
-    return pd.DataFrame(np.linspace(0, 1, 72).reshape(18, 4), sites, columns)
+    names = ["none", "mean", "median", "subspace", "mean,\nsubspace", "median,\nsubspace"]
+    columns = pd.Index(names, name="where the bias and the directions begin")
+    return pd.DataFrame(np.linspace(0, 1, 108).reshape(18, 6), sites, columns)
 
 
 def _widths() -> pd.DataFrame:
