@@ -37,6 +37,12 @@ def test_committed_outputs_come_from_one_clean_run(path):
 
 
 @each_notebook
+def test_text_is_no_placeholder(path):
+    cells = nbformat.read(path, as_version=4).cells
+    assert not [c.source for c in cells if c.cell_type == "markdown" and len(c.source.split()) < 2]
+
+
+@each_notebook
 def test_size_is_light(path):
     assert path.stat().st_size < 1_000_000
 
