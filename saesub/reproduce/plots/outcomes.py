@@ -104,13 +104,16 @@ def _by_dictionary(axes: Axes, frame: pd.DataFrame, column: str, names: list[str
 
 
 def dead_by_remedy(table: pd.DataFrame) -> Figure:
-    """Share of dead features by site (rows) and remedy (columns), in the order of the table."""
+    """Share of dead features by site (rows) and remedy (columns), in the order of the table.
+
+    The name of the columns is written below them.
+    """
     draw.checked(table, *table.columns)
     size = (draw.WIDE + 1, 1.2 + 0.27 * len(table))
     with draw.closed_figure(size=size) as (figure, (axes,)):
         text = {"annot": 100 * table, "fmt": ".1f", "annot_kws": {"fontsize": 9}}
         cells = {"cmap": "cividis_r", "vmin": 0, "vmax": 1, "linewidths": 1, "cbar": False}
         sns.heatmap(table, ax=axes, **text, **cells)
-        axes.set(xlabel=f"dead features, %; {table.columns.name or 'remedy'}", ylabel="")
+        axes.set(title="dead features, %", xlabel=table.columns.name or "remedy", ylabel="")
         axes.tick_params(length=0, rotation=0, labelsize=9)
     return figure
