@@ -540,9 +540,10 @@ def test_costs_are_ratios_to_plain_training(study):
     plain, other = study.COSTED[:2]
     assert plain.condition == "random"
     steps = [1.0] * 30 + [2.0] * 10
+    slower = [3 * t for t in steps[:39]] + [42.0]
     times = [
-        {"start_seconds": 1.0, "step_seconds": steps},
-        {"start_seconds": 3.0, "step_seconds": [3 * t for t in steps[:39]] + [42.0]},
+        {"start_seconds": 1.0, "step_seconds": steps, "end_seconds": 0.0},
+        {"start_seconds": 3.0, "step_seconds": slower, "end_seconds": 5.0},
     ]
     held = [{"peak_bytes": 100, "kept_bytes": 10}, {"peak_bytes": 160, "kept_bytes": 20}]
     first, second = study.cost_rows([plain, other], times, held)
@@ -550,7 +551,8 @@ def test_costs_are_ratios_to_plain_training(study):
     assert first["extra_bytes"] == 0
     assert second["condition"] == other.condition
     assert second["step_ratio"] == 3.0  # one slow step does not change it
-    assert second["whole_ratio"] == pytest.approx((30 * 3 + 9 * 6 + 42) / 50)
+    assert second["whole_ratio"] == pytest.approx((30 * 3 + 9 * 6 + 42 + 5) / 50)
+    assert second["end_seconds"] == 5
     assert len(second["step_ratios"]) == study.N_BLOCKS
     assert (second["extra_bytes"], second["kept_bytes"]) == (60, 20)
 
@@ -575,11 +577,16 @@ def test_steps_of_all_conditions_are_timed_on_the_same_batches(study, monkeypatc
         return given(trainer, batch)
 
     monkeypatch.setattr(saesub.SubspaceSAETrainer, "step", step)
-    measured = study.seconds([_small(t, t.lr) for t in (study.COSTED[0], study.COSTED[-1])])
-    assert [len(m["step_seconds"]) for m in measured] == [N_TRAIN // BATCH] * 2
+    refitted: list[int] = []
+    monkeypatch.setattr(saesub, "refit_decoder", lambda sae, *_, **__: refitted.append(id(sae)))
+    trials = (*study.COSTED[:2], replace(study.COSTED[-1], condition=study.RECIPE))
+    measured = study.seconds([_small(t, t.lr) for t in trials])
+    assert [len(m["step_seconds"]) for m in measured] == [N_TRAIN // BATCH] * 3
     assert all(t > 0 for m in measured for t in (m["start_seconds"], *m["step_seconds"]))
-    one, other = seen.values()
-    assert one == other
+    one, other, of_recipe = seen.values()
+    assert one == other == of_recipe
+    assert all(m["end_seconds"] >= 0 for m in measured)
+    assert len(refitted) == 1
 
 
 def test_memory_counts_weights_moments_and_counters(study):

@@ -19,8 +19,9 @@ schedule, as its authors train. Aligned training starts at unit norm, where tied
 are aligned, so it has no norm search.
 
 The second writes data/results/studies/rivals_cost.json, on a machine that does nothing else: the
-time of a step of every kind of condition, those of mitigations.py and cure.py too, and the memory
-of its training. All train in lockstep on the same batches, so that their steps take turns.
+time of a step of every kind of condition, those of mitigations.py and cure.py too, that of the
+recipe's refit, and the memory of its training. All train in lockstep on the same batches, so that
+their steps take turns.
 """
 
 from __future__ import annotations
@@ -172,13 +173,20 @@ def outcome(trial: Mitigated) -> dict[str, Any]:
     row = outcome_of(trial, trainer, at, norm)
     if trial.condition == RECIPE:
         before = {name + "_unrefitted": row[name] for name in ("fvu", "validation_fvu")}
-        saesub.refit_decoder(trainer.sae, at.blocks(0, trial.n_train), progress=False)
+        finish(trial, trainer, at)
         row = outcome_of(trial, trainer, at, norm) | before
     return row
 
 
+def finish(trial: Mitigated, trainer: saesub.SubspaceSAETrainer, at: Site) -> None:
+    """What comes after the last step: the recipe's refit."""
+    if trial.condition == RECIPE:
+        saesub.refit_decoder(trainer.sae, at.blocks(0, trial.n_train), progress=False)
+
+
 def seconds(trials: list[Mitigated]) -> list[dict[str, Any]]:
-    """How long the start and each training step of every trial took, all trained in lockstep."""
+    """How long the start, each training step and what follows the last took for every trial, all
+    trained in lockstep."""
     at, trainers, found = site_of(trials[0]), {}, []
     for trial in trials:
         start = perf_counter()
@@ -187,6 +195,10 @@ def seconds(trials: list[Mitigated]) -> list[dict[str, Any]]:
         found.append({"start_seconds": perf_counter() - start, "step_seconds": times})
         trainer.step = _timed(trainer.step, times)
     fit(trainers, trials[0], at)
+    for trial, of in zip(trials, found, strict=True):
+        start = perf_counter()
+        finish(trial, trainers[trial.condition], at)
+        of["end_seconds"] = perf_counter() - start
     return found
 
 
@@ -206,7 +218,12 @@ def memory(trial: Mitigated) -> dict[str, int]:
     at = site_of(trial)
     at = replace(at, store=at.store.on("cpu"))  # pages of a file would count as the process's
     trainer = trainer_for(trial, untrained(trial, at))
-    peak = peak_memory_of(lambda: fit({"trial": trainer}, trial, at))
+
+    def whole() -> None:
+        fit({"trial": trainer}, trial, at)
+        finish(trial, trainer, at)
+
+    peak = peak_memory_of(whole)
     return {"peak_bytes": peak, "kept_bytes": sum(t.nbytes for t in _kept(trainer))}
 
 
@@ -223,8 +240,8 @@ def cost_rows(
     """A row for each trial; the first is what the others are compared with.
 
     `step_ratios` are ratios of times to the first trial's, for equal parts of the run, `step_ratio`
-    is their median and `whole_ratio` that of the whole. `extra_bytes` is what the run's peak has
-    beyond the first trial's.
+    is their median and `whole_ratio` that of all steps and what follows them. `extra_bytes` is what
+    the run's peak has beyond the first trial's.
     """
     plain = times[0]["step_seconds"]
     rows = []
@@ -238,9 +255,10 @@ def cost_rows(
             | {
                 "start_seconds": time["start_seconds"],
                 "seconds": sum(time["step_seconds"]),
+                "end_seconds": time["end_seconds"],
                 "step_ratio": median(ratios),
                 "step_ratios": ratios,
-                "whole_ratio": sum(time["step_seconds"]) / sum(plain),
+                "whole_ratio": (sum(time["step_seconds"]) + time["end_seconds"]) / sum(plain),
                 **bytes_of,
                 "extra_bytes": bytes_of["peak_bytes"] - held[0]["peak_bytes"],
                 "run": 0,
@@ -269,7 +287,7 @@ def cost(trials: list[Mitigated], name: str = "rivals_cost") -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["cost"]:
-        cost(COSTED)
+        cost([*COSTED, recipe()])
     else:
         for conditions in SWEEPS:
             sweep("rivals", conditions, outcome=outcome)
