@@ -41,6 +41,7 @@ from saesub.evaluation import diagnosis
 from saesub.evaluation.causes import CAUSES, REVIVALS
 from saesub.evaluation.diagnosis import ranking
 from saesub.evaluation.saved import find_saes, load_activations, load_sae
+from saesub.reproduce import studies
 
 HOOK = "blocks.12.hook_attn_out"
 N_TRAIN, N_HELD, D_SAE, K = 13_000, 7_000, 512, 16  # 7,000 tokens are 218 firings a feature
@@ -332,8 +333,10 @@ def test_advice_is_withheld_beyond_the_studies(monkeypatch) -> None:
     sae = ARCHITECTURES["topk"]()
     assert "2,048 to 8,192 features, and this SAE has 160" in told(sae, gaussian()).advice
     monkeypatch.setattr(diagnosis, "_WIDTHS", (100, 200))
-    assert "the studies have k 32, and this SAE 4" in told(sae, gaussian()).advice
-    monkeypatch.setattr(diagnosis, "_K", 4)
+    assert "the studies have k 32 or 64, and this SAE 4" in told(sae, gaussian()).advice
+    monkeypatch.setattr(diagnosis, "_KS", (4,))
+    assert f"widths 576 to 896, and this SAE reads {sae.cfg.d_in}" in told(sae, gaussian()).advice
+    monkeypatch.setattr(diagnosis, "_D_IN", (1, 100))
     sae.cfg.metadata.lr = 0.02
     found = told(sae, gaussian())
     assert not found.withheld
@@ -341,6 +344,9 @@ def test_advice_is_withheld_beyond_the_studies(monkeypatch) -> None:
     assert "SparseAdam" in found.advice
     sae.cfg.metadata.optimizer = "sparse_adam"
     assert "SparseAdam" not in told(sae, gaussian()).advice
+    assert "do not say on how many tokens" in told(sae, gaussian()).advice
+    sae.cfg.metadata.training_tokens = 10**6
+    assert "do not say on how many tokens" not in told(sae, gaussian()).advice
     sae.cfg.metadata.training_tokens = 10**9
     assert "and this SAE saw 1,000,000,000" in told(sae, gaussian()).advice
     relu = told(ARCHITECTURES["standard"](), gaussian())
@@ -351,14 +357,23 @@ def test_the_studies_are_as_the_advice_says() -> None:
     folder = Path(diagnosis.__file__).parents[2] / "data" / "results" / "studies"
     rows = [
         row
-        for name in ("cure", "width", "subspace_size", "mitigations")
+        for name in ("cure", "width", "subspace_size", "mitigations", "baselines", "offset")
         for row in json.loads((folder / f"{name}.json").read_text())["rows"]
     ]
     widths = [row["d_sae"] for row in rows]
     assert (min(widths), max(widths)) == diagnosis._WIDTHS
     assert max(row["n_train"] for row in rows) == diagnosis._TOKENS
-    assert {row["k"] for row in rows} == {diagnosis._K}
-    assert {row["model"] for row in rows} == {"smollm2-135m"}
+    assert {row["k"] for row in rows} == set(diagnosis._KS)
+    width = {"smollm2-135m": 576, "gemma3-270m": 640, "qwen2.5-coder-0.5b": 896}
+    d_in = [width[row["model"]] for row in rows]
+    assert (min(d_in), max(d_in)) == diagnosis._D_IN
+
+
+def test_sparse_adam_keeps_random_features_alive_at_the_rate_that_is_advised() -> None:
+    rows = studies.recorded("cure").rows
+    rows = rows[(rows["condition"] == "random + SparseAdam") & (rows["beta1"].fillna(0.9) == 0.9)]
+    low = rows["lr"] <= diagnosis._SPARSE_ADAM_LR
+    assert rows.loc[low, "dead_share"].max() < diagnosis._ALIVE < rows.loc[~low, "dead_share"].max()
 
 
 def _hooked() -> SAE[Any]:

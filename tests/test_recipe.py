@@ -18,6 +18,7 @@ from sae_lens.config import SAETrainerConfig
 import saesub
 from saesub.errors import SaesubError
 from saesub.reproduce.in_regimes import in_regimes
+from saesub.reproduce.studies import recorded
 from saesub.training import recipe as recipes
 
 D = 64
@@ -93,7 +94,8 @@ def test_it_is_applied_to_sae_and_config() -> None:
 def test_it_is_applied_to_the_runners_config() -> None:
     cfg: Any = LanguageModelSAERunnerConfig(sae=_cfg(), training_tokens=1, logger=_quiet())
     sae = TopKTrainingSAE(_cfg())
-    saesub.recommend(_spectrum(), sae.cfg, 64_000).apply(sae, cfg, _activations())
+    with pytest.warns(UserWarning, match="SAELens' runner trains with Adam"):
+        saesub.recommend(_spectrum(), sae.cfg, 64_000).apply(sae, cfg, _activations())
     assert (cfg.training_tokens, cfg.train_batch_size_tokens) == (64_000, 1024)
     assert (cfg.lr, cfg.lr_end, cfg.lr_decay_steps) == (0.00283, 0.00283, 31)
     assert cfg.n_batches_for_norm_estimate == 20
@@ -121,6 +123,29 @@ def test_it_is_withheld_where_it_was_not_tried(message) -> None:
         saesub.recommend(_spectrum(), cfg, n_tokens)
 
 
+def test_it_is_withheld_for_a_spectrum_that_counts_massive_tokens() -> None:
+    counted = saesub.Spectrum.from_activations(_activations(), keep_massive=True)
+    with pytest.raises(SaesubError, match="without massive tokens"):
+        saesub.recommend(counted, _cfg(), 64_000)
+
+
+def test_it_says_where_no_site_was_tried() -> None:
+    def reason(variance: float) -> tuple[float, str]:
+        x = _activations()
+        x[:, 0] *= variance**0.5
+        spectrum = saesub.Spectrum.from_activations(x)
+        said = saesub.recommend(spectrum, _cfg(), 64_000)
+        return spectrum.effective_rank("variance") / D, said.reasons[0]
+
+    for variance in (1.0, 10_000.0):
+        rank, said = reason(variance)
+        assert not recipes.RANKS_TRIED[0] < rank < recipes.RANKS_TRIED[1]
+        assert "No site" not in said
+    rank, said = reason(800.0)
+    assert recipes.RANKS_TRIED[0] < rank < recipes.RANKS_TRIED[1]
+    assert "No site of the studies lies between 2.0% and 6.4%." in said
+
+
 def test_it_is_withheld_at_widths_that_were_not_tried(monkeypatch) -> None:
     monkeypatch.undo()
     with pytest.raises(SaesubError, match="d_in would be 64, and the studies behind the recipe"):
@@ -137,6 +162,10 @@ def test_what_is_covered_is_a_factor_of_two_around_the_regimes() -> None:
         "d_sae / k": found["d_sae"] / found["k"],
         "steps": found["n_train"] // recipes.BATCH_SIZE,
     }
+    ranks = recorded("recipe").rows["effective_rank"]
+    low = ranks < recipes.LOW_RANK
+    nearest = (ranks[low].max(), ranks[~low].min())
+    assert nearest == pytest.approx(recipes.RANKS_TRIED, abs=5e-4)
     covered = recipes._COVERED | {"d_in": (288, 1792)}
     for name, (least, most) in covered.items():
         assert (values[name].min() / 2, values[name].max() * 2) == (least, most)

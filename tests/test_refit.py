@@ -159,6 +159,16 @@ REFUSED = {
 }
 
 
+def test_a_saved_matryoshka_sae_is_refused_too(tmp_path) -> None:
+    sae: Any = _matryoshka()
+    sae.topk_threshold.fill_(0.1)
+    sae.save_inference_model(tmp_path)
+    loaded = SAE.load_from_disk(tmp_path)
+    assert loaded.cfg.architecture() == "jumprelu"
+    with pytest.raises(SaesubError, match="several parts"):
+        saesub.refit_decoder(loaded, [_tokens()], progress=False)
+
+
 @pytest.mark.parametrize("message", REFUSED)
 def test_refusals_leave_the_sae_as_it_was(message) -> None:
     make, batches, settings = REFUSED[message]

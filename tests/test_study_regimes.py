@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from sae_lens import TopKTrainingSAEConfig
+from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens.config import SAETrainerConfig
 
 import saesub
 from saesub.training import recipe as package_recipe
@@ -101,7 +102,8 @@ def test_the_recipe_of_the_study_is_the_packages(monkeypatch):
         x[:, 0] *= 100 if low else 1
         spectrum = saesub.Spectrum.from_activations(x)
         for regime in regimes.REGIMES:
-            trial = recipe.recipe(regime, spectrum)
+            plain = regime.trial("subspace", condition="recipe")
+            trial = protocol.recommended(plain, spectrum)
             lr = rates[trial.n_train][low]
             assert (trial.start, trial.optimizer, trial.lr) == (start, "sparse_adam", lr)
             cfg = protocol.schedule(trial)
@@ -119,6 +121,36 @@ def test_the_recipe_of_the_study_is_the_packages(monkeypatch):
             conditions = [t.condition for t in recipe.baselines(regime)]
             assert conditions == ["random", "ASI", "ASI + SparseAdam"]
             assert {t.n_train for t in recipe.baselines(regime)} == {trial.n_train}
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_a_trial_of_the_recipe_begins_as_the_package_applies_it(monkeypatch, low):
+    import protocol
+    import regimes
+
+    for name in package_recipe._COVERED:
+        monkeypatch.setitem(package_recipe._COVERED, name, (1, 10**6))
+    x = torch.randn(8192 + protocol.N_VALIDATION, 48) + 0.3
+    x[:, 0] *= 100 if low else 1
+    spectrum = saesub.Spectrum.from_activations(x)
+    site = protocol.Site(saesub.ActivationStore.of(x, "here"), spectrum, None)
+    plain = regimes.InRegime("here", "random", d_sae=64, k=4, n_train=8192, n_judged=0, seed=3)
+    trial = protocol.recommended(plain, spectrum)
+    own = protocol.untrained(trial, site)
+    torch.manual_seed(trial.seed)
+    sae = TopKTrainingSAE(_cfg(trial, spectrum.d))
+    cfg = SAETrainerConfig(total_training_samples=1, train_batch_size_samples=1)
+    said = saesub.recommend(spectrum, sae.cfg, trial.n_train)
+    said.apply(sae, cfg, protocol.sample_for(trial, site), seed=trial.seed)
+    for name, value in own.named_parameters():
+        assert torch.equal(value, sae.get_parameter(name)), name
+    assert sae.cfg.normalize_activations == own.cfg.normalize_activations
+    assert sae.cfg.aux_loss_coefficient == own.cfg.aux_loss_coefficient
+    wanted = protocol.schedule(trial)
+    left_alone = ("device", "logger")
+    assert {k: v for k, v in vars(cfg).items() if k not in left_alone} == {
+        k: v for k, v in vars(wanted).items() if k not in left_alone
+    }
 
 
 def test_seeds_are_added_to_the_baseline_that_fits_the_validation_part_best(monkeypatch):

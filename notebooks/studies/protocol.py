@@ -1,8 +1,9 @@
 """One SAE of a study by one protocol, and a record of many that can be continued.
 
-Every study here is a list of `Trial`s. All of them use the same activations (`TOKENS` tokens of a
-mixture of English texts, shuffled by document and stored once), of which the last are held out: a
-validation part, which only chooses learning rates, and a part for every number that is reported.
+Every study here is a list of `Trial`s. A trial's activations are shuffled by document and stored
+once, and the last of them are held out: a validation part, which only chooses learning rates, and a
+part for every number that is reported. The spectrum is of the first 200,000 tokens, which in a
+short run are more than are trained on.
 All SAEs have their bias at the mean and, unless the trial says otherwise, the norm at which they
 reconstruct best before training (`saesub.fit_norm`), the random ones as well; the rate rises over
 the first twentieth of the steps and falls to zero over the last fifth, unless the trial says
@@ -24,7 +25,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
@@ -90,6 +91,9 @@ class Trial:
     def n_stored(self) -> int:
         """Tokens that the trial needs in all."""
         return self.n_train + N_VALIDATION + self.n_judged
+
+
+TrialT = TypeVar("TrialT", bound=Trial)
 
 
 @dataclass(frozen=True)
@@ -184,6 +188,19 @@ def set_start(sae: TopKTrainingSAE, trial: Trial, at: Site) -> None:
         sae.W_enc.copy_(sae.W_dec.T)
     if trial.norm == "fit":
         saesub.fit_norm(sae, at.spectrum, activations=x)
+
+
+def recommended(trial: TrialT, spectrum: saesub.Spectrum) -> TrialT:
+    """The trial with the start, optimizer, rate and schedule that `saesub.recommend` says."""
+    cfg = TopKTrainingSAEConfig(d_in=spectrum.d, d_sae=trial.d_sae, k=trial.k)
+    said = saesub.recommend(spectrum, cfg, n_tokens=trial.n_train)
+    return replace(
+        trial,
+        start="subspace" if said.directions == "flat" else said.directions,
+        optimizer=said.optimizer,
+        lr=said.lr,
+        decay=said.decay_steps / (trial.n_train // trial.batch_size),
+    )
 
 
 def move_bias(sae: TopKTrainingSAE, centre: str, at: Site) -> None:

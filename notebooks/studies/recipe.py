@@ -1,4 +1,4 @@
-"""Does one recipe, applied by hand and without a sweep, beat what a sweep finds?
+"""Does one recipe, applied without a sweep, beat three baselines that are swept?
 
     python notebooks/studies/recipe.py baselines smollm2-135m gemma3-270m
     python notebooks/studies/recipe.py recipe smollm2-135m gemma3-270m
@@ -33,6 +33,7 @@ from protocol import (
     harvest,
     judged,
     known_before,
+    recommended,
     recorded,
     run,
     site_of,
@@ -42,7 +43,6 @@ from protocol import (
     untrained,
 )
 from regimes import REGIMES, InRegime, Regime
-from sae_lens import TopKTrainingSAEConfig
 
 import saesub
 
@@ -61,20 +61,6 @@ def baselines(regime: Regime, suffix: str = "") -> list[InRegime]:
         regime.trial(start, optimizer, condition=condition + suffix)
         for start, optimizer, condition in BASELINES
     ]
-
-
-def recipe(regime: Regime, spectrum: saesub.Spectrum) -> InRegime:
-    """The recipe in a regime, from what is known before training."""
-    plain = regime.trial("subspace")
-    cfg = TopKTrainingSAEConfig(d_in=spectrum.d, d_sae=regime.d_sae, k=regime.k)
-    said = saesub.recommend(spectrum, cfg, n_tokens=plain.n_train)
-    return regime.trial(
-        "subspace" if said.directions == "flat" else said.directions,
-        said.optimizer,
-        lr=said.lr,
-        decay=said.decay_steps / (plain.n_train // plain.batch_size),
-        condition="recipe",
-    )
 
 
 def parts(own: InRegime) -> list[InRegime]:
@@ -124,7 +110,10 @@ if __name__ == "__main__":
     else:
         harvest([regime.trial("subspace") for regime in chosen])
         spectra = [site_of(regime.trial("subspace")).spectrum for regime in chosen]
-        own = [recipe(*pair) for pair in zip(chosen, spectra, strict=True)]
+        own = [
+            recommended(regime.trial("subspace", condition="recipe"), spectrum)
+            for regime, spectrum in zip(chosen, spectra, strict=True)
+        ]
         if what == "seeds":
             best = [best_baseline(regime) for regime in chosen]
             for name, trials in (("baselines", best), ("recipe", own)):

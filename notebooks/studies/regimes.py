@@ -1,10 +1,10 @@
 """The regimes in which the recipe is judged, fixed before any SAE was trained in them.
 
-A regime is a model, a text, a site, a number of features and a length of training. There are 24, a
-half of the 3 × 2 × 2 × 2 × 2 combinations of models, texts, widths and lengths by sites: in each of
-the first four factors' combinations one site, so that every model has each site two or three times
-and every site comes with each text, width and length. The layer of a site differs between models
-and texts: early, middle or late.
+A regime is a model, a text, a site, a size (features and active ones) and a length of training.
+There are 24. Each of the 3 × 2 × 2 × 2 combinations of models, texts, sizes and lengths has one of
+the three kinds of site. Every model has each kind two or three times, and every kind comes with
+each text, size and length four times. The layer of a site differs between models and texts: early,
+middle or late.
 
 The recipe was developed on the two models of `DEVELOPED`. The eight regimes of `UNTOUCHED` are of a
 third model, in which nothing was trained before the recipe was final (`recipe.py`).

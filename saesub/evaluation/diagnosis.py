@@ -40,15 +40,18 @@ _ALIVE = 0.01  # share of dead features below which an SAE is called healthy
 _FALLS = 1.1  # last but one share of silent features by the last, above which the curve still falls
 _WORSE = 1.1  # times the error of writing zero
 _BROKEN = 0.5  # share of dead features above which an SAE may fit so badly on its own activations
-# What the studies cover (data/results/studies; notebooks 05 and 06).
+# What the studies cover (data/results/studies; notebooks 04 to 07 and 11).
 _ARCHITECTURE = "topk"
 _WIDTHS = 2048, 8192  # features
-_K = 32
+_D_IN = 576, 896
+_KS = 32, 64
 _TOKENS = 1_024_000  # of training, at most
+_SPARSE_ADAM_LR = 0.002  # at most: cure.json, where random features survive under SparseAdam
 _STUDIED = (
-    "This comes from TopK SAEs of SmolLM2-135M with k 32, 2,048 to 8,192 features and up to "
-    "1,024,000 tokens of training."
+    "This comes from TopK SAEs of three small models, with k 32 or 64, 2,048 to 8,192 features and "
+    "up to 1,024,000 tokens of training."
 )
+_UNTOLD = "The SAE's metadata do not say on how many tokens it was trained."
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +141,8 @@ class SAEDiagnosis:
         elif self.cause == HEALTHY:
             change = "Nothing needs to change."
         else:
-            change = f"{_change(self)} {_STUDIED}"
+            told = [] if "training_tokens" in self.recorded else [_UNTOLD]
+            change = " ".join((_change(self), _STUDIED, *told))
         return " ".join((*self._findings(), change))
 
     def __str__(self) -> str:
@@ -240,7 +244,7 @@ def diagnose(
         spectrum,
         explanation,
         recorded,
-        tuple(_withheld(judgement, recorded, explanation)),
+        tuple(_withheld(judgement, sae.cfg.d_in, recorded, explanation)),
     )
 
 
@@ -295,7 +299,7 @@ def _recorded(sae: SAE[Any]) -> dict[str, Any]:
 
 
 def _withheld(
-    judgement: Judgement, recorded: dict[str, Any], explanation: Explanation | str
+    judgement: Judgement, d_in: int, recorded: dict[str, Any], explanation: Explanation | str
 ) -> Iterable[str]:
     d_sae, (least, most) = len(judgement.counts), _WIDTHS
     if reason := too_few_firings(judgement.n_tokens, d_sae=d_sae, l0=judgement.l0):
@@ -306,8 +310,10 @@ def _withheld(
         yield "no cause is told"
     if recorded["architecture"] != _ARCHITECTURE:
         yield f"the studies are of TopK SAEs, and this one is {recorded['architecture']!r}"
-    elif (k := recorded.get("k")) != _K:
-        yield f"the studies have k {_K}, and this SAE {k}"
+    elif (k := recorded.get("k")) not in _KS:
+        yield f"the studies have k {' or '.join(map(str, _KS))}, and this SAE {k}"
+    if not _D_IN[0] <= d_in <= _D_IN[1]:
+        yield f"the studies are of widths {_D_IN[0]} to {_D_IN[1]}, and this SAE reads {d_in:,}"
     if not least <= d_sae <= most:
         yield f"the studies are of {least:,} to {most:,} features, and this SAE has {d_sae:,}"
     if recorded.get("training_tokens", 0) > _TOKENS:
@@ -334,7 +340,8 @@ def _change(found: SAEDiagnosis) -> str:
     if found.cause == "subspace":
         return (
             "Begin where the activations vary: saesub.initialize_in_subspace(sae, spectrum); or "
-            "train with SparseAdam, which also keeps random features alive."
+            f"train with SparseAdam at a rate of {_SPARSE_ADAM_LR:g} or less, which keeps nearly "
+            "all random features alive."
         )
     if found.cause == "rate":
         rate = f" of {recorded['lr']:g}" if "lr" in recorded else ""

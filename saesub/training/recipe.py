@@ -16,6 +16,7 @@ Five lines, which a reader can apply by hand:
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +34,7 @@ from saesub.topk.optim import OptimizerName
 
 BATCH_SIZE = 1024
 LOW_RANK = 0.05  # effective rank of the variances, as a share of the width
+RANKS_TRIED = (0.02, 0.064)  # the nearest sites of the studies, below and above
 LR, LR_AT_LOW_RANK = 0.002, 0.0035  # of 250 steps
 NORM_BATCHES = 20  # that SAELens reads before training
 WARM_UP, DECAY = 0.05, 0.5  # shares of the steps
@@ -103,9 +105,12 @@ class Recipe:
             saesub.SubspaceSAETrainer(cfg, sae, batches, optimizer=recipe.optimizer).fit()
             saesub.refit_decoder(sae, training_batches)
 
+        SAELens' runner trains with Adam. From its config, train by
+        `SubspaceSAETrainer(cfg.to_sae_trainer_config(), ...)`.
+
         Args:
             sae: an untrained TopK SAE of SAELens.
-            cfg: of SAELens' trainer or its runner.
+            cfg: of SAELens' trainer or its runner; the runner's brings a warning.
             activations: (n, d_in), unscaled, from all training documents, best 8 d_sae of them.
             seed: of the tokens that are drawn.
 
@@ -147,6 +152,12 @@ class Recipe:
             setattr(cfg, name, value)
         if isinstance(cfg, LanguageModelSAERunnerConfig):  # it has an SAE's config of its own
             vars(cfg.sae).update(_SAE_SETTINGS)
+            warnings.warn(
+                f"SAELens' runner trains with Adam, for which a rate of {self.lr:g} was not tried: "
+                "train by saesub.SubspaceSAETrainer(cfg.to_sae_trainer_config(), sae, batches, "
+                f"optimizer={self.optimizer!r}).",
+                stacklevel=2,
+            )
         return done
 
 
@@ -160,8 +171,9 @@ def recommend(spectrum: Spectrum, sae_cfg: Any, n_tokens: int) -> Recipe:
 
     Raises:
         SaesubError: a config of another width than the spectrum's, or a case that the studies do
-            not cover: another architecture than TopK, or a width, number of features, active
-            features or steps more than a factor of two beyond theirs.
+            not cover: another architecture than TopK, a spectrum that counts massive tokens, or a
+            width, number of features, active features or steps more than a factor of two beyond
+            theirs.
 
     Example:
         >>> recipe = saesub.recommend(spectrum, sae.cfg, n_tokens=256_000)  # doctest: +SKIP
@@ -173,6 +185,7 @@ def recommend(spectrum: Spectrum, sae_cfg: Any, n_tokens: int) -> Recipe:
     steps = n_tokens // BATCH_SIZE
     rank = spectrum.effective_rank("variance") / spectrum.d
     low = rank < LOW_RANK
+    between = " No site of the studies lies between {:.1%} and {:.1%}.".format(*RANKS_TRIED)
     lr = float(f"{(LR_AT_LOW_RANK if low else LR) * (250 / steps) ** 0.25:.3g}")
     return Recipe(
         directions="flat" if low else "whitened_data",
@@ -187,7 +200,8 @@ def recommend(spectrum: Spectrum, sae_cfg: Any, n_tokens: int) -> Recipe:
             + ("below" if low else "not below")
             + f" {100 * LOW_RANK:.0f} %: "
             + ("the active subspace" if low else "whitened tokens")
-            + " fitted better there in pilots on two models.",
+            + " fitted better there in pilots, which are not recorded."
+            + between * (RANKS_TRIED[0] < rank < RANKS_TRIED[1]),
             "SparseAdam: a feature that is silent stands still, and so does not drift away.",
             f"Rate {lr:g}: tried at 62 and 250 steps, where its half and its double had an FVU at "
             "most 8 % lower, mostly higher; elsewhere it follows the fourth root of the steps. "
@@ -215,6 +229,11 @@ def _check_covered(spectrum: Spectrum, sae_cfg: Any, n_tokens: int) -> None:
             "The recipe was tried with activations scaled by one number, not "
             f"normalize_activations={sae_cfg.normalize_activations!r}: make the SAE with "
             "'expected_average_only_in'."
+        )
+    if spectrum.keeps_massive:
+        raise SaesubError(
+            "The recipe was tried with spectra without massive tokens, and this one counts them: "
+            "measure it with keep_massive=False."
         )
     if sae_cfg.d_in != spectrum.d:
         raise SaesubError(

@@ -78,7 +78,9 @@ def refit_decoder(
     32 active features take 0.25 GB.
 
     Args:
-        sae: any SAELens SAE whose reconstruction is its features times `W_dec`, plus `b_dec`.
+        sae: any SAELens SAE whose reconstruction is its features times `W_dec`, plus `b_dec`. A
+            BatchTopK SAE in training form shares its active features among 4,096 tokens here; to
+            fit it to its threshold, load it as it was saved.
         batches: activations (n, d_in) of the SAE's hook point, unscaled, read once: all the
             training tokens, or enough that each feature fires 1,000 times. With few tokens the
             decoder would fit their noise.
@@ -116,7 +118,7 @@ def refit_decoder(
 
 def _check(sae: Any) -> None:
     encoder_of(sae)  # refuses what is no SAE, or not finite
-    kind = sae.cfg.architecture()
+    kind = sae.cfg.metadata.training_architecture or sae.cfg.architecture()
     if hasattr(sae.cfg, "d_out") or kind in _NOT_LINEAR:
         why = _NOT_LINEAR.get(kind, "a transcoder rebuilds what it does not read")
         raise SaesubError(
