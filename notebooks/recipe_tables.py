@@ -55,7 +55,6 @@ def _summary(found: pd.DataFrame) -> str:
 def _reached(of: pd.DataFrame) -> str:
     """A list of what a group of regimes shows."""
     plain, early = (of[name] / of["baseline_fvu"] - 1 for name in ("fvu", "fvu_unrefitted"))
-    long = of[of["firings"] == of["firings"].max()]
     lines = [
         f"The recipe's FVU is lower than the best baseline's in {_counted(plain)}, and before its "
         f"refit in {_counted(early)}.",
@@ -72,11 +71,14 @@ def _reached(of: pd.DataFrame) -> str:
         f"It is at most {of['above_least'].max():.1%} above the lowest of three rates, the "
         f"recipe's, its half and its double. The double fits best in "
         f"{(of['least_at'] == 2).sum()} regimes, the half in {(of['least_at'] == 0.5).sum()}.",
-        f"Where a feature fires {long['firings'].iloc[0]:,} times in training, at most "
-        f"{long['dead_share'].max():.2%} of the features are dead. Of the baseline that fits best "
-        f"it is up to {long['baseline_dead'].max():.2%}; of the baseline that loses fewest, each "
-        f"at its own best rate, up to {long['fewest_dead'].max():.2%}.",
     ]
+    for firings, some in sorted(of.groupby("firings"), reverse=True):
+        lines.append(
+            f"Where a feature fires {firings:,} times in training ({len(some)} regimes), at most "
+            f"{some['dead_share'].max():.2%} of the features are dead. Of the baseline that fits "
+            f"best it is up to {some['baseline_dead'].max():.2%}; of the baseline that loses "
+            f"fewest, each at its own best rate, up to {some['fewest_dead'].max():.2%}."
+        )
     return "\n".join(f"- {line}" for line in lines)
 
 
@@ -96,4 +98,5 @@ def _line(found: pd.DataFrame) -> str:
 
 def _counted(changes: pd.Series) -> str:
     lower = (changes < 0).sum()
-    return f"{lower} of {len(changes)} ({changes.min():+.1%} to {changes.max():+.1%})"
+    ends = f"{changes.min():+.1%} to {changes.max():+.1%}, median {changes.median():+.1%}"
+    return f"{lower} of {len(changes)} ({ends})"

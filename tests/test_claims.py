@@ -141,6 +141,7 @@ def test_a_record_that_is_no_commit_is_refused(record):
         ("F1.attn_rank", 0.55, (0.5, 0.9), "the interval does not lie wholly on the claim's side"),
         ("F1.attn_rank", 0.85, (0.75, 0.9), "interval reaches into “holds in direction”"),
         ("F2.gap", 0.05, (0.01, 0.5), "interval reaches into “holds”"),
+        ("F2.gap", 0.05, None, "without an interval"),
         ("F12.quality", 0.05, (0.01, 0.5), ""),
     ],
 )

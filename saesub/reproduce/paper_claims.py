@@ -125,11 +125,12 @@ def _is_on_side(claim: Claim, interval: tuple[float, float]) -> bool:
 def doubt(claim: Claim, value: float | None, interval: tuple[float, float] | None) -> str:
     """A phrase that says what else the interval allows; empty if that is nothing.
 
-    It names the verdicts of the interval's values, where these are not all the value's own.
+    It names the verdicts of the interval's values, where these are not all the value's own, and
+    says of a direction alone that it has no interval.
     """
     judged, interval = verdict(claim, value, interval), known(interval)
     if interval is None or judged == UNTESTED:
-        return ""
+        return "without an interval" if judged == DIRECTION else ""
     if judged == MIXED:
         return "the interval does not lie wholly on the claim's side"
     low, high = interval
