@@ -25,7 +25,16 @@ def whole_number(value: Any, name: str, least: int = 1) -> int:
     return int(value) if isinstance(value, Integral) else int(float(value))
 
 
-def batch_of(given: Any, what: str = "a batch of activations") -> Tensor:
+def matrix_of(given: Any, what: str) -> Tensor:
+    """`batch_of` where one tensor is all there is, and blocks of it would be too few."""
+    return batch_of(given, what, "join them, as by torch.cat(list(blocks))")
+
+
+def batch_of(
+    given: Any,
+    what: str = "a batch of activations",
+    advice: str = "give one tensor for each batch, such as (x for x, _ in loader)",
+) -> Tensor:
     """The tensor of a batch: itself, a NumPy array's, or the only one of a list or tuple.
 
     A `DataLoader` over a `TensorDataset` gives lists of one tensor. Raises SaesubError for anything
@@ -36,6 +45,10 @@ def batch_of(given: Any, what: str = "a batch of activations") -> Tensor:
 
     if isinstance(given, (list, tuple)) and len(given) == 1:
         given = given[0]
+    if isinstance(given, np.ndarray) and given.dtype.kind in "biu":
+        raise SaesubError(
+            f"{what} must hold floating-point numbers, not {given.dtype}: give x.astype('float32')."
+        )
     if isinstance(given, np.ndarray) and given.dtype.kind == "f":
         native = given.dtype.newbyteorder("=")
         given = torch.from_numpy(np.ascontiguousarray(given, dtype=native))
@@ -43,7 +56,7 @@ def batch_of(given: Any, what: str = "a batch of activations") -> Tensor:
         length = f" of {len(given)}" if isinstance(given, (list, tuple)) else ""
         raise SaesubError(
             f"{what} must be a tensor of floating-point numbers, not a {type(given).__name__}"
-            f"{length}: give one tensor for each batch, such as (x for x, _ in loader)."
+            f"{length}: {advice}."
         )
     if not given.is_floating_point():
         raise SaesubError(

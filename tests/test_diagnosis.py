@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +19,12 @@ from sae_lens import (
     GatedSAEConfig,
     JumpReLUSAE,
     JumpReLUSAEConfig,
+    JumpReLUTrainingSAE,
+    JumpReLUTrainingSAEConfig,
     StandardSAE,
     StandardSAEConfig,
+    StandardTrainingSAE,
+    StandardTrainingSAEConfig,
     TopKSAE,
     TopKSAEConfig,
     TopKTrainingSAE,
@@ -28,7 +33,12 @@ from sae_lens import (
     TranscoderConfig,
 )
 from sae_lens.config import LoggingConfig, SAETrainerConfig
-from sae_lens.saes.abstopk_sae import AbsTopKSAE, AbsTopKSAEConfig
+from sae_lens.saes.abstopk_sae import (
+    AbsTopKSAE,
+    AbsTopKSAEConfig,
+    AbsTopKTrainingSAE,
+    AbsTopKTrainingSAEConfig,
+)
 from sae_lens.saes.matching_pursuit_sae import MatchingPursuitSAE, MatchingPursuitSAEConfig
 from safetensors.torch import save_file
 from torch import Tensor
@@ -325,7 +335,7 @@ def test_a_short_window_has_no_verdict_and_says_how_long_it_must_be() -> None:
     found = saesub.diagnose(ARCHITECTURES["topk"](), gaussian(), n_tokens=4000, progress=False)
     assert found.cause == "unknown"
     assert "100 times on average over 4,000 tokens" in found.advice
-    assert "which 8,000 tokens give" in found.advice
+    assert "which 8,800 tokens give" in found.advice
     assert found.firings == 100
 
 
@@ -374,6 +384,88 @@ def test_sparse_adam_keeps_random_features_alive_at_the_rate_that_is_advised() -
     rows = rows[(rows["condition"] == "random + SparseAdam") & (rows["beta1"].fillna(0.9) == 0.9)]
     low = rows["lr"] <= diagnosis._SPARSE_ADAM_LR
     assert rows.loc[low, "dead_share"].max() < diagnosis._ALIVE < rows.loc[~low, "dead_share"].max()
+
+
+def _small(kind: Any, config: Any, **settings: Any) -> tuple[Any, Tensor]:
+    """A small SAE in the subspace of 9,000 uneven Gaussian tokens, 16 wide, and the tokens."""
+    x = torch.randn(9000, 16, generator=torch.Generator().manual_seed(0))
+    x = x * torch.linspace(1, 0.2, 16) + 0.5
+    torch.manual_seed(0)
+    sae = kind(config(d_in=16, d_sae=64, **settings))
+    saesub.initialize_in_subspace(sae, saesub.Spectrum.from_activations(x), 8, activations=x)
+    return sae, x
+
+
+def test_a_feature_with_its_sign_turned_has_the_same_causes() -> None:
+    """A feature of AbsTopK fires on either sign."""
+    sae, x = _small(AbsTopKTrainingSAE, AbsTopKTrainingSAEConfig, k=4)
+    with torch.no_grad():
+        sae.b_enc[20:] = 1.5
+        sae.W_dec *= 0.6
+        sae.W_enc[:, :20] *= 0.7
+    turned = copy.deepcopy(sae)
+    for name in ("W_enc", "b_enc", "W_dec"):
+        turned.get_parameter(name).data.mul_(-1)
+    found, other = (saesub.diagnose(of, x, progress=False) for of in (sae, turned))
+    assert found.dead.sum() >= 10
+    assert found.causes == other.causes
+    assert found.revived_by == other.revived_by
+    bias, again = sae.b_enc[20:].median().item(), 0
+    for feature in found.dead.nonzero().flatten().tolist():
+        lifted = copy.deepcopy(sae)
+        lifted.b_enc.data[feature] = bias
+        again += bool((lifted.encode(x)[:, feature] != 0).any())
+    assert abs(again - found.revived_by["recentring"]) <= 1
+
+
+def test_a_direction_in_which_nothing_varies_is_outside_of_the_subspace() -> None:
+    sae, x = _small(TopKTrainingSAE, TopKTrainingSAEConfig, k=4)
+    x[:, 0] = 0
+    with torch.no_grad():
+        sae.W_dec[:4] = 0
+        sae.W_dec[:4, 0] = 0.6
+        sae.W_enc[:, :4] = sae.W_dec[:4].T
+    table = saesub.diagnose(sae, x, progress=False).table()
+    assert table["spread"][:4].max() < 1e-6
+    assert table["cause"][:4].tolist() == ["subspace"] * 4
+
+
+def test_auxk_is_that_of_the_training_and_not_of_the_construction() -> None:
+    sae, x = _small(TopKTrainingSAE, TopKTrainingSAEConfig, k=4)
+    assert sae.cfg.metadata.training_architecture_details["aux_loss_coefficient"] == 1
+    sae.cfg.aux_loss_coefficient = 0.0
+    assert saesub.diagnose(sae, x, progress=False).recorded["aux_loss_coefficient"] == 0
+
+
+def test_a_default_of_float64_changes_nothing() -> None:
+    for kind, config, settings in (
+        (TopKTrainingSAE, TopKTrainingSAEConfig, {"k": 4}),
+        (BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, {"k": 4}),
+        (StandardTrainingSAE, StandardTrainingSAEConfig, {}),
+    ):
+        sae, x = _small(kind, config, **settings)
+        sae.b_enc.data[:8] = -9
+        told = saesub.diagnose(sae, x, progress=False)
+        torch.set_default_dtype(torch.float64)
+        try:
+            again = saesub.diagnose(sae, x, progress=False)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert again.causes == told.causes
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_thresholds_that_saelens_keeps_in_float32_are_read(dtype) -> None:
+    sae, x = _small(JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig)
+    sae.to(dtype=getattr(torch, dtype))
+    assert sae.threshold.dtype == torch.float32 != sae.W_enc.dtype
+    assert saesub.diagnose(sae, x, progress=False).judgement.counts.shape == (64,)
+
+
+def test_more_active_features_than_there_are_is_refused() -> None:
+    sae = TopKSAE(TopKSAEConfig(d_in=16, d_sae=64))  # SAELens' default k is 100
+    with pytest.raises(SaesubError, match=r"k must lie in 1\.\.64"):
+        saesub.diagnose(sae, torch.randn(100, 16), progress=False)
 
 
 def _hooked() -> SAE[Any]:

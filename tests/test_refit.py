@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from sae_lens import (
     SAE,
+    AbsTopKTrainingSAE,
+    AbsTopKTrainingSAEConfig,
     BatchTopKTrainingSAE,
     BatchTopKTrainingSAEConfig,
     JumpReLUTrainingSAE,
@@ -145,18 +148,68 @@ def _unfolded() -> Any:
     return _sae(settings={"k": K, "normalize_activations": "expected_average_only_in"})
 
 
+def _of_one_memory() -> Any:
+    sae = _sae()
+    sae.W_enc.data = sae.W_dec.data.T
+    return sae
+
+
+def _with_nan(x: torch.Tensor) -> torch.Tensor:
+    x[5, 1] = float("nan")
+    return x
+
+
 REFUSED = {
     "several parts": (_matryoshka, [_tokens()], {}),
     "scales each token": (_scaled, [_tokens()], {}),
     "folds into them": (_unfolded, [_tokens()], {}),
-    "pass some batches": (_sae, [], {}),
+    "pass some batches": (_sae, [_tokens()[:0]], {}),
     "iterations": (_sae, [_tokens()], {"iterations": 0}),
     "NaN": (_sae, [_tokens() * float("nan")], {}),
     "reads activations of shape": (_sae, [torch.randn(5, D + 1)], {}),
     "worse than their mean": (_sae, [100 + _tokens()], {}),
-    "fires 20 times": (_sae, [_tokens(200)], {}),
+    "fires 20.0 times .* at least 1,100 tokens": (_sae, [_tokens(200)], {}),
+    "copy it": (_of_one_memory, [_tokens()], {}),
+    "not NoneType": (_sae, None, {}),
+    "a row for each token": (_sae, _tokens()[0], {}),
+    "counted from token 2,000, .* in row 5,": (_sae, [_tokens(2000), _with_nan(_tokens(9))], {}),
     "too coarse": (lambda: _sae().to(dtype=torch.bfloat16), [_tokens()], {}),
 }
+
+
+@pytest.mark.parametrize("how", [lambda x: x.split(100), lambda x: x, lambda x: x.numpy()])
+def test_activations_come_in_blocks_or_whole(how) -> None:
+    sae, whole, x = _sae(), _sae(), _tokens()
+    saesub.refit_decoder(whole, [x], progress=False)
+    saesub.refit_decoder(sae, how(x), progress=False)
+    assert torch.allclose(sae.W_dec, whole.W_dec, rtol=1e-4, atol=1e-3)
+
+
+def test_a_feature_with_its_sign_turned_is_refitted_alike() -> None:
+    """A feature of AbsTopK fires on either sign."""
+    torch.manual_seed(0)
+    sae, x = AbsTopKTrainingSAE(AbsTopKTrainingSAEConfig(d_in=D, d_sae=D_SAE, k=K)), _tokens()
+    saesub.initialize_in_subspace(sae, saesub.Spectrum.from_activations(x), activations=x)
+    with torch.no_grad():
+        sae.b_enc.add_(0.3)
+    turned = copy.deepcopy(sae)
+    for name in ("W_enc", "b_enc", "W_dec"):
+        turned.get_parameter(name).data.mul_(-1)
+    assert torch.equal(sae(x), turned(x))
+    reports = [saesub.refit_decoder(of, [x], progress=False) for of in (sae, turned)]
+    assert reports[0] == reports[1]
+    assert torch.equal(sae.W_dec, -turned.W_dec)
+
+
+def test_weights_of_inference_mode_are_refused(tmp_path) -> None:
+    with torch.inference_mode():
+        _sae().save_model(tmp_path)
+        loaded = TopKTrainingSAE.load_from_disk(tmp_path)
+    before, flag = loaded.W_enc.clone(), loaded.cfg.rescale_acts_by_decoder_norm
+    with pytest.raises(SaesubError, match="outside of it"):
+        saesub.refit_decoder(loaded, [_tokens()], progress=False)
+    assert torch.equal(loaded.W_enc, before)
+    assert loaded.cfg.rescale_acts_by_decoder_norm == flag
 
 
 def test_a_saved_matryoshka_sae_is_refused_too(tmp_path) -> None:

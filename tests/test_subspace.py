@@ -387,7 +387,7 @@ def test_activations_in_other_forms_start_the_same(given, directions):
     ("activations", "message"),
     [
         (torch.ones(300, D_IN, dtype=torch.int64), "floating-point"),
-        (np.ones((300, D_IN), dtype=int), "not a ndarray"),
+        (np.ones((300, D_IN), dtype=int), "not int64: give x.astype"),
         ({"x": ROWS}, "not a dict"),
         ([ROWS, ROWS], "list of 2"),
         (ROWS * float("nan"), "NaN"),

@@ -9,9 +9,11 @@ A feature's score on a token decides whether it fires. About the mean m of what 
 - offset: gain · direction · m, what the mean adds to every score;
 - bias: the encoder's bias, less the feature's own threshold where it has one (JumpReLU, gated).
 
-It fires where the score exceeds the token's threshold: the least active score of a TopK SAE's token
-or a BatchTopK SAE's batch; 0 in SAEs whose features fire each by itself. A cause is the part whose
-change to a living feature's would raise the best score most, the other features unchanged.
+An AbsTopK feature fires on either sign, so it is taken with the sign that makes offset + bias
+positive. A feature fires where its score exceeds the token's threshold: the least active score of a
+TopK SAE's token or a BatchTopK SAE's batch; 0 in SAEs whose features fire each by itself. A cause
+is the part whose change to a living feature's would raise the best score most, the other features
+unchanged.
 """
 
 from __future__ import annotations
@@ -55,6 +57,7 @@ REVIVALS = ("recentring", "rescaling", "both", "no change of bias and norm")
 _MOVED = 0.5  # cosine of encoder and decoder below which a feature that began tied has moved far
 _SMALL = 0.6  # of the living features' median gain
 _LOW = 0.25  # quantile of the living features' spread
+_STILL = 1e-6  # of the living features' median spread: nothing varies along such a direction
 _CROWD = 0.25  # of the dimensions of `d_init="auto"`
 _FEWEST = 10  # dead features, to say whether they crowd
 _AT_A_TIME = 8192  # features
@@ -115,8 +118,8 @@ def explain(
     if selection is None:
         return f"the features of an SAE of class {type(sae).__name__} have no scores of their own"
     blocks = sample.split(TOKENS_PER_BLOCK)
-    read = _Read(sae, torch.cat([_encoder_input(sae, x) for x in blocks]))
-    parts = read.parts(selection)
+    read = _Read(sae, torch.cat([_encoder_input(sae, x) for x in blocks]), selection)
+    parts = read.parts
     if not _fires_as_told(sae, blocks[0][:_CHECKED_ON], read, selection):
         return (
             "its features fire otherwise than its weights say (replaced methods, or half precision)"
@@ -170,13 +173,13 @@ class _Selection:
         entries = (features if features.is_sparse else features.to_sparse()).coalesce()
         n = len(features)
         if self.k is None:
-            return torch.zeros(n, device=features.device)
+            return torch.zeros(n, device=features.device, dtype=torch.float32)
         token, size = entries.indices()[0], entries.values().float().abs()
         token, size = token[size > 0], size[size > 0]
         if self.over_batch:
             full = len(size) >= int(self.k * n)
-            return torch.full((n,), float(size.min()) if full else 0.0, device=features.device)
-        least = torch.full((n,), torch.inf, device=features.device)
+            return size.new_full((n,), float(size.min()) if full else 0.0)
+        least = size.new_full((n,), torch.inf)
         least = least.scatter_reduce(0, token, size, "amin")
         return least.where(torch.bincount(token, minlength=n) >= self.k, 0.0)
 
@@ -192,22 +195,20 @@ def _encoder_input(sae: SAE[Any], x: Float[Tensor, "n d_in"]) -> Float[Tensor, "
 class _Read:
     """What the encoder reads of the sample: its mean, what is left without it, the directions."""
 
-    def __init__(self, sae: Any, read: Float[Tensor, "n d_in"]) -> None:
+    def __init__(self, sae: Any, read: Float[Tensor, "n d_in"], selection: _Selection) -> None:
         self.mean = read.mean(0)
         self.centred = read - self.mean
-        self._encoder, self._decoder = sae.W_enc.float().T, sae.W_dec.float()
-        self.directions = normalize(self._encoder, dim=1)
-
-    def parts(self, selection: _Selection) -> Parts:
+        encoder = sae.W_enc.float().T
+        directions, gain = normalize(encoder, dim=1), encoder.norm(dim=1) * selection.scale
+        offset, bias = gain * (directions @ self.mean), selection.bias * selection.scale
+        sign = torch.ones_like(gain)
+        if selection.either_sign:
+            sign = sign.where(offset + bias >= 0, -1.0)
+        self.directions = directions * sign[:, None]
         covariance = self.centred.T @ self.centred / len(self.centred)
-        gain = self._encoder.norm(dim=1) * selection.scale
-        return Parts(
-            gain,
-            ((self.directions @ covariance) * self.directions).sum(1).clamp(min=0).sqrt(),
-            gain * (self.directions @ self.mean),
-            selection.bias * selection.scale,
-            cosine_similarity(self._encoder, self._decoder),
-        )
+        spread = ((directions @ covariance) * directions).sum(1).clamp(min=0).sqrt()
+        cosine = cosine_similarity(encoder, sae.W_dec.float())
+        self.parts = Parts(gain, spread, offset * sign, bias * sign, cosine)
 
 
 def _of(parts: Parts, features: Tensor) -> Parts:
@@ -220,7 +221,7 @@ def _fires_as_told(
     """Whether some features fire on these tokens where their scores say so, but for rounding."""
     features = encoder_of(sae)(x)
     some = torch.arange(0, sae.cfg.d_sae, -(-sae.cfg.d_sae // _CHECKED), device=sae.device)
-    own = _of(read.parts(selection), some)
+    own = _of(read.parts, some)
     score = read.centred[: len(x)] @ (read.directions[some] * own.gain[:, None]).T
     score = selection.shown(score + own.offset + own.bias)
     threshold = selection.thresholds(features)[:, None]
@@ -315,7 +316,8 @@ def _causes(
     cause = code("subspace").where(which == 2, code("norm"))
     cause = torch.where(which == 0, code("offset").where(by_offset, code("rate")), cause)
     cause = cause.where(most > 0, code("norm").where(small, code("unexplained")))
-    cause = code("subspace").where(crowded, cause)
+    still = (own.spread <= _STILL * living.spread.median()) & (own.gain > 0)
+    cause = code("subspace").where(crowded | still, cause)
     return code("rate").where((own.cosine < _MOVED) & (own.gain > 0), cause)
 
 

@@ -290,7 +290,7 @@ def _recorded(sae: SAE[Any]) -> dict[str, Any]:
     found = {
         "architecture": metadata.training_architecture or sae.cfg.architecture(),
         "k": getattr(sae.cfg, "k", None),
-        **(metadata.training_architecture_details or {}),
+        **_details(sae),
         **{n: metadata[n] for n in ("optimizer", "lr", "training_tokens", "subspace_init")},
     }
     if metadata.norm_fitted_to_d_sae:
@@ -298,12 +298,20 @@ def _recorded(sae: SAE[Any]) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
+def _details(sae: SAE[Any]) -> dict[str, Any]:
+    """Settings of training: of a training SAE as they are now, else as they were saved."""
+    now = getattr(sae.cfg, "get_training_architecture_details", dict)()
+    return now or sae.cfg.metadata.training_architecture_details or {}
+
+
 def _withheld(
     judgement: Judgement, d_in: int, recorded: dict[str, Any], explanation: Explanation | str
 ) -> Iterable[str]:
     d_sae, (least, most) = len(judgement.counts), _WIDTHS
     if reason := too_few_firings(judgement.n_tokens, d_sae=d_sae, l0=judgement.l0):
-        tokens = ceil(FIRINGS_FOR_A_VERDICT * d_sae / judgement.l0) if judgement.l0 else 0
+        # L0 varies from text to text, so a few tokens more are asked for.
+        wanted = 11 * FIRINGS_FOR_A_VERDICT * d_sae
+        tokens = 100 * ceil(wanted / (1000 * judgement.l0)) if judgement.l0 else 0
         yield reason + (f", which {tokens:,} tokens give" if tokens else "")
         return
     if isinstance(explanation, str) and judgement.counts.eq(0).double().mean() >= _ALIVE:

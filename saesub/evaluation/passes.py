@@ -68,7 +68,8 @@ def encoded(
             if reading_waits(block):
                 watch.note(block, n)
             else:
-                require_finite(block)
+                counted = f"activations, counted from token {n:,}," if n else "activations"
+                require_finite(block, counted)
             block = block.to(sae.device)
             try:
                 found = read(block)

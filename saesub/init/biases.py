@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from math import isfinite
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from saesub.activations.checks import all_finite, require_finite
 from saesub.activations.spectrum import Spectrum, require_spectrum
-from saesub.arguments import batch_of
+from saesub.arguments import matrix_of
 from saesub.errors import SaesubError
 from saesub.loading.models import same_model
 from saesub.precision import where_float64, without_autocast
@@ -44,6 +45,7 @@ def center_biases(
     (`apply_b_dec_to_input=False`, transcoders), its own bias takes the mean out. An SAE that
     rescales its input gets the mean in that scale, √d / E‖x‖: exact for `expected_average_only_in`,
     an approximation for `layer_norm` and `constant_norm_rescale`, which scale each token by itself.
+    What a layer norm takes off each token, its mean over dimensions, is off the mean as well.
 
     The spectrum's hook point and model are noted in `sae.cfg.metadata`, where it names none yet.
 
@@ -85,9 +87,11 @@ def unchanged_on_error(sae: SAE[Any]) -> Iterator[None]:
 def set_biases(sae: SAE[Any], spectrum: Spectrum, input_spectrum: Spectrum | None) -> None:
     """`center_biases` without its other checks and its notes."""
     _check_bias(sae)
-    is_transcoder = input_spectrum is not None
-    sae.b_dec.copy_(spectrum.mean * (1.0 if is_transcoder else input_scale(sae, spectrum)))
-    read = input_spectrum or spectrum
+    read = seen_by(sae, input_spectrum or spectrum)
+    if input_spectrum is None:
+        sae.b_dec.copy_(read.mean * input_scale(sae, read))
+    else:
+        sae.b_dec.copy_(spectrum.mean)
     _center_encoder(sae, (read.mean * input_scale(sae, read)).to(sae.W_enc))
 
 
@@ -106,12 +110,17 @@ def center_at(
 
     Raises:
         SaesubError: a centre of another width or not finite, a transcoder, an SAE that whitens its
-            input (which centres it) or has no bias, or a missing `mean_norm`.
+            input (which centres it), has a layer norm or no bias, or a missing `mean_norm`.
     """
     check_autoencoder(sae, "center_at")
+    if sae.cfg.normalize_activations == "layer_norm":
+        raise SaesubError(
+            "The mean norm does not tell by what a layer norm divides, so center_at cannot scale "
+            "the centre: use center_biases."
+        )
     check_new(sae)
     _check_bias(sae)
-    center = batch_of(center, "center")
+    center = matrix_of(center, "center")
     if center.shape != (sae.cfg.d_in,):
         raise SaesubError(
             f"center_at needs a centre ({sae.cfg.d_in},), not of shape {tuple(center.shape)}: take "
@@ -138,15 +147,15 @@ def geometric_median(x: Float[Tensor, "n d"], *, tolerance: float = 1e-7) -> Flo
     """The point with the least sum of distances to the rows of `x`.
 
     Weiszfeld's iteration with the step of Vardi & Zhang (2000, "The multivariate L1-median") where
-    it meets a row, in float64, from the mean. It ends when a step is shorter than `tolerance` times
-    the mean distance; a row next to where it ends is then tried by their condition for being the
-    median, since the iteration only creeps up on such a row.
+    it meets a row, in float64, from the mean. It ends when the unit vectors towards all rows sum up
+    to no more than `tolerance` times their number; a row next to where it ends is then tried by
+    their condition for being the median, since the iteration only creeps up on such a row.
 
     Raises:
         SaesubError: `x` is empty, not of shape (n, d), or not finite; or the iteration has not
-            settled after 1,000 steps.
+            settled after 1,000 steps, as where two far groups have nearly the same size.
     """
-    x = batch_of(x, "x")
+    x = matrix_of(x, "x")
     if x.ndim != 2 or not len(x):
         raise SaesubError(f"A median needs activations (n, d), n at least 1, not {tuple(x.shape)}.")
     require_finite(x)
@@ -154,14 +163,13 @@ def geometric_median(x: Float[Tensor, "n d"], *, tolerance: float = 1e-7) -> Flo
     x = where_float64(x)
     median = x.mean(0, dtype=torch.float64)
     for _ in range(_MAX_STEPS):
-        pull, weight, n_here, distance, nearest = _pulls(x, median)
+        pull, weight, n_here, nearest = _pulls(x, median)
         strength = pull.norm()
         if strength <= n_here:
             return median.to(home, dtype)  # the rows here hold it against all others
-        step = (1 - n_here / strength) * pull / weight
-        median = median + step
-        if step.norm() <= tolerance * distance / len(x):
-            pull, _, n_here, _, _ = _pulls(x, x[nearest].double())
+        median = median + (1 - n_here / strength) * pull / weight
+        if strength - n_here <= tolerance * len(x):
+            pull, _, n_here, _ = _pulls(x, x[nearest].double())
             return (x[nearest] if pull.norm() <= n_here else median).to(home, dtype)
     raise SaesubError(
         f"The geometric median has not settled after {_MAX_STEPS} steps: pass a larger tolerance "
@@ -171,9 +179,9 @@ def geometric_median(x: Float[Tensor, "n d"], *, tolerance: float = 1e-7) -> Flo
 
 def _pulls(
     x: Float[Tensor, "n d"], point: Float[Tensor, " d"]
-) -> tuple[Float[Tensor, " d"], Tensor, int, Tensor, Tensor]:
+) -> tuple[Float[Tensor, " d"], Tensor, int, Tensor]:
     """What the rows do to a point: sum of unit vectors towards the rows elsewhere, sum of their
-    inverse distances, number of rows at the point itself, sum of distances, and the nearest row."""
+    inverse distances, number of rows at the point itself, and the nearest row."""
     pull, distances = torch.zeros_like(point), []
     for block in x.split(_ROWS_PER_BLOCK):
         towards = block.double() - point
@@ -181,7 +189,27 @@ def _pulls(
         pull += (1 / distances[-1]).where(distances[-1] > 0, 0.0) @ towards
     distance = torch.cat(distances)
     away = distance[distance > 0]
-    return pull, (1 / away).sum(), len(x) - len(away), distance.sum(), distance.argmin()
+    return pull, (1 / away).sum(), len(x) - len(away), distance.argmin()
+
+
+def seen_by(sae: SAE[Any], spectrum: Spectrum) -> Spectrum:
+    """The spectrum of what an SAE reads but for its scale: a layer norm takes each token's mean
+    over dimensions off, which leaves no variance along that direction."""
+    if sae.cfg.normalize_activations != "layer_norm":
+        return spectrum
+    mean, covariance = without_mean(spectrum.mean), without_mean(spectrum.covariance)
+    covariance = without_mean(covariance.T)
+    before, after = (
+        m.square().sum() + c.trace()
+        for m, c in ((spectrum.mean, spectrum.covariance), (mean, covariance))
+    )
+    norm = spectrum.mean_norm * (after / before).clamp(min=0).sqrt().nan_to_num().item()
+    return replace(spectrum, mean=mean, covariance=covariance, mean_norm=norm)
+
+
+def without_mean(x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
+    """Each row without its mean."""
+    return x - x.mean(-1, keepdim=True)
 
 
 def input_scale(sae: SAE[Any], spectrum: Spectrum) -> float:
@@ -279,7 +307,9 @@ def _center_encoder(sae: SAE[Any], seen: Float[Tensor, " d_in"]) -> None:
     subtracts_b_dec = sae.cfg.apply_b_dec_to_input and not hasattr(sae.cfg, "d_out")
     for name, bias in sae.named_parameters():
         if name in ENCODER_BIASES:
-            bias.copy_(torch.zeros_like(bias) if subtracts_b_dec else -(seen @ sae.W_enc))
+            # A gated SAE's magnitudes have encoder columns of their own length.
+            length = sae.get_parameter("r_mag").exp() if name == "b_mag" else 1.0
+            bias.copy_(torch.zeros_like(bias) if subtracts_b_dec else -(seen @ sae.W_enc) * length)
 
 
 def note_source(sae: SAE[Any], spectrum: Spectrum, input_spectrum: Spectrum | None) -> None:

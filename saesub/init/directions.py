@@ -56,14 +56,29 @@ def draw_tokens(
 ) -> Int[Tensor, " n"]:
     """`n` different tokens to start at: any for "data"; for "whitened_data" the n of twice as many
     that are least like any drawn before them, since many tokens of a text are nearly the same. They
-    are compared on the activations' device, whose rounding decides among those that are as like."""
-    if directions == "data":
-        return torch.randperm(len(activations), generator=generator)[:n]
-    tokens = torch.randperm(len(activations), generator=generator)[: _CANDIDATES * n]
+    are compared on the activations' device, whose rounding decides among those that are as like.
+    Raises SaesubError where most are the same."""
+    candidates = n if directions == "data" else _CANDIDATES * n
+    tokens = torch.randperm(len(activations), generator=generator)[:candidates]
     drawn = activations[tokens.to(activations.device)]
+    _check_different(drawn, n)
+    if directions == "data":
+        return tokens
     rows, lost = _coordinates(spectrum, rank, directions, drawn)
     likeness = _likeness(rows.to(activations.device)).cpu()  # the long part, on a GPU if they are
     return tokens[likeness.masked_fill_(lost, torch.inf).argsort(stable=True)[:n]]
+
+
+def _check_different(drawn: Float[Tensor, "tokens d"], n: int) -> None:
+    """Refuse tokens of which fewer than half of the n features would get one of their own."""
+    weights = torch.linspace(1, 2, drawn.shape[1], device=drawn.device)  # equal rows, equal sums
+    different = len((drawn.float() * weights).sum(-1).unique())
+    if different < n / 2:
+        raise SaesubError(
+            f"Only {different:,} of the {len(drawn):,} tokens drawn for {n:,} features differ, and "
+            "features that start at the same token are the same: pass more text, without padding, "
+            "or directions='flat'."
+        )
 
 
 def directions_at(

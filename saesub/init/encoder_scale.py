@@ -9,7 +9,7 @@ from jaxtyping import Float
 from sae_lens import SAE
 from torch import Tensor
 
-from saesub.arguments import batch_of
+from saesub.arguments import matrix_of
 from saesub.errors import SaesubError
 from saesub.init.biases import check_autoencoder
 from saesub.init.norm import (
@@ -45,7 +45,7 @@ def fit_encoder_scale(sae: SAE[Any], activations: Float[Tensor, "n d_in"]) -> fl
     check_autoencoder(sae, "fit_encoder_scale")
     check_weights(sae)
     check_unhooked(sae)
-    activations = batch_of(activations, "activations")
+    activations = matrix_of(activations, "activations")
     check_activations(sae, activations, "fit_encoder_scale")
     _check_encoder(sae)
     if hasattr(sae, "threshold"):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from saesub.activations.checks import require_finite
 from saesub.activations.spectrum import Spectrum, massive
-from saesub.arguments import batch_of, whole_number
+from saesub.arguments import matrix_of, whole_number
 from saesub.errors import SaesubError
 from saesub.init.biases import (
     ENCODER_BIASES,
@@ -41,6 +41,8 @@ _LEAST, _MOST, _GRID = 1e-3, 1e3, 19  # norms tried where no factor gives the be
 _TOKENS_OF_SEARCH = 1024
 _MOST_SPREAD = 1.5  # of the logarithm of tokens' lengths
 _MOST_OFFSET = 2.0  # of the mean, in standard deviations, at which E‖x‖ still tells the spread
+_FEWEST = 100  # tokens, to compare their mean norm with the spectrum's
+_OTHER_SCALE = 2.0  # times the spectrum's mean norm
 _SAMPLE_SEED = 2**32  # added, so that draws are independent of directions of the same seed
 
 
@@ -77,16 +79,18 @@ def fit_norm(
         seed: of that draw.
 
     Raises:
-        SaesubError: a spectrum or activations of another width, activations that are not finite or
-            all zero, a transcoder, an SAE that whitens its input, has hooks, writes nothing, was
-            trained before or is made for inference. The SAE is then left as it was.
+        SaesubError: a spectrum or activations of another width, activations that are not finite,
+            all zero or of another scale than the spectrum, a transcoder, an SAE that whitens its
+            input, has hooks, writes nothing, was trained before or is made for inference. The SAE
+            is then left as it was.
     """
     check_autoencoder(sae, "fit_norm")
     check_fits(sae, spectrum)
     seed = whole_number(seed, "seed", 0)
     if activations is not None:
-        activations = batch_of(activations, "activations")
+        activations = matrix_of(activations, "activations")
         check_activations(sae, activations, "fit_norm")
+        check_same_scale(activations, spectrum)
     else:
         check_draws(sae, spectrum)
     x = sample_of(spectrum, activations, seed)
@@ -300,6 +304,21 @@ def check_activations(sae: SAE[Any], given: Tensor, name: str) -> None:
             f"{tuple(given.shape)}: measure them at the hook point that the SAE is trained on."
         )
     require_finite(given)
+
+
+def check_same_scale(given: Float[Tensor, "n d"], spectrum: Spectrum) -> None:
+    """Refuse activations that were scaled, or are of another place than the spectrum, by their mean
+    norm; a few tokens tell nothing. Raises SaesubError."""
+    x = _evenly(given, _TOKENS).float()
+    norms = x[counted(spectrum, x)].norm(dim=-1)
+    if len(norms) < _FEWEST or not spectrum.mean_norm > 0 or not given.any():
+        return  # zeros are refused by those who draw from them
+    ratio = norms.mean().item() / spectrum.mean_norm
+    if not 1 / _OTHER_SCALE < ratio < _OTHER_SCALE:
+        raise SaesubError(
+            f"The activations are {ratio:.3g} times as long as those of the spectrum, on average: "
+            "pass them unscaled, from the spectrum's hook point and model."
+        )
 
 
 def has_encoder(sae: SAE[Any]) -> bool:

@@ -19,9 +19,16 @@ from sae_lens import SAE
 from torch import Tensor
 
 from saesub.activations.spectrum import Spectrum, require_spectrum
-from saesub.arguments import batch_of, whole_number
+from saesub.arguments import matrix_of, whole_number
 from saesub.errors import SaesubError, near_names
-from saesub.init.biases import check_fits, note_source, set_biases, unchanged_on_error
+from saesub.init.biases import (
+    check_fits,
+    note_source,
+    seen_by,
+    set_biases,
+    unchanged_on_error,
+    without_mean,
+)
 from saesub.init.directions import (
     FROM_DATA,
     Directions,
@@ -35,6 +42,7 @@ from saesub.init.directions import (
 from saesub.init.norm import (
     Pairs,
     check_draws,
+    check_same_scale,
     counted,
     sample_of,
     scale_in_training,
@@ -120,8 +128,9 @@ def initialize_in_subspace(
 
     Raises:
         SaesubError: the spectrum or the activations have another width, `d_init` is out of range,
-            directions or norm are unknown, activations are missing or not finite, a token to start
-            at has no direction in the subspace, the SAE whitens its input, has no bias or hooks,
+            directions or norm are unknown, activations are missing or not finite, have another
+            scale than the spectrum or are nearly all the same, a token to start at has no direction
+            in the subspace, the SAE whitens its input, has no bias or hooks,
             was trained before or is made for inference, its weights are not finite or coarser than
             float32, or a transcoder lacks its input spectrum. The SAE is then left as it was.
 
@@ -132,13 +141,22 @@ def initialize_in_subspace(
     check_fits(sae, spectrum, input_spectrum)
     seed = whole_number(seed, "seed", 0)
     if activations is not None:
-        activations = batch_of(activations, "activations")
+        activations = matrix_of(activations, "activations")
     if input_activations is not None:
-        input_activations = batch_of(input_activations, "input_activations")
+        input_activations = matrix_of(input_activations, "input_activations")
     if norm not in get_args(Norm):
         raise SaesubError(f"Unknown norm {norm!r}: {near_names(str(norm), get_args(Norm))}")
     _check_pairs(directions, spectrum, input_spectrum, activations, input_activations)
     check_directions(directions, spectrum, sae.cfg.d_sae, activations)
+    for given, known in ((activations, spectrum), (input_activations, input_spectrum)):
+        if given is not None and known is not None:
+            check_same_scale(given, known)
+    if sae.cfg.normalize_activations == "layer_norm":
+        if input_spectrum is None:
+            spectrum, activations = _without_means(sae, spectrum, activations)
+        else:
+            found = _without_means(sae, input_spectrum, input_activations)
+            input_spectrum, input_activations = found
     written = _Space(spectrum, _rank(spectrum, d_init, directions), activations)
     read = None
     if input_spectrum is not None:
@@ -168,6 +186,13 @@ def initialize_in_subspace(
     )
     sae.cfg.metadata.subspace_init = asdict(report)
     return report
+
+
+def _without_means(
+    sae: SAE[Any], spectrum: Spectrum, activations: Tensor | None
+) -> tuple[Spectrum, Tensor | None]:
+    """What a layer norm leaves of both, but for lengths."""
+    return seen_by(sae, spectrum), None if activations is None else without_mean(activations)
 
 
 class _Space(NamedTuple):

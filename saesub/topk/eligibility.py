@@ -157,11 +157,10 @@ def check_sae(sae: Any) -> None:
 
 def check_weights(sae: Any) -> None:
     """Refuse k outside 1..d_sae, and weights that are not finite, hold no values (meta device), are
-    coarser than float32 or are the memory of others. Raises SaesubError."""
+    coarser than float32 or cannot be changed alone. Raises SaesubError."""
     k, d_sae = getattr(sae.cfg, "k", 1), sae.cfg.d_sae
     if not 0 < k <= d_sae:
         raise SaesubError(f"k must lie in 1..{d_sae} (d_sae), not {k}: set it in the SAE's config.")
-    places: dict[int, str] = {}
     for name, weights in sae.named_parameters():
         if torch.finfo(weights.dtype).eps > torch.finfo(torch.float32).eps:
             raise SaesubError(
@@ -176,6 +175,19 @@ def check_weights(sae: Any) -> None:
         if not bool(weights.isfinite().all()):
             raise SaesubError(
                 f"{name} holds NaN or infinite values: make it anew, or load its weights again."
+            )
+    check_memory(sae)
+
+
+def check_memory(sae: Any) -> None:
+    """Refuse weights that are the memory of others, or were made in inference mode and can never be
+    changed. Raises SaesubError."""
+    places: dict[int, str] = {}
+    for name, weights in sae.named_parameters():
+        if weights.is_inference():
+            raise SaesubError(
+                f"{name} was made in torch.inference_mode(), and such a tensor cannot be changed: "
+                "make or load the SAE outside of it."
             )
         other = places.setdefault(weights.data_ptr(), name)
         if other != name and weights.data_ptr():  # 0 of an empty one

@@ -9,7 +9,14 @@ from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
-from sae_lens import SAE, TemporalSAE, TopKSAE, TopKTrainingSAE, Transcoder
+from sae_lens import (
+    SAE,
+    JumpReLUTrainingSAE,
+    TemporalSAE,
+    TopKSAE,
+    TopKTrainingSAE,
+    Transcoder,
+)
 from torch import Tensor
 
 from saesub.errors import SaesubError
@@ -97,10 +104,16 @@ def _check_readable(sae: Any) -> None:
             "A temporal SAE predicts each token from those before it, so a row of activations has "
             "no features of its own: judge it by sae(x) on whole contexts."
         )
+    k = getattr(sae.cfg, "k", 1)
+    if not 0 < k <= sae.cfg.d_sae:
+        raise SaesubError(
+            f"k must lie in 1..{sae.cfg.d_sae} (d_sae), not {k}: set it in the SAE's config."
+        )
     for name, weight in sae.named_parameters():
         if weight.is_meta:
             raise SaesubError("The SAE is on the meta device, without values: load its weights.")
-        if weight.dtype != sae.dtype:
+        of_its_own = isinstance(sae, JumpReLUTrainingSAE) and name == "threshold"  # float32
+        if weight.dtype != sae.dtype and not of_its_own:
             raise SaesubError(
                 f"{name} of the SAE is {weight.dtype} and the SAE says {sae.dtype}: convert it by "
                 "sae.to(dtype=...), which tells it so."

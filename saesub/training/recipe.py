@@ -129,6 +129,13 @@ class Recipe:
                 f"cfg is a {type(cfg).__name__}: pass SAELens' SAETrainerConfig or "
                 "LanguageModelSAERunnerConfig."
             )
+        if isinstance(cfg, LanguageModelSAERunnerConfig):
+            warnings.warn(
+                f"SAELens' runner trains with Adam, for which a rate of {self.lr:g} was not tried: "
+                "train by saesub.SubspaceSAETrainer(cfg.to_sae_trainer_config(), sae, batches, "
+                f"optimizer={self.optimizer!r}).",
+                stacklevel=2,
+            )
         before = {name: getattr(sae.cfg, name) for name in _SAE_SETTINGS}
         vars(sae.cfg).update(_SAE_SETTINGS)
         try:
@@ -152,12 +159,6 @@ class Recipe:
             setattr(cfg, name, value)
         if isinstance(cfg, LanguageModelSAERunnerConfig):  # it has an SAE's config of its own
             vars(cfg.sae).update(_SAE_SETTINGS)
-            warnings.warn(
-                f"SAELens' runner trains with Adam, for which a rate of {self.lr:g} was not tried: "
-                "train by saesub.SubspaceSAETrainer(cfg.to_sae_trainer_config(), sae, batches, "
-                f"optimizer={self.optimizer!r}).",
-                stacklevel=2,
-            )
         return done
 
 

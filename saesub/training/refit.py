@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from math import ceil
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from sae_lens import SAE
@@ -24,6 +26,7 @@ from saesub.arguments import batch_of, whole_number
 from saesub.errors import SaesubError
 from saesub.init.norm import check_unhooked
 from saesub.precision import without_autocast
+from saesub.topk.eligibility import check_memory
 from saesub.topk.encode import encoder_of
 from saesub.topk.ops import Selected, decode_at, sum_rows_by_feature
 
@@ -58,7 +61,7 @@ class DecoderRefit:
 @without_autocast()
 def refit_decoder(
     sae: SAE[Any],
-    batches: Iterable[Float[Tensor, "n d_in"]],
+    batches: Float[Tensor, "n d_in"] | Iterable[Float[Tensor, "n d_in"]],
     *,
     iterations: int = 10,
     progress: bool = True,
@@ -81,18 +84,19 @@ def refit_decoder(
         sae: any SAELens SAE whose reconstruction is its features times `W_dec`, plus `b_dec`. A
             BatchTopK SAE in training form shares its active features among 4,096 tokens here; to
             fit it to its threshold, load it as it was saved.
-        batches: activations (n, d_in) of the SAE's hook point, unscaled, read once: all the
-            training tokens, or enough that each feature fires 1,000 times. With few tokens the
-            decoder would fit their noise.
+        batches: activations of the SAE's hook point, (n, d_in), or an iterable of such blocks,
+            unscaled, read once: all the training tokens, or enough that each feature fires 1,000
+            times. With few tokens the decoder would fit their noise.
         iterations: of conjugate gradients.
         progress: whether to show a bar.
 
     Raises:
         SaesubError: a transcoder, a matching pursuit, Matryoshka or temporal SAE, one that scales
-            each token or has not yet folded a scale into its weights, has hooks or is coarser than
-            float32; no activations, such as are not finite or of another width, fewer than 100
-            firings of a feature on average, or activations that the SAE rebuilds worse than their
-            mean would. The SAE is then left as it was.
+            each token or has not yet folded a scale into its weights, has hooks, is coarser than
+            float32, or whose weights share memory or were loaded in inference mode; no activations,
+            such as are not finite or of another width, fewer than 100 firings of a feature on
+            average, or activations that the SAE rebuilds worse than their mean would. The SAE is
+            then left as it was.
 
     Example:
         >>> saesub.refit_decoder(sae, store.rows(0, 250_000).split(4096))  # doctest: +SKIP
@@ -102,7 +106,8 @@ def refit_decoder(
     folds = getattr(sae.cfg, "rescale_acts_by_decoder_norm", False)
     rows = F.normalize(sae.W_dec, dim=-1) if folds else sae.W_dec
     codes, right, squares, firings, error, variation = _read(sae, rows, batches, progress)
-    _check_fit(firings, error, variation)
+    n = sum(len(active.offsets) - 1 for active in codes)
+    _check_fit(firings, n, error, variation)
     damping = (_RIDGE * squares / firings.clamp(min=1)).unsqueeze(-1)
     step, fall = _solve(codes, right, squares.unsqueeze(-1), damping, iterations, progress)
     require_finite(step, "The refitted decoder rows", "scale the activations down")
@@ -110,7 +115,6 @@ def refit_decoder(
         sae.fold_W_dec_norm()
         sae.cfg.rescale_acts_by_decoder_norm = False  # pyright: ignore[reportAttributeAccessIssue]
     sae.W_dec.add_(step)
-    n = sum(len(active.offsets) - 1 for active in codes)
     report = DecoderRefit(n, iterations, error / n, (error - fall) / n)
     sae.cfg.metadata.decoder_refit = asdict(report)
     return report
@@ -140,9 +144,10 @@ def _check(sae: Any) -> None:
             "sae.to(dtype=torch.float32), and back afterwards."
         )
     check_unhooked(sae)
+    check_memory(sae)
 
 
-def _check_fit(firings: Tensor, error: float, variation: float) -> None:
+def _check_fit(firings: Tensor, n: int, error: float, variation: float) -> None:
     """Refuse what would be fitted to noise, or to activations of another place."""
     if error > variation:
         raise SaesubError(
@@ -150,14 +155,17 @@ def _check_fit(firings: Tensor, error: float, variation: float) -> None:
             "it was trained on: pass activations of its own hook point, model and scale."
         )
     if (mean := firings.double().mean().item()) < _LEAST_FIRINGS:
+        wanted = (
+            f"at least {ceil(11 * n * _LEAST_FIRINGS / (10 * mean)):,} tokens" if mean else "others"
+        )
         raise SaesubError(
-            f"A feature fires {mean:,.0f} times on average in these activations, and the decoder "
-            f"would fit their noise: pass {_LEAST_FIRINGS / max(mean, 1e-9):,.1f} times as many."
+            f"A feature fires {mean:,.1f} times on average in these {n:,} activations, and the "
+            f"decoder would fit their noise: pass {wanted}."
         )
 
 
 def _read(
-    sae: SAE[Any], rows: Tensor, batches: Iterable[Tensor], progress: bool
+    sae: SAE[Any], rows: Tensor, batches: Tensor | Iterable[Tensor], progress: bool
 ) -> tuple[list[Selected], Tensor, Tensor, Tensor, float, float]:
     """Active entries of all tokens; of each feature the errors at its firings times its values,
     summed, (d_sae, d), the sum of its squared values and the number of its firings, (d_sae,); the
@@ -167,15 +175,16 @@ def _read(
     firings = torch.zeros_like(squares, dtype=torch.int64)
     total, length, n = torch.zeros_like(sae.b_dec, dtype=torch.float64), 0.0, 0
     with tqdm(desc="encoding", unit="tok", unit_scale=True, disable=not progress) as bar:
-        for batch in batches:
-            for x in batch_of(batch).flatten(1).split(_TOKENS_PER_BLOCK):
-                require_finite(x)
+        for batch in _batches(batches):
+            for x in batch.split(_TOKENS_PER_BLOCK):
+                require_finite(x, f"activations, counted from token {n:,}," if n else "activations")
                 x = x.to(sae.W_dec)
                 active = _active(encode(x))
                 missing = x - decode_at(active, active.pre, rows, sae.b_dec)
                 right += sum_rows_by_feature(active.pre, active, missing)
                 squares.index_add_(0, active.features, active.pre.square())
-                firings += active.times_fired()
+                fired = active.features[active.pre != 0]  # an AbsTopK feature also below 0
+                firings += torch.bincount(fired, minlength=sae.cfg.d_sae)
                 error += missing.double().square().sum().item()
                 from_bias = (x - sae.b_dec).double()  # near the mean, so that nothing cancels
                 total += from_bias.sum(0)
@@ -183,10 +192,29 @@ def _read(
                 n += len(x)
                 codes.append(active)
                 bar.update(len(x))
-    if not codes:
+    if not n:
         raise SaesubError("There are no activations to refit the decoder to: pass some batches.")
     variation = length - total.square().sum().item() / n
     return codes, right, squares, firings, error, variation
+
+
+def _batches(given: Any) -> Iterable[Float[Tensor, "n d_in"]]:
+    """The blocks that are given, or the one matrix, with heads concatenated. Raises SaesubError."""
+    if not isinstance(given, Iterable):
+        raise SaesubError(
+            f"batches must be activations or an iterable of them, not {type(given).__name__}: pass "
+            "the training tokens, (n, d_in)."
+        )
+    whole = isinstance(given, (Tensor, np.ndarray))
+    for block in [given] if whole else given:
+        block = batch_of(block)
+        if block.ndim < 2:
+            raise SaesubError(
+                f"Activations are a row for each token, (n, d_in), not of shape "
+                f"{tuple(block.shape)}: pass x.unsqueeze(0) for a single token."
+            )
+        if len(block):
+            yield block.detach().flatten(1)
 
 
 def _active(features: Tensor) -> Selected:
