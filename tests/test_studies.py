@@ -284,7 +284,7 @@ def test_a_record_names_the_commit_of_the_oldest_of_the_rows_asked_for():
 
 
 def test_a_record_that_is_not_there_says_how_to_make_it():
-    with pytest.raises(SaesubError, match=r"run python notebooks/studies/nothing\.py"):
+    with pytest.raises(SaesubError, match=r"record nothing\.json .* run the script"):
         studies.recorded("nothing")
 
 

@@ -54,7 +54,7 @@ class Study:
 
 
 def recorded(name: str) -> Study:
-    """The record of the study `notebooks/studies/<name>.py`.
+    """The record `data/results/studies/<name>.json` of a study in `notebooks/studies`.
 
     Raises SaesubError if there is none, or it is damaged.
     """
@@ -67,8 +67,8 @@ def recorded(name: str) -> Study:
         return Study(name, rows, record["runs"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SaesubError(
-            f"there is no whole record of the study {name!r} ({error}): run "
-            f"python notebooks/studies/{name}.py"
+            f"there is no whole record {name}.json of a study ({error}): run the script of "
+            "notebooks/studies whose first lines name it"
         ) from error
 
 
