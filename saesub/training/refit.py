@@ -77,8 +77,9 @@ def refit_decoder(
     Where a TopK SAE ranks features by the norms of their rows, these are folded into the encoder
     first, as SAELens does on saving, and `rescale_acts_by_decoder_norm` is then False.
 
-    The active entries of all tokens are kept in memory, about 30 bytes each: 250,000 tokens with
-    32 active features take 0.25 GB.
+    The active entries of all tokens are kept in memory, about 60 bytes each at the peak: 250,000
+    tokens with 32 active features take 0.5 GB. It takes longer than the training itself on a CPU:
+    1.6 times as long at 4,096 features (`notebooks/studies/rivals.py cost`).
 
     Args:
         sae: any SAELens SAE whose reconstruction is its features times `W_dec`, plus `b_dec`. A
