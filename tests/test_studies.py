@@ -40,6 +40,7 @@ STUDIES_OF_SAES = [
     "recipe",
     "refitted",
     "offset",
+    "rivals",
 ]
 
 
