@@ -241,6 +241,9 @@ def degenerate() -> dict[str, torch.Tensor]:
     }
 
 
+FEW_TOKENS = ("two values", "mostly zero", "one wild token")
+
+
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("kind", degenerate())
 def test_degenerate_activations_start_finite_features(kind: str, rule: Any, faults: Faults) -> None:
@@ -248,21 +251,33 @@ def test_degenerate_activations_start_finite_features(kind: str, rule: Any, faul
     spectrum = Spectrum.from_activations(x)
     assert 1 <= choose_d_init(spectrum) <= D
     given = x if rule in ("data", "whitened_data") else None
-    # Seen from the mean, the zeros lie across the directions that the wild tokens share.
-    lost = (1, 0.9) if kind == "one wild token" and given is not None else ()
-    for d_init in {"auto", 1, D, 0.9}.difference(lost):
+    if given is not None and kind in FEW_TOKENS:
+        with pytest.raises(SaesubError, match="tokens drawn for 31 features differ"):
+            initialize_in_subspace(topk(D, 31), spectrum, directions=rule, activations=given)
+        return
+    for d_init in ("auto", 1, D, 0.9):
         sae = topk(D, 31)
         initialize_in_subspace(sae, spectrum, d_init, directions=rule, activations=given)
         assert all_finite(sae)
         faults.survived("rank-1 and other degenerate activations: a start is finite")
-    for d_init in lost:
-        sae = topk(D, 31)
-        before = copy.deepcopy(sae.state_dict())
-        with pytest.raises(SaesubError, match="pass other activations or a larger d_init"):
-            initialize_in_subspace(sae, spectrum, d_init, directions=rule, activations=given)
-        assert all(torch.equal(v, before[k]) for k, v in sae.state_dict().items())
-        faults.survived("tokens without a direction in the subspace: refused, weights as they were")
     assert bool(geometric_median(x).isfinite().all())
+
+
+@pytest.mark.parametrize("rule", ["data", "whitened_data"])
+def test_tokens_without_a_direction_in_the_subspace_are_refused(rule: Any, faults: Faults) -> None:
+    line = degenerate()["rank-1"]
+    across = torch.randn(N, D, generator=torch.Generator().manual_seed(1))
+    along = torch.nn.functional.normalize(line[:1], dim=1)
+    across = across - (across @ along.T) * along
+    across = across * line.norm(dim=1).mean() / across.norm(dim=1).mean()
+    spectrum = Spectrum.from_activations(line)
+    across += spectrum.mean.float()
+    sae = topk(D, 31)
+    before = copy.deepcopy(sae.state_dict())
+    with pytest.raises(SaesubError, match="pass other activations or a larger d_init"):
+        initialize_in_subspace(sae, spectrum, 1, directions=rule, activations=across)
+    assert all(torch.equal(v, before[k]) for k, v in sae.state_dict().items())
+    faults.survived("tokens without a direction in the subspace: refused, weights as they were")
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -148,8 +148,9 @@ def geometric_median(x: Float[Tensor, "n d"], *, tolerance: float = 1e-7) -> Flo
 
     Weiszfeld's iteration with the step of Vardi & Zhang (2000, "The multivariate L1-median") where
     it meets a row, in float64, from the mean. It ends when the unit vectors towards all rows sum up
-    to no more than `tolerance` times their number; a row next to where it ends is then tried by
-    their condition for being the median, since the iteration only creeps up on such a row.
+    to no more than `tolerance` times their number. Where it ends, or where its steps become shorter
+    than `tolerance` times the mean distance, the nearest row is tried by their condition for being
+    the median, since the iteration only creeps up on such a row.
 
     Raises:
         SaesubError: `x` is empty, not of shape (n, d), or not finite; or the iteration has not
@@ -163,14 +164,16 @@ def geometric_median(x: Float[Tensor, "n d"], *, tolerance: float = 1e-7) -> Flo
     x = where_float64(x)
     median = x.mean(0, dtype=torch.float64)
     for _ in range(_MAX_STEPS):
-        pull, weight, n_here, nearest = _pulls(x, median)
+        pull, weight, n_here, distance, nearest = _pulls(x, median)
         strength = pull.norm()
         if strength <= n_here:
             return median.to(home, dtype)  # the rows here hold it against all others
-        median = median + (1 - n_here / strength) * pull / weight
-        if strength - n_here <= tolerance * len(x):
-            pull, _, n_here, _ = _pulls(x, x[nearest].double())
-            return (x[nearest] if pull.norm() <= n_here else median).to(home, dtype)
+        step = (1 - n_here / strength) * pull / weight
+        median, settled = median + step, strength - n_here <= tolerance * len(x)
+        if settled or step.norm() <= tolerance * distance / len(x):
+            pull, _, n_here, _, _ = _pulls(x, x[nearest].double())
+            if settled or pull.norm() <= n_here:
+                return (x[nearest] if pull.norm() <= n_here else median).to(home, dtype)
     raise SaesubError(
         f"The geometric median has not settled after {_MAX_STEPS} steps: pass a larger tolerance "
         f"than {tolerance:g}."
@@ -179,9 +182,9 @@ def geometric_median(x: Float[Tensor, "n d"], *, tolerance: float = 1e-7) -> Flo
 
 def _pulls(
     x: Float[Tensor, "n d"], point: Float[Tensor, " d"]
-) -> tuple[Float[Tensor, " d"], Tensor, int, Tensor]:
+) -> tuple[Float[Tensor, " d"], Tensor, int, Tensor, Tensor]:
     """What the rows do to a point: sum of unit vectors towards the rows elsewhere, sum of their
-    inverse distances, number of rows at the point itself, and the nearest row."""
+    inverse distances, number of rows at the point itself, sum of distances, and the nearest row."""
     pull, distances = torch.zeros_like(point), []
     for block in x.split(_ROWS_PER_BLOCK):
         towards = block.double() - point
@@ -189,7 +192,7 @@ def _pulls(
         pull += (1 / distances[-1]).where(distances[-1] > 0, 0.0) @ towards
     distance = torch.cat(distances)
     away = distance[distance > 0]
-    return pull, (1 / away).sum(), len(x) - len(away), distance.argmin()
+    return pull, (1 / away).sum(), len(x) - len(away), distance.sum(), distance.argmin()
 
 
 def seen_by(sae: SAE[Any], spectrum: Spectrum) -> Spectrum:
