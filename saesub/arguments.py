@@ -27,7 +27,7 @@ def whole_number(value: Any, name: str, least: int = 1) -> int:
 
 def matrix_of(given: Any, what: str) -> Tensor:
     """`batch_of` where one tensor is all there is, and blocks of it would be too few."""
-    return batch_of(given, what, "join them, as by torch.cat(list(blocks))")
+    return batch_of(given, what, "give one tensor; torch.cat(list(blocks)) joins several")
 
 
 def batch_of(

@@ -72,7 +72,8 @@ def draw_tokens(
 def _check_different(drawn: Float[Tensor, "tokens d"], n: int) -> None:
     """Refuse tokens of which fewer than half of the n features would get one of their own."""
     weights = torch.linspace(1, 2, drawn.shape[1], device=drawn.device)  # equal rows, equal sums
-    different = len((drawn.float() * weights).sum(-1).unique())
+    sums = [(block.float() * weights).sum(-1) for block in drawn.split(_ROWS)]  # no second copy
+    different = len(torch.cat(sums).unique())
     if different < n / 2:
         raise SaesubError(
             f"Only {different:,} of the {len(drawn):,} tokens drawn for {n:,} features differ, and "
