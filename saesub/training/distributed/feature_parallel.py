@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from saesub.activations.spectrum import Spectrum
-from saesub.arguments import batch_of, whole_number
+from saesub.arguments import batch_of, matrix_of, whole_number
 from saesub.errors import SaesubError
 from saesub.init import biases, norm
 from saesub.topk.ops import decode_at
@@ -81,9 +81,11 @@ def fit_norm(
     norm.check_unhooked(sae)
     seed = whole_number(seed, "seed", 0)
     if activations is not None:
-        activations = batch_of(activations, "activations")
+        activations = matrix_of(activations, "activations")
         norm.check_activations(sae, activations, "fit_norm")
+        norm.check_same_scale(activations, spectrum)
     x = norm.sample_of(spectrum, activations, seed)
+    x = x[norm.counted(spectrum, x)]
     processes.check_same("sample of activations", (len(x), float(x.sum(dtype=torch.float64))))
 
     def written(x: Tensor) -> Tensor:
