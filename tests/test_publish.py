@@ -7,6 +7,8 @@ import os
 import re
 import runpy
 import subprocess
+from base64 import b64decode, b64encode
+from io import BytesIO
 from pathlib import Path
 
 import nbformat
@@ -110,6 +112,24 @@ def test_cleaning_drops_what_papermill_added_and_progress_bars():
     assert cleaned.cells[0].execution_count == 1
     assert cleaned.cells[0].outputs == [given[2]]
     assert "papermill" not in cleaned.metadata
+
+
+def test_figures_are_kept_in_few_colours():
+    colours = np.random.default_rng(0).integers(0, 256, (300, 300, 2), dtype=np.uint8)
+    image, png = np.dstack([colours, 0 * colours[..., :1]]), BytesIO()
+    Image.fromarray(image).save(png, "PNG")
+    cell = new_code_cell("1", outputs=[_figure(png.getvalue())])
+    (output,) = publish["cleaned"](new_notebook(cells=[cell])).cells[0].outputs
+    kept = b64decode(output.data["image/png"])
+    assert len(kept) < len(png.getvalue())
+    shown = np.asarray(Image.open(BytesIO(kept)).convert("RGB")).astype(int)
+    assert abs(shown - image).max() <= 32  # of 255, where 256 colours share a plane of all
+    again = publish["cleaned"](new_notebook(cells=[cell])).cells[0].outputs[0]
+    assert again == output  # taken over twice, it is the same
+
+
+def _figure(png):
+    return new_output("display_data", {"image/png": b64encode(png).decode()})
 
 
 def _measured(*given, notebook="05", regime="", n="here"):

@@ -59,6 +59,16 @@ def test_a_record_is_whole(name):
     assert all(row["density"].get("-1", 0) == row["dead_share"] * row["d_sae"] for row in rows)
 
 
+@pytest.mark.parametrize("path", sorted(STUDIES.glob("*.json")), ids=lambda path: path.stem)
+def test_a_record_has_one_line_for_each_row(protocol, path):
+    text = path.read_text()
+    record = json.loads(text)
+    assert protocol.record_text(record) == text
+    assert {json.dumps(row) for row in record["rows"]} <= {
+        line.removesuffix(",") for line in text.splitlines()
+    }
+
+
 def test_the_record_of_the_features_quality_is_whole_and_agrees_with_itself():
     """Its rows are of several kinds; a pair has the living features of the SAEs that it matches."""
     rows = json.loads((STUDIES / "quality.json").read_text())["rows"]

@@ -26,7 +26,7 @@ import warnings
 from itertools import product
 
 import torch
-from protocol import RESULTS
+from protocol import RESULTS, record_text
 from sae_lens import SAETrainer
 from sae_lens.config import SAETrainerConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
@@ -128,7 +128,7 @@ def main() -> None:
     }
     for trial in tqdm([t for t in trials if t not in done], unit="SAE"):
         record["rows"].append(outcome(*trial, (train, held_out, spectrum)))
-        write_atomically(path, json.dumps(record, indent=1))
+        write_atomically(path, record_text(record))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
@@ -388,7 +388,21 @@ def run(
         jobs: list[Future] = [pool.submit(outcome, trial) for trial in left]
         for job in tqdm(as_completed(jobs), total=len(jobs), unit="SAE", desc=name):
             record["rows"].append(job.result() | {"run": len(record["runs"]) - 1})
-            write_atomically(path, json.dumps(record, indent=1))
+            write_atomically(path, record_text(record))
+
+
+def record_text(record: Mapping[str, Any]) -> str:
+    """A record as JSON with one line for each row, so that a change of a row is a change of a
+    line."""
+    parts = [
+        f"{json.dumps(name)}: " + (_lines(part) if isinstance(part, list) else json.dumps(part))
+        for name, part in record.items()
+    ]
+    return "{" + ",\n".join(parts) + "}\n"
+
+
+def _lines(rows: list[Any]) -> str:
+    return "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]"
 
 
 def this_run() -> dict[str, Any]:

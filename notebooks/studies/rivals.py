@@ -27,7 +27,6 @@ their steps take turns.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -46,6 +45,7 @@ from protocol import (
     Site,
     fit,
     harvest,
+    record_text,
     recommended,
     run,
     site_of,
@@ -295,7 +295,7 @@ def cost(trials: list[Mitigated], name: str = "rivals_cost") -> None:
     with ProcessPoolExecutor(1, get_context("spawn"), **alone) as pool:
         held = list(pool.map(memory, trials))
     record = {"runs": [this], "rows": cost_rows(trials, times, held)}
-    write_atomically(RESULTS / f"{name}.json", json.dumps(record, indent=1))
+    write_atomically(RESULTS / f"{name}.json", record_text(record))
 
 
 if __name__ == "__main__":
