@@ -406,18 +406,26 @@ class Package:
         return []
 
 
-def _assigned(function: ast.AST, name: str) -> Iterator[ast.expr]:
+def _assigned(function: ast.AST, name: str) -> list[ast.expr]:
     """What a function assigns to a name."""
+    return _assignments(function).get(name, [])
+
+
+@cache
+def _assignments(function: ast.AST) -> dict[str, list[ast.expr]]:
+    """What a function assigns, by name."""
+    found = defaultdict(list)
     for node in ast.walk(function):
         if isinstance(node, ast.Assign):
             for target in node.targets:
-                if isinstance(target, ast.Name) and target.id == name:
-                    yield node.value
+                if isinstance(target, ast.Name):
+                    found[target.id].append(node.value)
         elif isinstance(node, (ast.AnnAssign, ast.NamedExpr, ast.AugAssign)) and node.value:
-            if isinstance(node.target, ast.Name) and node.target.id == name:
-                yield node.value
+            if isinstance(node.target, ast.Name):
+                found[node.target.id].append(node.value)
         elif isinstance(node, ast.For) and isinstance(node.iter, ast.Tuple):
-            yield from node.iter.elts if ast.unparse(node.target) == name else ()
+            found[ast.unparse(node.target)] += node.iter.elts
+    return dict(found)
 
 
 def _returned(function: ast.AST) -> list[ast.expr]:
