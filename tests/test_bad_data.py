@@ -307,10 +307,11 @@ def test_one_bad_value_in_a_million_tokens(
     x = torch.ones(1_000_000, 4, dtype=dtype)
     x[765_432, 2] = bad
     sentence = r"NaN or infinite values, first .* in row \d+, column 2"
+    of_all = sentence.replace(r"\d+", "765432")
     accumulator = SpectrumAccumulator(4)
-    with pytest.raises(SaesubError, match=sentence):
+    with pytest.raises(SaesubError, match=of_all):
         accumulator.update(x)
-    with pytest.raises(SaesubError, match=sentence):
+    with pytest.raises(SaesubError, match=of_all):
         Spectrum.from_activations(x)
 
     def store() -> None:

@@ -203,11 +203,12 @@ def modules_with_own_code(model: TransformerBridge) -> list[str]:
     """The names of the modules with which a function runs that is not of the libraries."""
     modules = {id(m): (name, m) for name, m in model.original_model.named_modules()}
     modules |= {id(m): (name, m) for name, m in model.named_modules()}
+    inside = set(modules)
     edited = {cls for cls in _classes(m for _, m in modules.values()) if _is_edited(cls)}
     names = sorted(
         name or "the model"
         for name, module in modules.values()
-        if edited.intersection(type(module).__mro__) or _is_hooked(module, set(modules))
+        if edited.intersection(type(module).__mro__) or _is_hooked(module, inside)
     )
     names += ["every module"] if _of_users(nn.modules.module._global_forward_hooks.values()) else []
     names += (

@@ -273,7 +273,11 @@ class Spectrum:
             raise SaesubError(f"expected activations of shape (n, d), got {tuple(x.shape)}")
         accumulator = SpectrumAccumulator(x.shape[1], keep_massive=keep_massive)
         for block in x.split(_BLOCK):
-            accumulator.update(block)
+            try:
+                accumulator.update(block)
+            except SaesubError:
+                require_finite(x)  # counts rows from the first of all
+                raise
         return accumulator.finish(metadata)
 
     def __repr__(self) -> str:
