@@ -31,6 +31,14 @@ def model() -> TransformerBridge:
 
 
 @pytest.fixture(scope="session")
+def two_layers() -> TransformerBridge:
+    """The first two layers of the same model: checks of a whole model's weights take longer."""
+    from short_model import first_layers
+
+    return first_layers(2)
+
+
+@pytest.fixture(scope="session")
 def corpus() -> Dataset:
     from saesub.loading.corpora import load_corpus
 

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
+from short_model import first_layers
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from saesub.activations import forward_pass
 from saesub.activations.collect import harvest, measure_spectra
@@ -34,7 +34,7 @@ from saesub.loading import download as fetching
 from saesub.loading import models
 from saesub.loading.corpora import load_corpus
 from saesub.loading.models import load_model
-from saesub.loading.registry import packaged, read_registry
+from saesub.loading.registry import read_registry
 from saesub.paths import cache_dir
 from saesub.reproduce import runner
 from saesub.training import comparison
@@ -45,15 +45,7 @@ LIMIT = 600  # seconds, after which a job hangs
 PASS = {"n_tokens": 480, "context_size": 32, "batch_size": 2, "progress": False}
 BATCH, STEPS = 64, 60
 CORPUS = load_corpus("wiki-en").select(range(200))
-FIRST = {"num_hidden_layers": 2}  # of the model's 30: those that the hook points need
-MODEL_FOLDER = models._converted(packaged()["smollm2-135m"])
-MODEL = load_model(
-    (
-        AutoModelForCausalLM.from_pretrained(MODEL_FOLDER, **FIRST),
-        AutoTokenizer.from_pretrained(MODEL_FOLDER),
-    ),
-    device="cpu",
-)
+MODEL = first_layers(2)  # of its 30: those that the hook points need
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 FILE_CALLS = {"write", "flush", "close"}
 

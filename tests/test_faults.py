@@ -104,6 +104,11 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
 
 
 @pytest.fixture(scope="module")
+def model(two_layers: TransformerBridge) -> TransformerBridge:
+    return two_layers
+
+
+@pytest.fixture(scope="module")
 def few(corpus: Dataset) -> Dataset:
     return corpus.select(range(100))
 

@@ -28,16 +28,16 @@ sys.path[:0] = [{root!r}, {tests!r}]
 from pathlib import Path
 import test_faults
 import torch
+from short_model import first_layers
 from test_faults import HOOKS, PASS, rows_of, train
 from saesub.activations import forward_pass
 from saesub.activations.collect import harvest
 from saesub.activations.store_file import StoreWriter
 from saesub.loading.corpora import load_corpus
-from saesub.loading.models import load_model
 from saesub.training.comparison import StoreBatches
 
 folder = Path({folder!r})
-model, few = load_model("smollm2-135m", device="cpu"), load_corpus("wiki-en").select(range(200))
+model, few = first_layers(2), load_corpus("wiki-en").select(range(200))
 LONG = PASS | {{"n_tokens": 3000}}
 forward_pass.KEEP_EVERY = 0.0
 capture, finish, batches = forward_pass.capture, StoreWriter.finish, test_faults.joint_batches

@@ -6,8 +6,8 @@ Writes data/results/studies/offset.json. At 18 sites, three kinds of them in thr
 texts (`regimes.py`), a 2 × 2: the bias at zero, as SAELens makes it, or at the mean; directions at
 random or in the subspace. Besides, the bias at the geometric median (Simon, Adams and Zou 2026,
 arXiv 2605.31518), also with the subspace. 2,048 features, 4,000 firings of each in training, Adam,
-every cell at the same two learning rates, so that no cell's rate is chosen by its deaths. A
-norm is fitted in each cell, to the bias that it has.
+every cell at the same two learning rates, so that no cell's rate is chosen by its deaths; three
+seeds. A norm is fitted in each cell, to the bias that it has.
 
 Each row has `offset`, which is γ = ‖mean‖ / ‖standard deviation‖, `rank` (at 99 % of the variance)
 and `effective_rank` (of the variances) as shares of the width, and `inside`, the share of an
@@ -16,7 +16,7 @@ isotropic direction that lies in the subspace, which is d_init / d.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -28,6 +28,7 @@ from sae_lens import TopKTrainingSAE
 import saesub
 
 RATES = (1e-3, 4e-3)
+N_SEEDS = 3
 CENTRES = ("zero", "mean", "geometric median")
 
 
@@ -71,5 +72,5 @@ def trials(model: int) -> list[Trial]:
 
 
 if __name__ == "__main__":
-    for model in range(len(MODELS)):
-        run("offset", trials(model), outcome)
+    for seed, model in product(range(N_SEEDS), range(len(MODELS))):
+        run("offset", [replace(trial, seed=seed) for trial in trials(model)], outcome)
