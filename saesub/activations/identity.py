@@ -166,7 +166,7 @@ def _tokenizer(tokenizer: Any, specials: ContextTokens) -> str:
         described = json.loads(backend.to_str())
         for of_last_call in ("padding", "truncation"):
             described.pop(of_last_call, None)
-        parts += [described]
+        parts += [json.dumps(described, sort_keys=True)]  # a hundred thousand words and more
     if backend is None or not of_library(type(tokenizer)):
         # A copy, since a call changes the padding.
         parts += [tokenizer.get_vocab(), copy.deepcopy(tokenizer)(_PROBE).input_ids]
