@@ -545,13 +545,15 @@ def test_a_store_of_another_version_is_not_written_over(
     assert numbers.read_bytes() == b"numbers"
 
 
-@pytest.mark.parametrize("name", ["", "cuda.matmul", "mkldnn.matmul"])
-def test_torchs_newer_names_of_the_precision_are_read(name: str) -> None:
+def test_torchs_newer_names_of_the_precision_are_read() -> None:
     """In a process of its own: torch keeps to the names that were used first."""
     code = (
         "import torch\nfrom saesub.activations.identity import _arithmetic\n"
         "before = _arithmetic('cpu')\n"
-        f"torch.backends.{name + '.' if name else ''}fp32_precision = 'tf32'\n"
-        "assert _arithmetic('cpu') != before, before\n"
+        "for place in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul, torch.backends):\n"
+        "    place.fp32_precision = 'tf32'\n"
+        "    assert _arithmetic('cpu') != before, before\n"
+        "    place.fp32_precision = 'none'\n"
+        "    assert _arithmetic('cpu') == before, before\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -27,6 +27,7 @@ def _run(folder: Path, capfd, monkeypatch, quick: str, slow: str) -> tuple[int, 
     (folder / "test_it.py").write_text(FILE.format(quick=quick, slow=slow))
     (folder / "pytest.ini").write_text("[pytest]\nmarkers = slow\n")
     monkeypatch.setattr(halves, "ROOT", folder)
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # they take longer than the tests
     status = halves.main(["-q", "-p", "no:cacheprovider", str(folder)])
     return status, capfd.readouterr().out
 
