@@ -185,6 +185,11 @@ CORPORA = {
 }
 
 
+@pytest.fixture(scope="module")
+def model(two_layers: TransformerBridge) -> TransformerBridge:
+    return two_layers
+
+
 @pytest.mark.model
 @pytest.mark.parametrize("corpus", CORPORA.values(), ids=CORPORA)
 def test_odd_documents_are_read(

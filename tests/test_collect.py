@@ -41,6 +41,11 @@ SMALL = {"context_size": 32, "batch_size": 4, "progress": False}
 ATTN = "blocks.0.hook_attn_out"
 
 
+@pytest.fixture(scope="module")
+def model(two_layers: TransformerBridge) -> TransformerBridge:
+    return two_layers
+
+
 def _poison(model: TransformerBridge, value: float) -> None:
     def hook(tensor: torch.Tensor, hook) -> torch.Tensor:
         tensor = tensor.clone()
