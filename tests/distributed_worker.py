@@ -24,6 +24,7 @@ import torch
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
 from safetensors.torch import load_file, save_file
+from short_model import first_layers
 from torch import Tensor
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -34,7 +35,6 @@ from saesub.errors import SaesubError
 from saesub.init.norm import fit_norm
 from saesub.init.subspace import initialize_in_subspace
 from saesub.loading.corpora import load_corpus
-from saesub.loading.models import load_model
 from saesub.training import distributed, history
 from saesub.training.distributed import (
     DataParallelSAETrainer,
@@ -450,6 +450,6 @@ def fork_all(folder: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)  # a fork inherits no other threads
     history._POINTS = 8  # so that checkpoints lie between two points
-    MODEL = load_model("smollm2-135m", device="cpu")
+    MODEL = first_layers(2)
     CORPUS = load_corpus("wiki-en").select(range(200))
     fork_all(Path(sys.argv[1]))

@@ -140,9 +140,9 @@ def test_spectra_of_uneven_parts_merge_exactly(ran: Path, count: int):
 
 
 @pytest.mark.parametrize("name", TOKENS)
-def test_spectra_of_a_model_are_those_of_one_process(ran: Path, model, corpus, name: str):
+def test_spectra_of_a_model_are_those_of_one_process(ran: Path, two_layers, corpus, name: str):
     documents = corpus.select(range(200))
-    alone = measure_spectra(model, documents, HOOKS, n_tokens=TOKENS[name], **PASS)
+    alone = measure_spectra(two_layers, documents, HOOKS, n_tokens=TOKENS[name], **PASS)
     for count in (2, 4):
         for index in range(count):
             for hook, expected in alone.items():
