@@ -25,6 +25,17 @@ def whole_number(value: Any, name: str, least: int = 1) -> int:
     return int(value) if isinstance(value, Integral) else int(float(value))
 
 
+def require_sae(given: Any) -> None:
+    """Raise SaesubError for what is none of SAELens' SAEs."""
+    from sae_lens import SAE
+
+    if not isinstance(given, SAE):
+        raise SaesubError(
+            f"An SAE must be one of SAELens' classes, not {type(given).__name__}: load a saved one "
+            "with sae_lens.SAE.load_from_disk(path)."
+        )
+
+
 def matrix_of(given: Any, what: str) -> Tensor:
     """`batch_of` where one tensor is all there is, and blocks of it would be too few."""
     return batch_of(given, what, "give one tensor; torch.cat(list(blocks)) joins several")

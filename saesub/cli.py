@@ -16,7 +16,8 @@ from saesub.errors import SaesubError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; 0 for success, 1 where a notebook or a check failed, 2 for a mistake.
+    """Runs one command; 0 for success, 1 where a notebook, a check or one of several SAEs failed,
+    2 for a mistake.
 
     Where the reader of its output has gone, as in `saesub list | head -1`, it ends without a word
     and returns 141, as the shell's own commands do.
@@ -162,7 +163,7 @@ def _diagnose(options: argparse.Namespace) -> int:
     from saesub.evaluation.diagnosis import ranking
     from saesub.evaluation.saved import diagnose_saved
 
-    reports = diagnose_saved(
+    reports, refused = diagnose_saved(
         options.path,
         file=options.activations,
         model=options.model,
@@ -174,7 +175,9 @@ def _diagnose(options: argparse.Namespace) -> int:
         print(ranking(reports))
     for name, report in reports.items():
         print(f"\n{name}: {report.advice}" if len(reports) > 1 else report)
-    return 0
+    for name, why in refused.items():
+        print(f"saesub: no diagnosis of {name}: {why}", file=sys.stderr)
+    return 1 if refused else 0
 
 
 def _check_gpu(options: argparse.Namespace) -> int:

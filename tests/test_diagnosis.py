@@ -48,6 +48,7 @@ import saesub
 from saesub import cli
 from saesub.errors import SaesubError
 from saesub.evaluation import diagnosis
+from saesub.evaluation import saved as saved_saes
 from saesub.evaluation.causes import CAUSES, REVIVALS
 from saesub.evaluation.diagnosis import ranking
 from saesub.evaluation.saved import find_saes, load_activations, load_sae
@@ -486,7 +487,9 @@ REFUSED = {
     "blocks": (lambda: ARCHITECTURES["topk"](), [gaussian()], "pass n_tokens"),
     "hooks": (_hooked, gaussian(), "reset_hooks"),
     "no SAE": (lambda: None, gaussian(), "must be one of SAELens' classes"),
-    "scaling": (_unfolded, gaussian(), "fold it in"),
+    "a path": (lambda: "saes/a", gaussian(), "load_from_disk"),
+    "stores": (lambda: ARCHITECTURES["topk"](), {"h": gaussian()}, "pass n_tokens"),
+    "scaling": (_unfolded, gaussian(), "which has it folded in"),
     "other site": (
         lambda: _with(TopKSAE(TopKSAEConfig(**SIZES, k=4)), b_dec=torch.full((24,), 5.0)),
         gaussian(),
@@ -515,6 +518,37 @@ def test_blocks_equal_a_matrix_and_the_sae_stays_as_it_was() -> None:
     assert str(whole) == str(blocks)
     assert whole.table().equals(blocks.table())
     assert all(torch.equal(value, before[name]) for name, value in sae.state_dict().items())
+
+
+def test_a_store_is_read_whole_unless_a_window_is_named() -> None:
+    sae, x = ARCHITECTURES["topk"](), gaussian()
+    store = saesub.ActivationStore.of(x, "h")
+    assert str(saesub.diagnose(sae, store, progress=False)) == str(told(sae, x))
+    judged, alone = (saesub.judge(sae, given, progress=False) for given in (store, x))
+    assert judged.n_tokens == len(x)
+    assert torch.equal(judged.counts, alone.counts)
+    assert (judged.fvu, judged.silent) == (alone.fvu, alone.silent)
+    first = saesub.judge(sae, store, n_tokens=100, progress=False)
+    assert torch.equal(first.counts, saesub.judge(sae, x[:100], progress=False).counts)
+    with pytest.raises(SaesubError, match="pass n_tokens"):
+        saesub.judge(sae, iter([x]))
+
+
+def test_causes_of_nearly_as_many_features_are_all_named(monkeypatch) -> None:
+    found = told(ARCHITECTURES["topk"](), gaussian())
+    first, second = list(found.causes)[:2]
+    assert f"Main cause: {first} (" in found.advice
+    gap = found.causes[first] - found.causes[second]
+    monkeypatch.setattr(diagnosis, "_TIED", gap + 1e-6)
+    assert f"Causes of nearly as many each, so mend one after the other: {first} (" in found.advice
+    assert f"; {second} (" in found.advice
+
+
+def test_a_healthy_sae_has_no_main_cause(monkeypatch) -> None:
+    found = told(ARCHITECTURES["topk"](), gaussian())
+    monkeypatch.setattr(diagnosis, "_ALIVE", 1.1)
+    assert found.cause == diagnosis.HEALTHY
+    assert "cause" not in found.advice
 
 
 def test_a_sample_is_evenly_spaced_over_the_window(monkeypatch) -> None:
@@ -581,13 +615,40 @@ def test_the_command_diagnoses_one_sae_and_ranks_a_folder(saved, capsys) -> None
         assert {"a", "b/c"} == {line.split()[0] for line in out.splitlines()[1:3]}
 
 
+def test_saes_that_are_refused_do_not_hide_the_others(saved, capsys) -> None:
+    TopKSAE(TopKSAEConfig(d_in=20, d_sae=64, k=4)).save_model(saved / "saes" / "other")
+    both = ["diagnose", str(saved / "saes"), "--activations", str(saved / "x.npy")]
+    assert cli.main(both) == 1
+    shown = capsys.readouterr()
+    assert {"a", "b/c"} == {line.split()[0] for line in shown.out.splitlines()[1:3]}
+    assert "no diagnosis of other: The SAE reads activations of shape (n, 20)" in shown.err
+
+
+def test_the_text_is_read_from_its_last_document_back(saved, monkeypatch) -> None:
+    """A run on the same corpus, which begins at the first, was trained on those."""
+    read = []
+
+    def harvest(model: str, text: Any, hooks: list[str], **_: Any) -> dict:
+        read.append(text["text"])
+        return {hook: saesub.ActivationStore.of(gaussian(), hook) for hook in hooks}
+
+    monkeypatch.setattr(saved_saes, "harvest", harvest)
+    texts = saved / "texts.jsonl"
+    texts.write_text('{"text": "one"}\n{"text": "two"}\n{"text": "three"}\n')
+    reports, refused = saved_saes.diagnose_saved(
+        saved / "saes", model="m", hook_name="h", corpus=str(texts), n_tokens=9000
+    )
+    assert (list(reports), refused) == (["a", "b/c"], {})
+    assert read == [["three", "two", "one"]]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["nowhere"], "holds no SAE of SAELens"),
-        (["saes/a"], "does not name its model: pass --model or --activations"),
+        (["saes/a"], "does not say which activations it reads: pass --model and --hook, or --act"),
         (["saes/a", "--activations", "x.csv"], "give a .npy, .safetensors file"),
-        (["saes/a", "--activations", "none.npy"], "cannot be read"),
+        (["saes/a", "--activations", "none.npy"], "there is no file none.npy"),
         (["saes/a", "--activations", "x.npy", "--hook", "h"], "leave out the model"),
         (["saes/a", "--activations", "x.npy", "--tokens", "0"], "tokens must be a whole number"),
     ],

@@ -110,8 +110,9 @@ WITHHELD = {
     "d_sae would be 512": (_cfg(d_sae=512), 64_000),
     "k would be 4,": (_cfg(k=4), 64_000),
     "d_sae / k would be 256": (_cfg(d_sae=8192), 64_000),
-    "steps would be 0": (_cfg(), 1000),
-    "steps would be 976": (_cfg(), 1_000_000),
+    "n_tokens would be 1,000, .* from 32,000 to 512,000": (_cfg(), 1000),
+    "n_tokens would be 1,000,000, ": (_cfg(), 1_000_000),
+    r"pass sae\.cfg": (TopKTrainingSAE(_cfg()), 64_000),
     "n_tokens must be": (_cfg(), -5),
 }
 
@@ -160,7 +161,7 @@ def test_what_is_covered_is_a_factor_of_two_around_the_regimes() -> None:
         "d_sae": found["d_sae"],
         "k": found["k"],
         "d_sae / k": found["d_sae"] / found["k"],
-        "steps": found["n_train"] // recipes.BATCH_SIZE,
+        "n_tokens": found["n_train"],
     }
     ranks = recorded("recipe").rows["effective_rank"]
     low = ranks < recipes.LOW_RANK

@@ -18,7 +18,7 @@ unchanged.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -41,7 +41,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
 from saesub.activations.spectrum import Spectrum
-from saesub.evaluation.passes import TOKENS_PER_BLOCK, blocks_of
+from saesub.evaluation.passes import TOKENS_PER_BLOCK, Activations, blocks_of
 from saesub.init.subspace import choose_d_init
 from saesub.topk.encode import encoder_of, flat_heads
 
@@ -322,7 +322,7 @@ def _causes(
 
 
 def sampled(
-    activations: Tensor | Iterable[Tensor], n_tokens: int, n_sample: int, kept: list[Tensor]
+    activations: Activations, n_tokens: int, n_sample: int, kept: list[Tensor]
 ) -> Iterator[Tensor]:
     """The activations in blocks; about `n_sample` of the first `n_tokens`, evenly spaced, are added
     to `kept`. Raises SaesubError as `blocks_of`."""

@@ -22,7 +22,7 @@ from saesub.arguments import whole_number
 from saesub.errors import SaesubError
 from saesub.evaluation.causes import CAUSES, REVIVALS, Explanation, explain, sampled
 from saesub.evaluation.held_out import Judgement, judge
-from saesub.evaluation.passes import check_folded
+from saesub.evaluation.passes import Activations, all_tokens, check_folded
 from saesub.evaluation.protocol import FIRINGS_FOR_A_VERDICT, mean_firings, too_few_firings
 from saesub.evaluation.reconstruction import require_autoencoder
 from saesub.init.norm import check_unhooked
@@ -39,6 +39,7 @@ _SAMPLE = 16_384  # tokens on which causes are told
 _ALIVE = 0.01  # share of dead features below which an SAE is called healthy
 _FALLS = 1.1  # last but one share of silent features by the last, above which the curve still falls
 _WORSE = 1.1  # times the error of writing zero
+_TIED = 0.1  # of the dead features: causes whose shares are closer are all main ones
 _BROKEN = 0.5  # share of dead features above which an SAE may fit so badly on its own activations
 # What the studies cover (data/results/studies; notebooks 04 to 07 and 11).
 _ARCHITECTURE = "topk"
@@ -50,6 +51,10 @@ _SPARSE_ADAM_LR = 0.002  # at most: cure.json, where random features survive und
 _STUDIED = (
     "This comes from TopK SAEs of three small models, with k 32 or 64, 2,048 to 8,192 features and "
     "up to 1,024,000 tokens of training."
+)
+_WORSE_THAN_MEAN = (
+    "The SAE rebuilds these activations worse than their mean would (FVU above 1): make sure that "
+    "they are of its own model, hook point and scale, or what follows means nothing."
 )
 _UNTOLD = "The SAE's metadata do not say on how many tokens it was trained."
 
@@ -163,13 +168,15 @@ class SAEDiagnosis:
     def _findings(self) -> list[str]:
         n, silent = int(self.dead.sum()), list(self.judgement.silent.values())
         found = [f"{n:,} of {len(self.dead):,} features ({self.dead_share:.2%}) did not fire."]
+        if self.judgement.fvu > 1:
+            found.insert(0, _WORSE_THAN_MEAN)
         if n and len(silent) > 1 and silent[-2] > _FALLS * silent[-1]:
             found.append("The share still falls as the window grows: some are rare, not dead.")
         if isinstance(self.explanation, str):
             return [*found, f"No cause is told: {self.explanation}."] if n else found
-        cause, share = next(iter(self.causes.items()))
-        found.append(f"Main cause, of {share:.0%} of them: {cause}. That is, {CAUSES[cause]}.")
-        if cause == "rate" and self.recorded.get("aux_loss_coefficient"):
+        if self.cause != HEALTHY:
+            found.append(self._main_causes())
+        if self.cause == "rate" and self.recorded.get("aux_loss_coefficient"):
             found.append("AuxK moves dead features too, so it may be AuxK that moved them.")
         if self.offset > 1 > self.explanation.offset_left:
             found.append(
@@ -177,14 +184,27 @@ class SAEDiagnosis:
                 "takes it off now; whether it did at the start cannot be seen."
             )
         revived = n - self.revived_by[REVIVALS[-1]]
-        return [*found, f"Another bias or norm of its own would let {revived:,} of them fire."]
+        return [
+            *found,
+            f"Another bias or norm of its own would let {revived:,} of them fire, which does not "
+            "say that they would be useful.",
+        ]
+
+    def _main_causes(self) -> str:
+        """The cause of most dead features, and all that have nearly as many."""
+        largest = max(self.causes.values())
+        main = {c: share for c, share in self.causes.items() if share > largest - _TIED}
+        each = (f"{cause} ({share:.0%}), {CAUSES[cause]}" for cause, share in main.items())
+        if len(main) == 1:
+            return f"Main cause: {', '.join(each)}."
+        return f"Causes of nearly as many each, so mend one after the other: {'; '.join(each)}."
 
 
 @torch.no_grad()
 @without_autocast()
 def diagnose(
     sae: SAE[Any],
-    activations: Tensor | Iterable[Tensor],
+    activations: Activations,
     *,
     n_tokens: int | None = None,
     progress: bool = True,
@@ -198,10 +218,10 @@ def diagnose(
 
     Args:
         sae: any SAELens SAE, in training or inference form, from a disk, the hub or a trainer.
-        activations: (n, d_in) at its hook point, held out from its training, or an iterable of such
-            blocks.
-        n_tokens: the longest window; by default all of a matrix. There is no verdict from fewer
-            than 200 firings of an average feature.
+        activations: (n, d_in) at its hook point, held out from its training; or a store, or an
+            iterable of blocks of rows.
+        n_tokens: the longest window; by default all of a matrix or a store. There is no verdict
+            from fewer than 200 firings of an average feature, which take 200 · d_sae / L0 tokens.
         progress: show a bar, if it takes more than a second.
 
     Raises:
@@ -216,12 +236,7 @@ def diagnose(
     require_autoencoder(sae)
     check_folded(sae)
     check_unhooked(sae)
-    if n_tokens is None:
-        if not hasattr(activations, "shape"):
-            raise SaesubError(
-                "how many tokens the blocks of activations hold is not known before: pass n_tokens"
-            )
-        n_tokens = len(activations)  # pyright: ignore[reportArgumentType]
+    n_tokens = all_tokens(activations) if n_tokens is None else n_tokens
     n_tokens, kept = whole_number(n_tokens, "n_tokens"), []
     blocks = sampled(activations, n_tokens, _SAMPLE, kept)
     judgement = judge(sae, blocks, n_tokens=n_tokens, progress=progress)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from saesub.arguments import whole_number
 from saesub.evaluation.features import Firing
-from saesub.evaluation.passes import encoded
+from saesub.evaluation.passes import Activations, all_tokens, encoded
 from saesub.evaluation.reconstruction import Fit, require_autoencoder
 from saesub.topk.encode import autoencoder_of
 
@@ -38,9 +37,9 @@ class Judgement(NamedTuple):
 @torch.no_grad()
 def judge(
     sae: SAE[Any],
-    activations: Tensor | Iterable[Tensor],
+    activations: Activations,
     *,
-    n_tokens: int,
+    n_tokens: int | None = None,
     progress: bool = True,
 ) -> Judgement:
     """FVU, L0, firing counts and the share of silent features, from one encoding of each block.
@@ -50,15 +49,16 @@ def judge(
 
     Args:
         sae: any SAELens SAE, in training or inference form.
-        activations: (n, d_in), or an iterable of such blocks, on any device; the first `n_tokens`
-            rows are used.
-        n_tokens: the longest window.
+        activations: (n, d_in), a store, or an iterable of blocks of rows, on any device; the first
+            `n_tokens` rows are used.
+        n_tokens: the longest window; by default all of a matrix or a store.
         progress: show a bar, if it takes more than a second.
 
     Raises:
         SaesubError: fewer than `n_tokens` rows came, and what `saesub.reconstruction` refuses.
     """
     require_autoencoder(sae)
+    n_tokens = all_tokens(activations) if n_tokens is None else n_tokens
     read, n_tokens = autoencoder_of(sae), whole_number(n_tokens, "n_tokens")
     fit, firing = Fit(), Firing(sae.cfg.d_sae, sae.device, _windows(n_tokens))
     blocks = encoded(sae, activations, read, n_tokens, progress=progress)

@@ -18,13 +18,16 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from saesub.activations.checks import FiniteWatch, require_finite
 from saesub.activations.forward_pass import capture, hook_points, vectors
-from saesub.arguments import batch_of, whole_number
+from saesub.activations.store import ActivationStore
+from saesub.arguments import batch_of, require_sae, whole_number
 from saesub.errors import SaesubError
 from saesub.loading.models import context_tokens, model_name, same_model
 from saesub.precision import reading_waits
 from saesub.progress import bar
 
 Read = TypeVar("Read")
+Activations = Tensor | ActivationStore | Iterable[Tensor]
+"""(n, d_in), a store, or an iterable of such blocks."""
 
 TOKENS_PER_BLOCK = 1024  # bounds the (tokens, d_sae) block of features
 _PADDED = 3  # equal special tokens at an end of a context; packed text has at most two
@@ -36,7 +39,7 @@ _SCALED = ("expected_average_only_in", "covariance_whitening")
 @torch.no_grad()
 def encoded(
     sae: SAE[Any],
-    activations: Tensor | Iterable[Tensor],
+    activations: Activations,
     read: Callable[[Tensor], Read],
     n_tokens: int | None = None,
     *,
@@ -97,13 +100,29 @@ def _require_none(watch: FiniteWatch) -> None:
         )
 
 
-def blocks_of(activations: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
-    """Non-empty blocks of at most `TOKENS_PER_BLOCK` rows, detached. Raises SaesubError for what is
-    no tensor, array or iterable of them."""
-    if not isinstance(activations, Iterable):
+def all_tokens(activations: Activations) -> int:
+    """How many tokens a matrix or a store holds. Raises SaesubError for blocks, of which nobody
+    knows before."""
+    if isinstance(activations, ActivationStore):
+        return activations.n_tokens
+    if not hasattr(activations, "shape"):
         raise SaesubError(
-            "activations must be a tensor or an iterable of tensors, not "
-            f"{type(activations).__name__}: of an ActivationStore, give blocks of store.rows(...)"
+            "how many tokens the blocks of activations hold is not known before: pass n_tokens"
+        )
+    return len(activations)  # pyright: ignore[reportArgumentType]
+
+
+def blocks_of(activations: Activations) -> Iterator[Tensor]:
+    """Non-empty blocks of at most `TOKENS_PER_BLOCK` rows, detached. Raises SaesubError for what is
+    no tensor, array, store or iterable of tensors."""
+    if isinstance(activations, ActivationStore):
+        n, store = activations.n_tokens, activations
+        starts = range(0, n, TOKENS_PER_BLOCK)
+        activations = (store.rows(at, min(at + TOKENS_PER_BLOCK, n)) for at in starts)
+    if not isinstance(activations, Iterable) or isinstance(activations, (str, bytes, dict)):
+        raise SaesubError(
+            "activations must be a tensor, an ActivationStore or an iterable of tensors, not "
+            f"{type(activations).__name__}: of what harvest gives take one store, stores[hook_name]"
         )
     whole = isinstance(activations, (Tensor, np.ndarray))
     for given in [activations] if whole else activations:
@@ -167,8 +186,7 @@ def _check_unpadded(tokens: Int[Tensor, "contexts pos"], special_ids: Sequence[i
 
 def hook_of(sae: SAE[Any]) -> str:
     """The hook point that an SAE's metadata name. Raises SaesubError if they name none."""
-    if not isinstance(sae, SAE):
-        raise SaesubError(f"An SAE must be one of SAELens' classes, not {type(sae).__name__}.")
+    require_sae(sae)
     if not sae.cfg.metadata.hook_name:
         raise SaesubError(
             "the SAE does not say which hook point it reads: set sae.cfg.metadata.hook_name"
@@ -194,8 +212,8 @@ def check_folded(sae: SAE[Any]) -> None:
     """Raise SaesubError for an SAE whose input scaling its trainer did outside of it."""
     if sae.cfg.normalize_activations in _SCALED:
         raise SaesubError(
-            f"{_not_folded(sae)}, and the model gives activations as they are: fold it in with "
-            "sae.fold_activation_norm_scaling_factor or sae.fold_activation_whitening"
+            f"{_not_folded(sae)}, and the model gives activations as they are: train it, and take "
+            "the SAE that the trainer's fit() returns, which has it folded in"
         )
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from sae_lens import SAE, TrainingSAE
@@ -15,13 +15,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from saesub.activations.collect import harvest
+from saesub.activations.store import ActivationStore
 from saesub.arguments import batch_of, whole_number
 from saesub.errors import SaesubError
 from saesub.evaluation.diagnosis import SAEDiagnosis, diagnose
-from saesub.evaluation.passes import hook_of
+from saesub.evaluation.passes import check_folded
+from saesub.loading.corpora import load_corpus
+
+Found = TypeVar("Found")
 
 _TOKENS = 100_000  # where the user names no window
-_BLOCK = 8192
 _OF_RUN = ("lr", "training_tokens")
 _UNREADABLE = (OSError, EOFError, ValueError, RuntimeError, SafetensorError)
 _READERS = {
@@ -38,53 +41,84 @@ def diagnose_saved(
     corpus: str = "wiki-en",
     hook_name: str | None = None,
     n_tokens: int | None = None,
-) -> dict[str, SAEDiagnosis]:
-    """The diagnosis of each SAE in a folder, by its path there, over one window.
+) -> tuple[dict[str, SAEDiagnosis], dict[str, str]]:
+    """The diagnosis of each SAE in a folder, by its path there, over one window; and of those that
+    have none, why.
 
     SAEs are loaded one after the other. Activations are those of a file, or of the model and hook
-    point that are named, or else that the SAE's metadata name.
+    point that are named, or else that the SAE's metadata name. Then the text is read from its last
+    document back, since a training run begins at the first.
 
-    Raises SaesubError where an SAE names no model or hook point and none is given, for both a file
-    and a model or hook point, and as `find_saes`, `load_sae`, `load_activations`, `harvest` and
-    `diagnose`.
+    Raises SaesubError where no SAE has a diagnosis, for both a file and a model or hook point, and
+    as `find_saes`, `load_activations` and `harvest`.
     """
     folders = find_saes(path)
     if n_tokens is not None:
         n_tokens = whole_number(n_tokens, "the number of tokens")
+    refused: dict[str, str] = {}
     if file is not None:
         if model or hook_name:
             raise SaesubError(
                 "activations come from a file: leave out the model and the hook point"
             )
-        x = load_activations(file)
-        return {at: _diagnosed(at, of, x, n_tokens) for at, of in folders.items()}
-    n = n_tokens or _TOKENS
-    sources = {at: _source(load_sae(of), at, model, hook_name) for at, of in folders.items()}
-    hooks: dict[str, list[str]] = {}
-    for name, hook in sorted(set(sources.values())):
-        hooks.setdefault(name, []).append(hook)
-    stores = {name: harvest(name, corpus, of, n_tokens=n) for name, of in hooks.items()}
-
-    def rows(at: str) -> Iterator[Tensor]:
-        name, hook = sources[at]
-        return (stores[name][hook].rows(i, min(i + _BLOCK, n)) for i in range(0, n, _BLOCK))
-
-    return {at: _diagnosed(at, of, rows(at), n) for at, of in folders.items()}
-
-
-def _diagnosed(at: str, folder: Path, x: Any, n_tokens: int | None) -> SAEDiagnosis:
-    try:
-        return diagnose(load_sae(folder), x, n_tokens=n_tokens)
-    except SaesubError as error:
-        raise SaesubError(f"{at}: {error}") from error
+        activations: dict[str, Any] = dict.fromkeys(folders, load_activations(file))
+    else:
+        n_tokens = n_tokens or _TOKENS
+        sources = _of_each(folders, lambda _, sae: _source(sae, model, hook_name), refused)
+        stores = _harvested(sources.values(), corpus, n_tokens)
+        activations = {at: stores[source] for at, source in sources.items()}
+    left = {at: of for at, of in folders.items() if at in activations}
+    reports = _of_each(
+        left, lambda at, sae: diagnose(sae, activations[at], n_tokens=n_tokens), refused
+    )
+    if not reports:
+        raise SaesubError("; ".join(f"{at}: {why}" for at, why in refused.items()))
+    return reports, refused
 
 
-def _source(sae: SAE[Any], at: str, model: str | None, hook_name: str | None) -> tuple[str, str]:
-    """The model and the hook point of an SAE."""
+def _of_each(
+    folders: dict[str, Path], find: Callable[[str, SAE[Any]], Found], refused: dict[str, str]
+) -> dict[str, Found]:
+    """What is found of each SAE; why it is refused goes into `refused`."""
+    found = {}
+    for at, of in folders.items():
+        try:
+            found[at] = find(at, load_sae(of))
+        except SaesubError as error:
+            refused[at] = str(error)
+    return found
+
+
+def _source(sae: SAE[Any], model: str | None, hook_name: str | None) -> tuple[str, str]:
+    """The model and the hook point of an SAE that can be judged there."""
+    check_folded(sae)
     model = model or sae.cfg.metadata.model_name
-    if not model:
-        raise SaesubError(f"the SAE {at} does not name its model: pass --model or --activations")
-    return model, hook_name or hook_of(sae)
+    hook_name = hook_name or sae.cfg.metadata.hook_name
+    if not (model and hook_name):
+        missing = ["--model"] * (not model) + ["--hook"] * (not hook_name)
+        raise SaesubError(
+            "the SAE does not say which activations it reads: pass "
+            f"{' and '.join(missing)}, or --activations"
+        )
+    return model, hook_name
+
+
+def _harvested(
+    sources: Iterable[tuple[str, str]], corpus: str, n_tokens: int
+) -> dict[tuple[str, str], ActivationStore]:
+    """The activations of each model and hook point, in one pass for each model."""
+    hooks: dict[str, list[str]] = {}
+    for name, hook in sorted(set(sources)):
+        hooks.setdefault(name, []).append(hook)
+    if not hooks:
+        return {}
+    text = load_corpus(corpus)
+    text = text.select(range(len(text) - 1, -1, -1))
+    return {
+        (name, hook): store
+        for name, of in hooks.items()
+        for hook, store in harvest(name, text, of, n_tokens=n_tokens).items()
+    }
 
 
 def find_saes(path: str | Path) -> dict[str, Path]:
@@ -134,6 +168,8 @@ def load_activations(path: str | Path) -> Tensor:
     path = Path(path)
     if path.suffix not in _READERS:
         raise SaesubError(f"{path} is of no kind known here: give a {', '.join(_READERS)} file")
+    if not path.is_file():
+        raise SaesubError(f"there is no file {path}: give one with activations (n, d_in)")
     try:
         found = _READERS[path.suffix](path)
     except _UNREADABLE as error:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from saesub.activations.checks import all_finite, require_finite
 from saesub.activations.spectrum import Spectrum, require_spectrum
-from saesub.arguments import matrix_of
+from saesub.arguments import matrix_of, require_sae
 from saesub.errors import SaesubError
 from saesub.loading.models import same_model
 from saesub.precision import where_float64, without_autocast
@@ -228,8 +228,7 @@ def input_scale(sae: SAE[Any], spectrum: Spectrum) -> float:
 
 def check_fits(sae: SAE[Any], spectrum: Spectrum, input_spectrum: Spectrum | None = None) -> bool:
     """Whether the SAE is a transcoder. Raises SaesubError where the spectra are not the SAE's."""
-    if not isinstance(sae, SAE):
-        raise SaesubError(f"An SAE must be one of SAELens' classes, not {type(sae).__name__}.")
+    require_sae(sae)
     require_spectrum(spectrum)
     if input_spectrum is not None:
         require_spectrum(input_spectrum, "input_spectrum")

@@ -19,6 +19,7 @@ from sae_lens import (
 )
 from torch import Tensor
 
+from saesub.arguments import require_sae
 from saesub.errors import SaesubError
 from saesub.precision import reading_waits, without_autocast
 from saesub.topk import cuda_search
@@ -97,8 +98,7 @@ def _leaving(
 
 
 def _check_readable(sae: Any) -> None:
-    if not isinstance(sae, SAE):
-        raise SaesubError(f"An SAE must be one of SAELens' classes, not {type(sae).__name__}.")
+    require_sae(sae)
     if isinstance(sae, TemporalSAE):
         raise SaesubError(
             "A temporal SAE predicts each token from those before it, so a row of activations has "

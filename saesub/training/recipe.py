@@ -48,7 +48,7 @@ _COVERED = {
     "d_sae": (1024, 8192),
     "k": (16, 128),
     "d_sae / k": (32, 128),
-    "steps": (31, 500),
+    "n_tokens": (32_000, 512_000),
 }
 
 
@@ -218,6 +218,8 @@ def recommend(spectrum: Spectrum, sae_cfg: Any, n_tokens: int) -> Recipe:
 
 
 def _check_covered(spectrum: Spectrum, sae_cfg: Any, n_tokens: int) -> None:
+    if isinstance(sae_cfg, SAE):
+        raise SaesubError("The recipe reads an SAE's config: pass sae.cfg.")
     kind = sae_cfg.architecture() if isinstance(sae_cfg, TopKTrainingSAEConfig) else None
     if kind != "topk":
         kind = kind or type(sae_cfg).__name__
@@ -246,13 +248,14 @@ def _check_covered(spectrum: Spectrum, sae_cfg: Any, n_tokens: int) -> None:
         "d_sae": sae_cfg.d_sae,
         "k": sae_cfg.k,
         "d_sae / k": sae_cfg.d_sae / sae_cfg.k,
-        "steps": n_tokens // BATCH_SIZE,
+        "n_tokens": n_tokens,
     }
     for name, value in values.items():
         least, most = _COVERED[name]
         if not least <= value <= most:
+            told = f"{value:,.1f}".removesuffix(".0")
             raise SaesubError(
-                f"{name} would be {value:,.4g}, and the studies behind the recipe reach from "
-                f"{least:,} to {most:,} (steps are of {BATCH_SIZE:,} tokens): take another, or "
-                "sweep the rate yourself from initialize_in_subspace."
+                f"{name} would be {told}, and the studies behind the recipe reach from {least:,} "
+                f"to {most:,}: take another, or sweep the rate yourself from "
+                "initialize_in_subspace."
             )
