@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -147,10 +148,11 @@ def in_a_line(results: str | Path) -> str:
     two = runs[at & (runs["contender"] == "saesub-two")]["speedup"].dropna()
     both = f", {two.iloc[0]:.2g} × for two SAEs from one harvest" if len(two) else ""
     least = ours["speedup"].min()
+    processor = re.sub(r" Processor|\(R\)", "", best["machine"]["processor"])
     smaller = f" In smaller runs at least {least:.2g} ×." if least < best["speedup"] else ""
     return (
         f"Text to a judged SAE ({best['d_sae']:,} features, {best['tokens']:,} tokens; "
-        f"{best['machine']['processor']}; one run each): {best['speedup']:.2g} × as fast as "
+        f"{processor}; one run each): {best['speedup']:.2g} × as fast as "
         f"SAELens' runner{both}.{smaller}"
     )
 

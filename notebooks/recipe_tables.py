@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from saesub.reproduce.in_regimes import in_regimes
+from saesub.training.recipe import COVERED
 
 
 def tables() -> dict[str, str]:
@@ -85,12 +86,16 @@ def _reached(of: pd.DataFrame) -> str:
 def _line(found: pd.DataFrame) -> str:
     """The README's line, on the untouched model."""
     of = found[found["untouched"]]
-    said = "[`recommend`](docs/recipe.md): TopK settings without a sweep"
+    tokens, features = (COVERED[name][1] for name in ("n_tokens", "d_sae"))
+    said = (
+        "[`recommend`](docs/recipe.md): TopK settings without a sweep, up to "
+        f"{tokens:,} tokens and {features:,} features"
+    )
     if of.empty:
         return f"{said}."
     plain, early = (of[name] < of["baseline_fvu"] for name in ("fvu", "fvu_unrefitted"))
     return (
-        f"{said}. On a model that it was not made on, its FVU is below the best of three swept "
+        f"{said}. On an untouched model its FVU is below the best of three swept "
         f"baselines' (no AuxK) in {plain.sum()} of {len(of)} regimes, {early.sum()} before its "
         "refit."
     )

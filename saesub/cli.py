@@ -160,6 +160,9 @@ def _cache(options: argparse.Namespace) -> int:
 
 
 def _diagnose(options: argparse.Namespace) -> int:
+    for path in filter(None, (options.path, options.activations)):
+        if not os.path.exists(path):  # said at once, where the imports take seconds
+            raise SaesubError(f"there is no {path}: give a path that exists")
     from saesub.evaluation.diagnosis import ranking
     from saesub.evaluation.saved import diagnose_saved
 
@@ -175,8 +178,8 @@ def _diagnose(options: argparse.Namespace) -> int:
         print(ranking(reports))
     for name, report in reports.items():
         print(f"\n{name}: {report.advice}" if len(reports) > 1 else report)
-    for name, why in refused.items():
-        print(f"saesub: no diagnosis of {name}: {why}", file=sys.stderr)
+    for error in refused:
+        print(f"saesub: no diagnosis of {error}", file=sys.stderr)
     return 1 if refused else 0
 
 

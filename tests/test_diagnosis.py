@@ -638,17 +638,17 @@ def test_the_text_is_read_from_its_last_document_back(saved, monkeypatch) -> Non
     reports, refused = saved_saes.diagnose_saved(
         saved / "saes", model="m", hook_name="h", corpus=str(texts), n_tokens=9000
     )
-    assert (list(reports), refused) == (["a", "b/c"], {})
+    assert (list(reports), refused) == (["a", "b/c"], [])
     assert read == [["three", "two", "one"]]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere"], "holds no SAE of SAELens"),
+        (["nowhere"], "there is no nowhere"),
         (["saes/a"], "does not say which activations it reads: pass --model and --hook, or --act"),
-        (["saes/a", "--activations", "x.csv"], "give a .npy, .safetensors file"),
-        (["saes/a", "--activations", "none.npy"], "there is no file none.npy"),
+        (["saes/a", "--activations", "saes/a/cfg.json"], "give a .npy, .safetensors file"),
+        (["saes/a", "--activations", "none.npy"], "there is no none.npy"),
         (["saes/a", "--activations", "x.npy", "--hook", "h"], "leave out the model"),
         (["saes/a", "--activations", "x.npy", "--tokens", "0"], "tokens must be a whole number"),
     ],
@@ -660,6 +660,9 @@ def test_mistakes_at_the_command(saved, monkeypatch, capsys, arguments, message)
 
 
 def test_damaged_files_are_refused(saved) -> None:
+    (saved / "nothing").mkdir()
+    with pytest.raises(SaesubError, match="holds no SAE of SAELens"):
+        find_saes(saved / "nothing")
     (saved / "saes" / "a" / "sae_weights.safetensors").write_bytes(b"nothing")
     with pytest.raises(SaesubError, match="cannot load the SAE"):
         load_sae(saved / "saes" / "a")

@@ -88,15 +88,30 @@ def test_the_readmes_example_runs():
     assert saesub.overlap(sae.W_dec.detach(), active).min() > 0.999
 
 
-def test_the_recipes_example_runs(monkeypatch):
-    monkeypatch.setitem(recipe._COVERED, "d_in", (16, 1792))  # narrower than the studies'
-    first = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "recipe.md").read_text(), re.S)
-    assert first
+def _random_stores(model: str, corpus: str, hooks: list[str], *, n_tokens: int) -> dict:
+    """As `harvest` gives them, narrower than a model's."""
     torch.manual_seed(0)
-    names: dict[str, Any] = {"train": torch.randn(70_000, 16)}
+    return {hook: saesub.ActivationStore.of(torch.randn(n_tokens, 16), hook) for hook in hooks}
+
+
+def _run_example(page: str) -> dict[str, Any]:
+    """The names that the first example of a page makes."""
+    first = re.search(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.S)
+    assert first
+    names: dict[str, Any] = {}
     exec(first[1], names)
-    assert names["cfg"].lr == names["recipe"].lr
-    assert names["sae"].cfg.metadata.decoder_refit["n_tokens"] == 70_000
+    return names
+
+
+def test_the_examples_of_recipe_and_diagnosis_run(monkeypatch, tmp_path):
+    monkeypatch.setattr(saesub, "harvest", _random_stores)
+    monkeypatch.setitem(recipe.COVERED, "d_in", (16, 1792))  # narrower than the studies'
+    monkeypatch.chdir(tmp_path)
+    trained = _run_example("recipe.md")
+    assert trained["cfg"].lr == trained["recipe"].lr
+    assert trained["sae"].cfg.metadata.decoder_refit["n_tokens"] == 100_000
+    report = _run_example("diagnosis.md")["report"]
+    assert report.judgement.n_tokens == 100_000
 
 
 def _tried(module: Path) -> list[str]:

@@ -27,7 +27,7 @@ D = 64
 @pytest.fixture(autouse=True)
 def small_activations(monkeypatch) -> None:
     """Those of the tests are narrower than the studies'."""
-    monkeypatch.setitem(recipes._COVERED, "d_in", (32, 1792))
+    monkeypatch.setitem(recipes.COVERED, "d_in", (32, 1792))
 
 
 def _spectrum(high: bool = True) -> saesub.Spectrum:
@@ -167,7 +167,7 @@ def test_what_is_covered_is_a_factor_of_two_around_the_regimes() -> None:
     low = ranks < recipes.LOW_RANK
     nearest = (ranks[low].max(), ranks[~low].min())
     assert nearest == pytest.approx(recipes.RANKS_TRIED, abs=5e-4)
-    covered = recipes._COVERED | {"d_in": (288, 1792)}
+    covered = recipes.COVERED | {"d_in": (288, 1792)}
     for name, (least, most) in covered.items():
         assert (values[name].min() / 2, values[name].max() * 2) == (least, most)
 

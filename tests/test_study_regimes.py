@@ -95,7 +95,7 @@ def test_the_recipe_of_the_study_is_the_packages(monkeypatch):
     import recipe
     import regimes
 
-    monkeypatch.setitem(package_recipe._COVERED, "d_in", (1, 100))  # narrower than the studies'
+    monkeypatch.setitem(package_recipe.COVERED, "d_in", (1, 100))  # narrower than the studies'
     rates = {64_000: (0.00283, 0.00496), 256_000: (0.002, 0.0035)}
     for low, start in enumerate(("whitened_data", "subspace")):
         x = torch.randn(2000, 48)
@@ -128,8 +128,8 @@ def test_a_trial_of_the_recipe_begins_as_the_package_applies_it(monkeypatch, low
     import protocol
     import regimes
 
-    for name in package_recipe._COVERED:
-        monkeypatch.setitem(package_recipe._COVERED, name, (1, 10**6))
+    for name in package_recipe.COVERED:
+        monkeypatch.setitem(package_recipe.COVERED, name, (1, 10**6))
     x = torch.randn(8192 + protocol.N_VALIDATION, 48) + 0.3
     x[:, 0] *= 100 if low else 1
     spectrum = saesub.Spectrum.from_activations(x)

@@ -527,8 +527,8 @@ def test_sparse_adam_has_auxk_at_its_best_settings(study):
 def test_the_recipe_is_the_packages_and_its_last_step_a_refit(study, monkeypatch):
     from saesub.training import recipe as package
 
-    for name in package._COVERED:
-        monkeypatch.setitem(package._COVERED, name, (1, 10**6))
+    for name in package.COVERED:
+        monkeypatch.setitem(package.COVERED, name, (1, 10**6))
     trial = study.recipe()
     assert (trial.start, trial.optimizer, trial.lr) == ("whitened_data", "sparse_adam", 0.00168)
     assert (trial.condition, trial.decay, trial.d_sae) == ("recipe", 0.5, 4096)

@@ -41,9 +41,9 @@ def diagnose_saved(
     corpus: str = "wiki-en",
     hook_name: str | None = None,
     n_tokens: int | None = None,
-) -> tuple[dict[str, SAEDiagnosis], dict[str, str]]:
-    """The diagnosis of each SAE in a folder, by its path there, over one window; and of those that
-    have none, why.
+) -> tuple[dict[str, SAEDiagnosis], list[SaesubError]]:
+    """The diagnosis of each SAE in a folder, by its path there, over one window; and why others
+    have none.
 
     SAEs are loaded one after the other. Activations are those of a file, or of the model and hook
     point that are named, or else that the SAE's metadata name. Then the text is read from its last
@@ -55,7 +55,7 @@ def diagnose_saved(
     folders = find_saes(path)
     if n_tokens is not None:
         n_tokens = whole_number(n_tokens, "the number of tokens")
-    refused: dict[str, str] = {}
+    refused: list[SaesubError] = []
     if file is not None:
         if model or hook_name:
             raise SaesubError(
@@ -72,12 +72,12 @@ def diagnose_saved(
         left, lambda at, sae: diagnose(sae, activations[at], n_tokens=n_tokens), refused
     )
     if not reports:
-        raise SaesubError("; ".join(f"{at}: {why}" for at, why in refused.items()))
+        raise refused[0]
     return reports, refused
 
 
 def _of_each(
-    folders: dict[str, Path], find: Callable[[str, SAE[Any]], Found], refused: dict[str, str]
+    folders: dict[str, Path], find: Callable[[str, SAE[Any]], Found], refused: list[SaesubError]
 ) -> dict[str, Found]:
     """What is found of each SAE; why it is refused goes into `refused`."""
     found = {}
@@ -85,7 +85,7 @@ def _of_each(
         try:
             found[at] = find(at, load_sae(of))
         except SaesubError as error:
-            refused[at] = str(error)
+            refused.append(SaesubError(f"{at}: {error}"))
     return found
 
 
@@ -168,8 +168,6 @@ def load_activations(path: str | Path) -> Tensor:
     path = Path(path)
     if path.suffix not in _READERS:
         raise SaesubError(f"{path} is of no kind known here: give a {', '.join(_READERS)} file")
-    if not path.is_file():
-        raise SaesubError(f"there is no file {path}: give one with activations (n, d_in)")
     try:
         found = _READERS[path.suffix](path)
     except _UNREADABLE as error:

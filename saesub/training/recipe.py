@@ -43,7 +43,7 @@ _SAE_SETTINGS: dict[str, Any] = {
     "aux_loss_coefficient": 0.0,
 }
 # What the studies cover, and a factor of two beyond on each side.
-_COVERED = {
+COVERED = {
     "d_in": (288, 1792),
     "d_sae": (1024, 8192),
     "k": (16, 128),
@@ -251,7 +251,7 @@ def _check_covered(spectrum: Spectrum, sae_cfg: Any, n_tokens: int) -> None:
         "n_tokens": n_tokens,
     }
     for name, value in values.items():
-        least, most = _COVERED[name]
+        least, most = COVERED[name]
         if not least <= value <= most:
             told = f"{value:,.1f}".removesuffix(".0")
             raise SaesubError(
