@@ -114,6 +114,15 @@ def test_cleaning_drops_what_papermill_added_and_progress_bars():
     assert "papermill" not in cleaned.metadata
 
 
+def test_no_file_is_large():
+    """Weights and activations do not belong here; git keeps for ever what it was given once."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a checkout")
+    files = [ROOT / name for name in listed.stdout.split("\0") if name]
+    assert not [f for f in files if f.is_file() and f.stat().st_size > 1_500_000]
+
+
 def test_figures_are_kept_in_few_colours():
     colours = np.random.default_rng(0).integers(0, 256, (300, 300, 2), dtype=np.uint8)
     image, png = np.dstack([colours, 0 * colours[..., :1]]), BytesIO()
