@@ -236,8 +236,10 @@ def cleaned(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 def in_few_colours(png: bytes) -> bytes:
     """A figure in 256 colours, which no one sees and which takes less than half of the bytes."""
-    small = BytesIO()
-    Image.open(BytesIO(png)).convert("RGB").quantize(256).save(small, "PNG", optimize=True)
+    small, figure = BytesIO(), Image.open(BytesIO(png)).convert("RGBA")
+    page = Image.new("RGBA", figure.size, "white")  # else what is transparent would be black
+    figure = Image.alpha_composite(page, figure).convert("RGB")
+    figure.quantize(256).save(small, "PNG", optimize=True)
     return min(png, small.getvalue(), key=len)
 
 

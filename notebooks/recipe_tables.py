@@ -14,7 +14,15 @@ def tables() -> dict[str, str]:
     """Markdown by the names of the page's marks."""
     found = in_regimes()
     summaries = {"recipe-summary": _summary(found), "recipe-line": _line(found)}
-    return {"recipe": _table(found)} | summaries
+    return {"recipe": _table(found), "recipe-reach": _reach()} | summaries
+
+
+def _reach() -> str:
+    """What `recommend` answers for."""
+    names = {"n_tokens": "tokens", "d_sae": "features", "k": "active ones (k)"}
+    names |= {"d_sae / k": "features for each active one", "d_in": "dimensions of the activations"}
+    ends = ("{:,} to {:,} {}".format(*COVERED[name], what) for name, what in names.items())
+    return f"`recommend` answers for {', '.join(ends)}. Beyond, it refuses and says which number it was."
 
 
 def _table(found: pd.DataFrame) -> str:
@@ -95,7 +103,7 @@ def _line(found: pd.DataFrame) -> str:
         return f"{said}."
     plain, early = (of[name] < of["baseline_fvu"] for name in ("fvu", "fvu_unrefitted"))
     return (
-        f"{said}. On an untouched model its FVU is below the best of three swept "
+        f"{said}. On an unseen model its FVU is below the best of three swept "
         f"baselines' (no AuxK) in {plain.sum()} of {len(of)} regimes, {early.sum()} before its "
         "refit."
     )

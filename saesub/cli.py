@@ -180,7 +180,7 @@ def _diagnose(options: argparse.Namespace) -> int:
         print(f"\n{name}: {report.advice}" if len(reports) > 1 else report)
     for error in refused:
         print(f"saesub: no diagnosis of {error}", file=sys.stderr)
-    return 1 if refused else 0
+    return (1 if reports else 2) if refused else 0
 
 
 def _check_gpu(options: argparse.Namespace) -> int:

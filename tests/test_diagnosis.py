@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -488,7 +489,9 @@ REFUSED = {
     "hooks": (_hooked, gaussian(), "reset_hooks"),
     "no SAE": (lambda: None, gaussian(), "must be one of SAELens' classes"),
     "a path": (lambda: "saes/a", gaussian(), "load_from_disk"),
-    "stores": (lambda: ARCHITECTURES["topk"](), {"h": gaussian()}, "pass n_tokens"),
+    "stores": (lambda: ARCHITECTURES["topk"](), {"h": gaussian()}, "take one store"),
+    "a number": (lambda: ARCHITECTURES["topk"](), 3.0, "not float"),
+    "no rows": (lambda: ARCHITECTURES["topk"](), torch.tensor(1.0), "pass n_tokens"),
     "scaling": (_unfolded, gaussian(), "which has it folded in"),
     "other site": (
         lambda: _with(TopKSAE(TopKSAEConfig(**SIZES, k=4)), b_dec=torch.full((24,), 5.0)),
@@ -542,6 +545,24 @@ def test_causes_of_nearly_as_many_features_are_all_named(monkeypatch) -> None:
     monkeypatch.setattr(diagnosis, "_TIED", gap + 1e-6)
     assert f"Causes of nearly as many each, so mend one after the other: {first} (" in found.advice
     assert f"; {second} (" in found.advice
+
+
+def test_auxk_is_named_where_the_rate_is_one_of_several_causes(monkeypatch) -> None:
+    found = told(ARCHITECTURES["topk"](), gaussian())
+    shares = {"norm": 0.5, "rate": 0.45, "subspace": 0.05}
+    monkeypatch.setattr(diagnosis.SAEDiagnosis, "causes", shares)
+    found.recorded["aux_loss_coefficient"] = 1.0
+    assert "norm (50%)" in found.advice
+    assert "it may be AuxK that moved them" in found.advice
+    monkeypatch.setattr(diagnosis, "_TIED", 0.01)
+    assert "AuxK" not in found.advice
+
+
+def test_an_fvu_above_1_is_warned_of_first() -> None:
+    found = told(ARCHITECTURES["topk"](), gaussian())
+    assert not found.advice.startswith("The SAE rebuilds these activations worse")
+    worse = replace(found, judgement=found.judgement._replace(fvu=1.01))
+    assert worse.advice.startswith("The SAE rebuilds these activations worse than their mean")
 
 
 def test_a_healthy_sae_has_no_main_cause(monkeypatch) -> None:
@@ -622,6 +643,11 @@ def test_saes_that_are_refused_do_not_hide_the_others(saved, capsys) -> None:
     shown = capsys.readouterr()
     assert {"a", "b/c"} == {line.split()[0] for line in shown.out.splitlines()[1:3]}
     assert "no diagnosis of other: The SAE reads activations of shape (n, 20)" in shown.err
+    np.save(saved / "narrow.npy", np.ones((9, 3), dtype=np.float32))
+    none = ["diagnose", str(saved / "saes"), "--activations", str(saved / "narrow.npy")]
+    assert cli.main(none) == 2
+    errors = capsys.readouterr().err
+    assert all(f"no diagnosis of {name}: " in errors for name in ("a", "b/c", "other"))
 
 
 def test_the_text_is_read_from_its_last_document_back(saved, monkeypatch) -> None:

@@ -137,6 +137,13 @@ def test_figures_are_kept_in_few_colours():
     assert again == output  # taken over twice, it is the same
 
 
+def test_what_is_transparent_in_a_figure_is_white():
+    png = BytesIO()
+    Image.new("RGBA", (300, 300), (0, 0, 0, 0)).save(png, "PNG", compress_level=0)
+    small = Image.open(BytesIO(publish["in_few_colours"](png.getvalue()))).convert("RGB")
+    assert small.getpixel((5, 5)) == (255, 255, 255)
+
+
 def _figure(png):
     return new_output("display_data", {"image/png": b64encode(png).decode()})
 

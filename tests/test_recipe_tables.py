@@ -105,7 +105,7 @@ def test_the_untouched_model_stands_apart(monkeypatch):
     assert second == "In the 2 regimes of the model on which nothing was trained before:"
     assert made["recipe-line"] == (
         "[`recommend`](docs/recipe.md): TopK settings without a sweep, up to 512,000 tokens and "
-        "8,192 features. On an untouched model its FVU is below the best of three swept "
+        "8,192 features. On an unseen model its FVU is below the best of three swept "
         "baselines' (no AuxK) in 1 of 2 regimes, 0 before its refit."
     )
 

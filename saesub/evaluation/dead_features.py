@@ -7,7 +7,6 @@ steps, so the same number means another window at another batch size.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,13 +18,14 @@ from torch import Tensor
 from saesub.arguments import batch_of
 from saesub.errors import SaesubError
 from saesub.evaluation.features import feature_density, unit_rows
+from saesub.evaluation.passes import Activations
 
 _ROUNDING = 2e-3  # what half precision leaves of the products of orthonormal columns
 
 
 def dead_features(
     sae: SAE[Any],
-    activations: Tensor | Iterable[Tensor],
+    activations: Activations,
     *,
     n_tokens: int,
     progress: bool = True,
@@ -34,7 +34,8 @@ def dead_features(
 
     Args:
         sae: any SAELens SAE or transcoder, in training or inference form.
-        activations: (n, d_in), or an iterable of such blocks; the first `n_tokens` rows are used.
+        activations: (n, d_in), a store, or an iterable of blocks of rows; the first `n_tokens` rows
+            are used.
         n_tokens: the window. The field uses 10M; a small run must say what it used.
         progress: show a bar, if it takes more than a second.
 

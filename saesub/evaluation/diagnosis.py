@@ -174,9 +174,12 @@ class SAEDiagnosis:
             found.append("The share still falls as the window grows: some are rare, not dead.")
         if isinstance(self.explanation, str):
             return [*found, f"No cause is told: {self.explanation}."] if n else found
-        if self.cause != HEALTHY:
-            found.append(self._main_causes())
-        if self.cause == "rate" and self.recorded.get("aux_loss_coefficient"):
+        main = self._main_causes()
+        if main:
+            each = "; ".join(f"{of} ({share:.0%}), {CAUSES[of]}" for of, share in main.items())
+            several = "Causes of nearly as many each, so mend one after the other"
+            found.append(f"{several if len(main) > 1 else 'Main cause'}: {each}.")
+        if "rate" in main and self.recorded.get("aux_loss_coefficient"):
             found.append("AuxK moves dead features too, so it may be AuxK that moved them.")
         if self.offset > 1 > self.explanation.offset_left:
             found.append(
@@ -190,14 +193,12 @@ class SAEDiagnosis:
             "say that they would be useful.",
         ]
 
-    def _main_causes(self) -> str:
-        """The cause of most dead features, and all that have nearly as many."""
+    def _main_causes(self) -> dict[str, float]:
+        """The cause of most dead features and all that have nearly as many, with their shares; none
+        of a healthy SAE."""
         largest = max(self.causes.values())
-        main = {c: share for c, share in self.causes.items() if share > largest - _TIED}
-        each = (f"{cause} ({share:.0%}), {CAUSES[cause]}" for cause, share in main.items())
-        if len(main) == 1:
-            return f"Main cause: {', '.join(each)}."
-        return f"Causes of nearly as many each, so mend one after the other: {'; '.join(each)}."
+        near = {of: share for of, share in self.causes.items() if share > largest - _TIED}
+        return {} if self.cause == HEALTHY else near
 
 
 @torch.no_grad()
@@ -220,8 +221,9 @@ def diagnose(
         sae: any SAELens SAE, in training or inference form, from a disk, the hub or a trainer.
         activations: (n, d_in) at its hook point, held out from its training; or a store, or an
             iterable of blocks of rows.
-        n_tokens: the longest window; by default all of a matrix or a store. There is no verdict
-            from fewer than 200 firings of an average feature, which take 200 · d_sae / L0 tokens.
+        n_tokens: the longest window; by default all of a matrix or a store; blocks need it. There
+            is no verdict from fewer than 200 firings of an average feature, which take
+            200 · d_sae / L0 tokens.
         progress: show a bar, if it takes more than a second.
 
     Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,13 +15,13 @@ from torch import Tensor
 from saesub.activations.checks import require_finite
 from saesub.arguments import batch_of, whole_number
 from saesub.errors import SaesubError
-from saesub.evaluation.passes import encoded
+from saesub.evaluation.passes import Activations, encoded
 from saesub.topk.encode import encoder_of, times_fired
 
 
 def feature_density(
     sae: SAE[Any],
-    activations: Tensor | Iterable[Tensor],
+    activations: Activations,
     *,
     n_tokens: int,
     progress: bool = True,

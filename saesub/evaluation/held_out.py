@@ -51,7 +51,7 @@ def judge(
         sae: any SAELens SAE, in training or inference form.
         activations: (n, d_in), a store, or an iterable of blocks of rows, on any device; the first
             `n_tokens` rows are used.
-        n_tokens: the longest window; by default all of a matrix or a store.
+        n_tokens: the longest window; by default all of a matrix or a store; blocks need it.
         progress: show a bar, if it takes more than a second.
 
     Raises:

@@ -103,9 +103,10 @@ def _require_none(watch: FiniteWatch) -> None:
 def all_tokens(activations: Activations) -> int:
     """How many tokens a matrix or a store holds. Raises SaesubError for blocks, of which nobody
     knows before."""
+    _check_kind(activations)
     if isinstance(activations, ActivationStore):
         return activations.n_tokens
-    if not hasattr(activations, "shape"):
+    if not getattr(activations, "ndim", 0):
         raise SaesubError(
             "how many tokens the blocks of activations hold is not known before: pass n_tokens"
         )
@@ -115,19 +116,24 @@ def all_tokens(activations: Activations) -> int:
 def blocks_of(activations: Activations) -> Iterator[Tensor]:
     """Non-empty blocks of at most `TOKENS_PER_BLOCK` rows, detached. Raises SaesubError for what is
     no tensor, array, store or iterable of tensors."""
+    _check_kind(activations)
     if isinstance(activations, ActivationStore):
         n, store = activations.n_tokens, activations
         starts = range(0, n, TOKENS_PER_BLOCK)
         activations = (store.rows(at, min(at + TOKENS_PER_BLOCK, n)) for at in starts)
-    if not isinstance(activations, Iterable) or isinstance(activations, (str, bytes, dict)):
-        raise SaesubError(
-            "activations must be a tensor, an ActivationStore or an iterable of tensors, not "
-            f"{type(activations).__name__}: of what harvest gives take one store, stores[hook_name]"
-        )
     whole = isinstance(activations, (Tensor, np.ndarray))
     for given in [activations] if whole else activations:
         part = torch.atleast_1d(batch_of(given, "activations").detach())
         yield from (block for block in part.split(TOKENS_PER_BLOCK) if len(block))
+
+
+def _check_kind(activations: Any) -> None:
+    blocks = isinstance(activations, Iterable) and not isinstance(activations, (str, bytes, dict))
+    if not (blocks or isinstance(activations, ActivationStore)):
+        raise SaesubError(
+            "activations must be a tensor, an ActivationStore or an iterable of tensors, not "
+            f"{type(activations).__name__}: of what harvest gives take one store, stores[hook_name]"
+        )
 
 
 def _not_folded(sae: SAE[Any]) -> str:
@@ -212,8 +218,8 @@ def check_folded(sae: SAE[Any]) -> None:
     """Raise SaesubError for an SAE whose input scaling its trainer did outside of it."""
     if sae.cfg.normalize_activations in _SCALED:
         raise SaesubError(
-            f"{_not_folded(sae)}, and the model gives activations as they are: train it, and take "
-            "the SAE that the trainer's fit() returns, which has it folded in"
+            f"{_not_folded(sae)}, and the model gives activations as they are: take the SAE that "
+            "its trainer's fit() returns, which has it folded in"
         )
 
 

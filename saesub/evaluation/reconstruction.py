@@ -12,7 +12,7 @@ from sae_lens import SAE, Transcoder
 from torch import Tensor
 
 from saesub.errors import SaesubError
-from saesub.evaluation.passes import encoded
+from saesub.evaluation.passes import Activations, encoded
 from saesub.precision import where_float64
 from saesub.topk.encode import autoencoder_of, times_fired
 
@@ -27,7 +27,7 @@ class Reconstruction(NamedTuple):
 
 @torch.no_grad()
 def reconstruction(
-    sae: SAE[Any], activations: Tensor | Iterable[Tensor], *, progress: bool = True
+    sae: SAE[Any], activations: Activations, *, progress: bool = True
 ) -> Reconstruction:
     """FVU = Σ‖x − x̂‖² / Σ‖x − mean‖² and mean L0; the mean is that of these activations.
 
@@ -36,8 +36,8 @@ def reconstruction(
 
     Args:
         sae: any SAELens SAE, in training or inference form.
-        activations: (n, d_in), or an iterable of such blocks, as the SAE was trained on them:
-            scaled if its trainer's scaler has not been folded in.
+        activations: (n, d_in), a store, or an iterable of blocks of rows, as the SAE was trained
+            on them: scaled if its trainer's scaler has not been folded in.
         progress: show a bar, if it takes more than a second.
 
     Raises:

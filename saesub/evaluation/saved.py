@@ -49,8 +49,8 @@ def diagnose_saved(
     point that are named, or else that the SAE's metadata name. Then the text is read from its last
     document back, since a training run begins at the first.
 
-    Raises SaesubError where no SAE has a diagnosis, for both a file and a model or hook point, and
-    as `find_saes`, `load_activations` and `harvest`.
+    Raises SaesubError for both a file and a model or hook point, and as `find_saes`,
+    `load_activations` and `harvest`.
     """
     folders = find_saes(path)
     if n_tokens is not None:
@@ -71,8 +71,6 @@ def diagnose_saved(
     reports = _of_each(
         left, lambda at, sae: diagnose(sae, activations[at], n_tokens=n_tokens), refused
     )
-    if not reports:
-        raise refused[0]
     return reports, refused
 
 
