@@ -22,7 +22,10 @@ def _reach() -> str:
     names = {"n_tokens": "tokens", "d_sae": "features", "k": "active ones (k)"}
     names |= {"d_sae / k": "features for each active one", "d_in": "dimensions of the activations"}
     ends = ("{:,} to {:,} {}".format(*COVERED[name], what) for name, what in names.items())
-    return f"`recommend` answers for {', '.join(ends)}. Beyond, it refuses and says which number it was."
+    return (
+        f"`recommend` answers for {', '.join(ends)}. Beyond, it refuses and says which number it "
+        "was."
+    )
 
 
 def _table(found: pd.DataFrame) -> str:
