@@ -50,7 +50,7 @@ def test_a_record_is_whole(name):
     rows = record["rows"]
     assert {row["run"] for row in rows} <= set(range(len(record["runs"])))
     assert all(len(run["commit"]) == 40 for run in record["runs"])
-    named = [(row["start"], row["optimizer"], row.get("condition")) for row in rows]
+    named = [(r["start"], r["optimizer"], r.get("condition"), r.get("n_read")) for r in rows]
     trials = [(*(row[k] for k in SETTINGS), *name) for row, name in zip(rows, named, strict=True)]
     assert len(set(trials)) == len(rows)
     assert all(row["dead_share"] == row["silent"][str(row["n_judged"])] for row in rows)

@@ -614,3 +614,36 @@ def test_memory_counts_weights_moments_and_counters(study):
     assert held["peak_bytes"] >= 0
     sign = study.memory(_of(study, study.SIGN))
     assert sign["kept_bytes"] == pytest.approx(2 * weights + counters, abs=64)
+
+
+def test_the_longer_trainings_are_judged_on_the_same_tokens(study):
+    import longer
+
+    own = longer.longer(longer.WHITENED, longer.N_SHORT, longer.N_SHORT)  # as the recipe
+    trials = [own, *longer.CONDITIONS]
+    assert len({(t.n_stored, t.n_judged, t.d_sae, t.k, t.hook_name) for t in trials}) == 1
+    assert {t.n_train for t in longer.CONDITIONS} == {longer.N_LONG}
+    both = [(t.condition, n) for t in longer.RIVALS for n in (longer.N_LONG, longer.N_SHORT)]
+    assert sorted(both) == sorted((t.condition, t.n_read) for t in longer.CONDITIONS)
+
+
+def test_a_longer_training_reads_no_more_tokens_than_it_says(study, monkeypatch):
+    import longer
+
+    monkeypatch.setattr(longer, "N_LONG", 2 * BATCH * 8)
+    read: list[torch.Tensor] = []
+    given = saesub.SubspaceSAETrainer.step
+
+    def step(trainer, batch):
+        read.append(batch.clone())
+        return given(trainer, batch)
+
+    monkeypatch.setattr(saesub.SubspaceSAETrainer, "step", step)
+    short = BATCH * 8
+    for n_read in (short, 2 * short):
+        read.clear()
+        small = replace(_small(study.mitigations.PLAIN), n_train=2 * short)
+        trial = longer.longer(small, n_read, 2 * short)
+        study.outcome(trial)
+        assert len(read) == 16
+        assert len(torch.cat(read).unique(dim=0)) == n_read

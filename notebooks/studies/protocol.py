@@ -92,6 +92,11 @@ class Trial:
         """Tokens that the trial needs in all."""
         return self.n_train + N_VALIDATION + self.n_judged
 
+    @property
+    def n_read(self) -> int:
+        """Different tokens that it trains on."""
+        return self.n_train
+
 
 TrialT = TypeVar("TrialT", bound=Trial)
 
@@ -157,8 +162,8 @@ def sample_for(trial: Trial, at: Site) -> Tensor:
     """
     if "data" not in trial.start:
         return at.seen(at.store.rows(0, 4096))
-    part, _ = at.store.split(at.store.n_tokens - trial.n_train)
-    n = min(8 * trial.d_sae, trial.n_train)
+    part, _ = at.store.split(at.store.n_tokens - trial.n_read)
+    n = min(8 * trial.d_sae, trial.n_read)
     return at.seen(next(part.batches(n, seed=trial.seed)))
 
 
@@ -280,7 +285,7 @@ def trainer_of(trial: Trial, sae: TopKTrainingSAE, **trainer: Any) -> saesub.Sub
 
 def fit(trainers: dict[str, saesub.SubspaceSAETrainer], trial: Trial, at: Site) -> None:
     """Train to the end, all on the batches of one trial."""
-    train_part, _ = at.store.split(at.store.n_tokens - trial.n_train)
+    train_part, _ = at.store.split(at.store.n_tokens - trial.n_read)
 
     def batches(step: int) -> Iterator[dict[str, Tensor]]:
         stream = train_part.batches(trial.batch_size, seed=trial.seed, start_step=step)

@@ -91,7 +91,7 @@ def outcome(trial: InRegime) -> dict[str, Any]:
     if trial.condition.startswith("recipe") or trial.condition.endswith(REFIT):
         before = {name + "_unrefitted": row[name] for name in ("fvu", "validation_fvu")}
         if row["validation_fvu"] < 1:  # else the rate was far too high, and a refit is refused
-            saesub.refit_decoder(sae, at.blocks(0, trial.n_train), progress=False)
+            saesub.refit_decoder(sae, at.blocks(0, trial.n_read), progress=False)
             row = judged(trial, sae, at)
         row |= before
     return row | known_before(spectrum)

@@ -190,7 +190,7 @@ def outcome(trial: Mitigated) -> dict[str, Any]:
 def finish(trial: Mitigated, trainer: saesub.SubspaceSAETrainer, at: Site) -> None:
     """What comes after the last step: a refit, or nothing."""
     if _has_refit(trial):
-        saesub.refit_decoder(trainer.sae, at.blocks(0, trial.n_train), progress=False)
+        saesub.refit_decoder(trainer.sae, at.blocks(0, trial.n_read), progress=False)
 
 
 def _has_refit(trial: Mitigated) -> bool:
