@@ -21,7 +21,7 @@ from jupyter_client.manager import KernelManager
 
 pytestmark = pytest.mark.model
 
-INTERRUPTS, STEPS = 3, 600
+INTERRUPTS, STEPS = 3, 300
 SETUP = """
 import sys, time
 sys.path[:0] = [{root!r}, {tests!r}]
