@@ -163,7 +163,7 @@ def test_each_planted_fault_is_the_main_cause(trained, fault) -> None:
     assert found.cause == PLANTED[fault][0], (found.dead_share, found.causes)
     assert torch.equal(found.dead, saesub.dead_features(sae, x, n_tokens=len(x), progress=False))
     if fault == "healthy":
-        assert "Nothing needs to change" not in found.advice  # 512 features are not studied
+        assert "No change is needed" not in found.advice  # 512 features are not studied
         assert found.dead_share < 0.01
     else:
         assert found.causes[found.cause] > 0.5
@@ -349,16 +349,15 @@ def test_advice_is_withheld_beyond_the_studies(monkeypatch) -> None:
     monkeypatch.setattr(diagnosis, "_KS", (4,))
     assert f"widths 576 to 896, and this SAE reads {sae.cfg.d_in}" in told(sae, gaussian()).advice
     monkeypatch.setattr(diagnosis, "_D_IN", (1, 100))
-    sae.cfg.metadata.lr = 0.02
+    told_length = "no record says how many this SAE saw: set sae.cfg.metadata.training_tokens"
+    assert told_length in told(sae, gaussian()).advice
+    sae.cfg.metadata.lr, sae.cfg.metadata.training_tokens = 0.02, 10**6
     found = told(sae, gaussian())
     assert not found.withheld
     assert "Halve the learning rate of 0.02" in found.advice
     assert "SparseAdam" in found.advice
     sae.cfg.metadata.optimizer = "sparse_adam"
     assert "SparseAdam" not in told(sae, gaussian()).advice
-    assert "do not say on how many tokens" in told(sae, gaussian()).advice
-    sae.cfg.metadata.training_tokens = 10**6
-    assert "do not say on how many tokens" not in told(sae, gaussian()).advice
     sae.cfg.metadata.training_tokens = 10**9
     assert "and this SAE saw 1,000,000,000" in told(sae, gaussian()).advice
     relu = told(ARCHITECTURES["standard"](), gaussian())

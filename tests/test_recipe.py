@@ -144,7 +144,7 @@ def test_it_says_where_no_site_was_tried() -> None:
         assert "No site" not in said
     rank, said = reason(800.0)
     assert recipes.RANKS_TRIED[0] < rank < recipes.RANKS_TRIED[1]
-    assert "No site of the studies lies between 2.0% and 6.4%." in said
+    assert "It was tried at no site between 2.0% and 6.4%." in said
 
 
 def test_it_is_withheld_at_widths_that_were_not_tried(monkeypatch) -> None:

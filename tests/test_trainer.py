@@ -129,7 +129,8 @@ def test_fit_learns_and_saves_a_plain_saelens_sae(store, spectrum, tmp_path, opt
     sae.save_inference_model(tmp_path)
     loaded = SAE.load_from_disk(tmp_path)
     assert loaded.cfg.architecture() == "topk"
-    assert loaded.cfg.metadata.optimizer == optimizer
+    told = loaded.cfg.metadata
+    assert (told.optimizer, told.lr, told.training_tokens) == (optimizer, _cfg(60).lr, 60 * BATCH)
     torch.testing.assert_close(
         loaded(store.rows(0, 50)), sae(store.rows(0, 50)), rtol=1e-4, atol=1e-4
     )

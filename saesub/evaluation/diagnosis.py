@@ -56,7 +56,6 @@ _WORSE_THAN_MEAN = (
     "The SAE rebuilds these activations worse than their mean would (FVU above 1): make sure that "
     "they are of its own model, hook point and scale, or what follows means nothing."
 )
-_UNTOLD = "The SAE's metadata do not say on how many tokens it was trained."
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,10 +143,9 @@ class SAEDiagnosis:
         if self.withheld:
             change = f"No advice: {'; '.join(self.withheld)}."
         elif self.cause == HEALTHY:
-            change = "Nothing needs to change."
+            change = "No change is needed for dead features."
         else:
-            told = [] if "training_tokens" in self.recorded else [_UNTOLD]
-            change = " ".join((_change(self), _STUDIED, *told))
+            change = f"{_change(self)} {_STUDIED}"
         return " ".join((*self._findings(), change))
 
     def __str__(self) -> str:
@@ -341,8 +339,12 @@ def _withheld(
         yield f"the studies are of widths {_D_IN[0]} to {_D_IN[1]}, and this SAE reads {d_in:,}"
     if not least <= d_sae <= most:
         yield f"the studies are of {least:,} to {most:,} features, and this SAE has {d_sae:,}"
-    if recorded.get("training_tokens", 0) > _TOKENS:
-        tokens = recorded["training_tokens"]
+    if (tokens := recorded.get("training_tokens")) is None:
+        yield (
+            f"the studies train on at most {_TOKENS:,} tokens, and no record says how many this "
+            "SAE saw: set sae.cfg.metadata.training_tokens"
+        )
+    elif tokens > _TOKENS:
         yield f"the studies train on at most {_TOKENS:,} tokens, and this SAE saw {tokens:,}"
 
 
@@ -365,8 +367,9 @@ def _change(found: SAEDiagnosis) -> str:
     if found.cause == "subspace":
         return (
             "Begin where the activations vary: saesub.initialize_in_subspace(sae, spectrum); or "
-            f"train with SparseAdam at a rate of {_SPARSE_ADAM_LR:g} or less, which keeps nearly "
-            "all random features alive."
+            f"train with SparseAdam at a rate of {_SPARSE_ADAM_LR:g} or less, which kept nearly "
+            "all random features alive at the one site where that was tried (SmolLM2, attention "
+            "output of layer 12)."
         )
     if found.cause == "rate":
         rate = f" of {recorded['lr']:g}" if "lr" in recorded else ""

@@ -34,7 +34,7 @@ from saesub.topk.optim import OptimizerName
 
 BATCH_SIZE = 1024
 LOW_RANK = 0.05  # effective rank of the variances, as a share of the width
-RANKS_TRIED = (0.02, 0.064)  # the nearest sites of the studies, below and above
+RANKS_TRIED = (0.02, 0.064)  # the nearest sites that it was tried at
 LR, LR_AT_LOW_RANK = 0.002, 0.0035  # of 250 steps
 NORM_BATCHES = 20  # that SAELens reads before training
 WARM_UP, DECAY = 0.05, 0.5  # shares of the steps
@@ -186,7 +186,7 @@ def recommend(spectrum: Spectrum, sae_cfg: Any, n_tokens: int) -> Recipe:
     steps = n_tokens // BATCH_SIZE
     rank = spectrum.effective_rank("variance") / spectrum.d
     low = rank < LOW_RANK
-    between = " No site of the studies lies between {:.1%} and {:.1%}.".format(*RANKS_TRIED)
+    between = " It was tried at no site between {:.1%} and {:.1%}.".format(*RANKS_TRIED)
     lr = float(f"{(LR_AT_LOW_RANK if low else LR) * (250 / steps) ** 0.25:.3g}")
     return Recipe(
         directions="flat" if low else "whitened_data",

@@ -338,7 +338,7 @@ class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CON
             pbar.update(self.n_training_samples - pbar.n)
 
     def set_final_sae_metadata(self) -> None:
-        """Record, beside SAELens' own figures, dead features, the optimizer and mitigations.
+        """Record, beside SAELens' own figures, the optimizer, rate, tokens and mitigations.
 
         SAELens calls it when training is over, so the weights become contiguous again here.
         """
@@ -348,6 +348,7 @@ class SubspaceSAETrainer(TokenCountingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CON
         super().set_final_sae_metadata()
         metadata = self.sae.cfg.metadata
         metadata.backend, metadata.optimizer = self.backend, self.optimizer_name
+        metadata.lr, metadata.training_tokens = self.cfg.lr, self.n_training_samples
         metadata.mitigations = [repr(mitigation) for mitigation in self.mitigations]
         note_scaling(self)
 
