@@ -78,14 +78,19 @@ def test_the_recipe_stands_beside_the_baseline_that_fits_best(monkeypatch):
         "-10.1%), and before its refit in 0 of 2 (+9.5% to +25.0%, median +17.3%).",
         "- Where the baselines have a refit of their own, it is lower than the best one's in 0 of "
         "1 (+25.0% to +25.0%, median +25.0%).",
+        "- Of the four bounds that were set before (B3), it meets 0 and misses 4: hardly a dead "
+        "feature; a lower FVU in nine regimes of ten; never a much higher one; a rate near the "
+        "best of a sweep.",
         "- It is at most 200.0% above the lowest of three rates, the recipe's, its half and its "
         "double. The double fits best in 0 regimes, the half in 1.",
-        "- Where a feature fires 3 times in training (1 regimes), at most 0.00% of the features "
-        "are dead. Of the baseline that fits best it is up to 2.00%; of the baseline that loses "
-        "fewest, each at its own best rate, up to 1.00%.",
-        "- Where a feature fires 1 times in training (1 regimes), at most 0.12% of the features "
-        "are dead. Of the baseline that fits best it is up to 0.00%; of the baseline that loses "
-        "fewest, each at its own best rate, up to 0.00%.",
+        "- Where a feature fires 3 times in training, the recipe's FVU is lower in 0 of 1 (+4.8% "
+        "to +4.8%, median +4.8%), and at most 0.00% of the features are dead. Of the baseline "
+        "that fits best it is up to 2.00%; of the baseline that loses fewest, each at its own "
+        "best rate, up to 1.00%.",
+        "- Where a feature fires 1 times in training, the recipe's FVU is lower in 1 of 1 "
+        "(-25.0% to -25.0%, median -25.0%), and at most 0.12% of the features are dead. Of the "
+        "baseline that fits best it is up to 0.00%; of the baseline that loses fewest, each at "
+        "its own best rate, up to 0.00%.",
         "",
         "A dead feature fires at none of 64 held-out tokens. No baseline has AuxK.",
     ]

@@ -16,9 +16,9 @@ The recipe is what `saesub.recommend` says, at its rate and at the half and the 
 adds two seeds to the recipe at its own rate and to the best baseline of each regime at its best.
 
 The fourth gives the baselines the refit as well, swept with it, so that one sees what is the
-refit's alone. The fifth changes one part of the recipe at a time, at the same three rates: the
-start (random, or in the subspace), Adam in place of SparseAdam, the fall of the rate over the last
-fifth.
+refit's alone. The fifth, in the longer regimes, changes one part of the recipe at a time, at the same three rates:
+the start (random, or in the subspace), Adam in place of SparseAdam, the fall of the rate over the
+last fifth.
 
 The models are named, so that those that the recipe is developed on come first.
 """
@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from itertools import compress
 from typing import Any
 
 from protocol import (
@@ -42,7 +43,7 @@ from protocol import (
     trial_of,
     untrained,
 )
-from regimes import REGIMES, InRegime, Regime
+from regimes import FIRINGS, REGIMES, InRegime, Regime
 
 import saesub
 
@@ -118,6 +119,8 @@ if __name__ == "__main__":
             best = [best_baseline(regime) for regime in chosen]
             for name, trials in (("baselines", best), ("recipe", own)):
                 run(name, [replace(t, seed=seed) for seed in (1, 2) for t in trials], outcome)
-        elif what in ("recipe", "parts"):
-            trials = own if what == "recipe" else [part for t in own for part in parts(t)]
-            run(what, [replace(t, lr=f * t.lr) for f in FACTORS for t in trials], outcome)
+        else:
+            if what == "parts":
+                long = [r.firings == max(FIRINGS) for r in chosen]
+                own = [part for t in compress(own, long) for part in parts(t)]
+            run(what, [replace(t, lr=f * t.lr) for f in FACTORS for t in own], outcome)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Row = dict[Any, Any]
+LONG = 4000  # firings of a feature in training, at which a share of dead features is judged
 UNTOUCHED = "qwen2.5-coder-0.5b"  # nothing was trained on it before the recipe was final
 _REGIME = ["model", "corpus", "hook_name", "d_sae", "k", "n_train"]
 _OF_RECIPE = ("fvu", "dead_share", "fvu_unrefitted")
@@ -67,6 +68,17 @@ def in_regimes() -> pd.DataFrame:
     models = [row["model"] for row in rows]
     rows.sort(key=lambda row: (row["untouched"], models.index(row["model"])))
     return pd.DataFrame(rows)
+
+
+def claimed(regimes: pd.DataFrame) -> dict[str, float]:
+    """What the claims on the recipe measure in these rows of `in_regimes`, by claim."""
+    change = regimes["fvu"] / regimes["baseline_fvu"] - 1
+    return {
+        "B3.dead": float(regimes.loc[regimes["firings"] == LONG, "dead_share"].max()),
+        "B3.wins": float((change < 0).mean()),
+        "B3.worst": float(change.max()),
+        "B3.rate": float(regimes["above_least"].max()),
+    }
 
 
 def _by_regime(name: str) -> dict[tuple[Any, ...], list[Row]]:
