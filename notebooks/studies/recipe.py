@@ -16,9 +16,9 @@ The recipe is what `saesub.recommend` says, at its rate and at the half and the 
 adds two seeds to the recipe at its own rate and to the best baseline of each regime at its best.
 
 The fourth gives the baselines the refit as well, swept with it, so that one sees what is the
-refit's alone. The fifth, in the longer regimes, changes one part of the recipe at a time, at the same three rates:
-the start (random, or in the subspace), Adam in place of SparseAdam, the fall of the rate over the
-last fifth.
+refit's alone. The fifth, in the longer regimes, changes one part of the recipe at a time, at the
+same three rates: the start (random, or in the subspace), Adam in place of SparseAdam, the fall of
+the rate over the last fifth.
 
 The models are named, so that those that the recipe is developed on come first.
 """
