@@ -17,9 +17,6 @@ start. Every row says how many features fired again after a whole dead window of
 (`silent_once`, `revived`, `stayed`: see `RevivalCount`). The control is plain training ("random")
 at the rates that are best for the mitigations. `offset` is γ = ‖mean‖ / ‖standard deviation‖ of the
 activations.
-
-The recorded rows of the start at data drew their tokens from the first 32,768 of training; now they
-are drawn from all documents, as every start at data is.
 """
 
 from __future__ import annotations
