@@ -18,8 +18,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 
 from mitigations import AUXK_SETTINGS, OTHERS, PLAIN, Mitigated
-from protocol import N_VALIDATION, SMALL, run, sweep
-from rivals import REFITTED, SPARSE, outcome, recipe
+from protocol import N_VALIDATION, SMALL, harvest, recommended, run, site_of, sweep
+from rivals import RECIPE, REFITTED, SPARSE, outcome
 
 N_SHORT = SMALL["n_train"]
 N_LONG = 3 * N_SHORT
@@ -49,7 +49,9 @@ RIVALS = [PLAIN, AUXK_SETTINGS[-1], OTHERS[1], ASI, WHITENED]
 CONDITIONS = [longer(t, n) for n in (N_LONG, N_SHORT) for t in reversed(RIVALS)]
 
 if __name__ == "__main__":
-    own = longer(recipe(), N_SHORT, N_SHORT)
+    plain = longer(replace(PLAIN, condition=RECIPE), N_SHORT, N_SHORT)
+    harvest([plain])
+    own = recommended(plain, site_of(plain).spectrum)
     run("longer", [replace(own, seed=seed) for seed in range(3)], outcome)
     best = sweep("longer", CONDITIONS, RATES, n_seeds=1, outcome=outcome)
     trials = [replace(condition, lr=lr) for condition, lr in best.items()]
