@@ -141,7 +141,7 @@ def test_it_says_where_no_site_was_tried() -> None:
     for variance in (1.0, 10_000.0):
         rank, said = reason(variance)
         assert not recipes.RANKS_TRIED[0] < rank < recipes.RANKS_TRIED[1]
-        assert "No site" not in said
+        assert "at no site" not in said
     rank, said = reason(800.0)
     assert recipes.RANKS_TRIED[0] < rank < recipes.RANKS_TRIED[1]
     assert "It was tried at no site between 2.0% and 6.4%." in said

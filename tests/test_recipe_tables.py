@@ -11,7 +11,7 @@ import pytest
 
 from saesub.errors import SaesubError
 from saesub.reproduce import studies
-from saesub.reproduce.in_regimes import in_regimes
+from saesub.reproduce.in_regimes import LONG, claimed, in_regimes
 
 TABLES = Path(__file__).resolve().parent.parent / "notebooks" / "recipe_tables.py"
 
@@ -113,6 +113,26 @@ def test_the_untouched_model_stands_apart(monkeypatch):
         "8,192 features. On an unseen model its FVU is below the best of three swept "
         "baselines' (no AuxK) in 1 of 2 regimes, 0 before its refit."
     )
+
+
+def test_the_claims_are_of_the_worst_regime_and_the_dead_of_the_longer_ones():
+    of = pd.DataFrame(
+        {
+            "firings": [LONG, LONG, 1000],
+            "dead_share": [0.0005, 0.0002, 0.5],
+            "fvu": [0.1, 0.3, 0.201],
+            "baseline_fvu": [0.2, 0.4, 0.2],
+            "above_least": [0.0, 0.04, 0.02],
+        }
+    )
+    found = claimed(of)
+    assert found == pytest.approx(
+        {"B3.dead": 0.0005, "B3.wins": 2 / 3, "B3.worst": 0.005, "B3.rate": 0.04}
+    )
+    met = runpy.run_path(str(TABLES))["_met"]
+    set_before = "Of the four bounds that were set before (B3), it meets"
+    assert met(of) == f"{set_before} 3 and misses 1: a lower FVU in nine regimes of ten."
+    assert met(of.iloc[:2]) == f"{set_before} 4."
 
 
 def test_a_row_has_what_the_claims_need(monkeypatch):
