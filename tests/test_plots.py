@@ -104,6 +104,19 @@ def _grid_by_layer() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["model", "site", "layer", "rank_share"])
 
 
+def _stacks() -> pd.DataFrame:
+    depths = {"ViT": 12, "speech encoder": 6, "BERT of antibodies": 16, "time series": 10}
+    ranks = {"attn_out": 0.52, "mlp_out": 0.82, "resid_post": 0.8, "z": 0.7}
+    rows = [
+        (stack, weights, site, layer, (rank + layer / 100) * scale)
+        for stack, n in depths.items()
+        for weights, scale in {"trained": 1.0, "untrained": 0.5}.items()
+        for site, rank in ranks.items()
+        for layer in range(n)
+    ]
+    return pd.DataFrame(rows, columns=["stack", "weights", "site", "layer", "rank_share"])
+
+
 def _variances() -> pd.DataFrame:
     predicted = np.geomspace(1e-6, 1, 200)
     return pd.DataFrame({"predicted": predicted, "measured": predicted * 1.001})
@@ -143,6 +156,7 @@ FIGURES = {
     "overlap_by_layer": lambda: plots.overlap_by_layer(_overlaps()),
     "causes_by_layer": lambda: plots.causes_by_layer(_causes()),
     "rank_heatmap_by_layer": lambda: plots.rank_heatmap_by_layer(_grid_by_layer()),
+    "rank_by_stack": lambda: plots.rank_by_stack(_stacks(), {"attn_out": 0.6, "mlp_out": 0.9}),
     "predicted_variance": lambda: plots.predicted_variance(_variances()),
     "singular_values": lambda: plots.singular_values({"W_O, layer 12": np.geomspace(9, 0.1, 576)}),
     "dead_against_rank": lambda: plots.dead_against_rank(_points()),
@@ -278,6 +292,32 @@ def test_heatmap_by_layer_has_a_row_for_each_site_and_leaves_out_what_is_missing
     of_gemma = np.asarray(panels[1].collections[0].get_array())
     np.testing.assert_allclose(of_gemma[2], 0.3 + np.arange(18) / 100)
     assert np.ma.getmaskarray(panels[0].collections[0].get_array())[2].all()
+
+
+def test_each_stack_has_its_panel_and_its_untrained_layers_are_dotted():
+    frame = _stacks()
+    figure = plots.rank_by_stack(frame, {"attn_out": 0.6})
+    assert [axes.get_title() for axes in figure.axes] == list(dict.fromkeys(frame["stack"]))
+    for axes in figure.axes:
+        of = frame[frame["stack"] == axes.get_title()]
+        for weights, dots in {"trained": "-", "untrained": ":"}.items():
+            lines = [
+                li for li in axes.get_lines() if li.get_linestyle() == dots and len(li.get_xdata())
+            ]
+            rows = of[of["weights"] == weights]
+            drawn = np.concatenate([line.get_xydata() for line in lines])
+            np.testing.assert_allclose(drawn, rows[["layer", "rank_share"]])
+        assert [*axes.get_lines()[8].get_ydata()] == [0.6, 0.6]
+    (legend,) = figure.legends
+    named = [text.get_text() for text in legend.get_texts()]
+    assert named == [*(label for label, _ in SITES.values()), "untrained"]
+
+
+def test_stacks_without_kinds_of_weights_have_full_lines_alone():
+    frame = _stacks()
+    figure = plots.rank_by_stack(frame[frame["weights"] == "trained"].drop(columns="weights"))
+    assert {line.get_linestyle() for axes in figure.axes for line in axes.get_lines()} == {"-"}
+    assert len(figure.legends[0].get_texts()) == len(SITES)
 
 
 def test_loss_by_layer_has_a_panel_for_each_layer_with_all_sites():

@@ -68,15 +68,22 @@ def style() -> Iterator[None]:
 
 @contextmanager
 def closed_figure(
-    columns: int = 1, rows: int = 1, *, size: tuple[float, float] = (WIDE, 3.9)
+    columns: int = 1,
+    rows: int = 1,
+    *,
+    size: tuple[float, float] = (WIDE, 3.9),
+    share_x: bool = True,
 ) -> Iterator[tuple[Figure, list[Axes]]]:
     """A figure in saesub's look and its panels, row by row; its size is in inches.
 
-    At the end of the `with` block the figure is closed. If the block has placed no legend, the
-    first panel's legend goes above the panels.
+    Panels in several rows have one range of x, unless `share_x` is False. At the end of the `with`
+    block the figure is closed. If the block has placed no legend, the first panel's legend goes
+    above the panels.
     """
     with style():
-        figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, sharex=rows > 1)
+        figure, grid = plt.subplots(
+            rows, columns, figsize=size, squeeze=False, sharex=share_x and rows > 1
+        )
         try:
             yield figure, list(grid.flat)
             if not figure.legends and not grid[0, 0].get_legend():

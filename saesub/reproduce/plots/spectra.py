@@ -34,6 +34,37 @@ def rank_by_layer(frame: pd.DataFrame, paper: Mapping[str, float] | None = None)
     return figure
 
 
+def rank_by_stack(frame: pd.DataFrame, paper: Mapping[str, float] | None = None) -> Figure:
+    """Rank at 99 % of variance by layer, a panel for each stack of layers, one line per site.
+
+    `frame`: stack (the panel's title), layer, site, rank_share, and perhaps weights (trained or
+    not): the first kind has full lines, others have dotted ones. `paper`: the paper's value by
+    site.
+    """
+    draw.checked(frame, "stack", "layer", "site", "rank_share")
+    if "weights" not in frame.columns:
+        frame = frame.assign(weights="")
+    stacks, kinds = (list(dict.fromkeys(frame[c])) for c in ("stack", "weights"))
+    columns = min(3, len(stacks))
+    n_rows = -(-len(stacks) // columns)
+    size = (draw.WIDE + 1.5, 1.4 + 2.3 * n_rows)
+    with draw.closed_figure(columns, n_rows, size=size, share_x=False) as (figure, panels):
+        for axes in panels[len(stacks) :]:
+            figure.delaxes(axes)
+        for axes, stack in zip(panels, stacks, strict=False):
+            for kind in kinds:
+                rows = frame[(frame["stack"] == stack) & (frame["weights"] == kind)]
+                dots = {"linestyle": ":", "alpha": 0.7, "label": ""} if kind != kinds[0] else {}
+                _by_layer(axes, pd.DataFrame(rows), "site", "rank_share", **dots)
+            for value, color in draw.paper_lines(paper).items():
+                axes.axhline(value, color=color, linestyle=(0, (5, 3)), linewidth=1.2, zorder=1)
+            axes.set(title=stack, ylim=(0, 1.03))
+        for kind in kinds[1:]:
+            panels[0].plot([], [], ":", color=draw.NOTE, label=kind)
+        figure.supylabel("rank at 99 % of variance (share of width)", fontsize=10)
+    return figure
+
+
 def overlap_by_layer(frame: pd.DataFrame) -> Figure:
     """How far the subspaces of pairs of heads overlap by layer, one line per kind of pairs.
 
@@ -59,10 +90,11 @@ def causes_by_layer(frame: pd.DataFrame) -> Figure:
     return figure
 
 
-def _by_layer(axes: Axes, frame: pd.DataFrame, series: str, y: str) -> None:
+def _by_layer(axes: Axes, frame: pd.DataFrame, series: str, y: str, **instead: object) -> None:
+    """A line by layer for each of `series`; `instead` replaces a part of their looks."""
     for rows, look in draw.series(frame, series):
         rows = rows.sort_values("layer")
-        axes.plot(rows["layer"], rows[y], **look)
+        axes.plot(rows["layer"], rows[y], **look | instead)
     axes.set_xlabel("layer")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     draw.percent(axes.yaxis)
