@@ -8,7 +8,7 @@ STAMP := $(VENV)/.ready
 TRITON_STAMP := $(VENV)/.triton
 ROOMS := $(patsubst saesub/%/__init__.py,saesub.%,$(wildcard saesub/*/__init__.py))
 
-.PHONY: setup reproduce publish publish-quick bench test test-all lint docs lock clean
+.PHONY: setup reproduce publish publish-quick figures bench test test-all lint docs lock clean
 
 setup: $(STAMP)
 
@@ -41,6 +41,10 @@ publish: $(STAMP)
 
 publish-quick: $(STAMP)
 	$(BIN)/python notebooks/publish.py results/quick
+
+# Draws the figures of the notebooks and the README again from the records, into build/figures.
+figures: $(STAMP)
+	$(BIN)/python notebooks/figures.py
 
 # Times a training step of saesub and of four other libraries, an hour or two: leave the machine
 # alone meanwhile. Writes benchmarks/results/ and docs/speed.md.

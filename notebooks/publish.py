@@ -111,9 +111,18 @@ def publish(run: Path) -> None:
     for source, notebook in taken.items():
         if profile == SHOWN:
             nbformat.write(notebook, source)
+            take_figures(run, source.stem)
         write_first_cell(source, records)
     write_record(profile, records[profile])
     write_pages(read_records())  # in the order of the profiles, also the first time
+
+
+def take_figures(run: Path, name: str) -> None:
+    """Copies what a notebook's figures were drawn from, if it has figures."""
+    kept, ours = (folder / "figures" / f"{name}.jsonl" for folder in (run, RESULTS / SHOWN))
+    ours.unlink(missing_ok=True)
+    if kept.is_file():
+        write_atomically(ours, kept.read_text(encoding="utf-8"))
 
 
 def record_file(profile: str) -> Path:
@@ -734,6 +743,8 @@ def _opening(source: str) -> tuple[str, str]:
 def main(arguments: Sequence[str]) -> None:
     """Publishes a run; or gives it recorded claims (`--seed`), or writes the pages (`--pages`)."""
     folders = [argument for argument in arguments if not argument.startswith("--")]
+    if not {*arguments} - {*folders} <= {"--pages", "--seed"}:
+        raise SystemExit(__doc__)
     run = Path(*(folders or [ROOT / "results" / SHOWN]))
     if "--pages" in arguments:
         write_pages(read_records())

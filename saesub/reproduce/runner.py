@@ -131,7 +131,8 @@ def _execute(path: Path, profile: str, folder: Path, quiet: bool) -> Outcome:
     # The scorecard reads what the others write, so it is out of date once any of them runs.
     runs = folder / "runs"
     stale = [*folder.glob(f"claims_{path.stem[:2]}*.json"), *runs.glob(f"{_SCORECARD}_*.json")]
-    for file in (*stale, runs / f"{path.stem}.json"):
+    figures = folder / "figures" / f"{path.stem}.jsonl"
+    for file in (*stale, figures, runs / f"{path.stem}.json"):
         file.unlink(missing_ok=True)
     start, error, peak = time.monotonic(), "", {}
     with tempfile.TemporaryDirectory() as temporary:
@@ -139,7 +140,7 @@ def _execute(path: Path, profile: str, folder: Path, quiet: bool) -> Outcome:
         options = {
             "kernel_name": "python3",
             "language": "python",
-            "kernel_manager_class": _kernel_manager(folder, peak_file, quiet),
+            "kernel_manager_class": _kernel_manager(folder, peak_file, figures, quiet),
             "progress_bar": not quiet,
             "cwd": str(folder),
         }
@@ -156,7 +157,9 @@ def _execute(path: Path, profile: str, folder: Path, quiet: bool) -> Outcome:
     return Outcome(path.stem, "", time.monotonic() - start, error, tuple(run_facts()), peak)
 
 
-def _kernel_manager(folder: Path, peak_file: Path, quiet: bool) -> type[AsyncKernelManager]:
+def _kernel_manager(
+    folder: Path, peak_file: Path, figures: Path, quiet: bool
+) -> type[AsyncKernelManager]:
     """Starts kernels of this very Python, whatever kernel specs the user has installed."""
     memory = Path(__file__).with_name("notebook_memory.py")
     arguments = [f"--IPKernelApp.exec_files={memory}"]
@@ -164,6 +167,7 @@ def _kernel_manager(folder: Path, peak_file: Path, quiet: bool) -> type[AsyncKer
     environment = {
         "SAESUB_RESULTS": str(folder),
         "SAESUB_PEAK_MEMORY": str(peak_file),
+        "SAESUB_FIGURES": str(figures),
         # A user's own MPLBACKEND (Agg, say) would leave the notebooks without their figures.
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
     } | (QUIET if quiet else {})

@@ -11,8 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from saesub.reproduce.plots import drawing as draw
+from saesub.reproduce.plots.kept import kept
 
 
+@kept
 def coherence_by_density(frame: pd.DataFrame, chance: float | None = None) -> Figure:
     """How alike the contexts of features are, by how often they fire, a line per condition.
 
@@ -32,6 +34,7 @@ def coherence_by_density(frame: pd.DataFrame, chance: float | None = None) -> Fi
     return figure
 
 
+@kept
 def shared_features(frame: pd.DataFrame, threshold: float = 0.7) -> Figure:
     """Share of features whose match in another seed has at least this cosine, a line per pair.
 
@@ -55,6 +58,7 @@ def shared_features(frame: pd.DataFrame, threshold: float = 0.7) -> Figure:
     return figure
 
 
+@kept
 def probe_accuracy(frame: pd.DataFrame, ceiling: pd.DataFrame | None = None) -> Figure:
     """Test accuracy of sparse probes, a panel for each k, a row for each task, a point per seed.
 

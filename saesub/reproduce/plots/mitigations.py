@@ -14,6 +14,7 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullForm
 
 from saesub.errors import SaesubError
 from saesub.reproduce.plots import drawing as draw
+from saesub.reproduce.plots.kept import kept
 
 _COLUMNS = 4  # panels side by side
 _LINEAR_BELOW = 1e-3  # of the features: there the axis of shares passes from linear to logarithmic
@@ -44,6 +45,7 @@ _LABELS = {
 }
 
 
+@kept
 def mitigation_panels(
     frame: pd.DataFrame,
     panels: Mapping[str, Sequence[str]],

@@ -13,10 +13,12 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
 from saesub.reproduce.plots import drawing as draw
+from saesub.reproduce.plots.kept import kept
 
 _SAME_L0 = 0.05  # active features
 
 
+@kept
 def dead_against_rank(
     frame: pd.DataFrame, rank: str = "rank at 99 % of variance (share of width)"
 ) -> Figure:
@@ -53,6 +55,7 @@ def _label_points(figure: Figure, axes: Axes, frame: pd.DataFrame) -> None:
             note.remove()
 
 
+@kept
 def dead_by_dictionary(frame: pd.DataFrame) -> Figure:
     """Dead features of each kind of dictionary, a line from its least to its most condition.
 
@@ -103,6 +106,7 @@ def _by_dictionary(axes: Axes, frame: pd.DataFrame, column: str, names: list[str
             axes.scatter(values, places, **sizes, **mark)
 
 
+@kept
 def dead_by_remedy(table: pd.DataFrame) -> Figure:
     """Share of dead features by site (rows) and remedy (columns), in the order of the table.
 

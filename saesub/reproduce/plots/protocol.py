@@ -10,11 +10,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from saesub.reproduce.plots import drawing as draw
+from saesub.reproduce.plots.kept import kept
 from saesub.reproduce.plots.training import OUTCOMES
 
 _LEAST_SHARE = 1e-3  # of the features: there axes of shares pass from linear to logarithmic
 
 
+@kept
 def dead_by_window(frame: pd.DataFrame, decides: float | None = None) -> Figure:
     """Share of features that have not fired after so many held-out tokens, a line per condition.
 
@@ -46,6 +48,7 @@ def dead_by_window(frame: pd.DataFrame, decides: float | None = None) -> Figure:
     return figure
 
 
+@kept
 def dead_against_fvu(frame: pd.DataFrame) -> Figure:
     """Dead features against FVU along the learning rates tried, a line per condition.
 
@@ -73,6 +76,7 @@ def dead_against_fvu(frame: pd.DataFrame) -> Figure:
     return figure
 
 
+@kept
 def firing_counts(frame: pd.DataFrame) -> Figure:
     """How often features fire over the held-out tokens, by powers of two, one step per condition.
 

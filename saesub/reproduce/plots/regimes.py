@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from saesub.reproduce.plots import drawing as draw
+from saesub.reproduce.plots.kept import kept
 
 _ASI, _RANDOM = draw.CONDITIONS["asi"], draw.CONDITIONS["random"]
 _KINDS: dict[str, tuple[str, dict[str, Any]]] = {  # column, label and look
@@ -26,6 +27,7 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {  # column, label and look
 }
 
 
+@kept
 def recipe_by_regime(frame: pd.DataFrame, reach: float = 0.4) -> Figure:
     """How far the recipe's FVU lies from that of the best swept baseline, a line for each regime.
 

@@ -6,6 +6,7 @@ Each takes data and returns a closed Figure, as all of `saesub.reproduce.plots` 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,8 +18,10 @@ from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from saesub.activations.spectrum import Spectrum
 from saesub.errors import SaesubError
 from saesub.reproduce.plots import drawing as draw
+from saesub.reproduce.plots.kept import cumulative_shares, kept
 
 
+@kept
 def rank_by_layer(frame: pd.DataFrame, paper: Mapping[str, float] | None = None) -> Figure:
     """Rank at 99 % of variance by layer, one line per site.
 
@@ -34,6 +37,7 @@ def rank_by_layer(frame: pd.DataFrame, paper: Mapping[str, float] | None = None)
     return figure
 
 
+@kept
 def rank_by_stack(frame: pd.DataFrame, paper: Mapping[str, float] | None = None) -> Figure:
     """Rank at 99 % of variance by layer, a panel for each stack of layers, one line per site.
 
@@ -65,6 +69,7 @@ def rank_by_stack(frame: pd.DataFrame, paper: Mapping[str, float] | None = None)
     return figure
 
 
+@kept
 def overlap_by_layer(frame: pd.DataFrame) -> Figure:
     """How far the subspaces of pairs of heads overlap by layer, one line per kind of pairs.
 
@@ -77,6 +82,7 @@ def overlap_by_layer(frame: pd.DataFrame) -> Figure:
     return figure
 
 
+@kept
 def causes_by_layer(frame: pd.DataFrame) -> Figure:
     """What each cause adds to the rank at 99 % of variance by layer, one line per cause.
 
@@ -90,7 +96,7 @@ def causes_by_layer(frame: pd.DataFrame) -> Figure:
     return figure
 
 
-def _by_layer(axes: Axes, frame: pd.DataFrame, series: str, y: str, **instead: object) -> None:
+def _by_layer(axes: Axes, frame: pd.DataFrame, series: str, y: str, **instead: Any) -> None:
     """A line by layer for each of `series`; `instead` replaces a part of their looks."""
     for rows, look in draw.series(frame, series):
         rows = rows.sort_values("layer")
@@ -102,14 +108,14 @@ def _by_layer(axes: Axes, frame: pd.DataFrame, series: str, y: str, **instead: o
 
 def _cumulative(name: str, curve: np.ndarray | Spectrum) -> np.ndarray:
     if isinstance(curve, Spectrum):
-        variances = np.sort(curve.eigenvalues.numpy().clip(min=0))[::-1]
-        return np.cumsum(variances) / variances.sum()
+        return cumulative_shares(curve)
     shares = np.asarray(curve, dtype=float)
     if shares.min() < 0 or shares.max() > 1.001 or (np.diff(shares) < -1e-6).any():
         raise SaesubError(f"{name}: give cumulative shares that rise to 1, not variances")
     return shares
 
 
+@kept
 def cumulative_variance(curves: Mapping[str, np.ndarray | Spectrum]) -> Figure:
     """Share of variance held by the top share of directions, one curve per site.
 
@@ -126,6 +132,7 @@ def cumulative_variance(curves: Mapping[str, np.ndarray | Spectrum]) -> Figure:
     return figure
 
 
+@kept
 def loss_recovered(
     frame: pd.DataFrame, target: float = 0.9, paper: Mapping[str, float] | None = None
 ) -> Figure:
@@ -158,6 +165,7 @@ def _with_bands(axes: Axes, frame: pd.DataFrame, x: str) -> None:
             axes.fill_between(rows[x], rows["low"], rows["high"], **band)
 
 
+@kept
 def loss_by_layer(frame: pd.DataFrame, target: float = 0.9) -> Figure:
     """Loss recovered against the number of directions kept, a panel for each layer.
 
@@ -187,6 +195,7 @@ def loss_by_layer(frame: pd.DataFrame, target: float = 0.9) -> Figure:
     return figure
 
 
+@kept
 def rank_heatmap(frame: pd.DataFrame) -> Figure:
     """Mean rank by model and corpus, one panel per site.
 
@@ -212,6 +221,7 @@ def rank_heatmap(frame: pd.DataFrame) -> Figure:
     return figure
 
 
+@kept
 def rank_heatmap_by_layer(frame: pd.DataFrame) -> Figure:
     """Rank by site and layer, one panel per model; a cell is empty where a model lacks the site.
 
@@ -243,6 +253,7 @@ def rank_heatmap_by_layer(frame: pd.DataFrame) -> Figure:
     return figure
 
 
+@kept
 def predicted_variance(frame: pd.DataFrame) -> Figure:
     """Variance predicted from W_O against the measured one. `frame`: predicted, measured."""
     draw.checked(frame, "predicted", "measured")
@@ -259,6 +270,7 @@ def predicted_variance(frame: pd.DataFrame) -> Figure:
     return figure
 
 
+@kept
 def singular_values(curves: Mapping[str, np.ndarray]) -> Figure:
     """Singular values in falling order on a logarithmic axis, one curve per name."""
     with draw.closed_figure() as (figure, (axes,)):

@@ -11,10 +11,12 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from saesub.errors import SaesubError, near_names
 from saesub.reproduce.plots import drawing as draw
+from saesub.reproduce.plots.kept import kept
 
 OUTCOMES = {"dead_share": "dead features", "fvu": "fraction of variance unexplained"}
 
 
+@kept
 def width(frame: pd.DataFrame, measure: str = "dead_share") -> Figure:
     """Share of dead features, or FVU, by dictionary width, one line per condition.
 
@@ -37,6 +39,7 @@ def width(frame: pd.DataFrame, measure: str = "dead_share") -> Figure:
     return figure
 
 
+@kept
 def d_init_by_place(frame: pd.DataFrame) -> Figure:
     """Dead features by d_init, a panel for each place, with "auto" marked.
 

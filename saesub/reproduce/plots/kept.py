@@ -1,0 +1,100 @@
+"""What each figure of a run was drawn from, kept so that it can be drawn again without the run.
+
+Where the environment variable SAESUB_FIGURES names a file, every figure adds a line of JSON to it:
+the function's name and its arguments. `saesub reproduce` sets it, to a file for each notebook.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from collections.abc import Callable, Mapping
+from functools import wraps
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from pandas.api.types import is_numeric_dtype, is_scalar
+
+from saesub.activations.spectrum import Spectrum
+from saesub.errors import SaesubError
+
+FILE = "SAESUB_FIGURES"
+_Draws = TypeVar("_Draws", bound=Callable[..., Figure])
+_functions: dict[str, Callable[..., Figure]] = {}
+
+
+def kept(function: _Draws) -> _Draws:
+    """The same function, which adds what it draws to the file that the environment names."""
+    signature = inspect.signature(function)
+
+    @wraps(function)
+    def drawn(*args: Any, **kwargs: Any) -> Figure:
+        figure = function(*args, **kwargs)
+        if file := os.environ.get(FILE):
+            given = signature.bind(*args, **kwargs).arguments
+            line = {"figure": function.__name__, "arguments": _encoded(given)}
+            path = Path(file)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(line, ensure_ascii=False) + "\n")
+        return figure
+
+    _functions[function.__name__] = function
+    return drawn  # pyright: ignore[reportReturnType]
+
+
+def redrawn(line: str) -> Figure:
+    """The figure that a line of such a file is of. Raises SaesubError if it is of none."""
+    try:
+        found = json.loads(line)
+        function, arguments = _functions[found["figure"]], _decoded(found["arguments"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise SaesubError(
+            f"this line is of no figure ({error}): run the notebook again to keep its figures"
+        ) from error
+    return function(**arguments)
+
+
+def cumulative_shares(spectrum: Spectrum) -> np.ndarray:
+    """The share of variance that the strongest direction holds, the two strongest, ...: (d,)."""
+    variances = np.sort(spectrum.eigenvalues.numpy().clip(min=0))[::-1]
+    return np.cumsum(variances) / variances.sum()
+
+
+def _encoded(value: Any) -> Any:
+    """JSON for an argument. Of a frame, the columns of scalars: no figure draws others."""
+    if isinstance(value, pd.DataFrame):
+        plain = [column for column in value if value[column].map(is_scalar).all()]
+        parts = pd.DataFrame(value[plain]).to_dict("split")
+        named = value.index.nlevels == 1 and not is_numeric_dtype(value.index)
+        index = parts["index"] if named else None
+        rows = [[_encoded(cell) for cell in row] for row in parts["data"]]
+        name = value.columns.name
+        return {"frame": rows, "columns": parts["columns"], "name": name, "index": index}
+    if isinstance(value, Spectrum):
+        return {"array": cumulative_shares(value).tolist()}
+    if isinstance(value, np.ndarray):
+        return {"array": value.tolist()}
+    if isinstance(value, Mapping):
+        return {"mapping": {key: _encoded(item) for key, item in value.items()}}
+    if isinstance(value, list | tuple):
+        return [_encoded(item) for item in value]
+    value = value.item() if isinstance(value, np.generic) else value
+    return None if is_scalar(value) and pd.isna(value) else value
+
+
+def _decoded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_decoded(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "mapping" in value:
+        return {key: _decoded(item) for key, item in value["mapping"].items()}
+    if "array" in value:
+        return np.array(value["array"])
+    columns = pd.Index(value["columns"], name=value["name"])
+    return pd.DataFrame(value["frame"], value["index"], columns)

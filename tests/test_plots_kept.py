@@ -1,0 +1,133 @@
+"""A figure that is kept in a run is drawn again as it was, to the pixel."""
+
+from __future__ import annotations
+
+import json
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+import test_plots
+import test_plots_d_init
+import test_plots_dictionaries
+import test_plots_mitigations
+import test_plots_protocol
+import test_plots_regimes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from saesub.activations.spectrum import Spectrum
+from saesub.errors import SaesubError
+from saesub.reproduce import plots
+from saesub.reproduce.plots.kept import redrawn
+
+matplotlib.use("Agg")
+
+
+def _rates() -> pd.DataFrame:
+    rows = [
+        (name, lr, dead, 0.2 + lr, lr == 1e-3, {"a": 1})
+        for name in ("random", "ASI")
+        for lr, dead in ((5e-4, 0.0), (1e-3, 0.2))
+    ]
+    columns = ["condition", "lr", "dead_share", "fvu", "best", "density"]
+    return pd.DataFrame(rows, columns=columns, index=pd.Index([4, 2, 9, 7]))
+
+
+def _probes() -> pd.DataFrame:
+    rows = [(a, t, k, 0.7) for a in ("random", "asi") for t in ("x", "y") for k in (1, 5)]
+    return pd.DataFrame(rows, columns=["condition", "task", "k", "accuracy"])
+
+
+def _features() -> pd.DataFrame:
+    values = {"condition": ["random", "asi"] * 3, "pair": [0, 0, 1, 1, 2, 2]}
+    shares = np.linspace(0.1, 0.9, 6)
+    return pd.DataFrame(values | {"density": shares, "coherence": shares, "cosine": shares})
+
+
+def _spectrum() -> Spectrum:
+    import torch
+
+    x = torch.randn(500, 8, generator=torch.Generator().manual_seed(0))
+    return Spectrum.from_activations(x * torch.linspace(0.2, 2, 8))
+
+
+FIRED = pd.DataFrame({"condition": ["random", "ASI"], "power": [-1, 3], "share": [0.5, 1.0]})
+CALLS = test_plots.FIGURES | {
+    "a spectrum": lambda: plots.cumulative_variance({"x": _spectrum()}),
+    "d_init_by_place": lambda: plots.d_init_by_place(test_plots_d_init.SWEEP),
+    "dead_by_dictionary": lambda: plots.dead_by_dictionary(test_plots_dictionaries._frame()),
+    "mitigation_panels": lambda: plots.mitigation_panels(
+        test_plots_mitigations._rates(), test_plots_mitigations.PANELS, notes={"AuxK": "2 ×"}
+    ),
+    "dead_by_window": lambda: plots.dead_by_window(test_plots_protocol._windows(), decides=2e4),
+    "dead_against_fvu": lambda: plots.dead_against_fvu(_rates()),
+    "firing_counts": lambda: plots.firing_counts(FIRED),
+    "recipe_by_regime": lambda: plots.recipe_by_regime(test_plots_regimes.FRAME),
+    "coherence_by_density": lambda: plots.coherence_by_density(_features(), chance=0.1),
+    "shared_features": lambda: plots.shared_features(_features()),
+    "probe_accuracy": lambda: plots.probe_accuracy(
+        _probes(), pd.DataFrame({"task": ["x", "y"], "accuracy": [0.9, 0.95]})
+    ),
+}
+
+
+def _pixels(figure) -> np.ndarray:
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_figure_is_drawn_again_from_what_is_kept(name, tmp_path, monkeypatch):
+    file = tmp_path / "figures" / "07.jsonl"
+    monkeypatch.setenv("SAESUB_FIGURES", str(file))
+    figure = CALLS[name]()
+    monkeypatch.delenv("SAESUB_FIGURES")
+    (line,) = file.read_text(encoding="utf-8").splitlines()
+    np.testing.assert_array_equal(_pixels(redrawn(line)), _pixels(figure))
+
+
+def test_every_figure_of_the_notebooks_is_kept():
+    drawn = {line.split(".")[0] for line in CALLS}
+    public = {name for name in plots.__all__ if callable(getattr(plots, name))}
+    assert public - {"diagnosis", "style"} <= drawn  # of an SAE that is at hand, and no figure
+
+
+def test_figures_are_kept_in_the_order_in_which_they_are_drawn(tmp_path, monkeypatch):
+    file = tmp_path / "00.jsonl"
+    monkeypatch.setenv("SAESUB_FIGURES", str(file))
+    plots.firing_counts(FIRED)
+    plots.dead_against_fvu(_rates())
+    with pytest.raises(SaesubError):
+        plots.firing_counts(FIRED.drop(columns="power"))
+    found = [json.loads(line)["figure"] for line in file.read_text().splitlines()]
+    assert found == ["firing_counts", "dead_against_fvu"]
+
+
+def test_columns_that_no_figure_draws_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAESUB_FIGURES", str(tmp_path / "00.jsonl"))
+    plots.dead_against_fvu(_rates())
+    frame = json.loads((tmp_path / "00.jsonl").read_text())["arguments"]["mapping"]["frame"]
+    assert frame["columns"] == [
+        "condition",
+        "lr",
+        "dead_share",
+        "fvu",
+        "best",
+    ]  # "density" holds dicts
+
+
+def test_without_the_variable_nothing_is_kept(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SAESUB_FIGURES", raising=False)
+    plots.firing_counts(FIRED)
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    "line", ["", "[]", '{"figure": "no such", "arguments": {"mapping": {}}}', '{"figure": "width"}']
+)
+def test_a_line_of_no_figure_is_refused(line):
+    with pytest.raises(SaesubError, match="run the notebook again"):
+        redrawn(line)
