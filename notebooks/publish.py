@@ -66,6 +66,7 @@ REGISTRY = ROOT / "data" / "registry.toml"
 ERROR_INDEX = runpy.run_path(str(ROOT / "notebooks" / "error_index.py"))
 GPU_TABLES = runpy.run_path(str(ROOT / "notebooks" / "gpu_tables.py"))
 RECIPE_TABLES = runpy.run_path(str(ROOT / "notebooks" / "recipe_tables.py"))
+FINDING_PAGES = runpy.run_path(str(ROOT / "notebooks" / "finding_pages.py"))
 BOUNDS = runpy.run_path(str(ROOT / "notebooks" / "bounds.py"))
 # The packaged files that the notebooks ask for at `full`, by kind, and those of them that `quick`
 # leaves out.
@@ -148,6 +149,13 @@ def write_pages(records: dict) -> None:
     save_figure(dead_against_fvu(readme_rows()), (STUDIES / "cure.json").read_bytes())
     for page in pages():
         write_atomically(page, with_tables(page.read_text(), records))
+    for page, text in finding_pages(records).items():
+        write_atomically(page, text)
+
+
+def finding_pages(records: dict) -> dict[Path, str]:
+    """The pages in docs/findings with their texts."""
+    return FINDING_PAGES["texts"](records[SHOWN], json.loads(BOUNDS_FILE.read_text()))
 
 
 def write_record(profile: str, record: dict) -> None:
@@ -263,8 +271,7 @@ def with_tables(page: str, records: dict) -> str:
         "figure": figure_caption(readme_rows()),
         "cost": cost_table(records, tomllib.loads(REGISTRY.read_text(encoding="utf-8"))),
         "titles": _titles(records),
-        "verdicts": findings_table(rows),
-        "findings": claims_page(records, json.loads(BOUNDS_FILE.read_text())),
+        "verdicts": FINDING_PAGES["verdicts"](rows),
         "notebooks": _notebook_table(records),
         "norm": norm_sentence(json.loads((STUDIES / "defaults.json").read_text())),
         "defaults": defaults_table(json.loads((STUDIES / "defaults.json").read_text())),
@@ -372,47 +379,6 @@ def summary_table(rows: Iterable[dict]) -> str:
 
 def _verdict(found: claims.FindingVerdict) -> str:
     return f"{found.finding} {found.verdict}: {found.tally}"
-
-
-def findings_table(rows: Iterable[dict]) -> str:
-    """A line for each of the paper's findings: its verdict and its rows by verdict."""
-    lines = ["| Finding | Verdict | Rows |", "|---" * 3 + "|"]
-    for found in claims.findings(claims.scorecard(rows).rows):
-        symbol = claims_table.SYMBOLS[found.verdict]
-        lines.append(f"| {found.finding} | {symbol} {found.verdict} | {found.tally} |")
-    return "\n".join(lines)
-
-
-def claims_page(records: dict, bounds: dict) -> str:
-    """Every claim in every regime, with the commits of its bounds and of its record.
-
-    `bounds` is what `bounds.py` found. A row without a commit has that of its notebook's run.
-    """
-    rows = [
-        row | _record(row, bounds["runs"].get(name, ""), bounds)
-        for name, recorded in records[SHOWN].items()
-        for row in recorded["claims"]
-    ]
-    scored = claims.scorecard(rows).rows
-    return claims_table.ClaimsTable([_with_bound(row, bounds) for row in scored]).markdown()
-
-
-def _record(row: dict, run: str, bounds: dict) -> dict:
-    """The commit of the row's record, and that at which its value was first seen. For a row of the
-    notebook's own run, whose commit is `run`, that is the first run that measured the claim."""
-    if row.get("record"):
-        return {"record": row["record"], "seen": row["record"]}
-    return {"record": run, "seen": bounds["first_runs"].get(row["id"], run)}
-
-
-def _with_bound(row: dict, bounds: dict) -> dict:
-    """The row with the commit of its bounds, and whether that is younger than its record."""
-    if row["id"] not in bounds["claims"]:
-        return row | {"bound": "not committed", "bound_is_younger": bool(row["record"])}
-    commit = bounds["claims"][row["id"]]["commit"]
-    seen = row.get("seen", "")[: claims_table.SHORT]
-    younger = seen in bounds["older_records"][commit]
-    return row | {"bound": commit, "bound_is_younger": younger}
 
 
 def _values(rows: Sequence[dict], joined_by: str) -> str:

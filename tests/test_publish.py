@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 publish = runpy.run_path(str(ROOT / "notebooks" / "publish.py"))
 RECORDS = publish["read_records"]()
 FULL = RECORDS["full"]
+FINDINGS = publish["FINDING_PAGES"]
 CURE_FILE = ROOT / "data" / "results" / "studies" / "cure.json"
 
 
@@ -41,7 +42,7 @@ def test_every_page_shows_the_committed_records(page):
     ("page", "name"),
     [
         *[("README.md", name) for name in ("figure", "summary", "cost", "titles")],
-        *[("docs/findings.md", n) for n in ("verdicts", "findings", "cure", "notebooks")],
+        *[("docs/findings.md", n) for n in ("verdicts", "cure", "notebooks")],
         ("docs/faults.md", "faults"),
         ("docs/architectures.md", "architectures"),
     ],
@@ -198,7 +199,7 @@ def test_a_claim_that_holds_in_one_regime_and_fails_in_another_is_named_and_both
     name = "With ASI hardly any feature dies"
     assert against == f"✘ *{name}* (1 of 2)"
     assert verdict.startswith("F6 mixed: 2 ✔, 1 ↗, 1 ✘, ")
-    page = publish["claims_page"]({"full": {"05_x": {"claims": rows}}}, BOUNDS)
+    page = _page("F6", rows, BOUNDS)
     assert "| ✘ does not hold<br>" in page
     assert "<small>layer 12, narrow, Adam</small>" in page
     assert "<small>layer 12, wide, Adam</small>" in page
@@ -251,15 +252,48 @@ def test_findings_are_counted_by_verdict_above_their_table():
         "Of the paper's 12 findings: holds 1, holds in direction 1, does not hold 1, "
         "not testable here 9."
     )
-    lines = publish["findings_table"](rows).splitlines()
-    assert len(lines) == 2 + 12
-    assert lines[2 + 8].startswith("| F9 | ✘ does not hold | 1 ✘, ")
+    lines = FINDINGS["verdicts"](rows).splitlines()
+    assert len(lines) == 2 + 12 + 5
+    assert re.match(r"\| \[F9 · .*\]\(findings/F9.md\) \| ✘ does not hold \| 1 ✘, ", lines[2 + 8])
+    judged = {found.finding: found for found in claims.findings(claims.scorecard(ROWS).rows)}
+    for line in FINDINGS["verdicts"](ROWS).splitlines()[2 : 2 + 12]:
+        name, tally = (
+            line.removeprefix("| [").split(" ")[0],
+            line.split(" | ")[2].removesuffix(" |"),
+        )
+        assert tally == judged[name].tally
 
 
 BOUNDS = json.loads(publish["BOUNDS_FILE"].read_text())
 
 
-def test_the_page_of_claims_shows_the_commits_of_bounds_and_records():
+def _page(name, rows, bounds):
+    record = {"05_x": {"claims": rows}}
+    (text,) = (t for path, t in FINDINGS["texts"](record, bounds).items() if path.stem == name)
+    return text
+
+
+def test_every_finding_has_its_page_with_all_of_its_rows():
+    texts = publish["finding_pages"](RECORDS)
+    assert {path.stem for path in texts} == {c.finding for c in paper_claims.load_claims().values()}
+    assert set(texts) == set(FINDINGS["FOLDER"].glob("*.md"))
+    shown = "".join(texts.values())
+    assert len(re.findall(r"^\| \*\*", shown, re.M)) == len(claims.scorecard(ROWS).rows)
+    told = "run `python notebooks/publish.py --pages`"
+    assert all(path.read_text() == text for path, text in texts.items()), told
+
+
+def test_a_findings_figure_is_one_that_its_notebook_shows():
+    for finding in FINDINGS["known"]():
+        name, number = finding.figure.rsplit("-", 1)
+        notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+        outputs = [out for c in notebook.cells if c.cell_type == "code" for out in c.outputs]
+        assert sum("image/png" in out.get("data", {}) for out in outputs) >= int(number)
+        notebooks = {row["notebook"] for row in ROWS if row["finding"] == finding.finding}
+        assert name.split("_")[0] in notebooks
+
+
+def test_the_pages_of_findings_show_the_commits_of_bounds_and_records():
     rows = _measured(("F6.fvu", -0.1)) + [
         row | {"record": "b" * 40} for row in _measured(("F9.best", 0.001))
     ]
@@ -269,21 +303,19 @@ def test_the_page_of_claims_shows_the_commits_of_bounds_and_records():
         "runs": {"05_x": "a" * 9},
         "first_runs": {},
     }
-    page = publish["claims_page"]({"full": {"05_x": {"claims": rows}}}, bounds)
-    told = {
-        row.split("**")[1]: row.split("<small>")[-1].split("</small>")[0]
-        for row in page.splitlines()[2:]
-    }
+    pages = [_page(name, rows, bounds) for name in ("F1", "F6", "F9")]
+    lines = [line for page in pages for line in page.splitlines() if line.startswith("| **")]
+    told = {row.split("**")[1]: row.split("<small>")[-1].split("</small>")[0] for row in lines}
     assert told["F6.fvu"] == "bound ccccccccc, record aaaaaaaaa; bound set after the record"
     assert told["F9.best"] == ("bound not committed, record bbbbbbbbb; bound set after the record")
     assert told["F1.attn_rank"] == "bound not committed"
     bounds["older_records"]["c" * 9] = []
-    page = publish["claims_page"]({"full": {"05_x": {"claims": rows}}}, bounds)
+    page = _page("F6", rows, bounds)
     assert "<small>bound ccccccccc, record aaaaaaaaa</small>" in page
     # Another run does not make the bound older than the value.
     bounds["older_records"]["c" * 9] = ["d" * 9]
     bounds["first_runs"] = {"F6.fvu": "d" * 9}
-    page = publish["claims_page"]({"full": {"05_x": {"claims": rows}}}, bounds)
+    page = _page("F6", rows, bounds)
     assert "bound ccccccccc, record aaaaaaaaa; bound set after the record" in page
 
 
