@@ -6,9 +6,8 @@ TORCH := torch==2.13.0
 TRITON := triton==3.7.1
 STAMP := $(VENV)/.ready
 TRITON_STAMP := $(VENV)/.triton
-ROOMS := $(patsubst saesub/%/__init__.py,saesub.%,$(wildcard saesub/*/__init__.py))
 
-.PHONY: setup reproduce publish publish-quick figures bench test test-all lint docs lock clean
+.PHONY: setup reproduce publish publish-quick figures bench test test-all lint book lock clean
 
 setup: $(STAMP)
 
@@ -66,13 +65,12 @@ lint: $(STAMP)
 	$(BIN)/pyright --pythonpath $(BIN)/python saesub
 	$(BIN)/lint-imports
 
-# The reference of the public names and of the package's rooms, from their docstrings. Three modules
-# are no part of it, since they import only in a kernel and with Triton: pdoc's warnings are of them
-# and of the constructors that dataclasses make.
-UNDOCUMENTED := '!.*notebook_memory' '!.*triton_.*kernels'
-docs: $(STAMP)
-	$(BIN)/python -W ignore -m pdoc saesub $(ROOMS) $(UNDOCUMENTED) --docformat google \
-	  --output-directory build/docs
+# The site: the committed notebooks, the README and the pages in docs/, into build/book. Nothing is
+# run.
+book: figures
+	rm -rf build/book
+	$(BIN)/python -m sphinx -q -W -b html -d build/doctrees -c docs . build/book
+	cp build/book/README.html build/book/index.html
 
 # Pins what a fresh environment resolves to; the local part of torch's version (+cpu) is dropped.
 lock:

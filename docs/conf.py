@@ -25,7 +25,9 @@ REPOSITORY = _ABOUT["urls"]["Repository"].rstrip("/")
 project = _ABOUT["name"]
 release = _ABOUT["version"]
 author = copyright = "saesub"
-extensions = ["myst_nb", "mathml"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "mathml", "terms"]
+autodoc_typehints_format = "short"
+autodoc_class_signature = "separated"
 root_doc = "README"
 include_patterns = ["README.md", "CONTRIBUTING.md", "docs/*.md", "docs/findings/*.md"]
 include_patterns += ["notebooks/[0-9]*.ipynb"]
@@ -43,6 +45,14 @@ _CONTENTS = """
 
 ```{toctree}
 :hidden:
+:caption: Findings
+
+docs/findings
+docs/terms
+```
+
+```{toctree}
+:hidden:
 :caption: Notebooks
 :glob:
 
@@ -51,11 +61,29 @@ notebooks/*
 
 ```{toctree}
 :hidden:
-:caption: Pages
-:glob:
+:caption: On your own model
 
-docs/*
+docs/initialisations
+docs/recipe
+docs/diagnosis
+docs/architectures
+docs/speed
+docs/gpu
+docs/several_processes
+docs/eight_gpus
+docs/errors
+docs/faults
+docs/api
+docs/upstream
 CONTRIBUTING
+```
+"""
+_FINDINGS = """
+
+```{toctree}
+:hidden:
+
+%s
 ```
 """
 # What the repository holds and the book does not: its files are shown by the code host.
@@ -65,6 +93,24 @@ _ELSEWHERE = re.compile(
 _BADGE = re.compile(r"\[!\[Open in Colab\]\([^)]*\)\]")
 
 
+def _api() -> str:
+    """The description of every public name, by room."""
+    import saesub
+
+    lines = []
+    for name in sorted(saesub.__all__, key=str.lower):
+        found = getattr(saesub, name)
+        kind = "autoclass" if isinstance(found, type) else "autofunction"
+        lines += [f".. {kind}:: {found.__module__}.{name}"]
+        lines += ["   :members:"] * (kind == "autoclass") + [""]
+    return "\n\n## In full\n\n```{eval-rst}\n" + "\n".join(lines) + "\n```\n"
+
+
+def _by_number(page: Path) -> tuple[bool, int]:
+    """F1 to F12, then B1 to B5."""
+    return page.stem[0] == "B", int(page.stem[1:])
+
+
 def _for_the_book(app: Any, docname: str, source: list[str]) -> None:
     """Links that lead out of the book go to the repository; a badge becomes a plain link."""
     where = f"{REPOSITORY}/blob/main/"
@@ -72,6 +118,11 @@ def _for_the_book(app: Any, docname: str, source: list[str]) -> None:
     source[0] = _BADGE.sub("[Open in Colab]", text)
     if docname == root_doc:
         source[0] += _CONTENTS
+    if docname == "docs/api":
+        source[0] += _api()
+    if docname == "docs/findings":
+        pages = sorted((ROOT / "docs" / "findings").glob("*.md"), key=_by_number)
+        source[0] += _FINDINGS % "\n".join(f"findings/{page.stem}" for page in pages)
 
 
 def setup(app: Any) -> None:

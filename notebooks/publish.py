@@ -20,6 +20,7 @@ findings and times is what the runs left.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import re
 import runpy
@@ -38,6 +39,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+import saesub
 from saesub.errors import SaesubError
 from saesub.evaluation import protocol
 from saesub.files import write_atomically
@@ -57,6 +59,8 @@ COMMANDS = {"quick": "make reproduce", SHOWN: f"PROFILE={SHOWN} make reproduce"}
 STUDIES = RESULTS / "studies"
 FIGURE_FILE = RESULTS / "dead_and_fvu.png"
 PNG = "image/png"
+# As the data pass through them.
+ROOMS = ("loading", "activations", "init", "topk", "training", "evaluation", "errors")
 SHOWN_HOOK = "blocks.12.hook_attn_out"
 SHOWN_CONDITIONS = ("random", "random + SparseAdam", "ASI", "ASI + SparseAdam")
 FAULTS_FILE = RESULTS / "faults.json"
@@ -282,6 +286,7 @@ def with_tables(page: str, records: dict) -> str:
             json.loads(ARCHITECTURES_FILE.read_text(encoding="utf-8"))
         ),
         "errors": ERROR_INDEX["tables"](),
+        "api": api_table(),
         **GPU_TABLES["tables"](),
         **RECIPE_TABLES["tables"](),
     }
@@ -503,6 +508,23 @@ def save_figure(figure: Figure, study: bytes) -> None:
     notes.add_text("Description", digest(study))
     figure.savefig(drawn, dpi=130)
     Image.open(drawn).convert("RGB").quantize(64).save(FIGURE_FILE, optimize=True, pnginfo=notes)
+
+
+def api_table() -> str:
+    """The public names by room, each with the first sentence of its description."""
+    by_room: dict[str, list[str]] = {}
+    for name in sorted(saesub.__all__, key=str.lower):
+        module = getattr(saesub, name).__module__
+        told = inspect.getdoc(getattr(saesub, name)) or ""
+        first = re.split(r"(?<=\.)\s", " ".join(told.split()), maxsplit=1)[0]
+        path = module.replace(".", "/")
+        path += "/__init__.py" if (ROOT / path).is_dir() else ".py"
+        row = f"| [`{name}`](../{path}) | {claims_table.markdown_text(first)} |"
+        by_room.setdefault(module.split(".")[1], []).append(row)
+    order = [room for room in ROOMS if room in by_room]
+    assert len(order) == len(by_room), "a public name lives in a room that is not in ROOMS"
+    head = ["| Name | What it does |", "|---|---|"]
+    return "\n\n".join("\n".join([f"## {room}", "", *head, *by_room[room]]) for room in order)
 
 
 def sizes_table(rows: pd.DataFrame) -> str:
