@@ -69,7 +69,7 @@ lint: $(STAMP)
 # run.
 book: figures
 	rm -rf build/book
-	$(BIN)/python -m sphinx -q -W -b html -d build/doctrees -c docs . build/book
+	$(BIN)/python -m sphinx -q -W -b html -d build/doctrees -c docs/book . build/book
 	cp build/book/README.html build/book/index.html
 
 # Pins what a fresh environment resolves to; the local part of torch's version (+cpu) is dropped.

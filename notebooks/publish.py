@@ -550,23 +550,21 @@ def digest(study: bytes) -> str:
 
 def cost_table(records: dict, registry: dict) -> str:
     """What running all notebooks takes at each profile, as far as it is recorded."""
-    lines = [
-        "| Command | Time | Peak memory | Download | Measured on, no GPU |",
-        "|---|---|---|---|---|",
-    ]
+    runs = [run for record in records.values() for run in record.values()]
+    facts = [fact for run in runs for fact in run["run"] if "cores" in fact]
+    machines = sorted(
+        {re.sub(r" Processor| \(family[^)]*\)|\(R\)|, \d+ threads?$", "", f) for f in facts}
+    )
+    time = f"Time without a GPU ({_machines(machines)})"
+    lines = [f"| Command | {time} | Peak memory | Download |", "|---|---|---|---|"]
     for profile, record in records.items():
         seconds = sum(recorded["seconds"] for recorded in record.values())
         peaks = [r["peak_memory"]["cpu"] for r in record.values() if "cpu" in r["peak_memory"]]
-        facts = [fact for r in record.values() for fact in r["run"] if "cores" in fact]
-        machines = sorted(
-            {re.sub(r" Processor| \(family[^)]*\)|\(R\)|, \d+ threads?$", "", f) for f in facts}
-        )
         cells = (
             f"`{COMMANDS[profile]}`",
             _time(seconds),
             memory_text({"cpu": max(peaks)}) if peaks else "not recorded",
             f"{_fetched(profile, registry) / 1e9:.1f} GB",
-            _machines(machines),
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -99,7 +99,7 @@ class ActivationStore:
 
     @property
     def identity(self) -> str:
-        """The checksum of the numbers, and which rows of them: what `rows` gives.
+        """The checksum of the numbers, and which rows of them `rows` gives.
 
         It is the same in a file and on any device. For rows in memory it is computed when it is
         first asked for.

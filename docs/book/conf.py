@@ -12,8 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "docs"))
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+sys.path.insert(0, str(HERE))
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -25,7 +26,8 @@ REPOSITORY = _ABOUT["urls"]["Repository"].rstrip("/")
 project = _ABOUT["name"]
 release = _ABOUT["version"]
 author = copyright = "saesub"
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "mathml", "terms"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "accessible"]
+extensions += ["drawn", "mathml", "terms"]
 autodoc_typehints_format = "short"
 autodoc_class_signature = "separated"
 root_doc = "README"
@@ -36,9 +38,13 @@ nb_merge_streams = True
 myst_heading_anchors = 4
 myst_enable_extensions = ["dollarmath", "amsmath", "attrs_inline"]
 html_theme = "furo"
+default_role = "code"
 html_title = "saesub"
 html_theme_options = {"source_repository": f"{REPOSITORY}/", "source_branch": "main"}
+html_static_path = ["static"]
+html_css_files = ["book.css"]
 html_copy_source = False
+html_use_index = False
 html_math_renderer = "mathml"
 
 _CONTENTS = """

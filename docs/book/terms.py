@@ -17,7 +17,7 @@ _LEFT = (nodes.reference, nodes.literal, nodes.title, nodes.math, nodes.image, n
 
 def definitions() -> dict[str, str]:
     """Every term with its definition, in plain text."""
-    text = (Path(__file__).parent / "terms.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parent.parent / "terms.md").read_text(encoding="utf-8")
     return {term: said.replace("`", "") for term, said in _SECTION.findall(text)}
 
 
@@ -60,7 +60,7 @@ def _first(text: str, left: dict[str, str]) -> re.Match | None:
         return None
     longest_first = sorted(left, key=len, reverse=True)
     names = "|".join(re.escape(term) for term in longest_first)
-    return re.search(rf"(?<![\w-])(({names})s?)(?![\w-])", text, re.IGNORECASE)
+    return re.search(rf"(?<![\w-])(({names})s?)(?![\w-]| initiali)", text, re.IGNORECASE)
 
 
 def setup(app: Any) -> dict[str, bool]:
