@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -113,9 +114,39 @@ def test_the_wheel_is_what_runs(installed, tmp_path):
     assert "smollm2-135m" in subprocess.run(command, check=True, **run).stdout
 
 
+def _solutions(source: str) -> list[str]:
+    """The code of the solutions that a cell folds away."""
+    folded = re.findall(r"<details>.*?</details>", source, re.DOTALL)
+    return [code for text in folded for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
+
+
+@each_notebook
+def test_every_notebook_has_exercises_and_the_first_ones_have_solutions(path):
+    sources = [cell.source for cell in nbformat.read(path, as_version=4).cells]
+    (exercises,) = [source for source in sources if source.startswith("## Exercises")]
+    numbers = [int(n) for n in re.findall(r"^(\d)\. ", exercises, re.MULTILINE)]
+    assert numbers == list(range(1, len(numbers) + 1))
+    assert 2 <= len(numbers) <= 4
+    assert "Solution to 1</summary>" in exercises
+    for code in _solutions(exercises):
+        compile(code, path.stem, "exec")
+        assert max(map(len, code.splitlines())) <= 140
+
+
+def _with_solutions(path: Path) -> None:
+    """Puts each solution into a cell of its own behind the exercises."""
+    notebook = nbformat.read(path, as_version=4)
+    place = next(i for i, c in enumerate(notebook.cells) if c.source.startswith("## Exercises"))
+    solved = [nbformat.v4.new_code_cell(code) for code in _solutions(notebook.cells[place].source)]
+    notebook.cells[place + 1 : place + 1] = solved
+    nbformat.write(notebook, path)
+
+
 @pytest.mark.slow
 @each_notebook
-def test_a_notebook_runs_from_the_wheel(path, installed, tmp_path):
+def test_a_notebook_and_its_solutions_run_from_the_wheel(path, installed, tmp_path):
+    (given,) = installed.rglob(f"notebooks/{path.name}")
+    _with_solutions(given)
     command = [sys.executable, "-m", "saesub.cli", "reproduce", "--profile", "smoke", "--quiet"]
     command += ["--notebook", path.stem]
     run = {"cwd": tmp_path, "env": _environment(installed), "capture_output": True, "text": True}

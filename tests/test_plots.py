@@ -151,6 +151,7 @@ FIGURES = {
     "loss_recovered": lambda: plots.loss_recovered(
         _kept(), paper={"attn_out": 0.747, "mlp_out": 0.961}
     ),
+    "variance_and_loss": lambda: plots.variance_and_loss(_curves(), _kept(), 0.9),
     "rank_heatmap": lambda: plots.rank_heatmap(_grid()),
     "loss_by_layer": lambda: plots.loss_by_layer(_kept_by_layer()),
     "overlap_by_layer": lambda: plots.overlap_by_layer(_overlaps()),
@@ -254,6 +255,23 @@ def test_loss_recovered_draws_line_band_and_paper():
     corners = figure.axes[0].collections[1].get_paths()[0].vertices
     assert np.isclose(corners[:, 1].max(), rows["high"].max())
     assert any(list(ln.get_xdata()) == [0.961, 0.961] for ln in figure.axes[0].get_lines())
+
+
+def test_the_directions_of_a_share_of_the_variance_and_the_loss_that_they_bring_back():
+    curve = np.array([0.5, 0.9, 0.99, 1.0])
+    frame = pd.DataFrame(
+        {"site": "attn_out", "components_share": [0, 0.5, 1], "recovered": [0, 0.8, 1]}
+    )
+    figure = plots.variance_and_loss({"attn_out": curve, "resid_post": curve}, frame, 0.99)
+    variance, loss = figure.axes
+    dots = [
+        ln.get_xydata().tolist()
+        for ln in variance.lines
+        if ln.get_marker() == "o" and len(ln.get_xdata()) == 1
+    ]
+    assert dots == [[[0.75, 0.99]]] * 2
+    (dot,) = [ln.get_xydata().tolist() for ln in loss.lines if len(ln.get_xdata()) == 1]
+    assert dot == [[0.75, pytest.approx(0.9)]]
 
 
 def test_dead_against_rank_has_every_point():

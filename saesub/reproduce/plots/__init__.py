@@ -24,6 +24,7 @@ with needs_extra("saesub.reproduce.plots"):
     )
     from saesub.reproduce.plots.protocol import dead_against_fvu, dead_by_window, firing_counts
     from saesub.reproduce.plots.regimes import recipe_by_regime
+    from saesub.reproduce.plots.sliders import with_sliders
     from saesub.reproduce.plots.spectra import (
         causes_by_layer,
         cumulative_variance,
@@ -36,6 +37,7 @@ with needs_extra("saesub.reproduce.plots"):
         rank_heatmap,
         rank_heatmap_by_layer,
         singular_values,
+        variance_and_loss,
     )
     from saesub.reproduce.plots.training import (
         d_init_by_place,
@@ -70,5 +72,7 @@ __all__ = [
     "shared_features",
     "singular_values",
     "style",
+    "variance_and_loss",
     "width",
+    "with_sliders",
 ]

@@ -9,7 +9,8 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
@@ -45,6 +46,17 @@ def kept(function: _Draws) -> _Draws:
 
     _functions[function.__name__] = function
     return drawn  # pyright: ignore[reportReturnType]
+
+
+@contextmanager
+def not_kept() -> Iterator[None]:
+    """Nothing that is drawn inside is kept: a part of something that is no figure by itself."""
+    file = os.environ.pop(FILE, None)
+    try:
+        yield
+    finally:
+        if file is not None:
+            os.environ[FILE] = file
 
 
 def redrawn(line: str) -> Figure:

@@ -17,11 +17,14 @@ _LEAST_SHARE = 1e-3  # of the features: there axes of shares pass from linear to
 
 
 @kept
-def dead_by_window(frame: pd.DataFrame, decides: float | None = None) -> Figure:
+def dead_by_window(
+    frame: pd.DataFrame, decides: float | None = None, most: float | None = None
+) -> Figure:
     """Share of features that have not fired after so many held-out tokens, a line per condition.
 
     The seeds' mean is the line, least to most the band. Where a curve still falls, features are
     rare, not dead. `frame`: tokens, silent, condition. `decides`: the window that is marked.
+    `most`: where the axis of shares ends, so that several figures have the same.
     """
     draw.checked(frame, "tokens", "silent", "condition")
     with draw.closed_figure() as (figure, (axes,)):
@@ -45,6 +48,8 @@ def dead_by_window(frame: pd.DataFrame, decides: float | None = None) -> Figure:
         axes.set(xlabel="held-out tokens watched")
         axes.set_ylabel("features that have not fired")
         draw.percent_from_zero(axes.yaxis)
+        if most is not None:
+            axes.set_ylim(-0.02 * most, 1.03 * most)
     return figure
 
 

@@ -133,6 +133,43 @@ def cumulative_variance(curves: Mapping[str, np.ndarray | Spectrum]) -> Figure:
 
 
 @kept
+def variance_and_loss(
+    curves: Mapping[str, np.ndarray | Spectrum], frame: pd.DataFrame, share: float
+) -> Figure:
+    """The directions that hold a share of the variance, and the loss that comes back with them.
+
+    `curves`: by site, as `cumulative_variance` takes them. `frame`: site, components_share,
+    recovered, as `loss_recovered` takes it. A dot is where the share is reached.
+    """
+    draw.checked(frame, "site", "components_share", "recovered")
+    with draw.closed_figure(2, size=(draw.WIDE + 1.5, 3.6)) as (figure, (variance, loss)):
+        for name, look in draw.curve_looks(curves).items():
+            shares = _cumulative(name, curves[name])
+            kept_share = directions_for(shares, share)
+            variance.plot(np.arange(1, len(shares) + 1) / len(shares), shares, **look)
+            variance.plot([kept_share], [share], "o", color=look["color"], ms=8)
+            of = pd.DataFrame(frame[frame["site"] == name]).sort_values(by="components_share")
+            if not len(of):
+                continue
+            loss.plot(of["components_share"], of["recovered"], **look)
+            back = np.interp(kept_share, of["components_share"], of["recovered"])
+            loss.plot([kept_share], [back], "o", color=look["color"], ms=8)
+            loss.axvline(kept_share, color=look["color"], lw=1, ls=":")
+        variance.axhline(share, color=draw.NOTE, lw=1, ls=":")
+        variance.set(ylabel="share of variance held", ylim=(0, 1.03))
+        loss.set(ylabel="loss recovered", ylim=(min(0, float(frame["recovered"].min())), 1.05))
+        for axes in (variance, loss):
+            axes.set(xlabel="directions kept, strongest first (share of width)", xlim=(0, 1))
+            draw.percent(axes.xaxis, axes.yaxis)
+    return figure
+
+
+def directions_for(shares: np.ndarray, share: float) -> float:
+    """The least part of all directions that holds this share of the variance."""
+    return (int((shares < share).sum()) + 1) / len(shares)
+
+
+@kept
 def loss_recovered(
     frame: pd.DataFrame, target: float = 0.9, paper: Mapping[str, float] | None = None
 ) -> Figure:
