@@ -77,7 +77,8 @@ def with_sliders(
         hidden = "" if not any(at) else " hidden"
         figures.append(
             f'<figure data-at="{" ".join(map(str, at))}"{hidden}>'
-            f'<img style="max-width:100%" src="{picture}" alt="{told}"><figcaption>{told}</figcaption></figure>'
+            f'<img style="max-width:100%" src="{picture}" alt="{told}">'
+            f"<figcaption>{told}</figcaption></figure>"
         )
     inputs = "".join(_slider(names[key], values) for key, values in settings.items())
     body = inputs + "".join(figures)
