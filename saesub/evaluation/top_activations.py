@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from sae_lens import SAE
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
@@ -109,11 +109,38 @@ def top_activations(
             outside the SAE, metadata without a hook point, an SAE of one head, one whose scaling is
             not folded in, or one that `saesub.topk.encode.encoder_of` refuses.
     """
-    bridge, hook_name, encode = load_model(model), hook_of(sae), encoder_of(sae)
-    tokens, batch_size = contexts_of(bridge, tokens).cpu(), whole_number(batch_size, "batch_size")
-    n_snippets = whole_number(n_snippets, "n_snippets")
+    bridge, n_snippets = load_model(model), whole_number(n_snippets, "n_snippets")
     n_around = whole_number(n_around, "n_around", 0)
     features = feature_indices(features, sae.cfg.d_sae)
+    tokens = contexts_of(bridge, tokens).cpu()
+    acts, kept = feature_activations(
+        bridge, sae, tokens, features, batch_size=batch_size, skip_first=skip_first
+    )
+    shown = []
+    for feature, own in zip(features, acts.unbind(-1), strict=True):
+        density = (own[kept] != 0).float().mean().item()
+        found = snippets_of(bridge, tokens, own, n_snippets, n_around)
+        snippets = tuple(snippet for snippet, _, _ in found)
+        shown.append(FeatureSnippets(feature, density, snippets))
+    return TopActivations(shown)
+
+
+@torch.no_grad()
+def feature_activations(
+    bridge: TransformerBridge,
+    sae: SAE[Any],
+    tokens: Int[Tensor, "contexts pos"],
+    features: Sequence[int],
+    *,
+    batch_size: int = 8,
+    skip_first: int = 1,
+) -> tuple[Float[Tensor, "contexts pos features"], Bool[Tensor, "contexts pos"]]:
+    """What a few features are at every position, 0 at those left out, and which positions count.
+
+    Raises SaesubError as `top_activations` does.
+    """
+    hook_name, encode = hook_of(sae), encoder_of(sae)
+    batch_size = whole_number(batch_size, "batch_size")
     check_reads(sae, bridge, hook_name)
     acts = torch.zeros(*tokens.shape, len(features), dtype=torch.float32)
     kept = kept_positions(bridge, tokens, skip_first)
@@ -128,12 +155,7 @@ def top_activations(
         x = site_activations(bridge, batch, hook_name)[mask.to(bridge.cfg.device)]
         require_finite(x)
         of_batch[mask] = encode(x).to_dense()[:, features].float().cpu()
-    shown = []
-    for feature, own in zip(features, acts.unbind(-1), strict=True):
-        density = (own[kept] != 0).float().mean().item()
-        snippets = tuple(_snippets(bridge, tokens, own, n_snippets, n_around))
-        shown.append(FeatureSnippets(feature, density, snippets))
-    return TopActivations(shown)
+    return acts, kept
 
 
 def feature_indices(features: Sequence[int], d_sae: int) -> list[int]:
@@ -149,13 +171,14 @@ def feature_indices(features: Sequence[int], d_sae: int) -> list[int]:
     return found
 
 
-def _snippets(
+def snippets_of(
     model: TransformerBridge,
     tokens: Int[Tensor, "contexts pos"],
     acts: Float[Tensor, "contexts pos"],
     n: int,
     around: int,
-) -> Iterator[Snippet]:
+) -> Iterator[tuple[Snippet, int, int]]:
+    """A feature's strongest contexts, cut around the peak; with each, its place and the peak's."""
     peaks = acts.abs().max(1)
     assert model.tokenizer is not None  # kept_positions has refused a model without one
     for context in peaks.values.argsort(descending=True)[:n].tolist():
@@ -164,17 +187,18 @@ def _snippets(
         peak = int(peaks.indices[context])
         window = slice(max(0, peak - around), peak + around + 1)
         text = (model.tokenizer.decode([i]) for i in tokens[context, window].tolist())
-        yield Snippet(tuple(text), tuple(acts[context, window].tolist()))
+        yield Snippet(tuple(text), tuple(acts[context, window].tolist())), context, peak
 
 
 def _feature_html(of_feature: FeatureSnippets) -> str:
     strongest = max((abs(s.activations[s.peak]) for s in of_feature.snippets), default=0.0)
-    lines = "".join(_snippet_html(s, strongest) for s in of_feature.snippets)
+    lines = "".join(snippet_html(s, strongest) for s in of_feature.snippets)
     lines = lines or "<div>silent in this text</div>"
     return f"<div style='margin-bottom:0.8em'><b>{of_feature}</b>{lines}</div>"
 
 
-def _snippet_html(snippet: Snippet, strongest: float) -> str:
+def snippet_html(snippet: Snippet, strongest: float) -> str:
+    """A line of shaded tokens, every text escaped; `strongest` is the activation of full shade."""
     spans = []
     for i, (token, value) in enumerate(zip(snippet.tokens, snippet.activations, strict=True)):
         text = html.escape(token.translate(_INVISIBLE))

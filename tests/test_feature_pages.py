@@ -1,0 +1,138 @@
+"""A page of features: what it says is what the weights and the activations say."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+
+from saesub.activations.tokens import kept_positions, pack_contexts
+from saesub.errors import SaesubError
+from saesub.evaluation.passes import site_activations
+from saesub.evaluation.top_activations import Snippet
+from saesub.extras.feature_pages import FeaturePage, FeatureView, Peak, Source, feature_page
+
+pytestmark = pytest.mark.model
+HOOK = "blocks.1.hook_attn_out"
+
+
+@pytest.fixture(scope="module")
+def sae() -> TopKTrainingSAE:
+    torch.manual_seed(0)
+    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=576, d_sae=300, k=8))
+    sae.cfg.metadata.hook_name = HOOK
+    return sae
+
+
+@pytest.fixture(scope="module")
+def tokens(model, corpus) -> torch.Tensor:
+    return pack_contexts(model, corpus.select(range(60)), n_contexts=4, context_size=32)
+
+
+@pytest.fixture(scope="module")
+def page(model, sae, tokens) -> FeaturePage:
+    fires = (sae.encode(site_activations(model, tokens, HOOK)[:, 1:]) > 0).flatten(0, 1).sum(0)
+    often, silent = int(fires.argmax()), int((fires == 0).nonzero()[0])
+    return feature_page(model, sae, tokens, {"living": [often], "dead": [silent]})
+
+
+def test_heads_and_tokens_add_up_to_what_the_feature_reads(model, sae, tokens, page):
+    (view,) = page.groups["living"]
+    every = feature_page(model, sae, tokens, {"one": [view.feature]}, n_snippets=1).groups["one"]
+    peak = every[0].peaks[0]
+    acts = sae.encode(site_activations(model, tokens, HOOK))[..., view.feature]
+    acts[:, 0] = 0
+    context, at = divmod(int(acts.argmax()), tokens.shape[1])
+    x = site_activations(model, tokens, HOOK)[context, at]
+    whole = (x @ sae.W_enc[:, view.feature]).item()
+    z = site_activations(model, tokens, "blocks.1.attn.hook_z")[context, at].view(9, 64)
+    heads = torch.einsum("he,hed,d->h", z, model.W_O[1], sae.W_enc[:, view.feature])
+    assert heads.sum().item() == pytest.approx(whole, rel=1e-3)
+    named = {source.name: source.amount for source in peak.heads}
+    for head, amount in zip(*(t.tolist() for t in heads.topk(3)[::-1]), strict=True):
+        assert named[f"head {head}"] == pytest.approx(amount, rel=1e-3)
+    assert all(re.fullmatch(r".* \((0|-\d+)\)", source.name, re.S) for source in peak.tokens)
+
+
+def test_all_source_tokens_together_are_all_heads_together(model, sae, tokens):
+    from saesub.extras import feature_pages
+
+    seen = []
+    given = feature_pages._by_token
+
+    def watch(model, tokens, amounts, peak):
+        seen.append((amounts, peak))
+        return given(model, tokens, amounts, peak)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(feature_pages, "_by_token", watch)
+        reads = sae.W_enc.detach()[:, 3]
+        list(feature_pages._written_by(model, HOOK, tokens, [(2, 17)], reads))
+    (amounts, peak) = seen[0]
+    x = site_activations(model, tokens, HOOK)[2, 17]
+    assert amounts.sum().item() == pytest.approx((x @ reads).item(), rel=1e-3)
+    assert not amounts[:, peak + 1 :].any()  # nothing comes from later tokens
+
+
+def test_logits_move_as_the_page_says(model, sae, page):
+    (view,) = page.groups["living"]
+    row = sae.W_dec.detach()[view.feature]
+    x = torch.randn(576, generator=torch.Generator().manual_seed(0)).view(1, 1, -1)
+    x = x / x.square().mean().sqrt()
+    step = 1e-2
+    moved = model.ln_final(x + step * row) - model.ln_final(x)
+    # The norm also divides by the length, which the row changes: take that out.
+    length = (x + step * row).square().mean().sqrt()
+    linear = model.ln_final(x + step * row) * length - model.ln_final(x)
+    effects = (linear / step) @ model.W_U
+    effects = (effects - effects.mean()).flatten()
+    assert view.raises[0].amount == pytest.approx(effects.max().item(), rel=1e-2)
+    assert view.lowers[0].amount == pytest.approx(effects.min().item(), rel=1e-2)
+    assert moved.isfinite().all()
+
+
+def test_neighbours_counts_and_silence(model, sae, tokens, page):
+    (view,), (silent,) = page.groups["living"], page.groups["dead"]
+    rows = torch.nn.functional.normalize(sae.W_dec.detach(), dim=1)
+    cosines = rows @ rows[view.feature]
+    cosines[view.feature] = -2
+    assert view.near[0].name == str(int(cosines.argmax()))
+    assert view.near[0].amount == pytest.approx(cosines.max().item())
+    acts = sae.encode(site_activations(model, tokens, HOOK))[..., view.feature]
+    acts = acts[kept_positions(model, tokens, 1)]
+    assert sum(view.counts) == int((acts > 0).sum())
+    assert view.largest == pytest.approx(acts.max().item(), rel=1e-4)
+    assert silent.density == 0
+    assert silent.peaks == ()
+    shown = page._repr_html_()
+    assert shown.count("<details>") == 2
+    assert shown.count("silent in this text") == 1
+    assert "<script" not in shown
+
+
+def test_what_reads_no_attention_output_has_no_heads(model, corpus, tokens):
+    torch.manual_seed(0)
+    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=576, d_sae=50, k=8))
+    sae.cfg.metadata.hook_name = "blocks.1.hook_mlp_out"
+    views = feature_page(model, sae, tokens, {"some": list(range(5))}).groups["some"]
+    peaks = [peak for view in views for peak in view.peaks]
+    assert peaks
+    assert not [peak for peak in peaks if peak.heads or peak.tokens]
+
+
+def test_every_text_is_escaped():
+    evil = "<script>alert(1)</script>"
+    peak = Peak(Snippet((evil,), (1.0,)), (Source(evil, 1.0),), (Source(evil, 1.0),))
+    named = (Source(evil, 1.0),)
+    view = FeatureView(1, 0.5, (1,) * 12, 1.0, (peak,), named, named, named)
+    shown = FeaturePage({evil: [view]})._repr_html_()
+    assert "<script>" not in shown
+    assert shown.count("&lt;script&gt;") == 7
+
+
+@pytest.mark.parametrize("features", [[], list(range(201)), [300]])
+def test_too_few_too_many_or_unknown_features_are_refused(model, sae, tokens, features):
+    with pytest.raises(SaesubError, match=r"1 to 200|do not exist"):
+        feature_page(model, sae, tokens, {"these": features})
