@@ -7,7 +7,7 @@ TRITON := triton==3.7.1
 STAMP := $(VENV)/.ready
 TRITON_STAMP := $(VENV)/.triton
 
-.PHONY: setup reproduce publish publish-quick figures bench test test-all lint book lock clean
+.PHONY: setup reproduce publish publish-quick figures bench test test-all lint book bundle lock clean
 
 setup: $(STAMP)
 
@@ -71,6 +71,16 @@ book: figures
 	rm -rf build/book
 	$(BIN)/python -m sphinx -q -W -b html -d build/doctrees -c docs/book . build/book
 	cp build/book/README.html build/book/index.html
+
+# One archive to keep: the book, the records and the wheel. The book opens from a file system.
+bundle: book
+	rm -rf build/saesub build/saesub.zip
+	mkdir -p build/saesub
+	cp -r build/book build/saesub/book
+	cp -r data/results build/saesub/records
+	cp README.md CHANGELOG.md CITATION.cff build/saesub
+	$(BIN)/python -m build --wheel --no-isolation --outdir build/saesub . > build/wheel.log
+	cd build && ../$(BIN)/python -m zipfile -c saesub.zip saesub
 
 # Pins what a fresh environment resolves to; the local part of torch's version (+cpu) is dropped.
 lock:

@@ -31,7 +31,13 @@ extensions += ["drawn", "mathml", "terms"]
 autodoc_typehints_format = "short"
 autodoc_class_signature = "separated"
 root_doc = "README"
-include_patterns = ["README.md", "CONTRIBUTING.md", "docs/*.md", "docs/findings/*.md"]
+include_patterns = [
+    "README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "docs/*.md",
+    "docs/findings/*.md",
+]
 include_patterns += ["notebooks/[0-9]*.ipynb"]
 nb_execution_mode = "off"
 nb_merge_streams = True
@@ -82,6 +88,7 @@ docs/faults
 docs/api
 docs/upstream
 CONTRIBUTING
+CHANGELOG
 ```
 """
 _FINDINGS = """
