@@ -33,10 +33,14 @@ def of_notebook(kept: Path) -> Iterator[Figure]:
 
 
 def about(kept: Path) -> list[str]:
-    """What each figure shows: the first sentence of its function's description."""
+    """What each figure shows: its title, and the first sentence of its function's description."""
     lines = map(json.loads, kept.read_text(encoding="utf-8").splitlines())
-    told = (inspect.getdoc(getattr(plots, line["figure"])) or "" for line in lines)
-    return [" ".join(text.split("\n\n")[0].split()) for text in told]
+    told = ((line["title"], inspect.getdoc(getattr(plots, line["figure"])) or "") for line in lines)
+    return [". ".join(filter(None, (title, _first(text)))) for title, text in told]
+
+
+def _first(text: str) -> str:
+    return " ".join(text.split("\n\n")[0].split())
 
 
 def saved(figure: Figure, path: Path) -> None:

@@ -107,6 +107,18 @@ def test_figures_are_kept_in_the_order_in_which_they_are_drawn(tmp_path, monkeyp
     assert found == ["firing_counts", "dead_against_fvu"]
 
 
+def test_a_title_is_kept_and_stands_above_the_figure(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAESUB_FIGURES", str(tmp_path / "00.jsonl"))
+    title = "Half of the features of the random initialisation never fire, and of ASI none does"
+    figure = plots.firing_counts(FIRED, title=title)
+    again = redrawn((tmp_path / "00.jsonl").read_text())
+    assert again.get_suptitle() == figure.get_suptitle()
+    assert figure.get_suptitle().replace("\n", " ") == title
+    figure.draw_without_rendering()
+    assert figure._suptitle.get_window_extent().y0 >= figure.bbox.y1
+    assert figure._suptitle.get_window_extent().width <= figure.bbox.width
+
+
 def test_columns_that_no_figure_draws_are_left_out(tmp_path, monkeypatch):
     monkeypatch.setenv("SAESUB_FIGURES", str(tmp_path / "00.jsonl"))
     plots.dead_against_fvu(_rates())
@@ -128,7 +140,13 @@ def test_without_the_variable_nothing_is_kept(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "line", ["", "[]", '{"figure": "no such", "arguments": {"mapping": {}}}', '{"figure": "width"}']
+    "line",
+    [
+        "",
+        "[]",
+        '{"figure": "no such", "title": "", "arguments": {"mapping": {}}}',
+        '{"figure": "width"}',
+    ],
 )
 def test_a_line_of_no_figure_is_refused(line):
     with pytest.raises(SaesubError, match="run the notebook again"):

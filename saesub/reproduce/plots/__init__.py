@@ -1,9 +1,9 @@
 """The notebooks' figures, in one style, with one fixed colour per site and per condition.
 
-Every function takes data (a tidy DataFrame, or a dict of arrays) and returns a closed matplotlib
-`Figure`: as a cell's last expression it shows once. Missing columns, empty data, NaN and Inf raise
-`SaesubError`. All figures have their names here; the modules they are written in are those imported
-below.
+Every function takes data (a tidy DataFrame, or a dict of arrays) and a `title`, and returns a
+closed matplotlib `Figure`: as a cell's last expression it shows once. Missing columns, empty data,
+NaN and Inf raise `SaesubError`. All figures have their names here; the modules they are written in
+are those imported below.
 """
 
 from saesub.errors import needs_extra

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
+from textwrap import fill
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,20 +25,22 @@ from saesub.activations.spectrum import Spectrum
 from saesub.errors import SaesubError
 
 FILE = "SAESUB_FIGURES"
+_LETTERS = 10  # of a title that fit into an inch
 _Draws = TypeVar("_Draws", bound=Callable[..., Figure])
 _functions: dict[str, Callable[..., Figure]] = {}
 
 
 def kept(function: _Draws) -> _Draws:
-    """The same function, which adds what it draws to the file that the environment names."""
+    """The same function, which takes a `title` too, a sentence that says what is to be seen, and
+    adds what it draws to the file that the environment names."""
     signature = inspect.signature(function)
 
     @wraps(function)
-    def drawn(*args: Any, **kwargs: Any) -> Figure:
-        figure = function(*args, **kwargs)
+    def drawn(*args: Any, title: str = "", **kwargs: Any) -> Figure:
+        figure = _titled(function(*args, **kwargs), title)
         if file := os.environ.get(FILE):
             given = signature.bind(*args, **kwargs).arguments
-            line = {"figure": function.__name__, "arguments": _encoded(given)}
+            line = {"figure": function.__name__, "title": title, "arguments": _encoded(given)}
             path = Path(file)
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a", encoding="utf-8") as lines:
@@ -64,11 +67,20 @@ def redrawn(line: str) -> Figure:
     try:
         found = json.loads(line)
         function, arguments = _functions[found["figure"]], _decoded(found["arguments"])
+        title = found["title"]
     except (ValueError, KeyError, TypeError) as error:
         raise SaesubError(
             f"this line is of no figure ({error}): run the notebook again to keep its figures"
         ) from error
-    return function(**arguments)
+    return _titled(function(**arguments), title)
+
+
+def _titled(figure: Figure, title: str) -> Figure:
+    """Writes a title above the figure, where its legend is not."""
+    if title:
+        lines = fill(title, round(_LETTERS * figure.get_figwidth()))
+        figure.suptitle(lines, y=1.01, va="bottom", fontsize=11.5, fontweight="bold")
+    return figure
 
 
 def cumulative_shares(spectrum: Spectrum) -> np.ndarray:
