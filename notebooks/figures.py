@@ -5,6 +5,11 @@
 Writes `07_rival_mitigations-2.png`, which is the second figure of notebook 07, and so on, into
 build/figures, and `about.json`, which says in a sentence what each shows. A full run keeps what its
 figures were drawn from; `publish.py` takes it over into data/results/full/figures.
+
+    python notebooks/figures.py --notebooks
+
+puts them into the committed notebooks, in place of those there: where the look of figures has
+changed, nothing has to be run again.
 """
 
 from __future__ import annotations
@@ -12,19 +17,27 @@ from __future__ import annotations
 import inspect
 import json
 import runpy
-from collections.abc import Iterator
+import sys
+from base64 import b64encode
+from collections.abc import Iterator, Sequence
+from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO
 
 import matplotlib as mpl
+import nbformat
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
+from saesub.files import write_atomically
 from saesub.reproduce import plots
 from saesub.reproduce.plots.kept import redrawn
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "data" / "results" / "full" / "figures"
 OUT = ROOT / "build" / "figures"
+PNG = "image/png"
+PUBLISH = runpy.run_path(str(ROOT / "notebooks" / "publish.py"))
 
 
 def of_notebook(kept: Path) -> Iterator[Figure]:
@@ -43,24 +56,42 @@ def _first(text: str) -> str:
     return " ".join(text.split("\n\n")[0].split())
 
 
-def saved(figure: Figure, path: Path) -> None:
+def saved(figure: Figure, to: Path | BinaryIO) -> None:
     """Writes a figure as a notebook shows it."""
-    figure.savefig(path, bbox_inches="tight")
+    figure.savefig(to, bbox_inches="tight", format="png")
 
 
-def main() -> None:
-    """Draws all of them."""
+def into_notebook(kept: Path, notebook: Path) -> None:
+    """Replaces the notebook's figures by those drawn again, in their order.
+
+    Raises ValueError if it shows more or fewer than are kept.
+    """
+    shown = nbformat.read(notebook, as_version=4)
+    outputs = [out for cell in shown.cells for out in cell.get("outputs", [])]
+    pictures = [out for out in outputs if PNG in out.get("data", {})]
+    for out, figure in zip(pictures, of_notebook(kept), strict=True):
+        png = BytesIO()
+        saved(figure, png)
+        out.data[PNG] = b64encode(PUBLISH["in_few_colours"](png.getvalue())).decode()
+    write_atomically(notebook, nbformat.writes(shown) + "\n")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Draws all of them, or puts them into the notebooks."""
     mpl.use("Agg")
+    if "--notebooks" in arguments:
+        for kept in tqdm(sorted(KEPT.glob("*.jsonl")), unit="notebook"):
+            into_notebook(kept, ROOT / "notebooks" / f"{kept.stem}.ipynb")
+        return
     OUT.mkdir(parents=True, exist_ok=True)
     told: dict[str, str] = {}
     for kept in tqdm(sorted(KEPT.glob("*.jsonl")), unit="notebook"):
         for number, figure in enumerate(of_notebook(kept), 1):
             saved(figure, OUT / f"{kept.stem}-{number}.png")
             told[f"{kept.stem}-{number}"] = about(kept)[number - 1]
-    readme = runpy.run_path(str(ROOT / "notebooks" / "publish.py"))["readme_rows"]()
     (OUT / "about.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
-    saved(plots.dead_against_fvu(readme), OUT / "README.png")
+    saved(plots.dead_against_fvu(PUBLISH["readme_rows"]()), OUT / "README.png")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

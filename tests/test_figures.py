@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import runpy
-from base64 import b64decode
+from base64 import b64decode, b64encode
 from io import BytesIO
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import matplotlib
 import nbformat
 import numpy as np
 import pytest
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
 from saesub.reproduce import runner
@@ -45,6 +46,31 @@ def test_a_notebooks_figures_are_drawn_again_as_it_shows_them(kept, tmp_path):
     assert [image.shape for image in drawn] == [image.shape for image in shown]
     for one, other in zip(drawn, shown, strict=True):
         assert abs(one - other).mean() < 2  # of 255: the notebooks' have 256 colours
+
+
+def test_a_notebooks_figures_are_replaced_in_their_order(tmp_path):
+    lines = [
+        json.dumps({"figure": "singular_values", "title": title, "arguments": {"mapping": {
+            "curves": {"mapping": {"W": {"array": values}}}}}})
+        for title, values in (("one", [2.0, 1.0]), ("two", [3.0, 1.0]))
+    ]  # fmt: skip
+    (tmp_path / "kept.jsonl").write_text("\n".join(lines))
+    blank = BytesIO()
+    Image.new("RGB", (9, 9)).save(blank, "PNG")
+    data = {"image/png": b64encode(blank.getvalue()).decode()}
+    outputs = [new_output("display_data", data) for _ in lines]
+    cells = [new_code_cell("1", outputs=[new_output("stream", text="a"), out]) for out in outputs]
+    nbformat.write(new_notebook(cells=cells), tmp_path / "a.ipynb")
+    figures["into_notebook"](tmp_path / "kept.jsonl", tmp_path / "a.ipynb")
+    shown = nbformat.read(tmp_path / "a.ipynb", as_version=4).cells
+    for cell, figure in zip(shown, figures["of_notebook"](tmp_path / "kept.jsonl"), strict=True):
+        assert cell.outputs[0].text == "a"
+        figures["saved"](figure, tmp_path / "figure.png")
+        one = _pixels(BytesIO(b64decode(cell.outputs[1].data["image/png"])))
+        assert abs(one - _pixels(tmp_path / "figure.png")).mean() < 2
+    (tmp_path / "kept.jsonl").write_text(lines[0])
+    with pytest.raises(ValueError, match="zip"):
+        figures["into_notebook"](tmp_path / "kept.jsonl", tmp_path / "a.ipynb")
 
 
 @pytest.mark.slow

@@ -112,11 +112,22 @@ def test_a_title_is_kept_and_stands_above_the_figure(tmp_path, monkeypatch):
     title = "Half of the features of the random initialisation never fire, and of ASI none does"
     figure = plots.firing_counts(FIRED, title=title)
     again = redrawn((tmp_path / "00.jsonl").read_text())
-    assert again.get_suptitle() == figure.get_suptitle()
-    assert figure.get_suptitle().replace("\n", " ") == title
-    figure.draw_without_rendering()
-    assert figure._suptitle.get_window_extent().y0 >= figure.bbox.y1
-    assert figure._suptitle.get_window_extent().width <= figure.bbox.width
+    drawn, redone = (of.legends[0].get_title() for of in (figure, again))
+    assert redone.get_text() == drawn.get_text()
+    assert drawn.get_text().replace("\n", " ") == title
+    plain = plots.firing_counts(FIRED)
+    for of in (figure, plain):
+        of.draw_without_rendering()
+    assert drawn.get_window_extent().width <= figure.bbox.width
+    names = [text.get_window_extent() for text in figure.legends[0].get_texts()]
+    assert not any(drawn.get_window_extent().overlaps(name) for name in names)
+    heights = [of.axes[0].get_window_extent().height for of in (figure, plain)]
+    assert heights[0] == pytest.approx(heights[1], rel=0.05)  # no smaller for its title
+
+
+def test_a_figure_without_a_legend_has_its_title_above_it():
+    figure = plots.dead_by_remedy(test_plots._remedies(), title="A title")
+    assert figure.get_suptitle() == "A title"
 
 
 def test_columns_that_no_figure_draws_are_left_out(tmp_path, monkeypatch):

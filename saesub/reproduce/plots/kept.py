@@ -25,7 +25,7 @@ from saesub.activations.spectrum import Spectrum
 from saesub.errors import SaesubError
 
 FILE = "SAESUB_FIGURES"
-_LETTERS = 10  # of a title that fit into an inch
+_SIZE, _LETTERS, _INCHES = 11.5, 10, 0.25  # of a title: points, letters to an inch, a line's height
 _Draws = TypeVar("_Draws", bound=Callable[..., Figure])
 _functions: dict[str, Callable[..., Figure]] = {}
 
@@ -76,10 +76,16 @@ def redrawn(line: str) -> Figure:
 
 
 def _titled(figure: Figure, title: str) -> Figure:
-    """Writes a title above the figure, where its legend is not."""
+    """Writes a title at the top of the figure, which becomes as much higher. A legend that is
+    there has it as its own title, since it would be drawn over another one."""
     if title:
         lines = fill(title, round(_LETTERS * figure.get_figwidth()))
-        figure.suptitle(lines, y=1.01, va="bottom", fontsize=11.5, fontweight="bold")
+        figure.set_figheight(figure.get_figheight() + _INCHES * (1 + lines.count("\n")))
+        if figure.legends:
+            figure.legends[0].set_title(lines, prop={"size": _SIZE, "weight": "bold"})
+            figure.legends[0].get_title().set_multialignment("center")
+        else:
+            figure.suptitle(lines, fontsize=_SIZE, fontweight="bold")
     return figure
 
 
