@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -103,7 +104,7 @@ def test_a_term_is_explained_where_a_page_first_uses_it(book, pages):
 
 def test_links_out_of_the_book_go_to_the_repository(pages):
     links = {link["href"] for link in pages["docs/api.html"].select("article a[href]")}
-    at = "https://github.com/saesub/saesub/blob/main/"
+    at = runpy.run_path(str(ROOT / "notebooks" / "links.py"))["repository"]() + "/blob/main/"
     assert at + "saesub/init/subspace.py" in links
     outside = [link.removeprefix(at) for link in links if link.startswith(at)]
     assert all((ROOT / path.split("?")[0]).exists() for path in outside)

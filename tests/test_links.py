@@ -8,6 +8,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
@@ -45,7 +46,9 @@ def test_the_repositorys_address_stands_in_one_place():
     """Elsewhere it is generated: in the notebooks, by the script."""
     texts = [*ROOT.glob("*.*"), *ROOT.glob("saesub/**/*.py"), *ROOT.glob("notebooks/*.py")]
     named = [p.name for p in texts if p.is_file() and links["repository"]() in p.read_text("utf-8")]
-    assert named == ["pyproject.toml"]
+    assert sorted(named) == ["CITATION.cff", "pyproject.toml"]  # a citation has no script
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert cited["repository-code"] == links["repository"]()
 
 
 def test_colab_cannot_open_a_repository_elsewhere():
