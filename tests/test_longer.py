@@ -18,17 +18,18 @@ def _row(condition: str, n_read: int, lr: float, seed: int, fvu: float, **more: 
     return about | {"n_train": n_train, "dead_share": 0.25, "validation_fvu": fvu + 0.01} | more
 
 
-def _rows() -> list[dict]:
-    rows = [_row("recipe", 100, 0.003, seed, 0.2) for seed in range(3)]
+def rows() -> list[dict]:
+    """Of a study in which the recipe has an FVU of 0.2."""
+    found = [_row("recipe", 100, 0.003, seed, 0.2) for seed in range(3)]
     for n_read, best in ((100, 0.16), (300, 0.125)):
-        rows += [_row("random", n_read, lr, 0, 0.3) for lr in (0.001, 0.004)]
-        rows += [_row("random", n_read, 0.002, seed, best) for seed in range(3)]
+        found += [_row("random", n_read, lr, 0, 0.3) for lr in (0.001, 0.004)]
+        found += [_row("random", n_read, 0.002, seed, best) for seed in range(3)]
         before = {"fvu_unrefitted": 0.4, "validation_fvu_unrefitted": 0.41}
-        rows += [_row("ASI + refit", n_read, lr, 0, 0.3, **before) for lr in (0.001, 0.004)]
+        found += [_row("ASI + refit", n_read, lr, 0, 0.3, **before) for lr in (0.001, 0.004)]
         # Before its refit it fits best at the same rate.
         before = {"fvu_unrefitted": 0.25, "validation_fvu_unrefitted": 0.26}
-        rows += [_row("ASI + refit", n_read, 0.002, seed, 0.1, **before) for seed in range(3)]
-    return rows
+        found += [_row("ASI + refit", n_read, 0.002, seed, 0.1, **before) for seed in range(3)]
+    return found
 
 
 def _given(monkeypatch, rows: list[dict]) -> None:
@@ -37,7 +38,7 @@ def _given(monkeypatch, rows: list[dict]) -> None:
 
 
 def test_each_rival_stands_at_its_best_rate_with_the_recipe_against_it(monkeypatch):
-    _given(monkeypatch, _rows())
+    _given(monkeypatch, rows())
     found = trained_longer().set_index(["tokens", "condition"])
     assert found.loc["same", "random"]["fvu"] == pytest.approx(0.16)
     assert found.loc["same", "random"]["change"] == pytest.approx(0.25)
@@ -53,7 +54,7 @@ def test_each_rival_stands_at_its_best_rate_with_the_recipe_against_it(monkeypat
 
 
 def test_half_a_record_is_refused(monkeypatch):
-    rows = [row for row in _rows() if not (row["condition"] == "random" and row["seed"] == 2)]
-    _given(monkeypatch, rows)
+    half = [row for row in rows() if not (row["condition"] == "random" and row["seed"] == 2)]
+    _given(monkeypatch, half)
     with pytest.raises(SaesubError, match=r"longer.py to its end"):
         trained_longer()

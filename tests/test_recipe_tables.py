@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import test_longer
 
 from saesub.errors import SaesubError
 from saesub.reproduce import studies
@@ -59,7 +60,7 @@ def _record(monkeypatch, **records) -> None:
 
 
 def _tables(monkeypatch, **records) -> dict[str, str]:
-    _record(monkeypatch, **records)
+    _record(monkeypatch, longer=test_longer.rows(), **records)
     return runpy.run_path(str(TABLES))["tables"]()
 
 
@@ -94,6 +95,16 @@ def test_the_recipe_stands_beside_the_baseline_that_fits_best(monkeypatch):
         "",
         "A dead feature fires at none of 64 held-out tokens. No baseline has AuxK.",
     ]
+
+
+def test_what_a_longer_training_brings_stands_beside_the_refit(monkeypatch):
+    told = _tables(monkeypatch, **RECORDS)["recipe-longer"]
+    assert (
+        "on the same tokens, its FVU is +25.0% [+25.0%, +25.0%] beside the best of them (random)"
+        in told
+    )
+    assert "on 3 times as many, its FVU is +60.0% [+60.0%, +60.0%] beside" in told
+    assert told.count("a refit after that changes the FVU by -60.0%") == 2
 
 
 def test_without_refitted_baselines_nothing_is_said_of_them(monkeypatch):

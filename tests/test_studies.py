@@ -41,6 +41,7 @@ STUDIES_OF_SAES = [
     "refitted",
     "offset",
     "rivals",
+    "longer",
 ]
 
 
