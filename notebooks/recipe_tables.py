@@ -47,14 +47,15 @@ def _longer(found: pd.DataFrame) -> str:
         plain, (refit,) = of.loc["random"], of.index[of["refitted"]]
         gain = of.loc[refit, "fvu"] / of.loc[refit.removesuffix(" + refit"), "fvu"] - 1
         said.append(
-            f"{where}, its FVU is {best['change']:+.1%} [{best['low']:+.1%}, {best['high']:+.1%}] "
-            f"beside the best of them ({best.name}) and {plain['change']:+.1%} beside plain "
-            f"training; a refit after that changes the FVU by {gain:+.1%}"
+            f"{where}, its FVU is {best['change']:.1%} above that of the best of them "
+            f"({best.name}; interval {best['low']:.1%} to {best['high']:.1%}) and "
+            f"{plain['change']:.1%} above plain training's; a refit of that best one, after its "
+            f"longer training, changes its FVU by {gain:+.1%}"
         )
     return (
-        "The refit is not the best use of its time. At one place (SmolLM2, layer 12's attention "
-        f"output, 4,096 features) the recipe, with one pass over its tokens and the refit, stands "
-        f"beside five rivals without a refit that train {TIMES} times as long, each at its own "
+        "On a CPU the refit is not the best use of its time. At one place (SmolLM2, layer 12's "
+        "attention output, 4,096 features) the recipe, with one pass over its tokens and the "
+        f"refit, stands beside five rivals without a refit that train {TIMES} times as long, each at its own "
         f"best rate. Where these train {'. Where they train '.join(said)}. "
         "[Notebook 07](../notebooks/07_rival_mitigations.ipynb) has all rows."
     )

@@ -99,12 +99,10 @@ def test_the_recipe_stands_beside_the_baseline_that_fits_best(monkeypatch):
 
 def test_what_a_longer_training_brings_stands_beside_the_refit(monkeypatch):
     told = _tables(monkeypatch, **RECORDS)["recipe-longer"]
-    assert (
-        "on the same tokens, its FVU is +25.0% [+25.0%, +25.0%] beside the best of them (random)"
-        in told
-    )
-    assert "on 3 times as many, its FVU is +60.0% [+60.0%, +60.0%] beside" in told
-    assert told.count("a refit after that changes the FVU by -60.0%") == 2
+    best = "above that of the best of them (random; interval"
+    assert f"on the same tokens, its FVU is 25.0% {best} 25.0% to 25.0%)" in told
+    assert f"on 3 times as many, its FVU is 60.0% {best} 60.0% to 60.0%)" in told
+    assert told.count("longer training, changes its FVU by -60.0%") == 2
 
 
 def test_without_refitted_baselines_nothing_is_said_of_them(monkeypatch):

@@ -35,6 +35,7 @@ _MOST = 200  # features of a page
 _BINS = 12
 _AGREEMENT = 1e-3  # of the attention output with the sum of what its heads write
 _ATTENTION = "hook_attn_out"
+_CENTRES = 1e-3  # of a norm's gain, what it makes of a constant if it takes the mean away
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,9 @@ class FeatureView:
         density: share of the positions that count on which it fires.
         counts: of its activations by size, from 0 to the largest in equal steps.
         largest: its largest activation.
-        raises, lowers: tokens whose logits its decoder row raises and lowers most, with the change
-            for a feature of 1, through the last norm as if it were linear.
+        raises, lowers: tokens whose logits its decoder row raises and lowers most. The amounts are
+            in units of their own, since the last norm divides by the length of the whole stream:
+            their order and ratios count.
         near: the features whose decoder rows are nearest, with the cosine.
     """
 
@@ -143,9 +145,9 @@ def feature_page(
         if hook_of(sae).endswith(_ATTENTION):
             at = [(context, peak) for _, context, peak in found]
             written = _written_by(bridge, hook_of(sae), tokens, at, sae.W_enc.detach()[:, feature])
-            peaks = zip(views[feature].peaks, written, strict=False)
-            peaks = [replace(peak, heads=h, tokens=t) for peak, (h, t) in peaks]
-            views[feature] = replace(views[feature], peaks=tuple(peaks) or views[feature].peaks)
+            peaks = zip(views[feature].peaks, written, strict=True)
+            peaks = tuple(replace(peak, heads=h, tokens=t) for peak, (h, t) in peaks)
+            views[feature] = replace(views[feature], peaks=peaks)
     return FeaturePage({name: [views[i] for i in own] for name, own in chosen.items()})
 
 
@@ -168,6 +170,10 @@ def _logit_effects(
     x[1::2] = -1  # of mean 0 and mean square 1: neither kind of norm changes it but by its gain
     x = x.view(1, 1, -1)
     gain = (model.ln_final(x) - model.ln_final(-x)) / (2 * x)
+    # A norm that takes the mean away makes nothing of a constant; one that does not keeps it.
+    constant = model.ln_final(x + 1) - model.ln_final(x)
+    if constant.abs().mean() < _CENTRES * gain.abs().mean():
+        rows = rows - rows.mean(dim=1, keepdim=True)
     effects = (rows * gain.view(-1)) @ model.W_U
     return effects - effects.mean(dim=1, keepdim=True)
 
@@ -198,11 +204,12 @@ def _written_by(
 ) -> Iterator[tuple[tuple[Source, ...], tuple[Source, ...]]]:
     """The heads and the source tokens that wrote most of what a feature reads at each peak.
 
-    Nothing where the attention output is not the sum of what its heads write, as behind a norm.
+    Biases are left out. Nothing where the attention output is not the sum of what its heads write
+    and its bias, as behind a norm.
     """
     layer = int(hook_name.split(".")[1])
     names = [f"blocks.{layer}.attn.hook_{what}" for what in ("pattern", "v", "z")] + [hook_name]
-    W_O = model.W_O[layer]  # (heads, d_head, d)
+    W_O, bias = model.W_O[layer], getattr(model.blocks[layer].attn, "b_O", None)
     for context, peak in peaks:
         found: dict[str, Tensor] = {}
         given = tokens[context : context + 1].to(model.cfg.device)
@@ -211,8 +218,10 @@ def _written_by(
         n_pos, heads = len(given[0]), len(W_O)
         v, z = (t.reshape(n_pos, -1, W_O.shape[1]) for t in (v, z))
         written = torch.einsum("he,hed->d", z[peak], W_O)
-        if (written - out[peak]).norm() > _AGREEMENT * out[peak].norm():
-            return
+        by_heads = out[peak] if bias is None else out[peak] - bias
+        if (written - by_heads).norm() > _AGREEMENT * by_heads.norm():
+            yield (), ()
+            continue
         v = v.repeat_interleave(heads // v.shape[1], dim=1)  # heads of a group share their values
         read = torch.einsum("hed,d->he", W_O, reads.to(W_O))
         amounts = torch.einsum("hk,khe,he->hk", pattern[:, peak], v, read)
@@ -244,7 +253,9 @@ def _by_token(
 def _feature_html(view: FeatureView) -> str:
     strongest = max((abs(p.snippet.activations[p.snippet.peak]) for p in view.peaks), default=0.0)
     lines = "".join(
-        snippet_html(peak.snippet, strongest) + _named("written by", (*peak.heads, *peak.tokens))
+        snippet_html(peak.snippet, strongest)
+        + _named("written by heads", peak.heads)
+        + _named("written by tokens", peak.tokens)
         for peak in view.peaks
     )
     about = (

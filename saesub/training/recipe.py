@@ -9,8 +9,8 @@ Five lines, which a reader can apply by hand:
 3. A learning rate of 0.002 · (250 / steps)^¼; 0.0035 in place of 0.002 where the effective rank is
    so low.
 4. The rate rises over the first twentieth of the steps and falls to zero over the last half.
-5. After the last step, refit the decoder by least squares (`saesub.refit_decoder`). Where there is
-   time for it, train longer first: further passes over the tokens bring more.
+5. After the last step, refit the decoder by least squares (`saesub.refit_decoder`). At the one
+   place where it was tried, two more passes over the tokens brought more in that time.
 
 `notebooks/studies/recipe.py` compares it with swept baselines in regimes that were fixed before.
 """
@@ -212,9 +212,9 @@ def recommend(spectrum: Spectrum, sae_cfg: Any, n_tokens: int) -> Recipe:
             "fifth, and than over all steps where the effective rank is low.",
             "The refit: each feature fires about "
             f"{n_tokens * sae_cfg.k / sae_cfg.d_sae:,.0f} times, too few for gradient steps to "
-            "find the best decoder; it changes no feature's firings. It takes longer than the "
-            "training, and two more passes over the tokens fitted better in that time, at one "
-            "place (notebook 07): if you can train longer, do that first.",
+            "find the best decoder; it changes no feature's firings. On a CPU it takes longer than "
+            "the training. At the one place where it was tried, two more passes over the tokens "
+            "fitted better in that time (notebook 07): if you can train longer, do that first.",
         ),
         spectrum=spectrum,
     )

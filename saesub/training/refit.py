@@ -80,8 +80,8 @@ def refit_decoder(
     The active entries of all tokens are kept in memory, about 60 bytes each at the peak: 250,000
     tokens with 32 active features take 0.5 GB. It takes longer than the training itself on a CPU:
     1.6 times as long at 4,096 features (`notebooks/studies/rivals.py cost`). In that time two more
-    passes over the tokens lower the FVU more (`notebooks/studies/longer.py`), so train as long as
-    you want to first.
+    passes over the tokens lowered the FVU more, at the one place where it was tried
+    (`notebooks/studies/longer.py`), so train as long as you want to first.
 
     Args:
         sae: any SAELens SAE whose reconstruction is its features times `W_dec`, plus `b_dec`. A
