@@ -55,8 +55,8 @@ def _longer(found: pd.DataFrame) -> str:
     return (
         "On a CPU the refit is not the best use of its time. At one place (SmolLM2, layer 12's "
         "attention output, 4,096 features) the recipe, with one pass over its tokens and the "
-        f"refit, stands beside five rivals without a refit that train {TIMES} times as long, each at its own "
-        f"best rate. Where these train {'. Where they train '.join(said)}. "
+        f"refit, stands beside five rivals without a refit that train {TIMES} times as long, each "
+        f"at its own best rate. Where these train {'. Where they train '.join(said)}. "
         "[Notebook 07](../notebooks/07_rival_mitigations.ipynb) has all rows."
     )
 
