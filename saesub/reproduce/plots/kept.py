@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from pandas.api.types import is_numeric_dtype, is_scalar
 
 from saesub.activations.spectrum import Spectrum
@@ -82,7 +83,7 @@ def _titled(figure: Figure, title: str) -> Figure:
         lines = fill(title, round(_LETTERS * figure.get_figwidth()))
         figure.set_figheight(figure.get_figheight() + _INCHES * (1 + lines.count("\n")))
         if figure.legends:
-            figure.legends[0].set_title(lines, prop={"size": _SIZE, "weight": "bold"})
+            figure.legends[0].set_title(lines, prop=FontProperties(size=_SIZE, weight="bold"))
             figure.legends[0].get_title().set_multialignment("center")
         else:
             figure.suptitle(lines, fontsize=_SIZE, fontweight="bold")
