@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import runpy
 import subprocess
@@ -29,6 +30,7 @@ AXE = [FIRST, *LIKE, "notebooks/05_active_subspace_init.html", "search.html"]
 @pytest.fixture(scope="module")
 def book(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("book")
+    subprocess.run([sys.executable, "notebooks/figures.py"], cwd=ROOT, check=True)
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html"]
     command += ["-d", str(folder / "doctrees"), "-c", "docs/book", ".", str(folder / "html")]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -115,6 +117,17 @@ def test_every_public_name_is_described_in_full(pages):
 
     shown = {tag["id"].rsplit(".")[-1] for tag in pages["docs/api.html"].select("dt[id]")}
     assert set(saesub.__all__) <= shown
+
+
+def test_a_findings_figure_and_its_notebooks_say_what_is_to_be_seen(pages):
+    kept = ROOT / "data" / "results" / "full" / "figures" / "05_active_subspace_init.jsonl"
+    titles = [json.loads(line)["title"] for line in kept.read_text("utf-8").splitlines()]
+    assert all(titles)
+    shown = pages["notebooks/05_active_subspace_init.html"].select("article img")
+    for image, title in zip(shown, titles, strict=True):
+        assert image["alt"].startswith(title)
+    (own,) = pages["docs/findings/F6.html"].select("article img")
+    assert own["alt"].startswith(titles[2])
 
 
 def test_figures_have_texts(pages):

@@ -7,12 +7,14 @@ import re
 import pytest
 import torch
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+from tiny_model import tiny_gpt2, tiny_texts, tiny_tokenizer
 
 from saesub.activations.tokens import kept_positions, pack_contexts
 from saesub.errors import SaesubError
 from saesub.evaluation.passes import site_activations
 from saesub.evaluation.top_activations import Snippet
 from saesub.extras.feature_pages import FeaturePage, FeatureView, Peak, Source, feature_page
+from saesub.loading.models import load_model
 
 pytestmark = pytest.mark.model
 HOOK = "blocks.1.hook_attn_out"
@@ -136,3 +138,30 @@ def test_every_text_is_escaped():
 def test_too_few_too_many_or_unknown_features_are_refused(model, sae, tokens, features):
     with pytest.raises(SaesubError, match=r"1 to 200|do not exist"):
         feature_page(model, sae, tokens, {"these": features})
+
+
+def test_a_model_with_biases_and_a_layer_norm():
+    """GPT-2's attention output has a bias, and its last norm takes the mean away."""
+    hf_model = tiny_gpt2()
+    with torch.no_grad():
+        for name, values in hf_model.named_parameters():
+            if name.endswith("bias") or "ln" in name:
+                values.normal_(std=0.5, generator=torch.Generator().manual_seed(len(name)))
+        hf_model.transformer.ln_f.bias.zero_()  # so that the norm is its gain and no more
+    model = load_model((hf_model, tiny_tokenizer()))
+    tokens = pack_contexts(model, tiny_texts(), n_contexts=3, context_size=24)
+    torch.manual_seed(0)
+    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=64, d_sae=40, k=8))
+    sae.cfg.metadata.hook_name = HOOK
+    views = feature_page(model, sae, tokens, {"all": list(range(40))}).groups["all"]
+    peaks = [peak for view in views for peak in view.peaks]
+    assert peaks
+    assert all(len(peak.heads) == len(peak.tokens) == 3 for peak in peaks)
+    row = sae.W_dec.detach()[views[0].feature]
+    x = torch.randn(1, 1, 64)
+    spread = [(y - y.mean()).square().mean().sqrt() for y in (x, x + row)]
+    linear = model.ln_final(x + row) * spread[1] - model.ln_final(x) * spread[0]
+    effects = (linear @ model.W_U).flatten()
+    effects = effects - effects.mean()
+    assert views[0].raises[0].amount == pytest.approx(effects.max().item(), rel=1e-2)
+    assert views[0].lowers[0].amount == pytest.approx(effects.min().item(), rel=1e-2)
