@@ -140,6 +140,11 @@ def test_too_few_too_many_or_unknown_features_are_refused(model, sae, tokens, fe
         feature_page(model, sae, tokens, {"these": features})
 
 
+def test_what_is_no_sae_is_refused(model, tokens):
+    with pytest.raises(SaesubError, match="An SAE must be one of SAELens' classes"):
+        feature_page(model, None, tokens, {"these": [3]})
+
+
 def test_a_model_with_biases_and_a_layer_norm():
     """GPT-2's attention output has a bias, and its last norm takes the mean away."""
     hf_model = tiny_gpt2()

@@ -16,7 +16,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from saesub.activations.checks import require_finite
 from saesub.activations.tokens import kept_positions
-from saesub.arguments import whole_number
+from saesub.arguments import require_sae, whole_number
 from saesub.errors import SaesubError
 from saesub.evaluation.passes import check_reads, contexts_of, hook_of, site_activations
 from saesub.loading.models import Model, load_model
@@ -111,7 +111,7 @@ def top_activations(
     """
     bridge, n_snippets = load_model(model), whole_number(n_snippets, "n_snippets")
     n_around = whole_number(n_around, "n_around", 0)
-    features = feature_indices(features, sae.cfg.d_sae)
+    features = feature_indices(features, sae)
     tokens = contexts_of(bridge, tokens).cpu()
     acts, kept = feature_activations(
         bridge, sae, tokens, features, batch_size=batch_size, skip_first=skip_first
@@ -158,15 +158,16 @@ def feature_activations(
     return acts, kept
 
 
-def feature_indices(features: Sequence[int], d_sae: int) -> list[int]:
-    """The features as ints. Raises SaesubError for what is no list of features of the SAE."""
+def feature_indices(features: Sequence[int], sae: SAE[Any]) -> list[int]:
+    """The features as ints. Raises SaesubError for what is no list of features of an SAE."""
+    require_sae(sae)
     given = features.tolist() if isinstance(features, (Tensor, np.ndarray)) else features
     if not isinstance(given, Sequence) or isinstance(given, str):
         raise SaesubError(f"features is a list of indices, not {features!r}.")
     found = [whole_number(feature, "a feature", 0) for feature in given]
-    if bad := [feature for feature in found if feature >= d_sae]:
+    if bad := [feature for feature in found if feature >= sae.cfg.d_sae]:
         raise SaesubError(
-            f"features {bad} do not exist: choose among 0..{d_sae - 1}, the SAE's own"
+            f"features {bad} do not exist: choose among 0..{sae.cfg.d_sae - 1}, the SAE's own"
         )
     return found
 

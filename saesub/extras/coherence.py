@@ -84,7 +84,7 @@ def feature_coherence(
     """
     bridge, hook_name, encode = load_model(model), hook_of(sae), encoder_of(sae)
     tokens, batch_size = contexts_of(bridge, tokens).cpu(), whole_number(batch_size, "batch_size")
-    chosen = None if features is None else feature_indices(features, sae.cfg.d_sae)
+    chosen = None if features is None else feature_indices(features, sae)
     check_reads(sae, bridge, hook_name)
     spans, span_of = snippet_spans(bridge, tokens, n_around=n_around, skip_first=skip_first)
     peaks = Peaks(sae.cfg.d_sae, n_snippets)

@@ -119,7 +119,7 @@ def feature_page(
     bridge, n_named = load_model(model), whole_number(n_named, "n_named")
     n_snippets = whole_number(n_snippets, "n_snippets")
     n_around = whole_number(n_around, "n_around", 0)
-    chosen = {name: feature_indices(own, sae.cfg.d_sae) for name, own in groups.items()}
+    chosen = {name: feature_indices(own, sae) for name, own in groups.items()}
     features = sorted({feature for own in chosen.values() for feature in own})
     if not features or len(features) > _MOST:
         raise SaesubError(f"a page shows 1 to {_MOST} features, not {len(features)}: choose fewer")
