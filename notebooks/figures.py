@@ -46,14 +46,21 @@ def of_notebook(kept: Path) -> Iterator[Figure]:
 
 
 def about(kept: Path) -> list[str]:
-    """What each figure shows: its title, and the first sentence of its function's description."""
+    """What each figure shows: its title, its function's first sentence, and its note."""
     lines = map(json.loads, kept.read_text(encoding="utf-8").splitlines())
-    told = ((line["title"], inspect.getdoc(getattr(plots, line["figure"])) or "") for line in lines)
-    return [". ".join(filter(None, (title, _first(text)))) for title, text in told]
+    return [
+        " ".join(filter(None, (_sentence(line["title"]), _drawn(line), line["note"])))
+        for line in lines
+    ]
 
 
-def _first(text: str) -> str:
+def _drawn(line: dict) -> str:
+    text = inspect.getdoc(getattr(plots, line["figure"])) or ""
     return " ".join(text.split("\n\n")[0].split())
+
+
+def _sentence(text: str) -> str:
+    return text and text.rstrip(".") + "."
 
 
 def saved(figure: Figure, to: Path | BinaryIO) -> None:

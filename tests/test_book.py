@@ -104,6 +104,14 @@ def test_a_term_is_explained_where_a_page_first_uses_it(book, pages):
         assert pages["docs/terms.html"].find(id=urldefrag(term["href"])[1])
 
 
+def test_a_notebook_can_be_kept_as_it_is_committed(book, pages):
+    for notebook in (ROOT / "notebooks").glob("[0-9]*.ipynb"):
+        name = f"notebooks/{notebook.stem}.html"
+        (link,) = pages[name].select("article a.download")
+        kept = (book / name).parent / unquote(link["href"])
+        assert kept.read_bytes() == notebook.read_bytes()
+
+
 def test_links_out_of_the_book_go_to_the_repository(pages):
     links = {link["href"] for link in pages["docs/api.html"].select("article a[href]")}
     at = runpy.run_path(str(ROOT / "notebooks" / "links.py"))["repository"]() + "/blob/main/"
@@ -192,6 +200,19 @@ def test_a_page_can_be_read_without_scripts(book, chromium):
     tab.locator(".sidebar-tree a", has_text="06 ·").click()
     assert tab.locator("article h1").inner_text().startswith("06 ·")
     context.close()
+
+
+@in_a_browser
+def test_a_term_is_explained_to_the_keyboard_too(book, chromium):
+    tab = chromium.new_page()
+    tab.goto((book / "notebooks/05_active_subspace_init.html").as_uri())
+    shown = "e => getComputedStyle(e, '::after').content"
+    term = tab.locator("a.term", has_text="FVU").first
+    assert term.evaluate(shown) == "none"
+    tab.keyboard.press("Tab")
+    term.focus()
+    assert term.evaluate(shown).startswith('"Fraction of variance unexplained')
+    tab.close()
 
 
 @in_a_browser

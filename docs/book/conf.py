@@ -103,7 +103,7 @@ _FINDINGS = """
 _ELSEWHERE = re.compile(
     r"(?<!!)(\[[^\]]*\])\((?:\.\./)*((?:saesub|tests|data|benchmarks|notebooks/studies)\b[^)\s]*)\)"
 )
-_BADGE = re.compile(r"\[!\[Open in Colab\]\([^)]*\)\]")
+_BADGE = re.compile(r"\[!\[Open in Colab\]\([^)]*\)\](\([^)]*\))")
 
 
 def _api() -> str:
@@ -125,10 +125,12 @@ def _by_number(page: Path) -> tuple[bool, int]:
 
 
 def _for_the_book(app: Any, docname: str, source: list[str]) -> None:
-    """Links that lead out of the book go to the repository; a badge becomes a plain link."""
+    """Links that lead out of the book go to the repository; a notebook's badge becomes a plain link,
+    and the notebook can be kept."""
     where = f"{REPOSITORY}/blob/main/"
     text = _ELSEWHERE.sub(lambda found: f"{found[1]}({where}{found[2]})", source[0])
-    source[0] = _BADGE.sub("[Open in Colab]", text)
+    keep = f" · {{download}}`Download this notebook </{docname}.ipynb>`"
+    source[0] = _BADGE.sub(rf"[Open in Colab]\1{keep}", text)
     if docname == root_doc:
         source[0] += _CONTENTS
     if docname == "docs/api":

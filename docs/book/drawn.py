@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from docutils import nodes
+from sphinx.util import logging
 
 DRAWN = Path(__file__).resolve().parents[2] / "build" / "figures"
+_log = logging.getLogger(__name__)
 _NAMED = re.compile(r"<!-- figure (\S+) -->")
 
 
@@ -23,12 +25,14 @@ def about() -> dict[str, str]:
 def _show(app: Any, page: str, source: list[str]) -> None:
     """Puts figures in place of the comments that name them."""
     told = about()
-    source[0] = _NAMED.sub(
-        lambda found: (
-            f"![{told[found[1]]}](/build/figures/{found[1]}.png)" if found[1] in told else ""
-        ),
-        source[0],
-    )
+
+    def image(found: re.Match) -> str:
+        if found[1] in told:
+            return f"![{told[found[1]]}](/build/figures/{found[1]}.png)"
+        _log.warning("figure %s is not drawn: run `make figures`", found[1], location=page)
+        return ""
+
+    source[0] = _NAMED.sub(image, source[0])
 
 
 def _describe(app: Any, tree: nodes.document, page: str) -> None:

@@ -24,24 +24,28 @@ from pandas.api.types import is_numeric_dtype, is_scalar
 
 from saesub.activations.spectrum import Spectrum
 from saesub.errors import SaesubError
+from saesub.reproduce.plots.drawing import NOTE
 
 FILE = "SAESUB_FIGURES"
 _SIZE, _LETTERS, _INCHES = 11.5, 10, 0.25  # of a title: points, letters to an inch, a line's height
+_NOTE, _NOTE_LETTERS = 8.5, 14.5  # of what is written below: points, letters to an inch
 _Draws = TypeVar("_Draws", bound=Callable[..., Figure])
 _functions: dict[str, Callable[..., Figure]] = {}
 
 
 def kept(function: _Draws) -> _Draws:
-    """The same function, which takes a `title` too, a sentence that says what is to be seen, and
-    adds what it draws to the file that the environment names."""
+    """The same function, which takes two texts too and adds what it draws to the file that the
+    environment names: `title`, what is to be seen, and `note`, what a reader must know of it, such
+    as n and what bands and marks are."""
     signature = inspect.signature(function)
 
     @wraps(function)
-    def drawn(*args: Any, title: str = "", **kwargs: Any) -> Figure:
-        figure = _titled(function(*args, **kwargs), title)
+    def drawn(*args: Any, title: str = "", note: str = "", **kwargs: Any) -> Figure:
+        figure = _told(function(*args, **kwargs), title, note)
         if file := os.environ.get(FILE):
             given = signature.bind(*args, **kwargs).arguments
-            line = {"figure": function.__name__, "title": title, "arguments": _encoded(given)}
+            line = {"figure": function.__name__, "title": title, "note": note}
+            line["arguments"] = _encoded(given)
             path = Path(file)
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a", encoding="utf-8") as lines:
@@ -68,17 +72,17 @@ def redrawn(line: str) -> Figure:
     try:
         found = json.loads(line)
         function, arguments = _functions[found["figure"]], _decoded(found["arguments"])
-        title = found["title"]
+        title, note = found["title"], found["note"]
     except (ValueError, KeyError, TypeError) as error:
         raise SaesubError(
             f"this line is of no figure ({error}): run the notebook again to keep its figures"
         ) from error
-    return _titled(function(**arguments), title)
+    return _told(function(**arguments), title, note)
 
 
-def _titled(figure: Figure, title: str) -> Figure:
-    """Writes a title at the top of the figure, which becomes as much higher. A legend that is
-    there has it as its own title, since it would be drawn over another one."""
+def _told(figure: Figure, title: str, note: str) -> Figure:
+    """Writes a title at the top of the figure, which becomes as much higher, and a note below it. A
+    legend at the top has the title as its own, since it would be drawn over another one."""
     if title:
         lines = fill(title, round(_LETTERS * figure.get_figwidth()))
         figure.set_figheight(figure.get_figheight() + _INCHES * (1 + lines.count("\n")))
@@ -87,6 +91,9 @@ def _titled(figure: Figure, title: str) -> Figure:
             figure.legends[0].get_title().set_multialignment("center")
         else:
             figure.suptitle(lines, fontsize=_SIZE, fontweight="bold")
+    if note:  # outside: a saved figure is cut around all that is drawn
+        lines = fill(note, round(_NOTE_LETTERS * figure.get_figwidth()))
+        figure.text(0.5, -0.015, lines, ha="center", va="top", fontsize=_NOTE, color=NOTE)
     return figure
 
 
