@@ -24,11 +24,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 PAGE = RESULTS.parent.parent / "docs" / "speed.md"
 README = RESULTS.parent.parent / "README.md"
 BASELINE, FLOOR = "sae-lens", "encoder-product"
-_IN_SAELENS = {
-    "saesub-saelens-adam": "the sparse class in its trainer",
-    "saesub-native-adam": "`SubspaceSAETrainer` and Adam",
-    "saesub-native-sparse_adam": "SparseAdam",
-}
+_ASI = {"saesub-native-adam-asi": "Adam", "saesub-native-sparse_adam-asi": "SparseAdam"}
 
 
 def load(results: str | Path) -> pd.DataFrame:
@@ -103,8 +99,8 @@ def page_block(results: str | Path) -> str:
 
 
 def readme_block(results: str | Path) -> str:
-    """The whole job in a line, a step in another, and what a step takes without VNNI."""
-    step = " ".join(filter(None, [in_saelens(results), without_vnni(results)]))
+    """The whole job in a line, and a step in another."""
+    step = " ".join(filter(None, [once_trained(results), in_saelens(results)]))
     return "\n\n".join(filter(None, [in_a_line(results), step]))
 
 
@@ -149,22 +145,6 @@ def _held_back(results: str | Path) -> str:
         return ""
     times = _times(folder, load(folder)["batch"].min())
     return f"{times}\n\n{_conditions(folder)}"
-
-
-def without_vnni(results: str | Path) -> str:
-    """In a line, how much faster than SAELens' a step is there at the widths of `in_saelens`, from
-    the records in `avx2/`, if any."""
-    folders = Path(results) / "avx2", Path(results) / "in-saelens"
-    if not all(any(folder.glob("b*-d*.json")) for folder in folders):
-        return ""
-    speedups, shown = (summary(folder)["speedup"] for folder in folders)
-    of_step = speedups.xs("saesub-native-sparse_adam", level="contender").droplevel("batch")
-    told = [
-        "–" if np.isnan(ratio) else f"{ratio:.2g}"
-        for ratio in of_step.reindex(shown.index.unique("d_sae"))
-    ]
-    (machine,) = {kind(json.loads(path.read_text())["machine"]) for path in _records(folders[0])}
-    return f"{machine[0].upper()}{machine[1:]}: {' / '.join(told)} with SparseAdam."
 
 
 def _costs(results: str | Path, batch: int) -> str:
@@ -256,22 +236,42 @@ def _widest(results: str | Path) -> str:
 
 
 def in_saelens(results: str | Path) -> str:
-    """How much faster than SAELens' class the sparse one is in SAELens' own trainer, and
-    `SubspaceSAETrainer`, from the records in `in-saelens/`, if any."""
+    """How much faster than SAELens' class the sparse one is in SAELens' own trainer, from the
+    records in `in-saelens/`, if any."""
     folder = Path(results) / "in-saelens"
     if not any(folder.glob("b*-d*.json")):
         return ""
     speedups = summary(folder)["speedup"]
     widths = " / ".join(f"{width:,}" for width in speedups.index.unique("d_sae"))
-    told = [
-        f"{' / '.join(f'{ratio:.2g}' for ratio in speedups.xs(contender, level=2))} with {name}"
-        for contender, name in _IN_SAELENS.items()
-    ]
+    of_class = speedups.xs("saesub-saelens-adam", level="contender")
     (machine,) = {_machine(json.loads(path.read_text())) for path in _records(folder)}
     return (
-        f"A step is this many times as fast as SAELens', at d_sae {widths}: "
-        f"{', '.join(told)} ({machine})."
+        "The sparse class in SAELens' own trainer: "
+        f"{' / '.join(f'{ratio:.2g}' for ratio in of_class)} × at {widths} ({machine})."
     )
+
+
+def once_trained(results: str | Path) -> str:
+    """How much faster than SAELens' a step of an SAE is that began with ASI and was trained, from
+    the records in `trained/` and its folder `avx2/`, if any."""
+    folder = Path(results) / "trained"
+    if not any(folder.glob("b*-d*.json")):
+        return ""
+    (width,) = summary(folder).index.unique("d_sae")
+    (record,) = (json.loads(path.read_text()) for path in _records(folder))
+    told = (
+        f"A step of `SubspaceSAETrainer` at d_sae {width:,}, {_warm_up(folder)} steps after ASI, is "
+        f"{_with_asi(folder)} as fast as SAELens' ({_machine(record)})"
+    )
+    if not any((folder / "avx2").glob("b*-d*.json")):
+        return f"{told}."
+    (record,) = (json.loads(path.read_text()) for path in _records(folder / "avx2"))
+    return f"{told}; {kind(record['machine'])} {_with_asi(folder / 'avx2')}."
+
+
+def _with_asi(folder: Path) -> str:
+    speedups = summary(folder)["speedup"].droplevel(["batch", "d_sae"])
+    return " and ".join(f"{speedups[name]:.2g} × ({of})" for name, of in _ASI.items())
 
 
 def _machine(record: dict) -> str:

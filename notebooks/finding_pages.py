@@ -1,15 +1,19 @@
 """The pages of docs/findings, one for each finding, and what docs/findings.md shows of them.
 
 The rows are the recorded claims, each with the commits of its bounds and of its record;
-data/findings.csv has the titles, what the paper reports, and the figure that shows most. A page
-names its figure in a comment, since the figures are drawn when the book is made.
+data/findings.csv has the titles, what the paper reports, what came out, the figure that shows most,
+and what the README shows. A page names its figure in a comment, since the figures are drawn when
+the book is made.
 """
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from saesub.reproduce import claims, claims_table, paper_claims
@@ -20,12 +24,16 @@ FOLDER = ROOT / "docs" / "findings"
 
 @dataclass(frozen=True)
 class Finding:
-    """A row of data/findings.csv; `paper` is empty for what goes beyond the paper."""
+    """A row of data/findings.csv; `paper` is empty for what goes beyond the paper, and so are the
+    README's `quantity` and the claims `shown` there."""
 
     finding: str
     title: str
     paper: str
+    said: str
     figure: str
+    quantity: str
+    shown: str
 
     @property
     def page(self) -> Path:
@@ -51,13 +59,49 @@ def texts(records: dict, bounds: dict) -> dict[Path, str]:
 
 
 def verdicts(rows: Iterable[dict]) -> str:
-    """A line for each finding: its page, its verdict and its rows by verdict."""
+    """A line for each finding: its page, what came out, its verdict and its rows by verdict."""
     scored = claims.scorecard(rows).rows
-    lines = ["| Finding | Verdict | Rows |", "|---" * 3 + "|"]
+    lines = ["| Finding | What came out | Verdict | Rows |", "|---" * 4 + "|"]
     for finding in known():
         link = f"[{finding.heading}](findings/{finding.page.name})"
-        lines.append(f"| {link} | {_verdict(finding, scored)} | {_tally(finding, scored)} |")
+        cells = (link, finding.said, _verdict(finding, scored), _tally(finding, scored))
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def summary(rows: Sequence[dict]) -> str:
+    """The README's table: for each finding of the paper one quantity, with the paper's value and
+    the range of ours over all regimes with a verdict. Above it, how many have which verdict, and
+    how many bounds came late. `rows` are those of `claim_rows`."""
+    scored = claims.scorecard(rows).rows
+    late = sum(row["bound_is_younger"] for row in rows)
+    judged = Counter(found.verdict for found in claims.findings(scored))
+    told = ", ".join(f"{name} {judged[name]}" for name in claims_table.VERDICTS if judged[name])
+    lines = [
+        f"Of the paper's {judged.total()} findings: {told}. Of the {len(rows)} values that are "
+        f"judged, {late} have bounds that were set after their record; the pages mark them.",
+        "",
+        "| Finding | Quantity | Paper | Here (regimes) | Verdict, claims |",
+        "|---" * 5 + "|",
+    ]
+    for finding in (of for of in known() if of.paper):
+        shown = [[row for row in scored if row["id"] == name] for name in finding.shown.split()]
+        paper = [of[0]["paper"] or "–" for of in shown]
+        link = f"[{finding.heading}](docs/findings/{finding.page.name})"
+        cells = [link, finding.quantity, " → ".join(paper), " → ".join(map(_range, shown))]
+        cells.append(f"{_verdict(finding, scored)}: {_tally(finding, scored)}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _range(rows: Sequence[dict]) -> str:
+    """The least and the largest value, and how many regimes they are of."""
+    found = [row for row in rows if row["verdict"] != paper_claims.UNTESTED]
+    if not found:
+        return "not measured"
+    values = [row["value"] for row in found]
+    least, most = (claims_table.number(found[0], end) for end in (min(values), max(values)))
+    return (f"{least.split()[0]} to " * (least != most)) + f"{most} ({len(found)})"
 
 
 def claim_rows(records: dict, bounds: dict) -> list[dict]:
@@ -79,15 +123,51 @@ def _text(finding: Finding, rows: list[dict], records: dict) -> str:
     measured_in = dict.fromkeys(row["notebook"] for row in own if row["notebook"])
     links = ", ".join(f"[{n}](../../notebooks/{names[n]}.ipynb)" for n in measured_in)
     paper = f"*The paper:* {finding.paper}" if finding.paper else "*Beyond the paper.*"
+    late = sum(row["bound_is_younger"] for row in own)
     parts = [
         f"# {finding.heading}",
         paper,
-        f"*Here:* {_verdict(finding, rows)} ({_tally(finding, rows)}). *Notebook:* {links}.",
+        f"*Here:* {finding.said}",
+        f"*Verdict:* {_verdict(finding, rows)} ({_tally(finding, rows)}). [What this means]"
+        "(../findings.md#all-claims)."
+        + f" The bounds of {late} of {len(own)} rows were set after their record."
+        * bool(late),
+        f"*Notebook:* {links}.",
         f"<!-- figure {finding.figure} -->",
-        claims_table.ClaimsTable(own).markdown(),
-        "[What the verdicts mean, and all findings](../findings.md)",
+        *(_claim(list(of)) for _, of in groupby(own, key=lambda row: row["id"])),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _claim(rows: Sequence[dict]) -> str:
+    """A claim: what is measured, the paper's value, its two ranges, and a row for each regime."""
+    claim, text = paper_claims.find(rows[0]["id"]), claims_table.markdown_text
+    title, _, measure = claim.claim.removeprefix("Beyond the paper: ").partition(": ")
+    paper = "*Beyond the paper.*"
+    if not claim.beyond_paper:
+        paper = f"The paper: {text(claim.paper or 'no value')}."
+    ranges = [f"✔ {_bounds(rows[0], claim.holds)}"] * bool(claim.holds.edges)
+    wider = claim.direction.edges and claim.direction != claim.holds
+    ranges += [f"↗ {_bounds(rows[0], claim.direction)}"] * bool(wider)
+    lines = [
+        f"## {text(title[:1].upper() + title[1:])}",
+        "",
+        f"`{claim.id}`" + f": {text(measure)}" * bool(measure) + f". {paper}",
+        "",
+        f"Ranges: {', '.join(ranges) or 'none'}."
+        + f" Notebook {rows[0]['notebook']}." * bool(rows[0]["notebook"]),
+        "",
+        "| Regime | Here | Verdict | Bound and record |",
+        "|---" * 4 + "|",
+    ]
+    return "\n".join([*lines, *map(claims_table.regime_row, rows)])
+
+
+def _bounds(row: dict, bounds: paper_claims.Bounds) -> str:
+    low, high = (claims_table.number(row, end) for end in (bounds.low, bounds.high))
+    if len(bounds.edges) == 2:
+        return f"{low} to {high}"
+    return f"at least {low}" if math.isfinite(bounds.low) else f"at most {high}"
 
 
 def _verdict(finding: Finding, rows: list[dict]) -> str:

@@ -155,7 +155,8 @@ def _in_short(records: list[dict[str, Any]]) -> str:
     return (
         f"On an [H200](docs/gpu.md), after `saesub check-gpu`: {own[0] / 1e6:.1f}M tok/s at "
         f"2^{ends[0].bit_length() - 1} features, {own[1] / 1e6:.2f}M at "
-        f"2^{ends[1].bit_length() - 1} (Adam, no AuxK); {', '.join(said)}."
+        f"2^{ends[1].bit_length() - 1} (Adam, no AuxK; the second in 8 bits, timed only); "
+        f"{', '.join(said)}."
     )
 
 

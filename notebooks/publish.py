@@ -26,11 +26,8 @@ import re
 import runpy
 import sys
 from base64 import b64decode, b64encode
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from io import BytesIO
-from itertools import groupby, zip_longest
 from pathlib import Path
 
 import nbformat
@@ -43,7 +40,7 @@ import saesub
 from saesub.errors import SaesubError
 from saesub.evaluation import protocol
 from saesub.files import write_atomically
-from saesub.reproduce import claims, claims_table, paper_claims, studies
+from saesub.reproduce import claims, claims_table, studies
 from saesub.reproduce.plots import dead_against_fvu
 from saesub.reproduce.report import is_progress, memory_text
 
@@ -70,6 +67,7 @@ REGISTRY = ROOT / "data" / "registry.toml"
 ERROR_INDEX = runpy.run_path(str(ROOT / "notebooks" / "error_index.py"))
 GPU_TABLES = runpy.run_path(str(ROOT / "notebooks" / "gpu_tables.py"))
 RECIPE_TABLES = runpy.run_path(str(ROOT / "notebooks" / "recipe_tables.py"))
+LINKS = runpy.run_path(str(ROOT / "notebooks" / "links.py"))
 FINDING_PAGES = runpy.run_path(str(ROOT / "notebooks" / "finding_pages.py"))
 BOUNDS = runpy.run_path(str(ROOT / "notebooks" / "bounds.py"))
 # The packaged files that the notebooks ask for at `full`, by kind, and those of them that `quick`
@@ -160,6 +158,23 @@ def write_pages(records: dict) -> None:
 def finding_pages(records: dict) -> dict[Path, str]:
     """The pages in docs/findings with their texts."""
     return FINDING_PAGES["texts"](records[SHOWN], json.loads(BOUNDS_FILE.read_text()))
+
+
+def _commands() -> str:
+    """What is typed first; the address of the repository stands in pyproject.toml alone."""
+    address = LINKS["repository"]()
+    return (
+        f"```bash\ngit clone {address} && cd {address.rsplit('/', 1)[1]}\n"
+        "make setup     # .venv in 5 min; then source .venv/bin/activate\n"
+        "make reproduce # fetches models, runs notebooks\n"
+        "make test      # make test-all: slow ones\n"
+        "make book      # a site, in build/book\n```"
+    )
+
+
+def claim_rows(records: dict) -> list[dict]:
+    """Every claim of the shown profile in every regime, with the commits of bounds and record."""
+    return FINDING_PAGES["claim_rows"](records[SHOWN], json.loads(BOUNDS_FILE.read_text()))
 
 
 def write_record(profile: str, record: dict) -> None:
@@ -271,8 +286,9 @@ def with_tables(page: str, records: dict) -> str:
     """
     rows = [row for recorded in records[SHOWN].values() for row in recorded["claims"]]
     tables = {
-        "summary": summary_table(rows),
+        "summary": FINDING_PAGES["summary"](claim_rows(records)),
         "figure": figure_caption(readme_rows()),
+        "run": _commands(),
         "cost": cost_table(records, tomllib.loads(REGISTRY.read_text(encoding="utf-8"))),
         "titles": _titles(records),
         "verdicts": FINDING_PAGES["verdicts"](rows),
@@ -294,166 +310,6 @@ def with_tables(page: str, records: dict) -> str:
         mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         page = mark.sub(lambda found, t=table: f"{found[1]}{t}\n{found[2]}", page)
     return page
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A row of the README's summary: what the paper claims, the quantity and the claims that show
-    it in figures, and the findings whose claims its verdict counts."""
-
-    title: str
-    quantity: str
-    shown: Sequence[str]
-    findings: Sequence[str]
-    joined_by: str = ", "
-
-
-SUMMARY = (
-    Finding(
-        "Attention outputs are low-rank",
-        "share of directions that hold 99 % of the variance",
-        ("F1.attn_rank",),
-        ("F1", "F2", "F3"),
-    ),
-    Finding(
-        "The output projection W_O lowers the rank",
-        "rank of heads' output z minus z W_O's; a Gaussian matrix makes most of it",
-        ("F4.z_rank_gap",),
-        ("F4",),
-    ),
-    Finding(
-        "Features die where the rank is low",
-        "rank correlation of the two over all sites; without attention outputs none is seen",
-        ("F5.correlation",),
-        ("F5",),
-    ),
-    Finding(
-        "ASI saves features",
-        "share dead, random → ASI",
-        ("F6.baseline_dead", "F6.asi_dead"),
-        ("F6", "F7", "F10"),
-        joined_by=" → ",
-    ),
-    Finding(
-        "Wider dictionaries lose more features; ASI with SparseAdam saves nearly all",
-        "dead; SparseAdam alone: under 1 % at 8,192",
-        ("F9.best",),
-        ("F8", "F9"),
-    ),
-    Finding(
-        "ASI works for other dictionaries; its features are as good",
-        "dead, ASI / random (above 1: ASI loses more), in TopK transcoders and Lorsa; features by "
-        "measures of ours",
-        ("F11.topk_transcoder", "F11.lorsa"),
-        ("F11", "F12"),
-    ),
-)
-
-
-def summary_table(rows: Iterable[dict]) -> str:
-    """A line for each finding of the README: the paper's figure, ours, what speaks against it and
-    its verdicts. Above them, how many of the paper's findings have which verdict."""
-    scored = claims.scorecard(rows).rows
-    judged = {found.finding: found for found in claims.findings(scored)}
-    totals = Counter(found.verdict for found in judged.values())
-    told = ", ".join(f"{name} {totals[name]}" for name in claims_table.VERDICTS if totals[name])
-    lines = [
-        f"Of the paper's {len(judged)} findings: {told}.",
-        "",
-        "| Paper's claim | Its value | Here | Mixed or fails (regimes) | Verdict |",
-        "|---" * 5 + "|",
-    ]
-    for finding in SUMMARY:
-        own = [
-            row
-            for row in scored
-            if row["finding"] in finding.findings and not paper_claims.find(row["id"]).beyond_paper
-        ]
-        shown = [row for row in own if row["id"] in finding.shown]
-        paper = dict.fromkeys(row["paper"] or "–" for row in shown)
-        cells = (
-            f"**{finding.title}**: {finding.quantity}",
-            finding.joined_by.join(paper),
-            _values(shown, finding.joined_by),
-            "<br>".join(_against(own)),
-            "<br>".join(_verdict(judged[name]) for name in finding.findings),
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _verdict(found: claims.FindingVerdict) -> str:
-    return f"{found.finding} {found.verdict}: {found.tally}"
-
-
-def _values(rows: Sequence[dict], joined_by: str) -> str:
-    """The first two values, a line for each, and the number of the others. A line has the regimes
-    with just this value, each with what its name says that those above do not. A notebook of an
-    older record, which names none, counts as one."""
-    by_regime: dict[str, list[dict]] = {}
-    for row in rows:
-        if row["value"] is not None and not row.get("untested"):
-            by_regime.setdefault(row["regime"] or row["notebook"], []).append(row)
-    if not by_regime:
-        return "not measured"
-    found: dict[tuple[float, ...], tuple[str, list[str]]] = {}
-    told = {_MODEL, _MODEL.lower()}
-    for of in by_regime.values():
-        parts = " and ".join(dict.fromkeys(row["regime"] or row["n"] for row in of)).split(", ")
-        new = ", ".join(part.removeprefix(f"{_MODEL} on ") for part in parts if part not in told)
-        values = tuple(row["value"] for row in of)
-        found.setdefault(values, (joined_by.join(map(_value, of)), []))[1].append(new)
-        told |= set(parts)
-    lines = [
-        f"{shown} ({claims_table.markdown_text('; '.join(names))})"
-        for shown, names in found.values()
-    ]
-    more = [f"and {len(lines) - 2} more"] if len(lines) > 2 else []
-    return "<br>".join(lines[:2] + more)
-
-
-def _value(row: dict) -> str:
-    if row["unit"].startswith("share"):
-        return f"{100 * row['value']:.3g} %"
-    return f"{row['value']:.3g}"
-
-
-_MODEL = "SmolLM2-135M"  # unless the README names another
-_ALIKE = 4  # words with which claims begin alike
-_ASI = re.compile(
-    r"Subspace initialisation under Adam|[Ss]ubspace initialisation|The initialisation"
-)
-
-
-def _against(rows: Sequence[dict]) -> list[str]:
-    """The claims with a row that is mixed or fails, and in how many of their regimes; those that
-    begin alike stand in one line."""
-    by_claim: dict[str, list[dict]] = {}
-    for row in rows:
-        by_claim.setdefault(row["id"], []).append(row)
-    found: list[tuple[str, str, str]] = []  # symbols, claim, regimes
-    for of in by_claim.values():
-        counts = Counter(row["verdict"] for row in of)
-        told = [v for v in (paper_claims.FAILS, paper_claims.MIXED) if counts[v]]
-        if not told:
-            continue
-        symbols = "".join(claims_table.SYMBOLS[verdict] for verdict in told)
-        regimes = " and ".join(str(counts[verdict]) for verdict in told)
-        where = f" ({regimes} of {len(of)})" * (counts[told[0]] < len(of))
-        found.append((symbols, _ASI.sub("ASI", of[0]["claim"].split(":")[0]), where))
-    together = groupby(found, key=lambda one: one[1].split()[:_ALIKE])
-    return [_one_line(list(several)) for _, several in together]
-
-
-def _one_line(found: Sequence[tuple[str, str, str]]) -> str:
-    """Claims with their symbols and regimes, with what they begin with said once."""
-    if len(found) == 1:
-        ((symbols, name, where),) = found
-        return f"{symbols} *{name}*{where}"
-    words = [name.split() for _, name, _ in found]
-    n = next(i for i, of in enumerate(zip_longest(*words)) if len(set(of)) > 1)
-    rest = [f"{symbols} *{' '.join(name.split()[n:])}*{where}" for symbols, name, where in found]
-    return f"*{' '.join(words[0][:n])}* " + ", ".join(rest)
 
 
 def cure_rows() -> pd.DataFrame:
@@ -495,10 +351,10 @@ def figure_caption(rows: pd.DataFrame) -> str:
         f"{SHOWN_HOOK.split('.')[1]}, {n_train:,} tokens, "
         f"{rows['seed'].nunique()} seeds, no AuxK. Left and low is better. "
         f"Dead: silent over {window:,} held-out tokens, {window * k / d_sae:,.0f} firings a "
-        f"feature. Dead at the rates that fit best or less than 1 % worse: {told}. Where ASI fits "
-        f"only as well as random at its best, it loses {100 * equal:.2g} % (between "
-        f"{asi.rates[slow]:g} and {asi.rates[slow + 1]:g}; [other widths and layers]"
-        "(notebooks/05_active_subspace_init.ipynb)).*"
+        f"feature. Dead at the rates that fit best or less than 1 % worse: {told}. At the FVU of "
+        f"random's best rate, ASI loses {100 * equal:.2g} % (between {asi.rates[slow]:g} and "
+        f"{asi.rates[slow + 1]:g}; we added this comparison when we had seen the record). "
+        "[Other widths and layers](docs/findings/F6.md).*"
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from saesub.reproduce import paper_claims
+from saesub.reproduce import claims_table, paper_claims
 from saesub.reproduce.in_regimes import claimed, in_regimes
 from saesub.reproduce.longer import NEW, SAME, TIMES, trained_longer
 from saesub.training.recipe import COVERED
@@ -130,12 +130,13 @@ def _reached(of: pd.DataFrame) -> str:
 
 
 def _met(of: pd.DataFrame) -> str:
-    """Which of the bounds that were set before are met."""
-    found = claimed(of)
-    met = [said for name, said in BOUNDS.items() if found[name] in paper_claims.find(name).holds]
-    missed = [said for said in BOUNDS.values() if said not in met]
-    line = f"Of the four bounds that were set before (B3), it meets {len(met)}"
-    return line + (f" and misses {len(missed)}: {'; '.join(missed)}." if missed else ".")
+    """In which of the ranges that were set before its values lie."""
+    by_verdict: dict[str, list[str]] = {}
+    for name, value in claimed(of).items():
+        found = paper_claims.verdict(paper_claims.find(name), value)
+        by_verdict.setdefault(found, []).append(BOUNDS[name])
+    told = [f"{claims_table.SYMBOLS[of]} {of}: {'; '.join(s)}" for of, s in by_verdict.items()]
+    return f"Beside the ranges that were set before ([B3](findings/B3.md)): {', '.join(told)}."
 
 
 def _line(found: pd.DataFrame) -> str:
@@ -151,8 +152,8 @@ def _line(found: pd.DataFrame) -> str:
     plain, early = (of[name] < of["baseline_fvu"] for name in ("fvu", "fvu_unrefitted"))
     return (
         f"{said}. On an unseen model its FVU is below the best of three swept "
-        f"baselines' (no AuxK) in {plain.sum()} of {len(of)} regimes, {early.sum()} before its "
-        "refit."
+        f"baselines' (no AuxK) in {plain.sum()} of {len(of)} regimes, and in {early.sum()} before "
+        "the decoder's refit. The refit's time is better spent on training."
     )
 
 

@@ -324,7 +324,7 @@ def test_each_kind_of_processor_has_a_table_of_its_own(tmp_path):
     more = [_timed("saesub-saelens-adam", 3.0), _timed("saesub-native-adam", 2.0)]
     slow = [_timed("sae-lens", 8.0), _timed("saesub-native-sparse_adam", 2.0)]
     _write(tmp_path, 10, *fast)
-    assert report["_held_back"](tmp_path) == report["without_vnni"](tmp_path) == ""
+    assert report["_held_back"](tmp_path) == report["once_trained"](tmp_path) == ""
     _write(tmp_path / "avx2", 10, *slow, machine=held)
     _write(tmp_path / "in-saelens", 10, *fast, *more)
     _write(tmp_path / "in-saelens", 20, *fast, *more)
@@ -334,7 +334,14 @@ def test_each_kind_of_processor_has_a_table_of_its_own(tmp_path):
     assert second.endswith("on EPYC, held to AVX2:")
     assert "| saesub-native-sparse_adam | ? | 1.00 s (8×) |" in block
     assert "| saesub-native-sparse_adam | ? | 2.00 s (4×) |" in block
-    assert report["without_vnni"](tmp_path) == "Held to AVX2: 4 / – with SparseAdam."
+    asi = [_timed(f"saesub-native-{name}-asi", s) for name, s in (("adam", 4), ("sparse_adam", 2))]
+    _write(tmp_path / "trained", 10, _timed("sae-lens", 8.0), *asi)
+    _write(tmp_path / "trained" / "avx2", 10, _timed("sae-lens", 16.0), *asi, machine=held)
+    assert report["once_trained"](tmp_path) == (
+        "A step of `SubspaceSAETrainer` at d_sae 10, 2 steps after ASI, is 2 × (Adam) and 4 × "
+        "(SparseAdam) as fast as SAELens' (EPYC, AVX-512 VNNI, 2 threads); held to AVX2 4 × (Adam) "
+        "and 8 × (SparseAdam)."
+    )
     assert report["kind"]({"instructions": ["AVX2"]}) == "no AVX-512 VNNI"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import runpy
 import subprocess
 from base64 import b64decode, b64encode
@@ -17,10 +16,8 @@ import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
-from scipy.stats import spearmanr
 
 from saesub.errors import SaesubError
-from saesub.evaluation import protocol
 from saesub.reproduce import claims, claims_table, paper_claims, studies
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,6 +56,7 @@ def test_the_readmes_figure_is_drawn_from_the_committed_record():
 
 
 ROWS = [row for recorded in FULL.values() for row in recorded["claims"]]
+BOUNDS = json.loads(publish["BOUNDS_FILE"].read_text())
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row["id"])
@@ -147,176 +145,6 @@ def test_what_is_transparent_in_a_figure_is_white():
 
 def _figure(png):
     return new_output("display_data", {"image/png": b64encode(png).decode()})
-
-
-def _measured(*given, notebook="05", regime="", n="here"):
-    """Rows of claims with these values."""
-    measured = [claims.Measurement(claim, value, n=n, regime=regime) for claim, value in given]
-    return claims.compare(measured, notebook).rows
-
-
-def _line(rows, finding):
-    """The cells of a finding's line, the summary being made of these rows alone."""
-    lines = publish["summary_table"](rows).splitlines()
-    (line,) = (line for line in lines if line.startswith(f"| **{finding}**"))
-    return line.removeprefix("| ").removesuffix(" |").split(" | ")[1:]
-
-
-@pytest.mark.parametrize(
-    ("values", "told"),
-    [
-        ([0.2], "holds: 1 ✔"),
-        ([0.2, 0.001], "holds: 2 ✔"),
-        ([0.2, 0.05], "holds in direction: 1 ✔, 1 ↗"),
-        ([0.2, 0.5], "mixed: 1 ✔, 1 ✘"),
-        ([0.1], "holds in direction: 1 ↗"),
-        ([-0.1, 0.5], "does not hold: 2 ✘"),
-        ([], "not testable here: "),
-    ],
-)
-def test_a_findings_verdict_is_that_of_its_recorded_claims(values, told):
-    rows = _measured(*zip(["F4.z_rank_gap", "F4.identity"], values, strict=False))
-    of_finding = [
-        c for c in paper_claims.load_claims().values() if c.finding == "F4" and not c.beyond_paper
-    ]
-    unmeasured = f"{len(of_finding) - len(values)} –"
-    *_, verdict = _line(rows, "The output projection W_O lowers the rank")
-    assert verdict == "F4 " + (f"{told}, " if values else told) + unmeasured
-
-
-def test_a_claim_that_holds_in_one_regime_and_fails_in_another_is_named_and_both_have_a_row():
-    dead = ("F6.baseline_dead", "F6.asi_dead")
-    rows = _measured(*zip(dead, (0.1, 0.005), strict=True), regime="layer 12, narrow, Adam")
-    rows += _measured(*zip(dead, (0.5, 0.25), strict=True), regime="layer 12, wide, Adam")
-    paper, here, against, verdict = _line(rows, "ASI saves features")
-    assert paper == "87 % → < 1 %"
-    assert here == "10 % → 0.5 % (layer 12, narrow, Adam)<br>50 % → 25 % (wide)"
-    more = [row | {"regime": f"layer 12, {n}, Adam"} for n in (1, 2) for row in rows[:2]]
-    alike = "10 % → 0.5 % (layer 12, narrow, Adam; 1; 2)<br>50 % → 25 % (wide)"
-    assert _line(rows + more, "ASI saves features")[1] == alike
-    more = [row | {"value": row["value"] + i / 1000} for i, row in enumerate(more)]
-    assert _line(rows + more, "ASI saves features")[1] == f"{here}<br>and 2 more"
-    name = "With ASI hardly any feature dies"
-    assert against == f"✘ *{name}* (1 of 2)"
-    assert verdict.startswith("F6 mixed: 2 ✔, 1 ↗, 1 ✘, ")
-    page = _page("F6", rows, BOUNDS)
-    assert "| ✘ does not hold<br>" in page
-    assert "<small>layer 12, narrow, Adam</small>" in page
-    assert "<small>layer 12, wide, Adam</small>" in page
-
-
-def test_where_one_regime_was_measured_the_summary_names_it():
-    rows = _measured(("F9.best", 0.001), n="3 seeds", regime="layers <12|>")
-    title = "Wider dictionaries lose more features; ASI with SparseAdam saves nearly all"
-    assert _line(rows, title)[1] == "0.1 % (layers &lt;12\\|&gt;)"
-    rows = _measured(("F9.best", 0.001), n="3 seeds")
-    assert _line(rows, title)[1] == "0.1 % (3 seeds)"
-
-
-def test_unmeasured_claims_do_not_lengthen_the_summary():
-    *_, against, verdict = _line([], "ASI works for other dictionaries; its features are as good")
-    assert against == ""
-    assert verdict.startswith("F11 not testable here: 10 –<br>F12 not testable here: ")
-
-
-def test_the_summary_counts_regimes_only_where_a_claim_does_not_fail_in_all():
-    rows = _measured(("F6.asi_dead", 0.5)) + [
-        row | {"regime": "another"} for row in _measured(("F6.asi_dead", 0.6))
-    ]
-    *_, against, _ = _line(rows, "ASI saves features")
-    assert against.startswith("✘ *")
-    assert "(" not in against
-
-
-def test_claims_of_the_summary_that_begin_alike_stand_in_one_line():
-    rows = _measured(("F11.relu", 2.0), ("F11.transcoder", 1.5), ("F12.stable", 0.5))
-    rows += [row | {"regime": "another"} for row in _measured(("F11.transcoder", 0.1))]
-    *_, against, _ = _line(rows, "ASI works for other dictionaries; its features are as good")
-    first, second = against.split("<br>")
-    assert first == (
-        "*ASI carries over to* ✘ *ReLU SAEs with an L1 penalty*, ✘ *L1 transcoders* (1 of 2)"
-    )
-    assert second.startswith("✘ *Another seed")
-
-
-def test_what_goes_beyond_the_paper_is_no_verdict_on_the_papers_finding():
-    rows = _measured(("F6.baseline_dead", 0.9), ("F6.asi_dead", 0.001), ("F7.auto", 0.5))
-    *_, against, verdict = _line(rows, "ASI saves features")
-    assert "✘" not in against + verdict
-
-
-def test_findings_are_counted_by_verdict_above_their_table():
-    rows = _measured(("F4.z_rank_gap", 0.2), ("F9.best", 0.5), ("F5.correlation", -0.2))
-    told = publish["summary_table"](rows).splitlines()[0]
-    assert told == (
-        "Of the paper's 12 findings: holds 1, holds in direction 1, does not hold 1, "
-        "not testable here 9."
-    )
-    lines = FINDINGS["verdicts"](rows).splitlines()
-    assert len(lines) == 2 + 12 + 5
-    assert re.match(r"\| \[F9 · .*\]\(findings/F9.md\) \| ✘ does not hold \| 1 ✘, ", lines[2 + 8])
-    judged = {found.finding: found for found in claims.findings(claims.scorecard(ROWS).rows)}
-    for line in FINDINGS["verdicts"](ROWS).splitlines()[2 : 2 + 12]:
-        name, tally = (
-            line.removeprefix("| [").split(" ")[0],
-            line.split(" | ")[2].removesuffix(" |"),
-        )
-        assert tally == judged[name].tally
-
-
-BOUNDS = json.loads(publish["BOUNDS_FILE"].read_text())
-
-
-def _page(name, rows, bounds):
-    record = {"05_x": {"claims": rows}}
-    (text,) = (t for path, t in FINDINGS["texts"](record, bounds).items() if path.stem == name)
-    return text
-
-
-def test_every_finding_has_its_page_with_all_of_its_rows():
-    texts = publish["finding_pages"](RECORDS)
-    assert {path.stem for path in texts} == {c.finding for c in paper_claims.load_claims().values()}
-    assert set(texts) == set(FINDINGS["FOLDER"].glob("*.md"))
-    shown = "".join(texts.values())
-    assert len(re.findall(r"^\| \*\*", shown, re.M)) == len(claims.scorecard(ROWS).rows)
-    told = "run `python notebooks/publish.py --pages`"
-    assert all(path.read_text() == text for path, text in texts.items()), told
-
-
-def test_a_findings_figure_is_one_that_its_notebook_shows():
-    for finding in FINDINGS["known"]():
-        name, number = finding.figure.rsplit("-", 1)
-        notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
-        outputs = [out for c in notebook.cells if c.cell_type == "code" for out in c.outputs]
-        assert sum("image/png" in out.get("data", {}) for out in outputs) >= int(number)
-        notebooks = {row["notebook"] for row in ROWS if row["finding"] == finding.finding}
-        assert name.split("_")[0] in notebooks
-
-
-def test_the_pages_of_findings_show_the_commits_of_bounds_and_records():
-    rows = _measured(("F6.fvu", -0.1)) + [
-        row | {"record": "b" * 40} for row in _measured(("F9.best", 0.001))
-    ]
-    bounds = {
-        "claims": {"F6.fvu": {"commit": "c" * 9, "date": ""}},
-        "older_records": {"c" * 9: ["a" * 9]},
-        "runs": {"05_x": "a" * 9},
-        "first_runs": {},
-    }
-    pages = [_page(name, rows, bounds) for name in ("F1", "F6", "F9")]
-    lines = [line for page in pages for line in page.splitlines() if line.startswith("| **")]
-    told = {row.split("**")[1]: row.split("<small>")[-1].split("</small>")[0] for row in lines}
-    assert told["F6.fvu"] == "bound ccccccccc, record aaaaaaaaa; bound set after the record"
-    assert told["F9.best"] == ("bound not committed, record bbbbbbbbb; bound set after the record")
-    assert told["F1.attn_rank"] == "bound not committed"
-    bounds["older_records"]["c" * 9] = []
-    page = _page("F6", rows, bounds)
-    assert "<small>bound ccccccccc, record aaaaaaaaa</small>" in page
-    # Another run does not make the bound older than the value.
-    bounds["older_records"]["c" * 9] = ["d" * 9]
-    bounds["first_runs"] = {"F6.fvu": "d" * 9}
-    page = _page("F6", rows, bounds)
-    assert "bound ccccccccc, record aaaaaaaaa; bound set after the record" in page
 
 
 def test_the_committed_bounds_are_of_known_claims_and_of_every_recorded_run():
@@ -548,35 +376,6 @@ def test_processors_share_the_name_of_their_cores_only_if_they_have_as_many():
     assert of(["A, 2 cores", "B, C, 2 cores"]) == "A or B, C, 2 cores"
     assert of(["A, 2 cores", "B, 16 cores"]) == "A, 2 cores; B, 16 cores"
     assert of([]) == ""
-
-
-def test_a_gaussian_matrix_makes_most_of_the_fall_as_the_readme_says():
-    (note,) = {
-        row["note"]
-        for recorded in FULL.values()
-        for row in recorded["claims"]
-        if row["id"] == "F4.below_gaussian"
-    }
-    (share,) = re.findall(r"makes (\d+)% of the fall", note)
-    assert 50 < int(share) < 100
-
-
-def test_without_attention_outputs_no_order_is_seen_as_the_readme_says():
-    """No order of rank and dead features over layers, at the rate with three seeds."""
-    rows = studies.recorded("sites").rows
-    rows = rows[(rows["lr"] == rows["lr"].max()) & ~rows["hook_name"].str.endswith("attn_out")]
-    means = rows.groupby("hook_name")[["rank", "dead_share"]].mean()
-    layers = [of.to_numpy() for _, of in means.groupby(means.index.str.split(".").str[1])]
-    assert [len(of) for of in layers] == [2] * 10
-    found = protocol.bootstrap(lambda of: spearmanr(np.concatenate(of)).statistic, layers, n=500)
-    assert found.low < 0 < found.high
-
-
-def test_sparse_adam_alone_loses_under_1_percent_at_the_width_that_the_readme_names():
-    rows = publish["cure_rows"]()
-    rows = rows[rows["best"] & (rows["condition"] == "random + SparseAdam")]
-    dead = rows.groupby(["hook_name", "d_sae"])["dead_share"].mean()
-    assert dead[publish["SHOWN_HOOK"], 8192] < 0.01 < dead[publish["SHOWN_HOOK"], 4096]
 
 
 def test_the_readme_says_how_much_worse_a_subspace_start_fits_at_most():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 import textwrap
 from collections.abc import Sequence
 
@@ -19,6 +20,7 @@ _LOOK = {
 }
 VERDICTS = tuple(_LOOK)
 SYMBOLS = {verdict: symbol for verdict, (symbol, _) in _LOOK.items()}
+_DIFFERENCE = re.compile(r"\bminus (?!1\b)")  # but a ratio minus 1 is a share
 SHORT = 9  # digits of a commit that a table shows
 _HEAD = ("Claim", "Paper", "Here", "Verdict")
 _STYLE = "text-align:left;vertical-align:top;white-space:normal"
@@ -70,6 +72,19 @@ class ClaimsTable:
             )
             lines.append("| " + " | ".join(cells) + " |")
         return "\n".join(lines)
+
+
+def regime_row(row: dict) -> str:
+    """A row of a Markdown table of one claim: regime, value, verdict and commits."""
+    t = {key: markdown_text(text) for key, text in _texts(row).items()}
+    judged = f"{t['symbol']} {t['verdict']}" + f" ({t['doubt']})" * bool(t["doubt"])
+    cells = (
+        _lines(t["regime"], _small(t["n"])),
+        t["here"],
+        _lines(judged, _small(t["own_note"])),
+        _small(t["commits"]),
+    )
+    return f"| {' | '.join(cells)} |"
 
 
 def _texts(row: dict) -> dict[str, str]:
@@ -138,11 +153,18 @@ def _lines(*texts: str) -> str:
 def _here(row: dict) -> str:
     if row["value"] is None:
         return "not measured"
-    show = _percent if row["unit"].startswith("share") else "{:.3g}".format
-    interval = [show(end) for end in row["interval"] or ()]
-    return show(row["value"]) + f" [{', '.join(interval)}]" * bool(interval)
+    interval = [_digits(row, end) for end in row["interval"] or ()]
+    return number(row, row["value"]) + f" [{', '.join(interval)}]" * bool(interval)
 
 
-def _percent(value: float) -> str:
+def number(row: dict, value: float) -> str:
+    """A value of the row's claim: a share in per cent, a difference of two shares in points."""
+    unit = " points" if _DIFFERENCE.search(row["claim"]) else " %"
+    return _digits(row, value) + unit * row["unit"].startswith("share")
+
+
+def _digits(row: dict, value: float) -> str:
+    if not row["unit"].startswith("share"):
+        return f"{value:.3g}"
     digits = 1 if abs(value) >= 0.01 or value == 0 else 2
-    return f"{100 * value:.{digits}f} %"
+    return f"{round(100 * value, digits) + 0.0:.{digits}f}"  # no minus before a zero
