@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from saesub.reproduce import claims, claims_table, paper_claims
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "docs" / "findings"
+_ADDED = re.compile(r"lowest rate that fits equally well|at equal FVU|both at the rate")
 
 
 @dataclass(frozen=True)
@@ -123,20 +125,28 @@ def _text(finding: Finding, rows: list[dict], records: dict) -> str:
     measured_in = dict.fromkeys(row["notebook"] for row in own if row["notebook"])
     links = ", ".join(f"[{n}](../../notebooks/{names[n]}.ipynb)" for n in measured_in)
     paper = f"*The paper:* {finding.paper}" if finding.paper else "*Beyond the paper.*"
-    late = sum(row["bound_is_younger"] for row in own)
+    verdict = f"*Verdict:* {_verdict(finding, rows)} ({_tally(finding, rows)})."
     parts = [
         f"# {finding.heading}",
         paper,
         f"*Here:* {finding.said}",
-        f"*Verdict:* {_verdict(finding, rows)} ({_tally(finding, rows)}). [What this means]"
-        "(../findings.md#all-claims)."
-        + f" The bounds of {late} of {len(own)} rows were set after their record."
-        * bool(late),
+        f"{verdict} [What this means](../findings.md#all-claims).{_seen_before(own)}",
         f"*Notebook:* {links}.",
         f"<!-- figure {finding.figure} -->",
         *(_claim(list(of)) for _, of in groupby(own, key=lambda row: row["id"])),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _seen_before(rows: Sequence[dict]) -> str:
+    """How many rows are no prediction: of bounds, or of rates, chosen when the record was seen."""
+    late = sum(row["bound_is_younger"] for row in rows)
+    added = sum(bool(_ADDED.search(row["regime"])) for row in rows)
+    said = f" The bounds of {late} of {len(rows)} rows were set after their record." * bool(late)
+    return said + (
+        f" {added} of {len(rows)} rows choose the rates in a way that was added after the record."
+        * bool(added)
+    )
 
 
 def _claim(rows: Sequence[dict]) -> str:

@@ -136,7 +136,7 @@ def _met(of: pd.DataFrame) -> str:
         found = paper_claims.verdict(paper_claims.find(name), value)
         by_verdict.setdefault(found, []).append(BOUNDS[name])
     told = [f"{claims_table.SYMBOLS[of]} {of}: {'; '.join(s)}" for of, s in by_verdict.items()]
-    return f"Beside the ranges that were set before ([B3](findings/B3.md)): {', '.join(told)}."
+    return f"Beside the ranges that were set before ([B3](findings/B3.md)): {' · '.join(told)}."
 
 
 def _line(found: pd.DataFrame) -> str:
