@@ -101,7 +101,7 @@ _FINDINGS = """
 """
 # What the repository holds and the book does not: its files are shown by the code host.
 _ELSEWHERE = re.compile(
-    r"(?<!!)(\[[^\]]*\])\((?:\.\./)*((?:saesub|tests|data|benchmarks|notebooks/studies)\b[^)\s]*)\)"
+    r"(?<!!)(\[[^\]]*\])\((?:\.\./)*((?:saesub|tests|data|benchmarks|notebooks/studies|CITATION\.cff)\b[^)\s]*)\)"
 )
 _BADGE = re.compile(r"\[!\[Open in Colab\]\([^)]*\)\](\([^)]*\))")
 
