@@ -13,7 +13,7 @@ from matplotlib.colors import to_rgb
 
 from saesub.errors import SaesubError
 from saesub.reproduce import plots
-from saesub.reproduce.plots import CONDITIONS, SITES
+from saesub.reproduce.plots import CONDITIONS, SITES, drawing
 
 matplotlib.use("Agg")
 matplotlib.rcParams["font.family"] = "DejaVu Sans"  # comes with matplotlib: the same everywhere
@@ -214,7 +214,7 @@ def test_rank_lines_hold_the_frame_and_the_papers_value_is_drawn():
     np.testing.assert_array_equal(line.get_ydata(), rows["rank_share"])
     dashed = [ln for ln in figure.axes[0].get_lines() if set(ln.get_ydata()) == {0.6}]
     assert len(dashed) == 1
-    assert "60 %" in figure.axes[0].texts[0].get_text()
+    assert dashed[0].get_label() == "paper, attention output: 60 %"
 
 
 def test_a_hook_point_has_its_sites_colour():
@@ -328,14 +328,29 @@ def test_each_stack_has_its_panel_and_its_untrained_layers_are_dotted():
         assert [*axes.get_lines()[8].get_ydata()] == [0.6, 0.6]
     (legend,) = figure.legends
     named = [text.get_text() for text in legend.get_texts()]
-    assert named == [*(label for label, _ in SITES.values()), "untrained"]
+    sites = [label for label, _ in SITES.values()][:4]
+    assert named == [*sites, "paper, attention output: 60 %", "untrained"]
 
 
 def test_stacks_without_kinds_of_weights_have_full_lines_alone():
     frame = _stacks()
     figure = plots.rank_by_stack(frame[frame["weights"] == "trained"].drop(columns="weights"))
     assert {line.get_linestyle() for axes in figure.axes for line in axes.get_lines()} == {"-"}
-    assert len(figure.legends[0].get_texts()) == len(SITES)
+    assert len(figure.legends[0].get_texts()) == 4
+
+
+def test_the_legend_of_stacks_names_every_line_of_every_panel():
+    frame = _stacks()
+    cross = frame[(frame["stack"] == "time series") & frame["site"].isin(["attn_out", "z"])]
+    cross = cross.replace({"site": {"attn_out": "cross_out", "z": "cross_z"}})
+    figure = plots.rank_by_stack(pd.concat([frame, cross]), {"attn_out": 0.6})
+    named = {text.get_text() for text in figure.legends[0].get_texts()}
+    lines = [line for axes in figure.axes for line in axes.get_lines()]
+    drawn = {line.get_label() for line in lines if line.get_label()[:1] not in ("", "_")}
+    assert drawn == named
+    assert {SITES["cross_out"][0], SITES["cross_z"][0]} <= named
+    colours = {line.get_color() for line in lines if line.get_linestyle() == "-"}
+    assert colours == {color for _, color in SITES.values()}
 
 
 def test_loss_by_layer_has_a_panel_for_each_layer_with_all_sites():
@@ -346,6 +361,15 @@ def test_loss_by_layer_has_a_panel_for_each_layer_with_all_sites():
         for line, site in zip(axes.get_lines(), ("attn_out", "mlp_out"), strict=False):
             rows = frame[(frame["layer"] == axes.get_title()) & (frame["site"] == site)]
             np.testing.assert_allclose(line.get_xydata(), rows[["components", "recovered"]])
+
+
+def test_bands_of_the_loss_are_not_cut():
+    frame = _kept_by_layer()
+    frame["high"] = 1.3
+    axes = plots.loss_by_layer(frame).axes[0]
+    assert axes.get_ylim()[0] <= frame["low"].min()
+    assert axes.get_ylim()[1] > 1.3
+    assert "90 % of the loss" in [line.get_label() for line in axes.get_lines()]
 
 
 def test_overlap_by_layer_has_a_line_for_each_kind_of_pairs():
@@ -406,17 +430,71 @@ def _lab(color: str, eye: str) -> np.ndarray:
     return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
 
 
+CONTROLS = list(drawing.CONTROLS)
+TOGETHER = [  # known names that a figure has
+    list(SITES),
+    list(CONDITIONS),
+    ["random", "asi", "SparseAdam", *drawing.RIVALS],
+    ["z", "attn_out", *CONTROLS],
+    [*drawing.HEADS, "control: same σ", "control: heads turned"],
+    list(drawing.CAUSES),
+]
+
+
+@pytest.mark.parametrize("names", TOGETHER)
+def test_a_known_name_has_its_look_whatever_stands_beside_it(names):
+    together = drawing.looks(names)
+    assert together == {name: drawing.looks(["new", name])[name] for name in names}
+    colours = {look["color"] for look in together.values()}
+    assert drawing.looks([*names, "new"])["new"]["color"] not in colours
+
+
+def test_names_for_the_same_have_the_same_look():
+    def seen(name: str) -> tuple:
+        return tuple(drawing.looks([name])[name][part] for part in ("color", "marker"))
+
+    same = {"random half": "random", "subspace half": "ASI", "SparseAdam": "random + SparseAdam"}
+    same |= {"control: same σ": "same σ", "z, untrained, 0.02": "z", "ASI, untrained": "ASI"}
+    same |= {"blocks.3.attn.hook_z": "z", "MLP output": "mlp_out"}
+    assert {name: seen(name) for name in same} == {name: seen(of) for name, of in same.items()}
+    of = drawing.looks(["z", "z, untrained, 1/√d", "z, untrained, 0.02"])
+    assert len({str(look["linestyle"]) for look in of.values()}) == 3
+    assert of["z, untrained, 0.02"]["label"] == "heads' output z, untrained, 0.02"
+
+
+def test_numbers_in_words():
+    assert drawing.counted([3, 3], "seed") == "3 seeds"
+    assert drawing.counted([1], "seed") == "1 seed"
+    assert drawing.counted([3, 1], "seed") == "1 to 3 seeds"
+    assert drawing.signed("-3 to -1.5, a-b") == "−3 to −1.5, a-b"
+
+
+@pytest.mark.parametrize("highest", [0.004, 0.05, 0.6])
+def test_an_axis_that_is_linear_below_a_thousandth_shows_nothing_and_all(highest):
+    frame = _points().assign(dead_share=np.linspace(0, highest, 30))
+    (axes,) = plots.dead_against_rank(frame).axes
+    low, high = axes.get_ylim()
+    assert low < 0 < highest < high
+    ticks = [text.get_text() for text in axes.get_yticklabels()]
+    assert ticks[0] == "0 %"
+    assert ("100 %" in ticks) == (highest > 0.2)
+
+
 @pytest.mark.parametrize("eye", EYES)
-@pytest.mark.parametrize("colors", [[c for _, c in SITES.values()], list(CONDITIONS.values())])
-def test_sites_and_conditions_are_told_apart_by_every_eye(colors, eye):
+@pytest.mark.parametrize("names", TOGETHER)
+def test_what_stands_together_is_told_apart_by_every_eye(names, eye):
     """By 15 in CIELAB; 2.3 is what is just noticed side by side."""
+    looks = [*drawing.looks(names).values()]
+    colors = [look["color"] for look in looks]
+    assert len({look["marker"] for look in looks}) == len(names)
     pairs = [np.linalg.norm(_lab(a, eye) - _lab(b, eye)) for a, b in combinations(colors, 2)]
     assert min(pairs) > 15
 
 
 @pytest.mark.parametrize("figure", ["width", "rank_by_layer", "loss_recovered"])
 def test_lines_differ_without_colour_too(figure):
-    lines = [ln for ln in FIGURES[figure]().axes[0].get_lines() if ln.get_label()[0] != "_"]
+    lines = FIGURES[figure]().axes[0].get_lines()
+    lines = [line for line in lines if not line.get_label().startswith(("_", "paper"))]
     assert len({(ln.get_marker(), ln.get_linestyle()) for ln in lines}) == len(lines) > 1
 
 

@@ -40,7 +40,10 @@ def test_the_fit_and_the_active_features_stand_beside():
     dead, fvu = figure.axes
     lines = {tuple(line.get_ydata()): tuple(line.get_xdata()) for line in fvu.lines}
     assert lines[0, 0] == pytest.approx((0.25, 0.31))
-    assert [text.get_text() for text in fvu.texts] == ["33.0 · 31.0", "32.0 · 32.0 · 30.0"]
+    assert [text.get_text() for text in fvu.texts] == [
+        "L0: random · asi · asi, per head",
+        *("33.0 · 31.0", "32.0 · 32.0 · 30.0"),
+    ]
     assert dead.get_ylim() == fvu.get_ylim()
     assert dead.get_xlabel() == "dead features (heads, for Lorsa)"
     alike = frame[frame["dictionary"] == "TopK"].assign(l0=32.0)
@@ -48,6 +51,14 @@ def test_the_fit_and_the_active_features_stand_beside():
     assert [dead.get_xlabel(), fvu.get_xlabel(), len(fvu.texts)] == ["dead features", "FVU", 0]
     with pytest.raises(SaesubError, match="NaN"):
         dead_by_dictionary(frame.assign(fvu=float("nan")))
+
+
+def test_figures_of_a_series_have_the_same_axes():
+    ranges = {"dead_share": [0.0, 0.9], "fvu": [0.1, 0.8]}
+    whole = _frame().assign(fvu=0.3, l0=32.0)
+    first, second = (dead_by_dictionary(of, ranges).axes for of in (whole, whole.iloc[:3]))
+    assert [axes.get_xlim() for axes in first] == [axes.get_xlim() for axes in second]
+    assert first[0].get_xlim()[1] > 0.9
 
 
 def test_incomplete_data_is_refused():

@@ -31,9 +31,12 @@ def test_a_line_is_the_mean_of_seeds_by_window_and_the_deciding_window_is_marked
         np.testing.assert_allclose(drawn[name], np.column_stack([means.index, means]))
     marked = [line for line in axes.lines if len(set(line.get_xdata())) == 1]
     assert [line.get_xdata()[0] for line in marked] == [20_000]
-    assert [text.get_text() for text in axes.texts] == ["a feature fires\n1,000 times"]
+    assert [text.get_text() for text in axes.texts] == [
+        "here a feature fires\n1,000 times on average"
+    ]
     assert axes.get_xscale() == "log"
     assert len(dead_by_window(frame).axes[0].lines) == 2
+    assert len(dead_by_window(frame, decides=80_000).axes[0].lines) == 2  # far out of the data
 
 
 def test_a_curve_follows_the_rates_and_the_best_has_a_large_mark():

@@ -26,8 +26,10 @@ def test_marks_are_shares_of_the_best_baselines_fvu():
     assert list(drawn) == ["recipe", "recipe before its refit", "best baseline, refitted too"]
     for place, change in enumerate((-0.1, 0.05, -0.4)):  # the last lies beyond the edge
         assert drawn["recipe"][place] == pytest.approx([change, place])
-    assert [text.get_text() for text in axes.texts] == ["-80%, -50%", "+200%"]
+    assert [text.get_text() for text in axes.texts] == ["−80 %, −50 %", "+200 %"]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a 1", "a 2", "b 1"]
+    beyond = [drawn[name][2][0] for name in ("recipe", "best baseline, refitted too")]
+    assert beyond == pytest.approx([-0.4, -0.38])  # one beside the other
     between = [line.get_ydata()[0] for line in axes.lines if len(set(line.get_ydata())) == 1]
     assert between == [1.5]  # of the models
     low, high = axes.get_ylim()

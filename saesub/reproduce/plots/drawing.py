@@ -5,9 +5,10 @@ Figures are drawn in `closed_figure`, from frames that `checked` has let through
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import cycle
+from itertools import cycle, pairwise
 from typing import Any, cast
 
 import matplotlib.pyplot as plt
@@ -16,7 +17,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.transforms import Bbox
 
 from saesub.errors import SaesubError
 
@@ -27,20 +30,62 @@ SITES = {
     "mlp_out": ("MLP output", "#0072B2"),
     "resid_post": ("residual stream", "#009E73"),
     "z": ("heads' output z", "#CC79A7"),
+    "cross_out": ("cross-attention output", "#661100"),
+    "cross_z": ("z of the cross-attention", "#7B3FE4"),
 }
 CONDITIONS = {
     "random": "#7F7F7F",
-    "random + sparseadam": "#B8860B",
     "asi": "#332288",
+    "random + sparseadam": "#B8860B",
     "asi + sparseadam": "#1E9BD0",
+    "random + no momentum": "#117733",
+    "random + sparseadam + β₁ = 0.5": "#7B3FE4",
+    "asi + no momentum": "#000000",
 }
-_LOOKS = SITES | {label.lower(): (label, color) for label, color in SITES.values()}
-_LOOKS |= {name: ("", color) for name, color in CONDITIONS.items()}
-_OTHER_COLOURS = ("#117733", "#E69F00", "#56B4E9", "#661100", "#999933", "#000000")
-_LINES = {"random": "--", "random + sparseadam": "-.", "asi + sparseadam": ":"}
-MARKERS = "oDs^vP"  # lines of a figure differ in their markers, or dashes, as well as in colour
+RIVALS = {"auxk": "#117733", "ghost gradients": "#000000", "resampling": "#56B4E9"}
+CONTROLS = {  # what stands in W_O's place
+    "gaussian": "#000000",
+    "same σ": "#7B3FE4",
+    "heads turned": "#88CCEE",
+    "heads apart": "#225555",
+    "heads' σ": "#666633",
+}
+HEADS = {"heads of one group": "#661100", "heads of different groups": "#E69F00"}
+CAUSES = {  # of a low rank
+    "heads' spectra": "#117733",
+    "correlation of groups": "#E69F00",
+    "correlation in a group": "#56B4E9",
+    "anisotropy": "#661100",
+    "overlap by chance": "#7B3FE4",
+    "overlap beyond chance": "#000000",
+}
+_SAME = {"random half": "random", "subspace half": "asi", "sparseadam": "random + sparseadam"}
+_OTHER_COLOURS = ("#117733", "#E69F00", "#56B4E9", "#661100", "#7B3FE4", "#000000", "#CC6677")
+_LINES = {"random": "--", "random + sparseadam": "-.", "asi + sparseadam": (0, (6, 2))}
+_UNTRAINED = (":", "-.")  # lines of a known name with fresh weights, or before training
+MARKERS = "oDs^vPX"  # lines of a figure differ in their markers, or dashes, as well as in colour
+_MARKS = (  # names that stand in one figure have different ones
+    (SITES, MARKERS),
+    (CONDITIONS, MARKERS),
+    (RIVALS, "^vP"),
+    (CONTROLS, "svPXD"),
+    (HEADS, "o^"),
+    (CAUSES, MARKERS),
+)
+_MARKER_OF = {
+    name: mark for names, marks in _MARKS for name, mark in zip(names, marks, strict=False)
+}
+_COLOUR_OF = {site: color for site, (_, color) in SITES.items()}
+_COLOUR_OF |= CONDITIONS | RIVALS | CONTROLS | HEADS | CAUSES
+_SITE_OF = {label.lower(): site for site, (label, _) in SITES.items()}
 NOTE = "#444444"
 WIDE = 7.4
+LINEAR_BELOW = 1e-3  # of the features: there axes of shares pass from linear to logarithmic
+_BESIDE = (  # where a text may stand, in points from what it is of
+    *(((8, 0), "left"), ((-8, 0), "right"), ((0, 11), "center"), ((0, -11), "center")),
+    *(((6, 9), "left"), ((-6, 9), "right"), ((6, -9), "left"), ((-6, -9), "right")),
+    *(((14, 18), "left"), ((-14, 18), "right"), ((14, -18), "left"), ((-14, -18), "right")),
+)
 
 
 @contextmanager
@@ -77,8 +122,8 @@ def closed_figure(
     """A figure in saesub's look and its panels, row by row; its size is in inches.
 
     Panels in several rows have one range of x, unless `share_x` is False. At the end of the `with`
-    block the figure is closed. If the block has placed no legend, the first panel's legend goes
-    above the panels.
+    block the figure is closed. If the block has placed no legend, one of all panels goes above
+    them.
     """
     with style():
         figure, grid = plt.subplots(
@@ -93,10 +138,14 @@ def closed_figure(
 
 
 def legend_above(figure: Figure) -> None:
-    """The first panel's legend above all panels, in as few rows as fit into the figure's width."""
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    for rows in range(1, len(labels) + 1):
-        columns = -(-len(labels) // rows)
+    """One legend of all panels above them, in as few rows as fit into the figure's width."""
+    named = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            named.setdefault(label, handle)
+    for rows in range(1, len(named) + 1):
+        columns = -(-len(named) // rows)
+        handles, labels = list(named.values()), list(named)
         legend = figure.legend(handles, labels, loc="outside upper center", ncols=columns)
         if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
             return
@@ -120,15 +169,39 @@ def checked(frame: pd.DataFrame, *columns: str) -> None:
 def looks(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Label, colour, line style and marker of each site or condition.
 
-    A site is known by its name in SITES, by a hook point that ends in it, or by its label.
+    A site is known by its name in SITES, by a hook point that ends in it, or by its label. What is
+    known has one look in all figures. Untrained, it keeps its colour, is dotted and has open marks.
     """
-    others, markers, found = cycle(_OTHER_COLOURS), cycle(MARKERS), {}
-    for name in dict.fromkeys(names):
-        key = " ".join(name.rsplit("hook_", 1)[-1].lower().replace("+", " + ").split())
-        label, color = _LOOKS.get(key) or ("", next(others))
-        line = {"linestyle": _LINES.get(key, "-"), "marker": next(markers)}
-        found[name] = {"label": label or name, "color": color} | line
-    return found
+    names = list(dict.fromkeys(names))
+    found = {name: look for name in names if (look := _known(name))}
+    taken = {look[part] for look in found.values() for part in ("color", "marker")}
+    others, marks = (
+        cycle([of for of in every if of not in taken] or every)
+        for every in (_OTHER_COLOURS, MARKERS)
+    )
+    unknown = {"linestyle": "-"}
+    dotted: dict[str, int] = {}
+    for name in names:
+        if name not in found:
+            found[name] = {"label": name, "color": next(others), "marker": next(marks)} | unknown
+        elif ", untrained" in name:
+            base = name.partition(", untrained")[0]
+            dotted[base] = dotted.get(base, -1) + 1
+            line = _UNTRAINED[dotted[base] % len(_UNTRAINED)]
+            found[name] |= {"linestyle": line, "markerfacecolor": "none"}
+    return {name: found[name] for name in names}
+
+
+def _known(name: str) -> dict[str, Any]:
+    """The look of a known name, of one of which it is a control, or which is untrained; or none."""
+    base, comma, rest = name.rsplit("hook_", 1)[-1].partition(", untrained")
+    key = " ".join(base.lower().removeprefix("control: ").replace("+", " + ").split())
+    key = _SITE_OF.get(key) or _SAME.get(key, key)
+    if key not in _COLOUR_OF:
+        return {}
+    label = SITES[key][0] + comma + rest if key in SITES else name
+    look = {"label": label, "color": _COLOUR_OF[key], "marker": _MARKER_OF[key]}
+    return look | {"linestyle": _LINES.get(key, "-")}
 
 
 def curve_looks(names: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -160,7 +233,70 @@ def condition_lines(axes: Axes, frame: pd.DataFrame, x: str, y: str) -> None:
 def percent(*axes: Axis) -> None:
     """Shows axes of shares in per cent."""
     for axis in axes:
-        axis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.4g} %"))
+        axis.set_major_formatter(FuncFormatter(lambda share, _: signed(f"{100 * share:.4g} %")))
+
+
+def signed(text: str) -> str:
+    """A text with true minus signs before its numbers."""
+    return re.sub(r"-(?=\d)", "−", text)
+
+
+def counted(numbers: Iterable[int], of: str) -> str:
+    """How many there are, in words for a note: "3 seeds", "1 to 3 seeds"."""
+    least, most = min(numbers := list(numbers)), max(numbers)
+    return f"{least:,} to {most:,} {of}s" if least < most else f"{most:,} {of}{'s' * (most != 1)}"
+
+
+def percent_from_linear(axis: Axis, highest: float) -> None:
+    """Shows an axis of shares on a logarithmic scale, which is linear below 0.1 % so that it has 0;
+    that part is shaded, and the axis goes to 100 % where values are far above 10 %."""
+    top = 1.0 if highest > 0.2 else max(1.6 * highest, 2 * LINEAR_BELOW)
+    vertical = axis is axis.axes.yaxis
+    scale, limits, shade = (
+        (axis.axes.set_yscale, axis.axes.set_ylim, axis.axes.axhspan)
+        if vertical
+        else (axis.axes.set_xscale, axis.axes.set_xlim, axis.axes.axvspan)
+    )
+    scale("symlog", linthresh=LINEAR_BELOW)
+    limits(-0.2 * LINEAR_BELOW, 1.12 * top)
+    shade(-LINEAR_BELOW, LINEAR_BELOW, color="#f5f5f5", zorder=0)
+    axis.set_ticks([tick for tick in (0, 1e-3, 1e-2, 1e-1, 1) if tick <= top])
+    axis.set_minor_formatter(NullFormatter())
+    percent(axis)
+
+
+def label_points(
+    figure: Figure, axes: Axes, points: np.ndarray, texts: Iterable[str], colors: Iterable[str]
+) -> None:
+    """Writes each point's text beside it, where it covers no line if there is room, and never
+    another text or point: then it is left out."""
+    figure.draw_without_rendering()
+    taken = [_around(at, 10) for at in axes.transData.transform(points)]
+    along = [_around(at, 2) for line in axes.lines for at in _dots(line)]
+    for point, text, color in zip(points, texts, colors, strict=True):
+        own: Any = {"color": color, "fontsize": 8.5, "va": "center", "textcoords": "offset points"}
+        for (shift, side), hidden in _tries(taken + along, taken):
+            note = axes.annotate(text, tuple(point), xytext=shift, ha=side, **own)
+            box = note.get_window_extent()
+            inside = axes.bbox.containsx(box.x0) and axes.bbox.containsx(box.x1)
+            if inside and axes.bbox.containsy(box.y1) and not box.count_overlaps(hidden):
+                taken.append(box)
+                break
+            note.remove()
+
+
+def _tries(*hidden: list[Bbox]) -> Iterator[tuple[Any, list[Bbox]]]:
+    return ((place, boxes) for boxes in hidden for place in _BESIDE)
+
+
+def _around(at: np.ndarray, size: float) -> Bbox:
+    return Bbox.from_bounds(at[0] - size / 2, at[1] - size / 2, size, size)
+
+
+def _dots(line: Line2D) -> np.ndarray:
+    """Pixels along a line, closer than a text is high."""
+    corners = line.get_transform().transform(line.get_xydata())
+    return np.concatenate([corners, *(np.linspace(*ends, 40) for ends in pairwise(corners))])
 
 
 def percent_from_zero(axis: Axis) -> None:
@@ -182,10 +318,12 @@ def in_margin(axes: Axes, y: float, text: str, **look: Any) -> None:
     axes.text(1.01, y, text, transform=axes.get_yaxis_transform(), va="center", fontsize=9, **look)
 
 
-def paper_lines(paper: Mapping[str, float] | None) -> dict[float, str]:
-    """The paper's values with their colour: grey where several sites share one."""
-    colours: dict[float, str] = {}
+def paper_lines(paper: Mapping[str, float] | None) -> dict[float, tuple[str, str]]:
+    """The paper's values with their colour, grey where several sites share one, and their names."""
+    named: dict[float, tuple[str, str]] = {}
     for site, look in looks(paper or ()).items():
-        value = (paper or {})[site]
-        colours[value] = NOTE if value in colours else look["color"]
-    return colours
+        value, label = (paper or {})[site], f"paper, {look['label']}"
+        color = NOTE if value in named else look["color"]
+        names = f"{named[value][1]}, {look['label']}" if value in named else label
+        named[value] = color, names
+    return named

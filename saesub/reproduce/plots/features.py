@@ -19,13 +19,14 @@ def coherence_by_density(frame: pd.DataFrame, chance: float | None = None) -> Fi
     """How alike the contexts of features are, by how often they fire, a line per condition.
 
     The seeds' mean is the line, least to most the band. `frame`: condition, density (share of
-    tokens), coherence (mean cosine of a feature's contexts). `chance`: that of any contexts.
+    tokens), coherence (mean cosine of a feature's contexts). `chance`: that of contexts
+    exchanged among features.
     """
     draw.checked(frame, "condition", "density", "coherence")
     with draw.closed_figure() as (figure, (axes,)):
         draw.condition_lines(axes, frame, "density", "coherence")
         if chance is not None:
-            draw.beside(axes, chance, "any contexts")
+            draw.beside(axes, chance, "chance: shuffled\ncontexts")
         axes.set_xscale("log")
         axes.xaxis.set_minor_formatter(NullFormatter())
         draw.percent(axes.xaxis)
@@ -75,8 +76,10 @@ def probe_accuracy(frame: pd.DataFrame, ceiling: pd.DataFrame | None = None) -> 
                 rows = rows[rows["k"] == k]
                 offset = (place - (len(conditions) - 1) / 2) * 0.5 / len(conditions)
                 heights = [tasks.index(task) + offset for task in rows["task"]]
-                mark = {"color": look["color"], "label": look["label"], "ms": 6, "alpha": 0.75}
-                axes.plot(rows["accuracy"], heights, look["marker"], **mark)
+                mark = {
+                    part: of for part, of in look.items() if part not in ("marker", "linestyle")
+                }
+                axes.plot(rows["accuracy"], heights, look["marker"], ms=6, alpha=0.75, **mark)
             if ceiling is not None:
                 best = ceiling[ceiling["task"].isin(tasks)]
                 heights = np.array([tasks.index(task) for task in best["task"]])

@@ -10,23 +10,23 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
 from saesub.errors import SaesubError
 from saesub.reproduce.plots import drawing as draw
 from saesub.reproduce.plots.kept import kept
 
 _COLUMNS = 4  # panels side by side
-_LINEAR_BELOW = 1e-3  # of the features: there the axis of shares passes from linear to logarithmic
 _EVERYWHERE = {"random": "random initialisation, no mitigation", "ASI": "ASI alone"}
+# What is in every panel stands in another colour in each: these are of no condition.
 _ALONE: dict[str, Any] = {
-    "color": "#117733",
+    "color": "#CC3311",
     "marker": "s",
     "linestyle": "-",
     "label": "this mitigation",
 }
 _WITH_ASI: dict[str, Any] = {
-    "color": "#1E9BD0",
+    "color": "#E69F00",
     "marker": "^",
     "linestyle": "--",
     "label": "this mitigation + ASI",
@@ -103,7 +103,8 @@ def mitigation_panels(
         for axes in grid[len(panels) :]:
             axes.set_visible(False)
         figure.supxlabel(_LABELS[x][0], fontsize=10.5)
-        figure.supylabel(f"{_LABELS[x][1]} (low is better)", fontsize=10.5)
+        scale = "; linear below 0.1 %" if x == "fvu" else ""
+        figure.supylabel(f"{_LABELS[x][1]} (low is better{scale})", fontsize=10.5)
         _legend(figure, [*everywhere.values(), _ALONE, _WITH_ASI], panels, marks=x == "fvu")
     return figure
 
@@ -114,26 +115,23 @@ def _line(axes: Axes, rows: pd.DataFrame, x: str, look: dict[str, Any]) -> None:
     axes.plot(rows[x], rows["dead_share"], **own)
     if x == "fvu":
         best = pd.DataFrame(rows[rows["best"].astype(bool)])
-        mark: dict[str, Any] = {"color": look["color"], "marker": look["marker"], "mec": "white"}
-        axes.plot(best[x], best["dead_share"], linestyle="", ms=9, zorder=3, **mark)
+        mark: dict[str, Any] = {"color": look["color"], "marker": look["marker"], "mfc": "none"}
+        axes.plot(best[x], best["dead_share"], linestyle="", ms=9, mew=1.4, zorder=3, **mark)
 
 
 def _set_axes(axes: Axes, frame: pd.DataFrame, x: str) -> None:
     """The same limits in every panel. Over FVU, shares pass to a logarithmic scale that shows 0."""
-    highest = max(frame["dead_share"].max(), _LINEAR_BELOW)
+    highest = max(frame["dead_share"].max(), draw.LINEAR_BELOW)
     if x == "fvu":
-        axes.set_yscale("symlog", linthresh=_LINEAR_BELOW)
-        axes.set_ylim(-0.15 * _LINEAR_BELOW, 1.6 * highest)
-        axes.set_yticks([tick for tick in (0, 1e-3, 1e-2, 1e-1, 1) if tick <= 1.6 * highest])
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        draw.percent_from_linear(axes.yaxis, highest)
     else:
         axes.set_ylim(-0.03 * highest, 1.05 * highest)
-    draw.percent(axes.yaxis)
+        draw.percent(axes.yaxis)
     low, high = frame[x].min(), frame[x].max()
     room = 0.06 * (high - low) or 0.06 * high
     axes.set_xlim(low - room, high + room)
-    axes.xaxis.set_major_locator(MaxNLocator(3))
-    plain = FuncFormatter(lambda fvu, _: f"{fvu:.4g}")
+    axes.xaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))
+    plain = FuncFormatter(lambda fvu, _: f"{fvu:.2f}")
     axes.xaxis.set_major_formatter(plain if x == "fvu" else EngFormatter(sep=" "))
 
 
@@ -155,7 +153,7 @@ def _legend(
             "marker": "o",
             "ms": 9,
             "linestyle": "",
-            "mec": "white",
+            "mfc": "none",
         }
-        handles.append(Line2D([], [], label="each mark: a rate; large: the best", **large))
+        handles.append(Line2D([], [], label="each mark: a rate; large, open: the best", **large))
     figure.legend(handles=handles, loc="outside upper center", ncols=3, fontsize=9)

@@ -5,64 +5,57 @@ Each takes a tidy DataFrame and returns a closed Figure, as all of `saesub.repro
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.transforms import Bbox
 
 from saesub.reproduce.plots import drawing as draw
 from saesub.reproduce.plots.kept import kept
 
 _SAME_L0 = 0.05  # active features
+_DARK = 0.55  # from this share on, white text is easier to read in a cell than black
 
 
 @kept
 def dead_against_rank(
     frame: pd.DataFrame, rank: str = "rank at 99 % of variance (share of width)"
 ) -> Figure:
-    """Share of dead features against the `rank` of the site, one point per SAE.
+    """Share of dead features against a rank of the activations of each site, one point per site.
 
-    `frame`: rank_share, dead_share, site, label. A label is drawn where there is room for it.
+    `frame`: rank_share, dead_share, site, label. `rank`: which rank. A label is drawn where there
+    is room for it.
     """
     draw.checked(frame, "rank_share", "dead_share", "site", "label")
     with draw.closed_figure(size=(draw.WIDE, 4.4)) as (figure, (axes,)):
         for rows, look in draw.series(frame, "site"):
             axes.scatter(rows["rank_share"], rows["dead_share"], s=34, **look)
-        axes.set(xlabel=rank, ylabel="dead features")
-        axes.margins(0.08)
-        draw.percent(axes.xaxis, axes.yaxis)
+        axes.margins(x=0.08)
+        axes.set(xlabel=rank, ylabel="dead features (linear below 0.1 %)")
+        draw.percent(axes.xaxis)
+        draw.percent_from_linear(axes.yaxis, float(frame["dead_share"].max()))
         draw.legend_above(figure)
-        _label_points(figure, axes, frame)
+        points = frame[["rank_share", "dead_share"]].to_numpy(dtype=float)
+        draw.label_points(
+            figure, axes, points, frame["label"].astype(str), [draw.NOTE] * len(frame)
+        )
     return figure
 
 
-def _label_points(figure: Figure, axes: Axes, frame: pd.DataFrame) -> None:
-    """Writes each point's label beside it, unless that would cover a point or another label."""
-    figure.draw_without_rendering()
-    points = frame[["rank_share", "dead_share"]].to_numpy(dtype=float)
-    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in axes.transData.transform(points)]
-    sides = (((7, 0), "left"), ((-7, 0), "right"), ((0, 9), "center"), ((0, -9), "center"))
-    for point, text in zip(points, frame["label"], strict=True):
-        for shift, side in sides:
-            place = {"xytext": shift, "textcoords": "offset points", "ha": side, "va": "center"}
-            note = axes.annotate(str(text), tuple(point), fontsize=8.5, color=draw.NOTE, **place)
-            box = note.get_window_extent()
-            if box.count_overlaps(taken) == 0 and axes.bbox.containsx(box.x1):
-                taken.append(box)
-                break
-            note.remove()
-
-
 @kept
-def dead_by_dictionary(frame: pd.DataFrame) -> Figure:
+def dead_by_dictionary(
+    frame: pd.DataFrame, ranges: Mapping[str, Sequence[float]] | None = None
+) -> Figure:
     """Dead features of each kind of dictionary, a line from its least to its most condition.
 
     Large marks are means over seeds, small ones the seeds. `frame`: dictionary, condition,
     dead_share; one row per seed. Where it has fvu and l0 too, a second panel shows FVU in the same
     way, and the numbers of active features stand beside it if they differ. Dictionaries stand in
-    the order of the frame.
+    the order of the frame. `ranges`: dead_share or fvu -> the least and most that its axis has to
+    show, so that several figures have the same.
     """
     draw.checked(frame, "dictionary", "condition", "dead_share")
     with_fit = {"fvu", "l0"} <= set(frame.columns)
@@ -76,12 +69,18 @@ def dead_by_dictionary(frame: pd.DataFrame) -> Figure:
             axes.set_yticks(range(len(names)), names if axes is panels[0] else [])
             axes.set_ylim(len(names) - 0.5, -0.5)
             axes.grid(axis="y", visible=False)
+            shown = (ranges or {}).get(column, ())
+            axes.plot(shown, [0] * len(shown), linestyle="")  # invisible, and inside the limits
         heads = any(str(name).startswith("Lorsa") for name in names)
         panels[0].set_xlabel("dead features" + " (heads, for Lorsa)" * heads)
         draw.percent_from_zero(panels[0].xaxis)
         if with_fit:
             differ = float(np.ptp(frame["l0"])) > _SAME_L0
-            panels[1].set_xlabel("FVU" + " (on the right: L0, in the legend's order)" * differ)
+            panels[1].set_xlabel("FVU")
+            if differ:
+                draw.in_margin(
+                    panels[1], -0.75, f"L0: {' · '.join(dict.fromkeys(frame['condition']))}"
+                )
             panels[1].margins(x=0.08)
             for place, name in enumerate(names if differ else []):
                 rows = frame[frame["dictionary"] == name]
@@ -113,11 +112,13 @@ def dead_by_remedy(table: pd.DataFrame) -> Figure:
     The name of the columns is written below them.
     """
     draw.checked(table, *table.columns)
-    size = (draw.WIDE + 1, 1.2 + 0.27 * len(table))
+    size = (draw.WIDE + 1.8, 1.2 + 0.27 * len(table))
     with draw.closed_figure(size=size) as (figure, (axes,)):
         text = {"annot": 100 * table, "fmt": ".1f", "annot_kws": {"fontsize": 9}}
         cells = {"cmap": "cividis_r", "vmin": 0, "vmax": 1, "linewidths": 1, "cbar": False}
         sns.heatmap(table, ax=axes, **text, **cells)
+        for number, share in zip(axes.texts, table.to_numpy().ravel(), strict=True):
+            number.set_color("white" if share > _DARK else "black")
         axes.set(title="dead features, %", xlabel=table.columns.name or "remedy", ylabel="")
         axes.tick_params(length=0, rotation=0, labelsize=9)
     return figure

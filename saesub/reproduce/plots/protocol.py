@@ -5,6 +5,9 @@ Each takes a tidy DataFrame and returns a closed Figure, as all of `saesub.repro
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
@@ -13,7 +16,7 @@ from saesub.reproduce.plots import drawing as draw
 from saesub.reproduce.plots.kept import kept
 from saesub.reproduce.plots.training import OUTCOMES
 
-_LEAST_SHARE = 1e-3  # of the features: there axes of shares pass from linear to logarithmic
+_REACH = 1.5  # times the longest window: a mark farther out would leave the panel empty
 
 
 @kept
@@ -23,28 +26,21 @@ def dead_by_window(
     """Share of features that have not fired after so many held-out tokens, a line per condition.
 
     The seeds' mean is the line, least to most the band. Where a curve still falls, features are
-    rare, not dead. `frame`: tokens, silent, condition. `decides`: the window that is marked.
-    `most`: where the axis of shares ends, so that several figures have the same.
+    rare, not dead. `frame`: tokens, silent, condition. `decides`: the window that is marked, where
+    the frame comes near it. `most`: where the axis of shares ends, so that several figures have the
+    same.
     """
     draw.checked(frame, "tokens", "silent", "condition")
     with draw.closed_figure() as (figure, (axes,)):
         draw.condition_lines(axes, frame, "tokens", "silent")
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(EngFormatter(places=0))
-        if decides is not None:
+        if decides is not None and decides <= _REACH * frame["tokens"].max():
             axes.axvline(decides, color=draw.NOTE, lw=1, ls=":")
-            place = {"xycoords": ("data", "axes fraction"), "xytext": (-4, -10)}
-            note = "a feature fires\n1,000 times"
-            axes.annotate(
-                note,
-                (decides, 1),
-                textcoords="offset points",
-                ha="right",
-                va="top",
-                fontsize=8.5,
-                color=draw.NOTE,
-                **place,
-            )
+            place: Any = {"xycoords": ("data", "axes fraction"), "xytext": (-4, -10)}
+            place |= {"textcoords": "offset points", "ha": "right", "va": "top"}
+            note = "here a feature fires\n1,000 times on average"
+            axes.annotate(note, (decides, 1), fontsize=8.5, color=draw.NOTE, **place)
         axes.set(xlabel="held-out tokens watched")
         axes.set_ylabel("features that have not fired")
         draw.percent_from_zero(axes.yaxis)
@@ -62,22 +58,25 @@ def dead_against_fvu(frame: pd.DataFrame) -> Figure:
     (bool); one row per seed.
     """
     draw.checked(frame, "condition", "lr", "dead_share", "fvu", "best")
-    with draw.closed_figure(size=(draw.WIDE, 4.4)) as (figure, (axes,)):
+    with draw.closed_figure(size=(draw.WIDE, 4.6)) as (figure, (axes,)):
+        labels: list[tuple[float, float, str, str]] = []
         for rows, look in draw.series(frame, "condition"):
             means = pd.DataFrame(rows.groupby("lr")[["fvu", "dead_share", "best"]].mean())
             axes.plot(means["fvu"], means["dead_share"], **look)
             best, own = pd.DataFrame(means[means["best"] > 0]), {"color": look["color"]}
-            axes.plot(best["fvu"], best["dead_share"], look["marker"], ms=11, **own)
+            axes.plot(best["fvu"], best["dead_share"], look["marker"], ms=11, mfc="none", **own)
             axes.plot(rows["fvu"], rows["dead_share"], ".", ms=4, alpha=0.6, **own)
-            for lr, point in means.iterrows():
-                place = {"xytext": (6, 5), "textcoords": "offset points", "fontsize": 8}
-                axes.annotate(f"{lr:g}", (point["fvu"], point["dead_share"]), **place, **own)
-        axes.set_yscale("symlog", linthresh=_LEAST_SHARE)
-        axes.set_ylim(bottom=-0.2 * _LEAST_SHARE)
+            places = zip(means["fvu"], means["dead_share"], means.index, strict=True)
+            labels += [(fvu, dead, f"{lr:g}", look["color"]) for fvu, dead, lr in places]
+        axes.margins(x=0.08)
         axes.xaxis.set_major_locator(MaxNLocator(6))
         note = "numbers: learning rates; large marks: best fit"
-        axes.set(xlabel=f"{OUTCOMES['fvu']} ({note})", ylabel=OUTCOMES["dead_share"])
-        draw.percent(axes.yaxis)
+        axes.set(xlabel=f"{OUTCOMES['fvu']}\n({note})")
+        axes.set_ylabel(f"{OUTCOMES['dead_share']} (linear below 0.1 %)")
+        draw.percent_from_linear(axes.yaxis, float(frame["dead_share"].max()))
+        draw.legend_above(figure)
+        fvu, dead, rates, colors = zip(*labels, strict=True)
+        draw.label_points(figure, axes, np.column_stack([fvu, dead]), rates, colors)
     return figure
 
 
@@ -93,7 +92,7 @@ def firing_counts(frame: pd.DataFrame) -> Figure:
         for rows, look in draw.series(frame, "condition"):
             shares = pd.Series(rows.groupby("power")["share"].mean())
             shares = shares.reindex(range(-1, highest + 1))
-            line = {k: v for k, v in look.items() if k != "marker"}
+            line = {part: look[part] for part in ("label", "color", "linestyle")}
             axes.stairs(shares.fillna(0), range(-1, highest + 2), lw=1.8, baseline=None, **line)
         powers = range(0, highest + 1, 3)
         names = ["never", *(f"{2**power:,}" for power in powers)]

@@ -27,6 +27,9 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {  # column, label and look
 }
 
 
+_STEP = 0.02  # between marks that are beyond the edge
+
+
 @kept
 def recipe_by_regime(frame: pd.DataFrame, reach: float = 0.4) -> Figure:
     """How far the recipe's FVU lies from that of the best swept baseline, a line for each regime.
@@ -40,17 +43,18 @@ def recipe_by_regime(frame: pd.DataFrame, reach: float = 0.4) -> Figure:
     with draw.closed_figure(size=(draw.WIDE, 1.2 + 0.24 * len(frame))) as (figure, (axes,)):
         kinds = [column for column in _KINDS if column in frame]
         changes = pd.DataFrame({c: frame[c] / frame["baseline_fvu"] - 1 for c in kinds})
+        drawn = pd.DataFrame(_inside(changes.to_numpy(dtype=float), reach), columns=kinds)
         for column in kinds:
             label, look = _KINDS[column]
-            at = changes[column].clip(-reach, reach)
-            axes.scatter(at, places, s=30, label=label, zorder=3, **look)
+            axes.scatter(drawn[column], places, s=30, label=label, zorder=3, **look)
         for side in (-1, 1):
             _at_the_edge(axes, side * changes.to_numpy(dtype=float), side, reach)
         axes.axvline(0, color=draw.NOTE, linewidth=1.2)
         for place in places[1:][models[1:] != models[:-1]]:
             axes.axhline(place - 0.5, color=draw.NOTE, linewidth=0.8)
         axes.set_yticks(places, frame["regime"].tolist())
-        axes.set(xlabel="FVU, against that of the best baseline", xlim=(-1.1 * reach, 1.1 * reach))
+        axes.set_xlabel("FVU relative to that of the best baseline (left is better)")
+        axes.set_xlim(-1.1 * reach, 1.1 * reach)
         axes.invert_yaxis()
         axes.xaxis.set_major_locator(MaxNLocator(6))
         draw.percent(axes.xaxis)
@@ -58,13 +62,23 @@ def recipe_by_regime(frame: pd.DataFrame, reach: float = 0.4) -> Figure:
     return figure
 
 
+def _inside(changes: np.ndarray, reach: float) -> np.ndarray:
+    """The same, but what is beyond `reach` stands at the edge, one beside the other from there."""
+    drawn = changes.clip(-reach, reach)
+    for side in (-1, 1):
+        beyond = side * changes > reach
+        order = np.argsort(np.argsort(-side * changes, axis=1), axis=1)  # 0: the farthest out
+        drawn = np.where(beyond, side * (reach - _STEP * order), drawn)
+    return drawn
+
+
 def _at_the_edge(axes: Axes, outward: np.ndarray, side: int, reach: float) -> None:
     """The numbers of all values beyond `reach` on a side, inside of their marks."""
     for place in np.flatnonzero((outward > reach).any(axis=1)):
         beyond = side * np.sort(outward[place][outward[place] > reach])[::-1]
         axes.annotate(
-            ", ".join(f"{change:+.0%}" for change in beyond),
-            (side * reach, place),
+            draw.signed(", ".join(f"{100 * change:+.0f} %" for change in beyond)),
+            (side * (reach - _STEP * (len(beyond) - 1)), place),
             xytext=(-7 * side, 0),
             textcoords="offset points",
             ha="left" if side < 0 else "right",

@@ -6,6 +6,7 @@ Each takes data and returns a closed Figure, as all of `saesub.reproduce.plots` 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from saesub.errors import SaesubError
 from saesub.reproduce.plots import drawing as draw
 from saesub.reproduce.plots.kept import cumulative_shares, kept
 
+_DOTTED = {"linestyle": ":", "alpha": 0.8, "label": "", "markerfacecolor": "none"}
+
 
 @kept
 def rank_by_layer(frame: pd.DataFrame, paper: Mapping[str, float] | None = None) -> Figure:
@@ -30,8 +33,7 @@ def rank_by_layer(frame: pd.DataFrame, paper: Mapping[str, float] | None = None)
     draw.checked(frame, "layer", "site", "rank_share")
     with draw.closed_figure() as (figure, (axes,)):
         _by_layer(axes, frame, "site", "rank_share")
-        for value, color in draw.paper_lines(paper).items():
-            draw.beside(axes, value, f"paper\n{100 * value:.3g} %", color)
+        _paper(axes, paper)
         axes.set_ylim(0, 1.03)
         axes.set_ylabel("rank at 99 % of variance\n(share of width)")
     return figure
@@ -58,11 +60,10 @@ def rank_by_stack(frame: pd.DataFrame, paper: Mapping[str, float] | None = None)
         for axes, stack in zip(panels, stacks, strict=False):
             for kind in kinds:
                 rows = frame[(frame["stack"] == stack) & (frame["weights"] == kind)]
-                dots = {"linestyle": ":", "alpha": 0.7, "label": ""} if kind != kinds[0] else {}
+                dots = _DOTTED if kind != kinds[0] else {}
                 _by_layer(axes, pd.DataFrame(rows), "site", "rank_share", **dots)
-            for value, color in draw.paper_lines(paper).items():
-                axes.axhline(value, color=color, linestyle=(0, (5, 3)), linewidth=1.2, zorder=1)
-            axes.set(title=stack, ylim=(0, 1.03))
+            _paper(axes, paper)
+            axes.set(title=fill(stack, 20), ylim=(0, 1.03))
         for kind in kinds[1:]:
             panels[0].plot([], [], ":", color=draw.NOTE, label=kind)
         figure.supylabel("rank at 99 % of variance (share of width)", fontsize=10)
@@ -94,6 +95,13 @@ def causes_by_layer(frame: pd.DataFrame) -> Figure:
         axes.axhline(0, color=draw.NOTE, linewidth=1, zorder=1)
         axes.set_ylabel("change of the rank at 99 %\n(share of width)")
     return figure
+
+
+def _paper(axes: Axes, paper: Mapping[str, float] | None) -> None:
+    """A dashed line at each of the paper's values, with its sites' names for the legend."""
+    for value, (color, names) in draw.paper_lines(paper).items():
+        line: Any = {"color": color, "linestyle": (0, (5, 3)), "linewidth": 1.2, "zorder": 1}
+        axes.axhline(value, label=f"{names}: {100 * value:.3g} %", **line)
 
 
 def _by_layer(axes: Axes, frame: pd.DataFrame, series: str, y: str, **instead: Any) -> None:
@@ -184,11 +192,11 @@ def loss_recovered(
         _with_bands(axes, frame, "components_share")
         axes.set(xlabel="principal components kept (share of width)", ylabel="loss recovered")
         axes.set(xlim=(0, 1.02), ylim=(floor - 0.02, 1.05))
-        for value, color in draw.paper_lines(paper).items():
+        for value, (color, _) in draw.paper_lines(paper).items():
             axes.axvline(value, color=color, linestyle=(0, (5, 3)), linewidth=1.2)
             side = {"rotation": 90, "ha": "right", "va": "bottom", "fontsize": 9}
             axes.text(value - 0.004, floor, f"paper {100 * value:.3g} %", color=color, **side)
-        draw.beside(axes, target, f"{100 * target:.3g} %")
+        draw.beside(axes, target, f"{100 * target:.3g} %\nof the loss")
         draw.percent(axes.xaxis, axes.yaxis)
     return figure
 
@@ -207,22 +215,31 @@ def loss_by_layer(frame: pd.DataFrame, target: float = 0.9) -> Figure:
     """Loss recovered against the number of directions kept, a panel for each layer.
 
     `frame`: layer (the panel's title), site, components, recovered, and perhaps low, high for a
-    band. Recoveries below -0.5 lie outside of the panels.
+    band. What lies below -0.5 or above 1.5 is outside of the panels.
     """
     draw.checked(frame, "layer", "site", "components", "recovered")
     layers = list(dict.fromkeys(frame["layer"]))
     columns = min(3, len(layers))
     n_rows = -(-len(layers) // columns)
-    floor = max(-0.5, min(0.0, float(frame["recovered"].min()) - 0.05))
+    ends = [frame[c].to_numpy(dtype=float) for c in ("recovered", "low", "high") if c in frame]
+    lowest, highest = max(-0.5, np.min(ends) - 0.03), min(1.5, np.max(ends) + 0.03)
+    least, most = frame["components"].min(), frame["components"].max()
     size = (draw.WIDE, 1.2 + 1.8 * n_rows)
     with draw.closed_figure(columns, n_rows, size=size) as (figure, panels):
         for axes in panels[len(layers) :]:
             figure.delaxes(axes)
         for axes, layer in zip(panels, layers, strict=False):
             _with_bands(axes, pd.DataFrame(frame[frame["layer"] == layer]), "components")
-            axes.axhline(target, color=draw.NOTE, linestyle=(0, (5, 3)), linewidth=1.2, zorder=1)
+            line: Any = {
+                "color": draw.NOTE,
+                "linestyle": (0, (5, 3)),
+                "linewidth": 1.2,
+                "zorder": 1,
+            }
+            axes.axhline(target, label=f"{100 * target:.3g} % of the loss", **line)
             axes.set_xscale("log", base=2)
-            axes.set(title=layer, ylim=(floor, 1.1), xticks=[1, 8, 64, 512])
+            axes.set(title=layer, ylim=(min(0.0, lowest), max(1.05, highest)))
+            axes.set_xticks([n for n in (1, 4, 16, 64, 256, 1024, 4096) if least <= n <= most])
             axes.xaxis.set_major_formatter(ScalarFormatter())
             axes.minorticks_off()
             draw.percent(axes.yaxis)
@@ -292,7 +309,10 @@ def rank_heatmap_by_layer(frame: pd.DataFrame) -> Figure:
 
 @kept
 def predicted_variance(frame: pd.DataFrame) -> Figure:
-    """Variance predicted from W_O against the measured one. `frame`: predicted, measured."""
+    """Variance predicted from W_O against the measured one, one point for each direction.
+
+    `frame`: predicted, measured.
+    """
     draw.checked(frame, "predicted", "measured")
     both = frame[["predicted", "measured"]].to_numpy(dtype=float)
     if (both <= 0).any():
@@ -309,9 +329,10 @@ def predicted_variance(frame: pd.DataFrame) -> Figure:
 
 @kept
 def singular_values(curves: Mapping[str, np.ndarray]) -> Figure:
-    """Singular values in falling order on a logarithmic axis, one curve per name."""
+    """Singular values in falling order, one curve for each matrix."""
     with draw.closed_figure() as (figure, (axes,)):
         for name, look in draw.curve_looks(curves).items():
-            axes.semilogy(np.arange(1, len(curves[name]) + 1), curves[name], **look)
+            axes.plot(np.arange(1, len(curves[name]) + 1), curves[name], **look)
         axes.set(xlabel="index of the singular value, largest first", ylabel="singular value")
+        axes.set_ylim(bottom=0)
     return figure

@@ -17,11 +17,11 @@ OUTCOMES = {"dead_share": "dead features", "fvu": "fraction of variance unexplai
 
 
 @kept
-def width(frame: pd.DataFrame, measure: str = "dead_share") -> Figure:
+def width(frame: pd.DataFrame, measure: str = "dead_share", most: float | None = None) -> Figure:
     """Share of dead features, or FVU, by dictionary width, one line per condition.
 
-    `frame`: d_sae, condition, and the `measure`, "dead_share" or "fvu". Raises SaesubError for
-    another measure.
+    `frame`: d_sae, condition, and the `measure`, "dead_share" or "fvu". `most`: where the axis of
+    shares ends, so that several figures have the same. Raises SaesubError for another measure.
     """
     if measure not in OUTCOMES:
         raise SaesubError(f"no measure {measure!r}; {near_names(measure, OUTCOMES)}")
@@ -36,19 +36,22 @@ def width(frame: pd.DataFrame, measure: str = "dead_share") -> Figure:
         axes.set(xlabel="width of the dictionary (features)", ylabel=OUTCOMES[measure])
         if measure == "dead_share":
             draw.percent_from_zero(axes.yaxis)
+        if most is not None:
+            axes.set_ylim(-0.02 * most, 1.05 * most)
     return figure
 
 
 @kept
 def d_init_by_place(frame: pd.DataFrame) -> Figure:
-    """Dead features by d_init, a panel for each place, with "auto" marked.
+    """Dead features by the dimension of the subspace in which features begin, a panel for each
+    place, with the automatic choice marked.
 
     `frame`: place, d_init_share, dead_share, auto (bool); one row per run. d_init_share 1 is the
     whole space.
     """
     draw.checked(frame, "place", "d_init_share", "dead_share", "auto")
     places = dict.fromkeys(frame["place"])
-    rows = -(-len(places) // 3)
+    rows, highest = -(-len(places) // 3), frame["dead_share"].max()
     with draw.closed_figure(3, rows, size=(9.0, 2.5 * rows)) as (figure, panels):
         for axes, place in zip(panels, places, strict=False):
             runs = pd.DataFrame(frame[frame["place"] == place])
@@ -57,10 +60,10 @@ def d_init_by_place(frame: pd.DataFrame) -> Figure:
             axes.plot(swept, "o-", color=draw.CONDITIONS["asi"], label="swept")
             look = {"ms": 6, "color": draw.CONDITIONS["random"], "label": "d_init = d"}
             axes.plot(swept[swept.index == 1.0], "s", **look)
-            look = {"ms": 13, "color": "#D55E00", "label": "auto"}
+            look = {"ms": 13, "color": "black", "mfc": "none", "label": '"auto"'}
             axes.plot(auto["d_init_share"], auto["dead_share"], "*", **look)
             axes.set_title(place, fontsize=9.5)
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(-0.03 * highest, 1.08 * highest)
             draw.percent(axes.xaxis, axes.yaxis)
         for axes in panels[len(places) :]:
             axes.set_axis_off()
