@@ -260,8 +260,8 @@ def once_trained(results: str | Path) -> str:
     (width,) = summary(folder).index.unique("d_sae")
     (record,) = (json.loads(path.read_text()) for path in _records(folder))
     told = (
-        f"A step of `SubspaceSAETrainer` at d_sae {width:,}, {_warm_up(folder)} steps after ASI, is "
-        f"{_with_asi(folder)} as fast as SAELens' ({_machine(record)})"
+        f"A step of `SubspaceSAETrainer` at d_sae {width:,}, {_warm_up(folder)} steps after ASI, "
+        f"is {_with_asi(folder)} as fast as SAELens' ({_machine(record)})"
     )
     if not any((folder / "avx2").glob("b*-d*.json")):
         return f"{told}."

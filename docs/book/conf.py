@@ -100,9 +100,8 @@ _FINDINGS = """
 ```
 """
 # What the repository holds and the book does not: its files are shown by the code host.
-_ELSEWHERE = re.compile(
-    r"(?<!!)(\[[^\]]*\])\((?:\.\./)*((?:saesub|tests|data|benchmarks|notebooks/studies|CITATION\.cff)\b[^)\s]*)\)"
-)
+_FOLDERS = r"saesub|tests|data|benchmarks|notebooks/studies|CITATION\.cff"
+_ELSEWHERE = re.compile(rf"(?<!!)(\[[^\]]*\])\((?:\.\./)*((?:{_FOLDERS})\b[^)\s]*)\)")
 _BADGE = re.compile(r"\[!\[Open in Colab\]\([^)]*\)\](\([^)]*\))")
 
 
@@ -125,8 +124,8 @@ def _by_number(page: Path) -> tuple[bool, int]:
 
 
 def _for_the_book(app: Any, docname: str, source: list[str]) -> None:
-    """Links that lead out of the book go to the repository; a notebook's badge becomes a plain link,
-    and the notebook can be kept."""
+    """Links that lead out of the book go to the repository. A notebook's badge becomes a plain
+    link, beside one that keeps the notebook."""
     where = f"{REPOSITORY}/blob/main/"
     text = _ELSEWHERE.sub(lambda found: f"{found[1]}({where}{found[2]})", source[0])
     keep = f" · {{download}}`Download this notebook </{docname}.ipynb>`"
