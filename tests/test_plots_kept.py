@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -19,6 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from saesub.activations.spectrum import Spectrum
 from saesub.errors import SaesubError
 from saesub.reproduce import plots
+from saesub.reproduce.plots import drawing
 from saesub.reproduce.plots.kept import redrawn
 
 matplotlib.use("Agg")
@@ -91,9 +93,27 @@ def test_a_figure_is_drawn_again_from_what_is_kept(name, tmp_path, monkeypatch):
 def test_every_figure_of_the_notebooks_is_kept():
     drawn = {line.split(".")[0] for line in CALLS}
     public = {name for name in plots.__all__ if callable(getattr(plots, name))}
-    assert (
-        public - {"diagnosis", "style", "with_sliders"} <= drawn
-    )  # of an SAE at hand, and no figures
+    texts = {"diagnosis", "style", "with_sliders", "counted", "signed"}  # and one of an SAE at hand
+    assert public - texts <= drawn
+
+
+RUN = Path(__file__).parents[1] / "data" / "results" / "full" / "figures"
+LOOKS = ("condition", "site", "pairs", "cause")
+ROLES = {"mitigation_panels", "rank_heatmap_by_layer"}  # which have no line of a name's own look
+
+
+def test_every_name_in_the_notebooks_figures_has_a_look_of_its_own():
+    names = set()
+    for line in (line for file in RUN.glob("*.jsonl") for line in file.read_text().splitlines()):
+        found = json.loads(line)
+        frames = [of for of in found["arguments"]["mapping"].values() if isinstance(of, dict)]
+        for frame in (of for of in frames if "frame" in of and found["figure"] not in ROLES):
+            at = [place for place, name in enumerate(frame["columns"]) if name in LOOKS]
+            names |= {row[place] for row in frame["frame"] for place in at}
+    assert {"random", "attn_out", "control: same σ", "AuxK"} <= names
+    first, second = drawing.looks(sorted(names)), drawing.looks(["new", *sorted(names)])
+    changed = {name for name in names if first[name]["color"] != second[name]["color"]}
+    assert not changed
 
 
 def test_figures_are_kept_in_the_order_in_which_they_are_drawn(tmp_path, monkeypatch):
@@ -162,3 +182,12 @@ def test_without_the_variable_nothing_is_kept(tmp_path, monkeypatch):
 def test_a_line_of_no_figure_is_refused(line):
     with pytest.raises(SaesubError, match="run the notebook again"):
         redrawn(line)
+
+
+def test_a_line_does_not_begin_with_a_per_cent_sign():
+    frame = pd.DataFrame({"condition": ["random"] * 2, "power": [0, 1], "share": [0.4, 0.6]})
+    for words in range(8, 24):
+        title = "a " * words + "12 % and 34 % of the features"
+        figure = plots.firing_counts(frame, title=title, note=title * 3)
+        lines = [figure._suptitle or figure.legends[0].get_title(), *figure.texts]
+        assert not any("\n%" in text.get_text() for text in lines)

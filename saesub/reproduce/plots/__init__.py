@@ -10,7 +10,7 @@ from saesub.errors import needs_extra
 
 with needs_extra("saesub.reproduce.plots"):
     from saesub.reproduce.plots.diagnosis import diagnosis
-    from saesub.reproduce.plots.drawing import CONDITIONS, SITES, style
+    from saesub.reproduce.plots.drawing import CONDITIONS, SITES, counted, signed, style
     from saesub.reproduce.plots.features import (
         coherence_by_density,
         probe_accuracy,
@@ -49,6 +49,7 @@ __all__ = [
     "SITES",
     "causes_by_layer",
     "coherence_by_density",
+    "counted",
     "cumulative_variance",
     "d_init_by_place",
     "dead_against_fvu",
@@ -70,6 +71,7 @@ __all__ = [
     "rank_heatmap_by_layer",
     "recipe_by_regime",
     "shared_features",
+    "signed",
     "singular_values",
     "style",
     "variance_and_loss",

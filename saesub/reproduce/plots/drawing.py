@@ -243,7 +243,8 @@ def signed(text: str) -> str:
 
 def counted(numbers: Iterable[int], of: str) -> str:
     """How many there are, in words for a note: "3 seeds", "1 to 3 seeds"."""
-    least, most = min(numbers := list(numbers)), max(numbers)
+    numbers = sorted(map(int, numbers))
+    least, most = numbers[0], numbers[-1]
     return f"{least:,} to {most:,} {of}s" if least < most else f"{most:,} {of}{'s' * (most != 1)}"
 
 
@@ -279,7 +280,8 @@ def label_points(
             note = axes.annotate(text, tuple(point), xytext=shift, ha=side, **own)
             box = note.get_window_extent()
             inside = axes.bbox.containsx(box.x0) and axes.bbox.containsx(box.x1)
-            if inside and axes.bbox.containsy(box.y1) and not box.count_overlaps(hidden):
+            inside = inside and box.y0 >= axes.bbox.y0 and box.y1 <= axes.bbox.y1
+            if inside and not box.count_overlaps(hidden):
                 taken.append(box)
                 break
             note.remove()

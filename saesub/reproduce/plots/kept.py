@@ -84,7 +84,7 @@ def _told(figure: Figure, title: str, note: str) -> Figure:
     """Writes a title at the top of the figure, which becomes as much higher, and a note below it. A
     legend at the top has the title as its own, since it would be drawn over another one."""
     if title:
-        lines = fill(title, round(_LETTERS * figure.get_figwidth()))
+        lines = _filled(title, _LETTERS, figure)
         figure.set_figheight(figure.get_figheight() + _INCHES * (1 + lines.count("\n")))
         if figure.legends:
             figure.legends[0].set_title(lines, prop=FontProperties(size=_SIZE, weight="bold"))
@@ -92,9 +92,15 @@ def _told(figure: Figure, title: str, note: str) -> Figure:
         else:
             figure.suptitle(lines, fontsize=_SIZE, fontweight="bold")
     if note:  # outside: a saved figure is cut around all that is drawn
-        lines = fill(note, round(_NOTE_LETTERS * figure.get_figwidth()))
+        lines = _filled(note, _NOTE_LETTERS, figure)
         figure.text(0.5, -0.015, lines, ha="center", va="top", fontsize=_NOTE, color=NOTE)
     return figure
+
+
+def _filled(text: str, letters: float, figure: Figure) -> str:
+    """The text in lines that fit into the figure's width; a number stays beside its per cent."""
+    held = text.replace(" %", "\u00a0%")
+    return fill(held, round(letters * figure.get_figwidth())).replace("\u00a0", " ")
 
 
 def cumulative_shares(spectrum: Spectrum) -> np.ndarray:
