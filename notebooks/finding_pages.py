@@ -21,7 +21,10 @@ from saesub.reproduce import claims, claims_table, paper_claims
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "docs" / "findings"
-_ADDED = re.compile(r"lowest rate that fits equally well|at equal FVU|both at the rate")
+_OTHER_RATES = re.compile(  # than each condition's own best
+    r"lowest rate that fits equally well|at equal FVU|(?:both|all) at the rate|one rate for all"
+    r"|in proportion|fits only as well"
+)
 
 
 @dataclass(frozen=True)
@@ -76,21 +79,22 @@ def summary(rows: Sequence[dict]) -> str:
     the range of ours over all regimes with a verdict. Above it, how many have which verdict, and
     how many bounds came late. `rows` are those of `claim_rows`."""
     scored = claims.scorecard(rows).rows
-    late = sum(row["bound_is_younger"] for row in rows)
+    tested = [row for row in rows if row["verdict"] != paper_claims.UNTESTED]
+    late = sum(row["bound_is_younger"] for row in tested)
     judged = Counter(found.verdict for found in claims.findings(scored))
     told = ", ".join(f"{name} {judged[name]}" for name in claims_table.VERDICTS if judged[name])
     lines = [
-        f"Of the paper's {judged.total()} findings: {told}. Of the {len(rows)} values that are "
-        f"judged, {late} have bounds that were set after their record; the pages mark them.",
+        f"Of the paper's {judged.total()} findings: {told}. Of all {len(tested)} rows with a "
+        f"verdict, {late} have bounds that were set after their record; the pages mark them.",
         "",
-        "| Finding | Quantity | Paper | Here (regimes) | Verdict, claims |",
+        "| Finding | Quantity | Paper | Here (regimes) | Verdict, rows |",
         "|---" * 5 + "|",
     ]
     for finding in (of for of in known() if of.paper):
         shown = [[row for row in scored if row["id"] == name] for name in finding.shown.split()]
         paper = [of[0]["paper"] or "–" for of in shown]
         link = f"[{finding.heading}](docs/findings/{finding.page.name})"
-        cells = [link, finding.quantity, " → ".join(paper), " → ".join(map(_range, shown))]
+        cells = [link, finding.quantity, "; ".join(paper), "; ".join(map(_range, shown))]
         cells.append(f"{_verdict(finding, scored)}: {_tally(finding, scored)}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -139,13 +143,13 @@ def _text(finding: Finding, rows: list[dict], records: dict) -> str:
 
 
 def _seen_before(rows: Sequence[dict]) -> str:
-    """How many rows are no prediction: of bounds, or of rates, chosen when the record was seen."""
+    """How many rows are perhaps no prediction, by their bounds or by how rates are chosen."""
     late = sum(row["bound_is_younger"] for row in rows)
-    added = sum(bool(_ADDED.search(row["regime"])) for row in rows)
+    others = sum(bool(_OTHER_RATES.search(row["regime"])) for row in rows)
     said = f" The bounds of {late} of {len(rows)} rows were set after their record." * bool(late)
     return said + (
-        f" {added} of {len(rows)} rows choose the rates in a way that was added after the record."
-        * bool(added)
+        f" {others} of {len(rows)} rows take other rates than each condition's own best; some of "
+        "these ways were added when the record had been seen." * bool(others)
     )
 
 

@@ -152,10 +152,11 @@ def _in_short(records: list[dict[str, Any]]) -> str:
         for peer, name in (("sparsify", "sparsify"), ("sae-lens", "float32 SAELens"))
         for s, b in [[speeds[peer, "Adam", w]["tokens_per_second"] for w in ends]]
     ]
+    eight = "; the second in 8 bits, timed only" * (ends[1] >= EIGHT_BITS_FROM > ends[0])
     return (
         f"On an [H200](docs/gpu.md), after `saesub check-gpu`: {own[0] / 1e6:.1f}M tok/s at "
         f"2^{ends[0].bit_length() - 1} features, {own[1] / 1e6:.2f}M at "
-        f"2^{ends[1].bit_length() - 1} (Adam, no AuxK; the second in 8 bits, timed only); "
+        f"2^{ends[1].bit_length() - 1} (Adam, no AuxK{eight}); "
         f"{', '.join(said)}."
     )
 

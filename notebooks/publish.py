@@ -284,9 +284,9 @@ def with_tables(page: str, records: dict) -> str:
 
     Links lead from README.md in the tables that it shows, and from docs/ in all others.
     """
-    rows = [row for recorded in records[SHOWN].values() for row in recorded["claims"]]
+    rows = claim_rows(records)
     tables = {
-        "summary": FINDING_PAGES["summary"](claim_rows(records)),
+        "summary": FINDING_PAGES["summary"](rows),
         "figure": figure_caption(readme_rows()),
         "run": _commands(),
         "cost": cost_table(records, tomllib.loads(REGISTRY.read_text(encoding="utf-8"))),

@@ -73,9 +73,9 @@ def test_the_summary_has_the_range_over_regimes_and_the_page_a_row_for_each():
     rows = _measured(*zip(dead, (0.1, 0.005), strict=True), regime="layer 12, <narrow|>")
     rows += _measured(*zip(dead, (0.5, 0.25), strict=True), regime="layer 12, wide")
     quantity, paper, here, verdict = _line(rows, "F6")
-    assert quantity == "share dead, random → ASI"
-    assert paper == "87 % → < 1 %"
-    assert here == "10.0 to 50.0 % (2) → 0.50 to 25.0 % (2)"
+    assert quantity == "share dead with ASI; divided by that with random directions"
+    assert paper == "< 1 %; ≈ 0.0115"
+    assert here == "0.50 to 25.0 % (2); not measured"
     assert verdict.startswith("≈ mixed: 2 ✔, 1 ↗, 1 ✘, ")
     page = _page("F6", rows, BOUNDS)
     assert (
@@ -115,7 +115,7 @@ def test_findings_are_counted_by_verdict_above_their_table():
     rows = _measured(("F4.z_rank_gap", 0.2), ("F9.best", 0.5), ("F5.correlation", -0.2))
     assert _summary(rows)[0] == (
         "Of the paper's 12 findings: holds 1, holds in direction 1, does not hold 1, "
-        "not testable here 9. Of the 3 values that are judged, 0 have bounds that were set after "
+        "not testable here 9. Of all 3 rows with a verdict, 0 have bounds that were set after "
         "their record; the pages mark them."
     )
     lines = FINDINGS["verdicts"](rows).splitlines()
@@ -224,6 +224,22 @@ def _around(claim, middle):
     return min(_values(claim)) < middle < max(_values(claim))
 
 
+def _note(claim, regime):
+    (note,) = {row["note"] for row in ROWS if row["id"] == claim and regime in row["regime"]}
+    return note
+
+
+def _at_0001(note):
+    """How many more features random directions leave dead than ASI, both at the rate 0.001."""
+    asi, random = re.search(r"both at 0.001: ASI ([\d.]+)%, random ([\d.]+)%", note).groups()
+    return abs(float(random) - float(asi)) / 100
+
+
+def _includes_zero_with_refit():
+    (row,) = (r for r in ROWS if r["id"] == "B2.fvu" and "recipe's refit" in r["regime"])
+    return row["interval"][0] < 0 < row["interval"][1]
+
+
 def _includes(claim, value):
     rows = [row for row in claims.scorecard(ROWS).rows if row["id"] == claim]
     return all(row["interval"][0] < value < row["interval"][1] for row in rows)
@@ -247,11 +263,13 @@ SAID = {
         _values("F3.families", regime="before any post-norm") == [0],
         _values("F3.families", regime="after any post-norm") == [1],
         _judged("F3.spread") == {HOLDS},
+        _note("F3.families", "before any post-norm").count("100% in") == 2,
     ],
     "F4": lambda: [
         _values("F4.z_above_out") == [1],
         _values("F4.below_gaussian") == [1],
-        _below("F4.below_same_sigma", 0.5),
+        _below("F4.below_same_sigma", 0.6),
+        min(_values("F4.heads_overlap")) > 0.5,
     ],
     "F5": lambda: [
         _below("F5.correlation", 0),
@@ -264,6 +282,8 @@ SAID = {
         sum(value >= 0.01 for value in _values("F6.asi_dead", regime=BEST)) == 4,
         _below("F6.reduction", 0.1, regime="8,192 features, Adam, at equal FVU"),
         _below("F6.reduction", 0.1, regime="8,192 features, Adam, each at the lowest"),
+        _below("F6.fvu", 0),
+        _at_0001(_note("F6.reduction", "layer 0")) < 0.02,
     ],
     "F7": lambda: [
         _judged("F7.smooth") == {HOLDS},
@@ -284,8 +304,11 @@ SAID = {
     ],
     "F10": lambda: [
         _below("F10.resampling", 0),
-        _around("F10.auxk", 0),
+        _below("F10.auxk", 0, regime="the coefficient 1/32"),
+        min(_values("F10.auxk", regime="leave the fewest dead")) > 0,
         _around("F10.sparse_adam", 0),
+        min(_values("F10.sparse_adam", regime="8,192 features")) > 0,
+        "AuxK +" in _note("F10.adds", "leave the fewest dead"),
         min(_values("F10.adds")) > 0.5,
     ],
     "F11": lambda: [
@@ -308,7 +331,8 @@ SAID = {
         _below("B1.both", 0),
     ],
     "B2": lambda: [
-        min(_values("B2.fvu")) < 0 < max(_values("B2.fvu")) < 0.01,
+        min(_values("B2.fvu")) < 0,
+        _includes_zero_with_refit(),
         min(_values("B2.longer_new") + _values("B2.longer_same")) > 0,
     ],
     "B3": lambda: [

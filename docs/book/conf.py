@@ -125,7 +125,7 @@ def _by_number(page: Path) -> tuple[bool, int]:
 
 def _for_the_book(app: Any, docname: str, source: list[str]) -> None:
     """Links that lead out of the book go to the repository. A notebook's badge becomes a plain
-    link, beside one that keeps the notebook."""
+    link, beside one that downloads the notebook."""
     where = f"{REPOSITORY}/blob/main/"
     text = _ELSEWHERE.sub(lambda found: f"{found[1]}({where}{found[2]})", source[0])
     keep = f" · {{download}}`Download this notebook </{docname}.ipynb>`"

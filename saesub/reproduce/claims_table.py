@@ -20,7 +20,7 @@ _LOOK = {
 }
 VERDICTS = tuple(_LOOK)
 SYMBOLS = {verdict: symbol for verdict, (symbol, _) in _LOOK.items()}
-_DIFFERENCE = re.compile(r"\bminus (?!1\b)")  # but a ratio minus 1 is a share
+_DIFFERENCE = re.compile(r"\bminus (?!1\b)|\bdifference between\b")  # a ratio minus 1 is a share
 SHORT = 9  # digits of a commit that a table shows
 _HEAD = ("Claim", "Paper", "Here", "Verdict")
 _STYLE = "text-align:left;vertical-align:top;white-space:normal"

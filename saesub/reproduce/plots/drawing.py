@@ -302,7 +302,7 @@ def _dots(line: Line2D) -> np.ndarray:
 
 
 def percent_from_zero(axis: Axis) -> None:
-    """The same, and starts the axis a little below 0, so that marks at 0 are whole."""
+    """Shows an axis of shares in per cent, from a little below 0, so that marks at 0 are whole."""
     percent(axis)
     low, high = axis.get_data_interval()
     vertical = axis is axis.axes.yaxis
