@@ -8,8 +8,8 @@ figures were drawn from; `publish.py` takes it over into data/results/full/figur
 
     python notebooks/figures.py --notebooks
 
-puts them into the committed notebooks, in place of those there: where the look of figures has
-changed, nothing has to be run again.
+puts them into the committed notebooks, in place of those there, and the tables of claims as well:
+where their look has changed, nothing has to be run again.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ from tqdm.auto import tqdm
 
 from saesub.files import write_atomically
 from saesub.reproduce import plots
+from saesub.reproduce.claims_table import ClaimsTable
 from saesub.reproduce.plots.kept import redrawn
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "data" / "results" / "full" / "figures"
 OUT = ROOT / "build" / "figures"
-PNG = "image/png"
+PNG, CLAIMS = "image/png", "saesub-claims"
 PUBLISH = runpy.run_path(str(ROOT / "notebooks" / "publish.py"))
 
 
@@ -68,10 +69,11 @@ def saved(figure: Figure, to: Path | BinaryIO) -> None:
     figure.savefig(to, bbox_inches="tight", format="png")
 
 
-def into_notebook(kept: Path, notebook: Path) -> None:
-    """Replaces the notebook's figures by those drawn again, in their order.
+def into_notebook(kept: Path, notebook: Path, rows: Sequence[dict] = ()) -> None:
+    """Replaces the notebook's figures by those drawn again, in their order, and its table of claims
+    by that of these rows.
 
-    Raises ValueError if it shows more or fewer than are kept.
+    Raises ValueError if it shows more or fewer figures than are kept.
     """
     shown = nbformat.read(notebook, as_version=4)
     outputs = [out for cell in shown.cells for out in cell.get("outputs", [])]
@@ -80,6 +82,9 @@ def into_notebook(kept: Path, notebook: Path) -> None:
         png = BytesIO()
         saved(figure, png)
         out.data[PNG] = b64encode(PUBLISH["in_few_colours"](png.getvalue())).decode()
+    for out in outputs:
+        if rows and CLAIMS in out.get("data", {}).get("text/html", ""):
+            out.data["text/html"] = ClaimsTable(rows)._repr_html_()
     write_atomically(notebook, nbformat.writes(shown) + "\n")
 
 
@@ -87,8 +92,10 @@ def main(arguments: Sequence[str]) -> None:
     """Draws all of them, or puts them into the notebooks."""
     mpl.use("Agg")
     if "--notebooks" in arguments:
+        record = PUBLISH["read_records"]()[PUBLISH["SHOWN"]]
         for kept in tqdm(sorted(KEPT.glob("*.jsonl")), unit="notebook"):
-            into_notebook(kept, ROOT / "notebooks" / f"{kept.stem}.ipynb")
+            notebook = ROOT / "notebooks" / f"{kept.stem}.ipynb"
+            into_notebook(kept, notebook, record[kept.stem]["claims"])
         return
     OUT.mkdir(parents=True, exist_ok=True)
     told: dict[str, str] = {}
@@ -97,7 +104,7 @@ def main(arguments: Sequence[str]) -> None:
             saved(figure, OUT / f"{kept.stem}-{number}.png")
             told[f"{kept.stem}-{number}"] = about(kept)[number - 1]
     (OUT / "about.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
-    saved(plots.dead_against_fvu(PUBLISH["readme_rows"]()), OUT / "README.png")
+    saved(PUBLISH["readme_figure"](), OUT / "README.png")
 
 
 if __name__ == "__main__":

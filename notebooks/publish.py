@@ -148,7 +148,7 @@ def write_pages(records: dict) -> None:
     """Writes the README, the pages in docs/ and the README's figure again from the records, and
     the commits of the claims' bounds again from git."""
     BOUNDS["write_bounds"](ROOT)
-    save_figure(dead_against_fvu(readme_rows()), (STUDIES / "cure.json").read_bytes())
+    save_figure(readme_figure(), (STUDIES / "cure.json").read_bytes())
     for page in pages():
         write_atomically(page, with_tables(page.read_text(), records))
     for page, text in finding_pages(records).items():
@@ -327,6 +327,14 @@ def readme_rows() -> pd.DataFrame:
     rows = rows[rows["d_sae"] == rows["d_sae"].max()]
     place = {condition: place for place, condition in enumerate(SHOWN_CONDITIONS)}
     return rows.sort_values(["condition", "lr"], key=lambda column: column.replace(place))
+
+
+def readme_figure() -> Figure:
+    """The README's figure; its title has the dead features of each condition at its best rate."""
+    rows = readme_rows()
+    dead = rows[rows["best"]].groupby("condition", sort=False)["dead_share"].mean()
+    told = ", ".join(f"{name} {100 * share:.2g} %" for name, share in dead.items())
+    return dead_against_fvu(rows, title=f"Dead features, each at its best rate: {told}")
 
 
 def figure_caption(rows: pd.DataFrame) -> str:

@@ -15,7 +15,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
-from saesub.reproduce import runner
+from saesub.reproduce import claims, claims_table, runner
 
 ROOT = Path(__file__).resolve().parent.parent
 figures = runpy.run_path(str(ROOT / "notebooks" / "figures.py"))
@@ -48,10 +48,24 @@ def test_a_notebooks_figures_are_drawn_again_as_it_shows_them(kept, tmp_path):
         assert abs(one - other).mean() < 2  # of 255: the notebooks' have 256 colours
 
 
+def test_a_notebooks_table_of_claims_is_replaced(tmp_path):
+    row = claims.compare([claims.Measurement("F1.attn_rank", 0.5)], "01").rows
+    old = new_output("display_data", {"text/html": "<table class='saesub-claims'>old</table>"})
+    other = new_output("display_data", {"text/html": "<table>another</table>"})
+    cells = [new_code_cell("1", outputs=[old, other])]
+    nbformat.write(new_notebook(cells=cells), tmp_path / "a.ipynb")
+    (tmp_path / "kept.jsonl").write_text("")
+    figures["into_notebook"](tmp_path / "kept.jsonl", tmp_path / "a.ipynb", row)
+    (cell,) = nbformat.read(tmp_path / "a.ipynb", as_version=4).cells
+    table, another = (out.data["text/html"] for out in cell.outputs)
+    assert table == claims_table.ClaimsTable(row)._repr_html_()
+    assert another == "<table>another</table>"
+
+
 def test_a_notebooks_figures_are_replaced_in_their_order(tmp_path):
     lines = [
-        json.dumps({"figure": "singular_values", "title": title, "arguments": {"mapping": {
-            "curves": {"mapping": {"W": {"array": values}}}}}})
+        json.dumps({"figure": "singular_values", "title": title, "note": "", "arguments": {
+            "mapping": {"curves": {"mapping": {"W": {"array": values}}}}}})
         for title, values in (("one", [2.0, 1.0]), ("two", [3.0, 1.0]))
     ]  # fmt: skip
     (tmp_path / "kept.jsonl").write_text("\n".join(lines))

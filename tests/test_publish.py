@@ -313,9 +313,9 @@ def test_the_readmes_figure_shows_every_rate_and_names_those_that_fit_as_well(cu
     ]
     caption = publish["figure_caption"](rows)
     assert "TopK SAEs of 8,192 features (k 32)" in caption
-    assert "random 45 % (0.002); ASI 1.5 % (0.001), 31 % (0.002). Where" in caption
-    assert "as well as random at its best, it loses 0.75 %" in caption  # half of 1.5, at 0.181
-    assert "0.75 % (between 0.0005 and 0.001; [other" in caption
+    assert "random 45 % (0.002); ASI 1.5 % (0.001), 31 % (0.002). At the FVU" in caption
+    assert "of random's best rate, ASI loses 0.75 %" in caption  # half of 1.5, at 0.181
+    assert "0.75 % (between 0.0005 and 0.001; we added" in caption
     assert "256,000 held-out tokens, 1,000 firings a feature." in caption
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from textwrap import fill
+from textwrap import fill, wrap
 from typing import Any, TypeVar
 
 import numpy as np
@@ -98,9 +98,12 @@ def _told(figure: Figure, title: str, note: str) -> Figure:
 
 
 def _filled(text: str, letters: float, figure: Figure) -> str:
-    """The text in lines that fit into the figure's width; a number stays beside its per cent."""
-    held = text.replace(" %", "\u00a0%")
-    return fill(held, round(letters * figure.get_figwidth())).replace("\u00a0", " ")
+    """The text in as few lines as fit into the figure's width, of like length; a number stays
+    beside its per cent."""
+    held, most = text.replace(" %", "\u00a0%"), round(letters * figure.get_figwidth())
+    n = len(wrap(held, most))
+    least = next(w for w in range(-(-len(held) // n), most + 1) if len(wrap(held, w)) <= n)
+    return fill(held, least).replace("\u00a0", " ")
 
 
 def cumulative_shares(spectrum: Spectrum) -> np.ndarray:

@@ -95,7 +95,8 @@ def mitigation_panels(
             for name, look in looks.items():
                 of = pd.DataFrame(frame[frame["condition"] == name])
                 _line(axes, of.sort_values(by=along), x, look)
-            axes.set_title(title, pad=16 if notes else None)
+            below = notes.get(title, "").count("\n") + bool(notes)  # lines of notes
+            axes.set_title(title, pad=5 + 11 * below)
             axes.annotate(notes.get(title, ""), (0.5, 1), **_BELOW_TITLE)
             _set_axes(axes, frame, x)
             axes.tick_params(labelleft=place % columns == 0)
