@@ -159,7 +159,7 @@ def _claim(rows: Sequence[dict]) -> str:
     title, _, measure = claim.claim.removeprefix("Beyond the paper: ").partition(": ")
     paper = "*Beyond the paper.*"
     if not claim.beyond_paper:
-        paper = f"The paper: {text(claim.paper or 'no value')}."
+        paper = f"The paper: {text(claim.paper or 'none given')}."
     ranges = [f"✔ {_bounds(rows[0], claim.holds)}"] * bool(claim.holds.edges)
     wider = claim.direction.edges and claim.direction != claim.holds
     ranges += [f"↗ {_bounds(rows[0], claim.direction)}"] * bool(wider)
