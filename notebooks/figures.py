@@ -29,8 +29,9 @@ import nbformat
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
+from saesub.errors import SaesubError
 from saesub.files import write_atomically
-from saesub.reproduce import plots
+from saesub.reproduce import claims, plots
 from saesub.reproduce.claims_table import ClaimsTable
 from saesub.reproduce.plots.kept import redrawn
 
@@ -43,12 +44,17 @@ PUBLISH = runpy.run_path(str(ROOT / "notebooks" / "publish.py"))
 
 def of_notebook(kept: Path) -> Iterator[Figure]:
     """The figures of a notebook in their order, from the file that keeps them."""
-    return map(redrawn, kept.read_text(encoding="utf-8").splitlines())
+    return map(redrawn, lines_of(kept))
+
+
+def lines_of(kept: Path) -> list[str]:
+    """The lines of such a file; none where a notebook draws nothing."""
+    return kept.read_text(encoding="utf-8").splitlines() if kept.is_file() else []
 
 
 def about(kept: Path) -> list[str]:
     """What each figure shows: its title, its function's first sentence, and its note."""
-    lines = map(json.loads, kept.read_text(encoding="utf-8").splitlines())
+    lines = map(json.loads, lines_of(kept))
     return [
         " ".join(filter(None, (_sentence(line["title"]), _drawn(line), line["note"])))
         for line in lines
@@ -69,23 +75,28 @@ def saved(figure: Figure, to: Path | BinaryIO) -> None:
     figure.savefig(to, bbox_inches="tight", format="png")
 
 
-def into_notebook(kept: Path, notebook: Path, rows: Sequence[dict] = ()) -> None:
-    """Replaces the notebook's figures by those drawn again, in their order, and its table of claims
-    by that of these rows.
+def with_new_look(kept: Path, notebook: Path, rows: Sequence[dict]) -> str:
+    """The notebook with its figures drawn again, in their order, and its table of these claims.
 
-    Raises ValueError if it shows more or fewer figures than are kept.
+    Raises SaesubError if it shows more or fewer figures than are kept, or several tables of claims.
     """
     shown = nbformat.read(notebook, as_version=4)
     outputs = [out for cell in shown.cells for out in cell.get("outputs", [])]
     pictures = [out for out in outputs if PNG in out.get("data", {})]
+    tables = [out for out in outputs if CLAIMS in out.get("data", {}).get("text/html", "")]
+    n_kept = len(lines_of(kept))
+    if len(pictures) != n_kept or len(tables) > 1:
+        raise SaesubError(
+            f"{notebook.name} shows {len(pictures)} figures, of which {n_kept} are kept, and "
+            f"{len(tables)} tables of claims, of which one is known: run it again and publish it"
+        )
+    for out in tables:
+        out.data["text/html"] = ClaimsTable(rows)._repr_html_()
     for out, figure in zip(pictures, of_notebook(kept), strict=True):
         png = BytesIO()
         saved(figure, png)
         out.data[PNG] = b64encode(PUBLISH["in_few_colours"](png.getvalue())).decode()
-    for out in outputs:
-        if rows and CLAIMS in out.get("data", {}).get("text/html", ""):
-            out.data["text/html"] = ClaimsTable(rows)._repr_html_()
-    write_atomically(notebook, nbformat.writes(shown) + "\n")
+    return nbformat.writes(shown) + "\n"
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -93,9 +104,13 @@ def main(arguments: Sequence[str]) -> None:
     mpl.use("Agg")
     if "--notebooks" in arguments:
         record = PUBLISH["read_records"]()[PUBLISH["SHOWN"]]
-        for kept in tqdm(sorted(KEPT.glob("*.jsonl")), unit="notebook"):
-            notebook = ROOT / "notebooks" / f"{kept.stem}.ipynb"
-            into_notebook(kept, notebook, record[kept.stem]["claims"])
+        every = claims.scorecard(row for run in record.values() for row in run["claims"]).rows
+        texts = {}
+        for name, run in tqdm(record.items(), unit="notebook"):
+            notebook, rows = ROOT / "notebooks" / f"{name}.ipynb", run["claims"] or every
+            texts[notebook] = with_new_look(KEPT / f"{name}.jsonl", notebook, rows)
+        for notebook, text in texts.items():
+            write_atomically(notebook, text)
         return
     OUT.mkdir(parents=True, exist_ok=True)
     told: dict[str, str] = {}

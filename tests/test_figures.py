@@ -15,6 +15,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
+from saesub.errors import SaesubError
 from saesub.reproduce import claims, claims_table, runner
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,11 +56,14 @@ def test_a_notebooks_table_of_claims_is_replaced(tmp_path):
     cells = [new_code_cell("1", outputs=[old, other])]
     nbformat.write(new_notebook(cells=cells), tmp_path / "a.ipynb")
     (tmp_path / "kept.jsonl").write_text("")
-    figures["into_notebook"](tmp_path / "kept.jsonl", tmp_path / "a.ipynb", row)
-    (cell,) = nbformat.read(tmp_path / "a.ipynb", as_version=4).cells
+    text = figures["with_new_look"](tmp_path / "kept.jsonl", tmp_path / "a.ipynb", row)
+    (cell,) = nbformat.reads(text, as_version=4).cells
     table, another = (out.data["text/html"] for out in cell.outputs)
     assert table == claims_table.ClaimsTable(row)._repr_html_()
     assert another == "<table>another</table>"
+    nbformat.write(new_notebook(cells=[*cells, *cells]), tmp_path / "a.ipynb")
+    with pytest.raises(SaesubError, match="2 tables of claims"):
+        figures["with_new_look"](tmp_path / "kept.jsonl", tmp_path / "a.ipynb", row)
 
 
 def test_a_notebooks_figures_are_replaced_in_their_order(tmp_path):
@@ -75,16 +79,16 @@ def test_a_notebooks_figures_are_replaced_in_their_order(tmp_path):
     outputs = [new_output("display_data", data) for _ in lines]
     cells = [new_code_cell("1", outputs=[new_output("stream", text="a"), out]) for out in outputs]
     nbformat.write(new_notebook(cells=cells), tmp_path / "a.ipynb")
-    figures["into_notebook"](tmp_path / "kept.jsonl", tmp_path / "a.ipynb")
-    shown = nbformat.read(tmp_path / "a.ipynb", as_version=4).cells
+    text = figures["with_new_look"](tmp_path / "kept.jsonl", tmp_path / "a.ipynb", [])
+    shown = nbformat.reads(text, as_version=4).cells
     for cell, figure in zip(shown, figures["of_notebook"](tmp_path / "kept.jsonl"), strict=True):
         assert cell.outputs[0].text == "a"
         figures["saved"](figure, tmp_path / "figure.png")
         one = _pixels(BytesIO(b64decode(cell.outputs[1].data["image/png"])))
         assert abs(one - _pixels(tmp_path / "figure.png")).mean() < 2
     (tmp_path / "kept.jsonl").write_text(lines[0])
-    with pytest.raises(ValueError, match="zip"):
-        figures["into_notebook"](tmp_path / "kept.jsonl", tmp_path / "a.ipynb")
+    with pytest.raises(SaesubError, match="shows 2 figures, of which 1 are kept"):
+        figures["with_new_look"](tmp_path / "kept.jsonl", tmp_path / "a.ipynb", [])
 
 
 @pytest.mark.slow

@@ -177,11 +177,23 @@ def test_without_the_variable_nothing_is_kept(tmp_path, monkeypatch):
         "[]",
         '{"figure": "no such", "title": "", "arguments": {"mapping": {}}}',
         '{"figure": "width"}',
+        '{"figure": "width", "title": "", "note": "", "arguments": []}',
+        '{"figure": "width", "title": "", "note": "", "arguments": {"mapping": {"x": 1}}}',
     ],
 )
 def test_a_line_of_no_figure_is_refused(line):
     with pytest.raises(SaesubError, match="run the notebook again"):
         redrawn(line)
+
+
+def test_any_text_is_a_title(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAESUB_FIGURES", str(tmp_path / "kept.jsonl"))
+    frame = pd.DataFrame({"condition": ["random"] * 2, "power": [0, 1], "share": [0.4, 0.6]})
+    for text in (" ", "\n", "$\\foo$", "a\x85b\u2028c", "w" * 500, "a " * 80):
+        _pixels(plots.firing_counts(frame, title=text, note=text))
+    lines = (tmp_path / "kept.jsonl").read_text("utf-8").splitlines()
+    assert len(lines) == 6
+    assert all(redrawn(line) for line in lines)
 
 
 def test_a_line_does_not_begin_with_a_per_cent_sign():

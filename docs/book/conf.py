@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from sphinx.util import logging
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path.insert(0, str(HERE))
@@ -102,6 +104,7 @@ _FINDINGS = """
 # What the repository holds and the book does not: its files are shown by the code host.
 _FOLDERS = r"saesub|tests|data|benchmarks|notebooks/studies|CITATION\.cff"
 _ELSEWHERE = re.compile(rf"(?<!!)(\[[^\]]*\])\((?:\.\./)*((?:{_FOLDERS})\b[^)\s]*)\)")
+_log = logging.getLogger(__name__)
 _BADGE = re.compile(r"\[!\[Open in Colab\]\([^)]*\)\](\([^)]*\))")
 
 
@@ -129,6 +132,10 @@ def _for_the_book(app: Any, docname: str, source: list[str]) -> None:
     where = f"{REPOSITORY}/blob/main/"
     text = _ELSEWHERE.sub(lambda found: f"{found[1]}({where}{found[2]})", source[0])
     keep = f" · {{download}}`Download this notebook </{docname}.ipynb>`"
+    if docname.startswith("notebooks/") and not _BADGE.search(text):
+        _log.warning(
+            "no badge, so no link to download it: run notebooks/links.py", location=docname
+        )
     source[0] = _BADGE.sub(rf"[Open in Colab]\1{keep}", text)
     if docname == root_doc:
         source[0] += _CONTENTS

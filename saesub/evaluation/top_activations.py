@@ -24,7 +24,9 @@ from saesub.topk.encode import encoder_of
 
 _SHADE = "0,114,178"  # Okabe and Ito's blue; one hue, so that only its strength is read
 _STRONGEST = 0.55  # opacity at which black text is still easy to read
-_INVISIBLE = str.maketrans({"\n": "⏎", "\t": "⇥"})
+# What is not seen, or turns the text after it around, is shown by a sign.
+_INVISIBLE = {code: 0x2400 + code for code in range(32)} | {ord("\n"): "⏎", ord("\t"): "⇥"}
+_INVISIBLE |= dict.fromkeys([0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)], "�")
 
 
 @dataclass(frozen=True)
@@ -209,4 +211,4 @@ def snippet_html(snippet: Snippet, strongest: float) -> str:
                 style += ";font-weight:bold;text-decoration:underline"
             text = f"<span style='{style}' title='{value:.3g}'>{text}</span>"
         spans.append(text)
-    return f"<div style='white-space:pre-wrap'>{''.join(spans)}</div>"
+    return f"<div style='white-space:pre-wrap;overflow-wrap:anywhere'>{''.join(spans)}</div>"

@@ -119,6 +119,8 @@ def feature_page(
     bridge, n_named = load_model(model), whole_number(n_named, "n_named")
     n_snippets = whole_number(n_snippets, "n_snippets")
     n_around = whole_number(n_around, "n_around", 0)
+    if not isinstance(groups, Mapping) or not all(isinstance(name, str) for name in groups):
+        raise SaesubError("groups is a dictionary: lists of features by what is written above them")
     chosen = {name: feature_indices(own, sae) for name, own in groups.items()}
     features = sorted({feature for own in chosen.values() for feature in own})
     if not features or len(features) > _MOST:
@@ -143,7 +145,7 @@ def feature_page(
             near=_nearest(rows, feature, n_named),
         )
         if hook_of(sae).endswith(_ATTENTION):
-            at = [(context, peak) for _, context, peak in found]
+            at = [(context, peak, own[context, peak].sign().item()) for _, context, peak in found]
             written = _written_by(bridge, hook_of(sae), tokens, at, sae.W_enc.detach()[:, feature])
             peaks = zip(views[feature].peaks, written, strict=True)
             peaks = tuple(replace(peak, heads=h, tokens=t) for peak, (h, t) in peaks)
@@ -182,7 +184,7 @@ def _extreme(
     model: TransformerBridge, effects: Float[Tensor, " vocab"], n: int, *, largest: bool
 ) -> tuple[Source, ...]:
     assert model.tokenizer is not None  # `contexts_of` has refused a model without one
-    found = effects.topk(n, largest=largest)
+    found = effects.topk(min(n, len(effects)), largest=largest)
     names = (model.tokenizer.decode([i]) for i in found.indices.tolist())
     return tuple(Source(*pair) for pair in zip(names, found.values.tolist(), strict=True))
 
@@ -199,10 +201,11 @@ def _written_by(
     model: TransformerBridge,
     hook_name: str,
     tokens: Int[Tensor, "contexts pos"],
-    peaks: Iterable[tuple[int, int]],
+    peaks: Iterable[tuple[int, int, float]],
     reads: Float[Tensor, " d"],
 ) -> Iterator[tuple[tuple[Source, ...], tuple[Source, ...]]]:
-    """The heads and the source tokens that wrote most of what a feature reads at each peak.
+    """The heads and the source tokens that wrote most of what a feature reads at each peak, which
+    is a context, a position, and the activation's sign there.
 
     Biases are left out. Nothing where the attention output is not the sum of what its heads write
     and its bias, as behind a norm.
@@ -210,7 +213,7 @@ def _written_by(
     layer = int(hook_name.split(".")[1])
     names = [f"blocks.{layer}.attn.hook_{what}" for what in ("pattern", "v", "z")] + [hook_name]
     W_O, bias = model.W_O[layer], getattr(model.blocks[layer].attn, "b_O", None)
-    for context, peak in peaks:
+    for context, peak, sign in peaks:
         found: dict[str, Tensor] = {}
         given = tokens[context : context + 1].to(model.cfg.device)
         capture(model, given, hook_points(model, names), found.__setitem__)
@@ -225,13 +228,11 @@ def _written_by(
         v = v.repeat_interleave(heads // v.shape[1], dim=1)  # heads of a group share their values
         read = torch.einsum("hed,d->he", W_O, reads.to(W_O))
         amounts = torch.einsum("hk,khe,he->hk", pattern[:, peak], v, read)
-        yield _by_head(amounts), _by_token(model, given[0], amounts, peak)
+        yield _by_head(amounts, sign), _by_token(model, given[0], amounts, peak, sign)
 
 
-def _by_head(amounts: Float[Tensor, "heads pos"]) -> tuple[Source, ...]:
-    found = amounts.sum(1).topk(min(3, len(amounts)))
-    pairs = zip(found.indices.tolist(), found.values.tolist(), strict=True)
-    return tuple(Source(f"head {head}", amount) for head, amount in pairs)
+def _by_head(amounts: Float[Tensor, "heads pos"], sign: float) -> tuple[Source, ...]:
+    return tuple(Source(f"head {head}", n) for head, n in _strongest(amounts.sum(1), sign))
 
 
 def _by_token(
@@ -239,15 +240,22 @@ def _by_token(
     tokens: Int[Tensor, " pos"],
     amounts: Float[Tensor, "heads pos"],
     peak: int,
+    sign: float,
 ) -> tuple[Source, ...]:
     """The source tokens, each with its place before the peak."""
     assert model.tokenizer is not None
-    found = amounts.sum(0).topk(min(3, amounts.shape[1]))
-    pairs = zip(found.indices.tolist(), found.values.tolist(), strict=True)
     return tuple(
         Source(f"{model.tokenizer.decode([int(tokens[at])])} ({at - peak})", amount)
-        for at, amount in pairs
+        for at, amount in _strongest(amounts.sum(0), sign)
     )
+
+
+def _strongest(amounts: Float[Tensor, " n"], sign: float) -> list[tuple[int, float]]:
+    """Up to three places that write the most of a peak of this sign; none that writes against it,
+    and none that cannot write, as a later token."""
+    found = (sign * amounts).topk(min(3, len(amounts)))
+    pairs = zip(found.indices.tolist(), found.values.tolist(), strict=True)
+    return [(at, sign * amount) for at, amount in pairs if amount > 0]
 
 
 def _feature_html(view: FeatureView) -> str:
@@ -269,8 +277,12 @@ def _feature_html(view: FeatureView) -> str:
 def _named(what: str, sources: Sequence[Source]) -> str:
     if not sources:
         return ""
-    told = ", ".join(f"{html.escape(repr(s.name)[1:-1])} {s.amount:+.2f}" for s in sources)
-    return f"<div style='color:#555;font-size:0.9em'>{what}: {told}</div>"
+    # A name by itself: one that is read from the right would turn the others around.
+    told = ", ".join(
+        f"<bdi>{html.escape(repr(s.name)[1:-1])}</bdi> {s.amount:+.2f}" for s in sources
+    )
+    style = "color:#555;font-size:0.9em;overflow-wrap:anywhere"
+    return f"<div style='{style}'>{what}: {told}</div>"
 
 
 def _histogram(view: FeatureView) -> str:

@@ -49,7 +49,7 @@ def kept(function: _Draws) -> _Draws:
             path = Path(file)
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(line, ensure_ascii=False) + "\n")
+                lines.write(json.dumps(line) + "\n")
         return figure
 
     _functions[function.__name__] = function
@@ -72,7 +72,8 @@ def redrawn(line: str) -> Figure:
     try:
         found = json.loads(line)
         function, arguments = _functions[found["figure"]], _decoded(found["arguments"])
-        title, note = found["title"], found["note"]
+        title, note = f"{found['title']}", f"{found['note']}"
+        inspect.signature(function).bind(**arguments)
     except (ValueError, KeyError, TypeError) as error:
         raise SaesubError(
             f"this line is of no figure ({error}): run the notebook again to keep its figures"
@@ -83,17 +84,20 @@ def redrawn(line: str) -> Figure:
 def _told(figure: Figure, title: str, note: str) -> Figure:
     """Writes a title at the top of the figure, which becomes as much higher, and a note below it. A
     legend at the top has the title as its own, since it would be drawn over another one."""
-    if title:
+    if title.strip():
         lines = _filled(title, _LETTERS, figure)
         figure.set_figheight(figure.get_figheight() + _INCHES * (1 + lines.count("\n")))
         if figure.legends:
             figure.legends[0].set_title(lines, prop=FontProperties(size=_SIZE, weight="bold"))
-            figure.legends[0].get_title().set_multialignment("center")
+            written = figure.legends[0].get_title()
+            written.set_multialignment("center")
         else:
-            figure.suptitle(lines, fontsize=_SIZE, fontweight="bold")
-    if note:  # outside: a saved figure is cut around all that is drawn
+            written = figure.suptitle(lines, fontsize=_SIZE, fontweight="bold")
+        written.set_parse_math(False)
+    if note.strip():  # outside: a saved figure is cut around all that is drawn
         lines = _filled(note, _NOTE_LETTERS, figure)
-        figure.text(0.5, -0.015, lines, ha="center", va="top", fontsize=_NOTE, color=NOTE)
+        written = figure.text(0.5, -0.015, lines, ha="center", va="top", fontsize=_NOTE, color=NOTE)
+        written.set_parse_math(False)
     return figure
 
 
@@ -102,7 +106,8 @@ def _filled(text: str, letters: float, figure: Figure) -> str:
     beside its per cent."""
     held, most = text.replace(" %", "\u00a0%"), round(letters * figure.get_figwidth())
     n = len(wrap(held, most))
-    least = next(w for w in range(-(-len(held) // n), most + 1) if len(wrap(held, w)) <= n)
+    widths = range(max(1, len(held) // n), most)
+    least = next((width for width in widths if len(wrap(held, width)) <= n), most)
     return fill(held, least).replace("\u00a0", " ")
 
 
