@@ -107,7 +107,7 @@ def test_a_term_is_explained_where_a_page_first_uses_it(book, pages):
 def test_a_notebook_can_be_kept_as_it_is_committed(book, pages):
     for notebook in (ROOT / "notebooks").glob("[0-9]*.ipynb"):
         name = f"notebooks/{notebook.stem}.html"
-        (link,) = pages[name].select("article a.download")
+        (link,) = pages[name].select("article a.download[href$='.ipynb']")
         kept = (book / name).parent / unquote(link["href"])
         assert kept.read_bytes() == notebook.read_bytes()
 

@@ -159,7 +159,7 @@ def test_too_few_data_leave_the_value_without_a_verdict():
     table = claims.compare([Measurement("F6.asi_dead", 0.004, (0.001, 0.2), untested=reason)], "05")
     assert table.rows[0]["verdict"] == "not testable here"
     for shown in (table._repr_html_(), " ".join(str(table).split()), table.markdown()):
-        assert "0.40 % [0.10 %, 20.0 %]" in shown
+        assert "0.40 % [0.10, 20.0]" in shown
         assert "not testable here" in shown
         assert reason in shown
     assert claims.scorecard(table.rows, whole=False).rows == table.rows
@@ -205,10 +205,10 @@ def test_the_table_shows_figures_verdict_and_symbol_and_escapes_html():
     shown = table._repr_html_()
     assert "<small>&lt;30 layers&gt;</small>" in table.markdown()
     assert "<small>a &amp; b</small>" in table.markdown()
-    for part in ("≈ 60 %", "51.5 %", "49.0 %", "✔ holds", "&lt;30 layers&gt;", "a &amp; b"):
+    for part in ("≈ 60 %", "51.5 % [49.0, 54.0]", "✔ holds", "&lt;30 layers&gt;", "a &amp; b"):
         assert part in shown
     assert "<30" not in shown
-    assert "51.5 % [49.0 %, 54.0 %]" in str(table)
+    assert "51.5 % [49.0, 54.0]" in str(table)
 
 
 def test_a_note_breaks_no_table_and_makes_no_link():

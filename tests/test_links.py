@@ -43,10 +43,13 @@ def test_a_new_address_reaches_badge_and_install_line_and_leaves_the_rest():
 
 
 def test_the_repositorys_address_stands_in_one_place():
-    """Elsewhere it is generated: in the notebooks, by the script."""
+    """Elsewhere it is generated: in the notebooks, and in the README's first commands."""
     texts = [*ROOT.glob("*.*"), *ROOT.glob("saesub/**/*.py"), *ROOT.glob("notebooks/*.py")]
     named = [p.name for p in texts if p.is_file() and links["repository"]() in p.read_text("utf-8")]
-    assert sorted(named) == ["CITATION.cff", "pyproject.toml"]  # a citation has no script
+    assert sorted(named) == ["CITATION.cff", "README.md", "pyproject.toml"]
+    readme = (ROOT / "README.md").read_text("utf-8")
+    generated = readme.split("<!-- run -->")[1].split("<!-- /run -->")[0]
+    assert readme.count(links["repository"]()) == generated.count(links["repository"]()) == 1
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert cited["repository-code"] == links["repository"]()
 
