@@ -120,7 +120,9 @@ def feature_page(
     n_snippets = whole_number(n_snippets, "n_snippets")
     n_around = whole_number(n_around, "n_around", 0)
     if not isinstance(groups, Mapping) or not all(isinstance(name, str) for name in groups):
-        raise SaesubError("groups is a dictionary: lists of features by what is written above them")
+        raise SaesubError(
+            "groups is a dictionary from names to lists of features: give one, such as {'dead': [3]}"
+        )
     chosen = {name: feature_indices(own, sae) for name, own in groups.items()}
     features = sorted({feature for own in chosen.values() for feature in own})
     if not features or len(features) > _MOST:
