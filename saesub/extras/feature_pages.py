@@ -121,7 +121,7 @@ def feature_page(
     n_around = whole_number(n_around, "n_around", 0)
     if not isinstance(groups, Mapping) or not all(isinstance(name, str) for name in groups):
         raise SaesubError(
-            "groups is a dictionary from names to lists of features: give one, such as {'dead': [3]}"
+            "groups is a dictionary of lists of features by name: give one, such as {'dead': [3]}"
         )
     chosen = {name: feature_indices(own, sae) for name, own in groups.items()}
     features = sorted({feature for own in chosen.values() for feature in own})
