@@ -106,8 +106,9 @@ def _range(rows: Sequence[dict]) -> str:
     if not found:
         return "not measured"
     values = [row["value"] for row in found]
-    least, most = (claims_table.number(found[0], end) for end in (min(values), max(values)))
-    return (f"{least.split()[0]} to " * (least != most)) + f"{most} ({len(found)})"
+    least = claims_table.number(found[0], min(values), with_unit=False)
+    most = claims_table.number(found[0], max(values))
+    return (f"{least} to " * (min(values) < max(values))) + f"{most} ({len(found)})"
 
 
 def claim_rows(records: dict, bounds: dict) -> list[dict]:
@@ -180,7 +181,7 @@ def _claim(rows: Sequence[dict]) -> str:
 def _bounds(row: dict, bounds: paper_claims.Bounds) -> str:
     low, high = (claims_table.number(row, end) for end in (bounds.low, bounds.high))
     if len(bounds.edges) == 2:
-        return f"{low} to {high}"
+        return f"{claims_table.number(row, bounds.low, with_unit=False)} to {high}"
     return f"at least {low}" if math.isfinite(bounds.low) else f"at most {high}"
 
 

@@ -52,8 +52,9 @@ def _longer(found: pd.DataFrame) -> str:
             f"{plain['change']:.1%} above plain training's; a refit of that best one, after its "
             f"longer training, changes its FVU by {gain:+.1%}"
         )
+    worth = "not the best" if _is_longer_better(found) else "a good"
     return (
-        "On a CPU the refit is not the best use of its time. At one place (SmolLM2, layer 12's "
+        f"On a CPU the refit is {worth} use of its time. At one place (SmolLM2, layer 12's "
         "attention output, 4,096 features) the recipe, with one pass over its tokens and the "
         f"refit, stands beside five rivals without a refit that train {TIMES} times as long, each "
         f"at its own best rate. Where these train {'. Where they train '.join(said)}. "
@@ -158,12 +159,16 @@ def _line(found: pd.DataFrame) -> str:
 
 
 def _against_longer() -> str:
-    """Whether longer training does better than the recipe, on the same tokens and on new ones."""
-    found = trained_longer()
-    most = found[~found["refitted"]].groupby("tokens")["change"].max()
-    better = "better" if (most > 0).all() else "no better" if (most <= 0).all() else "mixed"
+    better = "better" if _is_longer_better(trained_longer()) else "no better"
     rival = f"the best rival, trained {TIMES} times as long without a refit,"
     return f"At one site {rival} fits {better}."
+
+
+def _is_longer_better(found: pd.DataFrame) -> bool:
+    """Whether some rival without a refit fits better than the recipe, on the same tokens and on
+    new ones."""
+    most = found[~found["refitted"]].groupby("tokens")["change"].max()
+    return bool((most > 0).all())
 
 
 def _counted(changes: pd.Series) -> str:

@@ -216,6 +216,30 @@ def test_a_term_is_explained_to_the_keyboard_too(book, chromium):
 
 
 @in_a_browser
+@pytest.mark.parametrize("width", [PHONE, DESKTOP])
+def test_a_definition_does_not_lie_over_its_term(book, chromium, width):
+    tab = chromium.new_page(viewport={"width": width, "height": 800})
+    tab.goto((book / "docs/findings/F6.html").as_uri())
+    n_terms = tab.locator("a.term").count()
+    assert n_terms > 3
+    below = """e => {
+        const box = parseFloat(getComputedStyle(e, '::after').height);
+        const at = e.getBoundingClientRect();
+        return [box, innerHeight - at.bottom, at.top];
+    }"""
+    for _ in range(200):
+        tab.keyboard.press("Tab")
+        focused = tab.locator("a.term:focus-visible")
+        if focused.count():
+            n_terms -= 1
+            box, under, above = focused.evaluate(below)
+            assert 0 < box < under
+            assert above >= 0
+    assert n_terms == 0
+    tab.close()
+
+
+@in_a_browser
 def test_a_word_is_found_by_the_search(book, chromium):
     tab = chromium.new_page()
     tab.goto((book / "search.html").as_uri() + "?q=whitened")

@@ -55,7 +55,7 @@ NONE = (-math.inf, math.inf)
 def _claim(holds=NONE, direction=NONE):
     """A claim of these bounds."""
     bounds = {"holds": paper_claims.Bounds(*holds), "direction": paper_claims.Bounds(*direction)}
-    return paper_claims.Claim("F6.made_up", "F6", "", "", "", None, **bounds)
+    return paper_claims.Claim("F6.made_up", "F6", "", "", "", "", None, **bounds)
 
 
 RATIO = _claim(holds=(-math.inf, 0.1), direction=(-math.inf, 1))

@@ -6,7 +6,12 @@ import re
 
 import pytest
 import torch
-from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens import (
+    AbsTopKTrainingSAE,
+    AbsTopKTrainingSAEConfig,
+    TopKTrainingSAE,
+    TopKTrainingSAEConfig,
+)
 from tiny_model import tiny_gpt2, tiny_texts, tiny_tokenizer
 
 from saesub.activations.tokens import kept_positions, pack_contexts
@@ -76,6 +81,51 @@ def test_all_source_tokens_together_are_all_heads_together(model, sae, tokens):
     x = site_activations(model, tokens, HOOK)[2, 17]
     assert amounts.sum().item() == pytest.approx((x @ reads).item(), rel=1e-3)
     assert not amounts[:, peak + 1 :].any()  # nothing comes from later tokens
+
+
+def _watched(model, sae, tokens, features) -> list[tuple]:
+    """Of each peak on a page: its context, place, sign and feature, what each head takes from each
+    token there, and the heads and tokens that are named."""
+    from saesub.extras import feature_pages
+
+    written_by, by_head, amounts, seen = feature_pages._written_by, feature_pages._by_head, [], []
+
+    def watch_heads(of_peak, sign):
+        amounts.append(of_peak)
+        return by_head(of_peak, sign)
+
+    def watch(model, hook_name, tokens, peaks, reads):
+        (feature,) = (sae.W_enc.detach() == reads[:, None]).all(0).nonzero().flatten().tolist()
+        peaks = list(peaks)
+        found = written_by(model, hook_name, tokens, peaks, reads)
+        for at, written in zip(peaks, found, strict=True):
+            seen.append((*at, feature, amounts[-1], *written))
+            yield written
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(feature_pages, "_by_head", watch_heads)
+        patch.setattr(feature_pages, "_written_by", watch)
+        feature_page(model, sae, tokens, {"all": features})
+    assert len(seen) == len(amounts)
+    return seen
+
+
+def _assert_named(seen) -> None:
+    """The heads and tokens named are the three that write most of the peak, by its sign."""
+    for _, _, sign, _, amounts, heads, sources in seen:
+        for found, by in ((heads, amounts.sum(1)), (sources, amounts.sum(0))):
+            most = (sign * by).topk(min(3, len(by))).values
+            expected = most[most > 0].tolist()
+            assert [sign * source.amount for source in found] == pytest.approx(expected)
+
+
+def test_a_peak_below_zero_is_written_by_what_lies_below_zero(model, tokens):
+    torch.manual_seed(0)
+    sae = AbsTopKTrainingSAE(AbsTopKTrainingSAEConfig(d_in=576, d_sae=60, k=8))
+    sae.cfg.metadata.hook_name = HOOK
+    seen = _watched(model, sae, tokens, list(range(60)))
+    assert {sign for _, _, sign, *_ in seen} == {1.0, -1.0}
+    _assert_named(seen)
 
 
 def test_what_wrote_a_peak_has_its_sign_and_is_not_later():
@@ -193,10 +243,14 @@ def test_a_model_with_biases_and_a_layer_norm():
     torch.manual_seed(0)
     sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=64, d_sae=40, k=8))
     sae.cfg.metadata.hook_name = HOOK
+    seen = _watched(model, sae, tokens, list(range(40)))
+    assert len(seen) > 10
+    bias, x = model.blocks[1].attn.b_O, site_activations(model, tokens, HOOK)
+    for context, peak, _, feature, amounts, *_ in seen:
+        read = (x[context, peak] - bias) @ sae.W_enc.detach()[:, feature]
+        assert amounts.sum().item() == pytest.approx(read.item(), rel=1e-3, abs=1e-4)
+    _assert_named(seen)
     views = feature_page(model, sae, tokens, {"all": list(range(40))}).groups["all"]
-    peaks = [peak for view in views for peak in view.peaks]
-    assert peaks
-    assert any(peak.heads and peak.tokens for peak in peaks)
     row = sae.W_dec.detach()[views[0].feature]
     x = torch.randn(1, 1, 64)
     spread = [(y - y.mean()).square().mean().sqrt() for y in (x, x + row)]

@@ -13,7 +13,7 @@ import pytest
 from scipy.stats import spearmanr
 
 from saesub.evaluation import protocol
-from saesub.reproduce import claims, paper_claims, studies
+from saesub.reproduce import claims, claims_table, paper_claims, studies
 
 ROOT = Path(__file__).resolve().parent.parent
 publish = runpy.run_path(str(ROOT / "notebooks" / "publish.py"))
@@ -96,14 +96,56 @@ def test_a_page_says_what_is_measured_and_within_which_ranges():
     rows = _measured(*values.items())
     told = {
         "F6": "`F6.asi_dead`: share dead. The paper: &lt; 1 %.\n\nRanges: ✔ at most 1.0 %, ↗",
-        "F2": "The paper: 21.4 points.\n\nRanges: ✔ 10.0 points to 40.0 points, ↗ at least 0.0 ",
+        "F2": "The paper: 21.4 points.\n\nRanges: ✔ 10.0 to 40.0 points, ↗ at least 0.0 ",
         "F10": "The paper: below.\n\nRanges: ✔ at most 0.0 points. Notebook 05.",
-        "F1": "Ranges: ✔ 80.0 % to 100.0 %, ↗ at least 70.0 %. Notebook 05.",
+        "F1": "Ranges: ✔ 80.0 to 100.0 %, ↗ at least 70.0 %. Notebook 05.",
         "F7": "`F7.auto`",
     }
     for name, text in told.items():
         assert text in _page(name, rows, BOUNDS)
     assert "*Beyond the paper.*" in _page("F7", rows, BOUNDS).split("`F7.auto`")[1]
+
+
+@pytest.mark.parametrize(
+    ("regime", "other"),
+    [
+        ("4,096 features, each at its own best rate: 0.002", False),
+        ("Adam at its best rate", False),
+        ("each at the lowest rate that fits equally well: 0.001", True),
+        ("8,192 features, Adam, at equal FVU", True),
+        ("L0 32, both at the rate 0.004", True),
+        ("at random's best rate", True),
+    ],
+)
+def test_a_page_counts_the_rows_at_other_rates_and_those_bounded_late(regime, other):
+    rows = _measured(("F6.fvu", -0.1), regime=regime) + _measured(("F6.fvu", -0.2), regime="plain")
+    bounds = BOUNDS | {"runs": {"05_x": "a" * 9}, "first_runs": {}}
+    page = _page("F6", rows, bounds)
+    n = len(re.findall(r"^\| .*<small>bound", page, re.M))
+    assert (f" 1 of {n} rows take other rates than each condition's own best." in page) == other
+    commit = bounds["claims"]["F6.fvu"]["commit"]
+    assert "were set after their record" not in page
+    older = bounds["older_records"] | {commit: ["a" * 9]}
+    page = _page("F6", rows, bounds | {"older_records": older})
+    same = [row for row in claims.scorecard(rows).rows if row["finding"] == "F6"]
+    of_commit = [r for r in same if bounds["claims"].get(r["id"], {}).get("commit") == commit]
+    measured = [row for row in of_commit if row["value"] is not None]
+    assert f" The bounds of {len(measured)} of {n} rows were set after their record." in page
+
+
+def test_a_share_is_in_per_cent_and_a_difference_of_two_in_points():
+    shown = {"": [], "%": [], "points": []}
+    for claim in paper_claims.load_claims().values():
+        shown[claim.shown_in].append(claim.id)
+        assert bool(claim.shown_in) == claim.unit.startswith("share")
+    (row,) = _measured(("F10.auxk", -0.036))
+    assert claims_table.number(row, -0.036) == "-3.6 points"
+    assert claims_table.number(row, -0.00001) == "0.00 points"
+    (row,) = _measured(("B3.worst", 0.03))  # a ratio minus 1
+    assert claims_table.number(row, 0.03) == "3.0 %"
+    (row,) = _measured(("F6.fvu", -0.0035))
+    assert claims_table.number(row, -0.0035) == "-0.0035"
+    assert len(shown["points"]) == 20
 
 
 def test_what_goes_beyond_the_paper_is_no_verdict_on_the_papers_finding():

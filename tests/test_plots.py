@@ -13,7 +13,7 @@ from matplotlib.colors import to_rgb
 
 from saesub.errors import SaesubError
 from saesub.reproduce import plots
-from saesub.reproduce.plots import CONDITIONS, SITES, drawing
+from saesub.reproduce.plots import CONDITIONS, SITES, looks
 
 matplotlib.use("Agg")
 matplotlib.rcParams["font.family"] = "DejaVu Sans"  # comes with matplotlib: the same everywhere
@@ -430,43 +430,43 @@ def _lab(color: str, eye: str) -> np.ndarray:
     return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
 
 
-CONTROLS = list(drawing.CONTROLS)
+CONTROLS = list(looks.CONTROLS)
 TOGETHER = [  # known names that a figure has
     list(SITES),
     list(CONDITIONS),
-    ["random", "asi", "SparseAdam", *drawing.RIVALS],
+    ["random", "asi", "SparseAdam", *looks.RIVALS],
     ["z", "attn_out", *CONTROLS],
-    [*drawing.HEADS, "control: same σ", "control: heads turned"],
-    list(drawing.CAUSES),
+    [*looks.HEADS, "control: same σ", "control: heads turned"],
+    list(looks.CAUSES),
 ]
 
 
 @pytest.mark.parametrize("names", TOGETHER)
 def test_a_known_name_has_its_look_whatever_stands_beside_it(names):
-    together = drawing.looks(names)
-    assert together == {name: drawing.looks(["new", name])[name] for name in names}
+    together = looks.looks_of(names)
+    assert together == {name: looks.looks_of(["new", name])[name] for name in names}
     colours = {look["color"] for look in together.values()}
-    assert drawing.looks([*names, "new"])["new"]["color"] not in colours
+    assert looks.looks_of([*names, "new"])["new"]["color"] not in colours
 
 
 def test_names_for_the_same_have_the_same_look():
     def seen(name: str) -> tuple:
-        return tuple(drawing.looks([name])[name][part] for part in ("color", "marker"))
+        return tuple(looks.looks_of([name])[name][part] for part in ("color", "marker"))
 
     same = {"random half": "random", "subspace half": "ASI", "SparseAdam": "random + SparseAdam"}
     same |= {"control: same σ": "same σ", "z, untrained, 0.02": "z", "ASI, untrained": "ASI"}
     same |= {"blocks.3.attn.hook_z": "z", "MLP output": "mlp_out"}
     assert {name: seen(name) for name in same} == {name: seen(of) for name, of in same.items()}
-    of = drawing.looks(["z", "z, untrained, 1/√d", "z, untrained, 0.02"])
+    of = looks.looks_of(["z", "z, untrained, 1/√d", "z, untrained, 0.02"])
     assert len({str(look["linestyle"]) for look in of.values()}) == 3
     assert of["z, untrained, 0.02"]["label"] == "heads' output z, untrained, 0.02"
 
 
 def test_numbers_in_words():
-    assert drawing.counted([3, 3], "seed") == "3 seeds"
-    assert drawing.counted([1], "seed") == "1 seed"
-    assert drawing.counted([3, 1], "seed") == "1 to 3 seeds"
-    assert drawing.signed("-3 to -1.5, a-b") == "−3 to −1.5, a-b"
+    assert plots.counted([3, 3], "seed") == "3 seeds"
+    assert plots.counted([1], "seed") == "1 seed"
+    assert plots.counted([3, 1], "seed") == "1 to 3 seeds"
+    assert plots.signed("-3 to -1.5, a-b") == "−3 to −1.5, a-b"
 
 
 @pytest.mark.parametrize("highest", [0.004, 0.05, 0.6])
@@ -484,9 +484,9 @@ def test_an_axis_that_is_linear_below_a_thousandth_shows_nothing_and_all(highest
 @pytest.mark.parametrize("names", TOGETHER)
 def test_what_stands_together_is_told_apart_by_every_eye(names, eye):
     """By 15 in CIELAB; 2.3 is what is just noticed side by side."""
-    looks = [*drawing.looks(names).values()]
-    colors = [look["color"] for look in looks]
-    assert len({look["marker"] for look in looks}) == len(names)
+    found = [*looks.looks_of(names).values()]
+    colors = [look["color"] for look in found]
+    assert len({look["marker"] for look in found}) == len(names)
     pairs = [np.linalg.norm(_lab(a, eye) - _lab(b, eye)) for a, b in combinations(colors, 2)]
     assert min(pairs) > 15
 

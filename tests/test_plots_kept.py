@@ -20,7 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from saesub.activations.spectrum import Spectrum
 from saesub.errors import SaesubError
 from saesub.reproduce import plots
-from saesub.reproduce.plots import drawing
+from saesub.reproduce.plots import looks
 from saesub.reproduce.plots.kept import redrawn
 
 matplotlib.use("Agg")
@@ -111,7 +111,7 @@ def test_every_name_in_the_notebooks_figures_has_a_look_of_its_own():
             at = [place for place, name in enumerate(frame["columns"]) if name in LOOKS]
             names |= {row[place] for row in frame["frame"] for place in at}
     assert {"random", "attn_out", "control: same σ", "AuxK"} <= names
-    first, second = drawing.looks(sorted(names)), drawing.looks(["new", *sorted(names)])
+    first, second = looks.looks_of(sorted(names)), looks.looks_of(["new", *sorted(names)])
     changed = {name for name in names if first[name]["color"] != second[name]["color"]}
     assert not changed
 

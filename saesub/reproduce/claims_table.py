@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import html
-import re
 import textwrap
 from collections.abc import Sequence
 
 from saesub.errors import SaesubError, near_names
-from saesub.reproduce.paper_claims import DIRECTION, FAILS, HOLDS, MIXED, UNTESTED
+from saesub.reproduce.paper_claims import DIRECTION, FAILS, HOLDS, MIXED, UNTESTED, find
 
 # Okabe-Ito colours darkened for text, each with its own symbol.
 _LOOK = {
@@ -20,7 +19,6 @@ _LOOK = {
 }
 VERDICTS = tuple(_LOOK)
 SYMBOLS = {verdict: symbol for verdict, (symbol, _) in _LOOK.items()}
-_DIFFERENCE = re.compile(r"\bminus (?!1\b)|\bdifference between\b")  # a ratio minus 1 is a share
 SHORT = 9  # digits of a commit that a table shows
 _HEAD = ("Claim", "Paper", "Here", "Verdict")
 _STYLE = "text-align:left;vertical-align:top;white-space:normal"
@@ -62,12 +60,11 @@ class ClaimsTable:
         lines = ["| " + " | ".join((*_HEAD, "Notebook")) + " |", "|---" * 5 + "|"]
         for row in self.rows:
             t = {key: markdown_text(text) for key, text in _texts(row).items()}
-            judged = f"{t['symbol']} {t['verdict']}" + f" ({t['doubt']})" * bool(t["doubt"])
             cells = (
                 f"**{t['id']}** {t['claim']}",
                 t["paper"],
                 _lines(t["here"], _small(t["regime"]), _small(t["n"])),
-                _lines(judged, _small(t["own_note"]), _small(t["commits"])),
+                _lines(_judged(t), _small(t["own_note"]), _small(t["commits"])),
                 t["notebook"],
             )
             lines.append("| " + " | ".join(cells) + " |")
@@ -77,14 +74,17 @@ class ClaimsTable:
 def regime_row(row: dict) -> str:
     """A row of a Markdown table of one claim: regime, value, verdict and commits."""
     t = {key: markdown_text(text) for key, text in _texts(row).items()}
-    judged = f"{t['symbol']} {t['verdict']}" + f" ({t['doubt']})" * bool(t["doubt"])
     cells = (
         _lines(t["regime"], _small(t["n"])),
         t["here"],
-        _lines(judged, _small(t["own_note"])),
+        _lines(_judged(t), _small(t["own_note"])),
         _small(t["commits"]),
     )
     return f"| {' | '.join(cells)} |"
+
+
+def _judged(t: dict[str, str]) -> str:
+    return f"{t['symbol']} {t['verdict']}" + f" ({t['doubt']})" * bool(t["doubt"])
 
 
 def _texts(row: dict) -> dict[str, str]:
@@ -153,18 +153,16 @@ def _lines(*texts: str) -> str:
 def _here(row: dict) -> str:
     if row["value"] is None:
         return "not measured"
-    interval = [_digits(row, end) for end in row["interval"] or ()]
+    interval = [number(row, end, with_unit=False) for end in row["interval"] or ()]
     return number(row, row["value"]) + f" [{', '.join(interval)}]" * bool(interval)
 
 
-def number(row: dict, value: float) -> str:
-    """A value of the row's claim: a share in per cent, a difference of two shares in points."""
-    unit = " points" if _DIFFERENCE.search(row["claim"]) else " %"
-    return _digits(row, value) + unit * row["unit"].startswith("share")
-
-
-def _digits(row: dict, value: float) -> str:
-    if not row["unit"].startswith("share"):
+def number(row: dict, value: float, *, with_unit: bool = True) -> str:
+    """A value of the row's claim as tables write it: a share in per cent, a difference of two
+    shares in points."""
+    unit = find(row["id"]).shown_in
+    if not unit:
         return f"{value:.3g}"
     digits = 1 if abs(value) >= 0.01 or value == 0 else 2
-    return f"{round(100 * value, digits) + 0.0:.{digits}f}"  # no minus before a zero
+    told = f"{round(100 * value, digits) + 0.0:.{digits}f}"  # no minus before a zero
+    return f"{told} {unit}" if with_unit else told

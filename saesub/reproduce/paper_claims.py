@@ -36,12 +36,14 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Claim:
-    """One row of `data/paper_claims.csv`."""
+    """One row of `data/paper_claims.csv`; `shown_in` is how tables write its values: "%" for a
+    share, "points" for a difference of two, empty for a plain number."""
 
     id: str
     finding: str
     claim: str
     unit: str
+    shown_in: str
     paper: str
     paper_value: float | None
     holds: Bounds
@@ -72,7 +74,7 @@ def _claim(row: dict[str, str]) -> Claim:
     def bounds(name: str) -> Bounds:
         return Bounds(float(row[f"{name}_low"] or "-inf"), float(row[f"{name}_high"] or "inf"))
 
-    texts = {key: row[key] for key in ("id", "finding", "claim", "unit", "paper")}
+    texts = {key: row[key] for key in ("id", "finding", "claim", "unit", "shown_in", "paper")}
     value = float(row["paper_value"]) if row["paper_value"] else None
     return Claim(**texts, paper_value=value, holds=bounds("holds"), direction=bounds("direction"))
 

@@ -1,21 +1,23 @@
 """The notebooks' figures, in one style, with one fixed colour per site and per condition.
 
-Every function takes data (a tidy DataFrame, or a dict of arrays) and a `title`, and returns a
-closed matplotlib `Figure`: as a cell's last expression it shows once. Missing columns, empty data,
-NaN and Inf raise `SaesubError`. All figures have their names here; the modules they are written in
-are those imported below.
+Every figure's function takes data (a tidy DataFrame, or a dict of arrays), a `title` and a `note`
+below, and returns a closed matplotlib `Figure`: as a cell's last expression it shows once. Missing
+columns, empty data, NaN and Inf raise `SaesubError`. `counted` and `signed` write numbers for
+titles and notes. All figures have their names here; the modules they are written in are those
+imported below.
 """
 
 from saesub.errors import needs_extra
 
 with needs_extra("saesub.reproduce.plots"):
     from saesub.reproduce.plots.diagnosis import diagnosis
-    from saesub.reproduce.plots.drawing import CONDITIONS, SITES, counted, signed, style
+    from saesub.reproduce.plots.drawing import counted, signed, style
     from saesub.reproduce.plots.features import (
         coherence_by_density,
         probe_accuracy,
         shared_features,
     )
+    from saesub.reproduce.plots.looks import CONDITIONS, SITES
     from saesub.reproduce.plots.mitigations import mitigation_panels
     from saesub.reproduce.plots.outcomes import (
         dead_against_rank,

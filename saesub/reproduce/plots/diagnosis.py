@@ -12,6 +12,7 @@ from matplotlib.ticker import EngFormatter, NullFormatter
 from saesub.evaluation.causes import CAUSES, REVIVALS
 from saesub.evaluation.diagnosis import SAEDiagnosis
 from saesub.reproduce.plots import drawing as draw
+from saesub.reproduce.plots.looks import looks_of
 
 _GREYS = np.linspace(0.2, 0.85, len(REVIVALS)).astype(str)
 _ABOVE: Any = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "ncols": 2, "fontsize": 8}
@@ -62,7 +63,7 @@ def _scores(axes: Axes, report: SAEDiagnosis) -> None:
     frame["spread"] *= frame["gain"]
     frame["mean"] = frame["offset"] + frame["bias"]
     living = frame[~frame["dead"]]
-    looks = draw.looks(CAUSES)
+    looks = looks_of(CAUSES)
     groups = [(living, {"color": "#bbbbbb", "marker": ".", "label": "living"})]
     groups += [(frame[frame["cause"] == name], looks[name]) for name in CAUSES]
     for rows, look in groups:

@@ -12,6 +12,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from saesub.reproduce.plots import drawing as draw
 from saesub.reproduce.plots.kept import kept
+from saesub.reproduce.plots.looks import series
 
 
 @kept
@@ -44,7 +45,7 @@ def shared_features(frame: pd.DataFrame, threshold: float = 0.7) -> Figure:
     draw.checked(frame, "condition", "pair", "cosine")
     grid = np.linspace(0, 1, 101)
     with draw.closed_figure() as (figure, (axes,)):
-        for rows, look in draw.series(frame, "condition"):
+        for rows, look in series(frame, "condition"):
             look["marker"] = ""
             for _, pair in rows.groupby("pair"):
                 cosine = np.sort(pair["cosine"].to_numpy(dtype=float))
@@ -67,7 +68,7 @@ def probe_accuracy(frame: pd.DataFrame, ceiling: pd.DataFrame | None = None) -> 
     activations.
     """
     draw.checked(frame, "condition", "task", "k", "accuracy")
-    conditions, tasks = draw.series(frame, "condition"), list(dict.fromkeys(frame["task"]))
+    conditions, tasks = series(frame, "condition"), list(dict.fromkeys(frame["task"]))
     ks = sorted(set(frame["k"].tolist()))
     left = min(0.5, float(frame["accuracy"].min())) - 0.02  # one half is what guessing scores
     with draw.closed_figure(len(ks), size=(draw.WIDE, 1.4 + 0.55 * len(tasks))) as (figure, panels):

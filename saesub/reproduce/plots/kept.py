@@ -72,7 +72,7 @@ def redrawn(line: str) -> Figure:
     try:
         found = json.loads(line)
         function, arguments = _functions[found["figure"]], _decoded(found["arguments"])
-        title, note = f"{found['title']}", f"{found['note']}"
+        title, note = str(found["title"]), str(found["note"])
         inspect.signature(function).bind(**arguments)
     except (ValueError, KeyError, TypeError) as error:
         raise SaesubError(

@@ -10,11 +10,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator, ScalarFormatter
 
 from saesub.errors import SaesubError
 from saesub.reproduce.plots import drawing as draw
 from saesub.reproduce.plots.kept import kept
+from saesub.reproduce.plots.looks import looks_of
 
 _COLUMNS = 4  # panels side by side
 _EVERYWHERE = {"random": "random initialisation, no mitigation", "ASI": "ASI alone"}
@@ -87,7 +88,7 @@ def mitigation_panels(
     rows = -(-len(panels) // columns)
     size = (0.9 + 2.15 * columns, 1.3 + (2.25 if notes else 2.1) * rows)
     everywhere = {
-        name: {**look, "label": _EVERYWHERE[name]} for name, look in draw.looks(_EVERYWHERE).items()
+        name: {**look, "label": _EVERYWHERE[name]} for name, look in looks_of(_EVERYWHERE).items()
     }
     with draw.closed_figure(columns, rows, size=size) as (figure, grid):
         for place, (axes, (title, names)) in enumerate(zip(grid, panels.items(), strict=False)):
@@ -132,7 +133,7 @@ def _set_axes(axes: Axes, frame: pd.DataFrame, x: str) -> None:
     room = 0.06 * (high - low) or 0.06 * high
     axes.set_xlim(low - room, high + room)
     axes.xaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))
-    plain = FuncFormatter(lambda fvu, _: f"{fvu:.2f}")
+    plain = ScalarFormatter(useOffset=False)  # as many decimals as tell the ticks apart
     axes.xaxis.set_major_formatter(plain if x == "fvu" else EngFormatter(sep=" "))
 
 

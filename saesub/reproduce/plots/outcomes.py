@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from saesub.reproduce.plots import drawing as draw
 from saesub.reproduce.plots.kept import kept
+from saesub.reproduce.plots.looks import series
 
 _SAME_L0 = 0.05  # active features
 _DARK = 0.55  # from this share on, white text is easier to read in a cell than black
@@ -31,7 +32,7 @@ def dead_against_rank(
     """
     draw.checked(frame, "rank_share", "dead_share", "site", "label")
     with draw.closed_figure(size=(draw.WIDE, 4.4)) as (figure, (axes,)):
-        for rows, look in draw.series(frame, "site"):
+        for rows, look in series(frame, "site"):
             axes.scatter(rows["rank_share"], rows["dead_share"], s=34, **look)
         axes.margins(x=0.08)
         axes.set(xlabel=rank, ylabel="dead features (linear below 0.1 %)")
@@ -94,7 +95,7 @@ def _by_dictionary(axes: Axes, frame: pd.DataFrame, column: str, names: list[str
     for place, (_, rows) in enumerate(frame.groupby("dictionary", sort=False)):
         means = draw.over_seeds(rows, "condition", column)["mean"]
         axes.plot((means.min(), means.max()), [place] * 2, color="#bbbbbb", lw=2.5, zorder=1)
-    for rows, look in draw.series(frame, "condition"):
+    for rows, look in series(frame, "condition"):
         mark = {"color": look["color"], "marker": look["marker"], "zorder": 2}
         means = draw.over_seeds(rows, "dictionary", column)["mean"]
         for values, sizes in (

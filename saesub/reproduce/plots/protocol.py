@@ -14,6 +14,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from saesub.reproduce.plots import drawing as draw
 from saesub.reproduce.plots.kept import kept
+from saesub.reproduce.plots.looks import series
 from saesub.reproduce.plots.training import OUTCOMES
 
 _REACH = 1.5  # times the longest window: a mark farther out would leave the panel empty
@@ -60,7 +61,7 @@ def dead_against_fvu(frame: pd.DataFrame) -> Figure:
     draw.checked(frame, "condition", "lr", "dead_share", "fvu", "best")
     with draw.closed_figure(size=(draw.WIDE, 4.6)) as (figure, (axes,)):
         labels: list[tuple[float, float, str, str]] = []
-        for rows, look in draw.series(frame, "condition"):
+        for rows, look in series(frame, "condition"):
             means = pd.DataFrame(rows.groupby("lr")[["fvu", "dead_share", "best"]].mean())
             axes.plot(means["fvu"], means["dead_share"], **look)
             best, own = pd.DataFrame(means[means["best"] > 0]), {"color": look["color"]}
@@ -89,7 +90,7 @@ def firing_counts(frame: pd.DataFrame) -> Figure:
     draw.checked(frame, "condition", "power", "share")
     with draw.closed_figure(size=(draw.WIDE, 3.6)) as (figure, (axes,)):
         highest = int(frame["power"].max())
-        for rows, look in draw.series(frame, "condition"):
+        for rows, look in series(frame, "condition"):
             shares = pd.Series(rows.groupby("power")["share"].mean())
             shares = shares.reindex(range(-1, highest + 1))
             line = {part: look[part] for part in ("label", "color", "linestyle")}

@@ -12,8 +12,9 @@ from matplotlib.ticker import MaxNLocator
 
 from saesub.reproduce.plots import drawing as draw
 from saesub.reproduce.plots.kept import kept
+from saesub.reproduce.plots.looks import CONDITIONS
 
-_ASI, _RANDOM = draw.CONDITIONS["asi"], draw.CONDITIONS["random"]
+_ASI, _RANDOM = CONDITIONS["asi"], CONDITIONS["random"]
 _KINDS: dict[str, tuple[str, dict[str, Any]]] = {  # column, label and look
     "fvu": ("recipe", {"marker": "o", "color": _ASI}),
     "fvu_unrefitted": (

@@ -20,6 +20,7 @@ from saesub.activations.spectrum import Spectrum
 from saesub.errors import SaesubError
 from saesub.reproduce.plots import drawing as draw
 from saesub.reproduce.plots.kept import cumulative_shares, kept
+from saesub.reproduce.plots.looks import SITES, curve_looks_of, looks_of, series
 
 _DOTTED = {"linestyle": ":", "alpha": 0.8, "label": "", "markerfacecolor": "none"}
 
@@ -104,9 +105,9 @@ def _paper(axes: Axes, paper: Mapping[str, float] | None) -> None:
         axes.axhline(value, label=f"{names}: {100 * value:.3g} %", **line)
 
 
-def _by_layer(axes: Axes, frame: pd.DataFrame, series: str, y: str, **instead: Any) -> None:
-    """A line by layer for each of `series`; `instead` replaces a part of their looks."""
-    for rows, look in draw.series(frame, series):
+def _by_layer(axes: Axes, frame: pd.DataFrame, column: str, y: str, **instead: Any) -> None:
+    """A line by layer for each value of `column`; `instead` replaces a part of their looks."""
+    for rows, look in series(frame, column):
         rows = rows.sort_values("layer")
         axes.plot(rows["layer"], rows[y], **look | instead)
     axes.set_xlabel("layer")
@@ -130,7 +131,7 @@ def cumulative_variance(curves: Mapping[str, np.ndarray | Spectrum]) -> Figure:
     Each is a `Spectrum`, or cumulative shares: entry i is that of the top i + 1 directions.
     """
     with draw.closed_figure() as (figure, (axes,)):
-        for name, look in draw.curve_looks(curves).items():
+        for name, look in curve_looks_of(curves).items():
             shares = _cumulative(name, curves[name])
             axes.plot(np.arange(1, len(shares) + 1) / len(shares), shares, **look)
         draw.beside(axes, 0.99, "99 %")
@@ -151,7 +152,7 @@ def variance_and_loss(
     """
     draw.checked(frame, "site", "components_share", "recovered")
     with draw.closed_figure(2, size=(draw.WIDE + 1.5, 3.6)) as (figure, (variance, loss)):
-        for name, look in draw.curve_looks(curves).items():
+        for name, look in curve_looks_of(curves).items():
             shares = _cumulative(name, curves[name])
             kept_share = directions_for(shares, share)
             variance.plot(np.arange(1, len(shares) + 1) / len(shares), shares, **look)
@@ -202,7 +203,7 @@ def loss_recovered(
 
 
 def _with_bands(axes: Axes, frame: pd.DataFrame, x: str) -> None:
-    for rows, look in draw.series(frame, "site"):
+    for rows, look in series(frame, "site"):
         rows = rows.sort_values(x)
         axes.plot(rows[x], rows["recovered"], **look)
         if {"low", "high"} <= set(rows.columns):
@@ -257,7 +258,7 @@ def rank_heatmap(frame: pd.DataFrame) -> Figure:
     """
     draw.checked(frame, "model", "corpus", "site", "rank_share")
     models, corpora = (list(dict.fromkeys(frame[c])) for c in ("model", "corpus"))
-    sites = draw.series(frame, "site")
+    sites = series(frame, "site")
     size = max(draw.WIDE, 1.9 + 0.62 * len(corpora) * len(sites)), 2.0 + 0.4 * len(models)
     with draw.closed_figure(len(sites), size=size) as (figure, panels):
         for axes, (rows, look) in zip(panels, sites, strict=True):
@@ -283,7 +284,7 @@ def rank_heatmap_by_layer(frame: pd.DataFrame) -> Figure:
     """
     draw.checked(frame, "model", "site", "layer", "rank_share")
     models, sites = (list(dict.fromkeys(frame[c])) for c in ("model", "site"))
-    names = [look["label"] for look in draw.looks(sites).values()]
+    names = [look["label"] for look in looks_of(sites).values()]
     size = draw.WIDE + 1.5, 2.1 + 0.34 * len(sites)
     with draw.closed_figure(len(models), size=size) as (figure, panels):
         for axes, model in zip(panels, models, strict=True):
@@ -320,7 +321,7 @@ def predicted_variance(frame: pd.DataFrame) -> Figure:
     ends = both.min(), both.max()
     with draw.closed_figure(size=(4.8, 4.5)) as (figure, (axes,)):
         axes.loglog(ends, ends, color=draw.NOTE, linestyle="--", lw=1.2, label="equal", zorder=1)
-        axes.scatter(*both.T, s=12, alpha=0.6, color=draw.SITES["attn_out"][1], lw=0)
+        axes.scatter(*both.T, s=12, alpha=0.6, color=SITES["attn_out"][1], lw=0)
         axes.set_xlabel(r"predicted variance, $\sigma_i^2\,\mathrm{Var}(z\cdot u_i)$")
         axes.set_ylabel("measured variance along $v_i$")
         axes.legend(loc="upper left")
@@ -331,7 +332,7 @@ def predicted_variance(frame: pd.DataFrame) -> Figure:
 def singular_values(curves: Mapping[str, np.ndarray]) -> Figure:
     """Singular values in falling order, one curve for each matrix."""
     with draw.closed_figure() as (figure, (axes,)):
-        for name, look in draw.curve_looks(curves).items():
+        for name, look in curve_looks_of(curves).items():
             axes.plot(np.arange(1, len(curves[name]) + 1), curves[name], **look)
         axes.set(xlabel="index of the singular value, largest first", ylabel="singular value")
         axes.set_ylim(bottom=0)

@@ -12,6 +12,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from saesub.errors import SaesubError, near_names
 from saesub.reproduce.plots import drawing as draw
 from saesub.reproduce.plots.kept import kept
+from saesub.reproduce.plots.looks import CONDITIONS
 
 OUTCOMES = {"dead_share": "dead features", "fvu": "fraction of variance unexplained"}
 
@@ -57,8 +58,8 @@ def d_init_by_place(frame: pd.DataFrame) -> Figure:
             runs = pd.DataFrame(frame[frame["place"] == place])
             swept = draw.over_seeds(runs, "d_init_share", "dead_share")["mean"]
             auto = runs[runs["auto"]]
-            axes.plot(swept, "o-", color=draw.CONDITIONS["asi"], label="swept")
-            look = {"ms": 6, "color": draw.CONDITIONS["random"], "label": "d_init = d"}
+            axes.plot(swept, "o-", color=CONDITIONS["asi"], label="swept")
+            look = {"ms": 6, "color": CONDITIONS["random"], "label": "d_init = d"}
             axes.plot(swept[swept.index == 1.0], "s", **look)
             look = {"ms": 13, "color": "black", "mfc": "none", "label": '"auto"'}
             axes.plot(auto["d_init_share"], auto["dead_share"], "*", **look)
