@@ -216,15 +216,20 @@ def test_a_term_is_explained_to_the_keyboard_too(book, chromium):
 
 
 @in_a_browser
-@pytest.mark.parametrize("width", [PHONE, DESKTOP])
-def test_a_definition_does_not_lie_over_its_term(book, chromium, width):
-    tab = chromium.new_page(viewport={"width": width, "height": 800})
-    tab.goto((book / "docs/findings/F6.html").as_uri())
+@pytest.mark.parametrize(
+    ("page", "width", "height"),
+    [("docs/recipe", PHONE, 500), ("docs/findings/F6", DESKTOP, 800)],
+)
+def test_a_definition_does_not_lie_over_its_term(book, chromium, page, width, height):
+    tab = chromium.new_page(viewport={"width": width, "height": height})
+    tab.goto((book / f"{page}.html").as_uri())
     tab.add_style_tag(content="html { scroll-behavior: auto !important }")  # at once
     n_terms = tab.locator("a.term").count()
     assert n_terms > 3
     below = """e => {
-        const box = parseFloat(getComputedStyle(e, '::after').height);
+        const of = getComputedStyle(e, '::after');
+        const heights = [of.height, of.paddingTop, of.paddingBottom, of.borderTopWidth];
+        const box = heights.map(parseFloat).reduce((a, b) => a + b);
         const at = e.getBoundingClientRect();
         return [box, innerHeight - at.bottom, at.top];
     }"""
