@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Sequence
 
 from saesub.errors import SaesubError, near_names
-from saesub.reproduce.paper_claims import DIRECTION, FAILS, HOLDS, MIXED, UNTESTED, find
+from saesub.reproduce.paper_claims import DIRECTION, FAILS, HOLDS, MIXED, UNTESTED, load_claims
 
 # Okabe-Ito colours darkened for text, each with its own symbol.
 _LOOK = {
@@ -159,10 +159,10 @@ def _here(row: dict) -> str:
 
 def number(row: dict, value: float, *, with_unit: bool = True) -> str:
     """A value of the row's claim as tables write it: a share in per cent, a difference of two
-    shares in points."""
-    unit = find(row["id"]).shown_in
-    if not unit:
+    shares in points; a plain number where the list of claims no longer has it."""
+    claim = load_claims().get(row["id"])
+    if claim is None or not claim.shown_in:
         return f"{value:.3g}"
     digits = 1 if abs(value) >= 0.01 or value == 0 else 2
     told = f"{round(100 * value, digits) + 0.0:.{digits}f}"  # no minus before a zero
-    return f"{told} {unit}" if with_unit else told
+    return f"{told} {claim.shown_in}" if with_unit else told
